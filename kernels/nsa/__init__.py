@@ -1,0 +1,33 @@
+"""Native Sparse Attention as an operation: PyTorch and Triton only. Imported as `nsa_hf.kernels`."""
+
+from .attention import BACKENDS, nsa_attention
+from .compression import (
+    COMPRESSORS,
+    LearnedCompressor,
+    LinearCompressor,
+    MeanCompressor,
+    MLPCompressor,
+    ZeroLinear,
+    build_compressor,
+    compress,
+    compress_blocks,
+)
+from .reference import reference_attention
+from .sizes import Sizes, n_blocks
+
+__all__ = [
+    "BACKENDS",
+    "COMPRESSORS",
+    "LearnedCompressor",
+    "LinearCompressor",
+    "MLPCompressor",
+    "MeanCompressor",
+    "Sizes",
+    "ZeroLinear",
+    "build_compressor",
+    "compress",
+    "compress_blocks",
+    "n_blocks",
+    "nsa_attention",
+    "reference_attention",
+]

@@ -1,0 +1,88 @@
+"""The operation: Native Sparse Attention from queries, keys, values and gates to the output."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .arguments import check_arguments
+from .reference import reference_attention
+from .sizes import Sizes
+
+BACKENDS = ("auto", "triton", "reference")
+
+
+def nsa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    gates: Tensor,
+    *,
+    kernel_size: int = 32,
+    kernel_stride: int = 16,
+    block_size: int = 64,
+    topk: int = 16,
+    init_blocks: int = 1,
+    local_blocks: int = 2,
+    window_size: int = 512,
+    k_win: Tensor | None = None,
+    v_win: Tensor | None = None,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    starts: Tensor | None = None,
+    lengths: Tensor | None = None,
+    backend: str = "auto",
+    return_selection: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Native Sparse Attention (arXiv 2502.11089, eq. 5): the gated sum of three attentions over a causal past.
+
+    Row `b`'s real tokens are the positions `[starts[b], lengths[b])`; its queries are the last T before `lengths[b]`. A
+    query before `starts[b]` gives output 0, selection -1 and no gradient. What stands outside the real tokens, or
+    behind a row's own compressed blocks, may be anything, NaN included, and gets zero gradient.
+
+    Args:
+        q: `[B, T, Hq, Dk]` float16, bfloat16, float32 or float64; T <= S.
+        k: `[B, S, Hk, Dk]`, q's dtype; `Hq % Hk == 0`.
+        v: `[B, S, Hk, Dv]`, q's dtype.
+        k_cmp: `[B, N, Hk, Dk]`, the compressed keys (`compress`): block `i` of row `b` covers
+            `[starts[b] + i*d, + l)`. N is `n_blocks(S, l, d)`; with `starts` or `lengths` at least the largest row's
+            number; with `cu_seqlens` the documents' blocks, one document after another.
+        v_cmp: `[B, N, Hk, Dv]`.
+        gates: `[B, T, Hq, 3]` in q's dtype or float32, in the order compressed, selected, window.
+        kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks, window_size: see `Sizes`.
+        k_win: `[B, Sw, Hk, Dk]` the window's own keys, the last Sw positions,
+            `min(S, window_size + T - 1) <= Sw <= S` (Sw = S with `lengths`); None shares `k` and `v`.
+        v_win: `[B, Sw, Hk, Dv]`; goes with `k_win`.
+        scale: of the logits; None = `1 / sqrt(Dk)`.
+        cu_seqlens: int32 `[documents + 1]`, borders of packed documents; B = 1, T = S.
+        starts: int32 `[B]`, first real position of each left-padded row; None = 0.
+        lengths: int32 `[B]`, positions of each row that hold something; None = S.
+        backend: `triton`, `reference`, or `auto`: Triton on CUDA tensors, the reference elsewhere. Nothing is ever
+            computed by another backend than the one named here.
+        return_selection: also return the selected blocks.
+
+    Returns:
+        `[B, T, Hq, Dv]` in q's dtype; with `return_selection` also the block indices `[B, T, Hk, topk]` int32, counted
+        from the row's or document's start, ascending, -1 for unused places (which come last).
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; says what was expected, what came and what to do.
+        NotImplementedError: Triton was asked for, or `auto` meant it, and there is no kernel yet.
+    """
+    sizes = Sizes(kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks, window_size).check()
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+    check_arguments(q, k, v, k_cmp, v_cmp, gates, sizes, k_win, v_win, cu_seqlens, starts, lengths)
+    if backend == "triton" and not q.is_cuda:
+        raise ValueError(f"backend='triton' needs CUDA tensors, got {q.device}: move them, or use backend='reference'")
+    if backend == "triton" or (backend == "auto" and q.is_cuda):
+        raise NotImplementedError(
+            "the Triton kernels are not part of this release: on CUDA tensors say backend='reference' (a model: "
+            "attn_implementation='eager'), which is correct but slow"
+        )
+    result = reference_attention(
+        q, k, v, k_cmp, v_cmp, gates, sizes=sizes, scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        k_win=k_win, v_win=v_win, cu_seqlens=cu_seqlens, starts=starts, lengths=lengths,
+    )  # fmt: skip
+    return (result.out, result.selection) if return_selection else result.out

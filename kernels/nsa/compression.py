@@ -1,0 +1,185 @@
+"""Compression: every block of `kernel_size` tokens becomes one key and one value (eq. 7).
+
+A compressor is a module that maps a block `[..., l, D]` to `[..., D]`; `compress` finds the blocks of a whole text and
+hands them over. One compressor serves all KV heads of a layer, and keys and values have one each. All three kinds give
+the block's average until they are trained.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .sizes import n_blocks
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero, so that what it corrects starts as it was."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class MeanCompressor(nn.Module):
+    """The average of the block's tokens; no parameters."""
+
+    def __init__(self, kernel_size: int, head_dim: int):
+        super().__init__()
+        self.kernel_size, self.head_dim = kernel_size, head_dim
+
+    def forward(self, blocks: Tensor) -> Tensor:
+        """`blocks [..., l, D]` to `[..., D]`, in the blocks' dtype."""
+        return blocks.mean(-2)
+
+    def extra_repr(self) -> str:
+        return f"kernel_size={self.kernel_size}, head_dim={self.head_dim}"
+
+
+class LearnedCompressor(MeanCompressor):
+    """The average plus a learned correction of the block after a position embedding; the correction starts at zero."""
+
+    def __init__(self, kernel_size: int, head_dim: int):
+        super().__init__(kernel_size, head_dim)
+        self.position = nn.Parameter(torch.empty(kernel_size, head_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Draws the position embedding `[l, D]`; the layers of the correction reset themselves."""
+        nn.init.normal_(self.position, std=std)
+
+    def correction(self, flat: Tensor) -> Tensor:
+        """`[..., l*D]` to `[..., D]`."""
+        raise NotImplementedError
+
+    def forward(self, blocks: Tensor) -> Tensor:
+        return blocks.mean(-2) + self.correction((blocks + self.position).flatten(-2))
+
+
+class LinearCompressor(LearnedCompressor):
+    """One linear map of the block's `l*D` numbers, written as the average plus `map [D, l*D]`, which starts at zero."""
+
+    def __init__(self, kernel_size: int, head_dim: int):
+        super().__init__(kernel_size, head_dim)
+        self.map = ZeroLinear(kernel_size * head_dim, head_dim, bias=False)
+
+    def correction(self, flat: Tensor) -> Tensor:
+        return self.map(flat)
+
+
+class MLPCompressor(LearnedCompressor):
+    """The average plus a two-layer MLP (the paper's phi): `up [hidden, l*D]` with bias, SiLU, `down [D, hidden]`."""
+
+    def __init__(self, kernel_size: int, head_dim: int, hidden_dim: int):
+        super().__init__(kernel_size, head_dim)
+        self.up = nn.Linear(kernel_size * head_dim, hidden_dim)
+        self.down = ZeroLinear(hidden_dim, head_dim, bias=False)
+
+    def correction(self, flat: Tensor) -> Tensor:
+        return self.down(nn.functional.silu(self.up(flat)))
+
+
+COMPRESSORS = ("mean", "linear", "mlp")
+
+
+def build_compressor(kind: str, kernel_size: int, head_dim: int, hidden_dim: int = 128) -> MeanCompressor:
+    """A compressor of the given kind.
+
+    Args:
+        kind: `mean`, `linear` or `mlp`.
+        kernel_size: tokens of a block [l].
+        head_dim: numbers of a key (for values: of a value).
+        hidden_dim: width of the MLP; used by `mlp` only.
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    if kind == "mean":
+        return MeanCompressor(kernel_size, head_dim)
+    if kind == "linear":
+        return LinearCompressor(kernel_size, head_dim)
+    if kind == "mlp":
+        return MLPCompressor(kernel_size, head_dim, hidden_dim)
+    raise ValueError(f"unknown compression {kind!r}: choose one of {', '.join(COMPRESSORS)}")
+
+
+def packed_block_starts(cu_seqlens: Tensor, kernel_size: int, kernel_stride: int) -> tuple[Tensor, Tensor]:
+    """Where the compressed blocks of packed documents stand, in document order.
+
+    Args:
+        cu_seqlens: int32 `[documents + 1]`, the documents' borders.
+
+    Returns:
+        `block_start [N]` int64, the first token of each block, and `document_start [N]` int64, that of its document.
+    """
+    borders = cu_seqlens.long()
+    length = borders.diff()
+    count = torch.where(length < kernel_size, 0, (length - kernel_size) // kernel_stride + 1)
+    document_start = borders[:-1].repeat_interleave(count)
+    first = (count.cumsum(0) - count).repeat_interleave(count)
+    local = torch.arange(len(document_start), device=borders.device) - first
+    return document_start + local * kernel_stride, document_start
+
+
+def compress(
+    x: Tensor,
+    compressor: MeanCompressor,
+    kernel_stride: int,
+    *,
+    starts: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """The compressed keys (or values) of a whole text, laid out as `nsa_attention` wants them.
+
+    Args:
+        x: `[B, S, H, D]`, keys after RoPE, or values.
+        compressor: maps `[..., l, D]` to `[..., D]`.
+        kernel_stride: tokens between two blocks' starts [d].
+        starts: int32 `[B]`, first real position of each left-padded row; None = 0.
+        lengths: int32 `[B]`, positions of each row that hold something; None = S.
+        cu_seqlens: int32 `[documents + 1]` with B = 1; goes with neither `starts` nor `lengths`.
+
+    Returns:
+        `[B, N, H, D]`. Without `cu_seqlens`, `N = n_blocks(S)` and block `i` of row `b` covers
+        `[starts[b] + i*d, starts[b] + i*d + l)`; those that are not complete are zero.
+    """
+    size = compressor.kernel_size
+    if cu_seqlens is not None:
+        block_start, _ = packed_block_starts(cu_seqlens, size, kernel_stride)
+        return compress_blocks(x, compressor, block_start[None])
+    count = n_blocks(x.shape[1], size, kernel_stride)
+    if count == 0:
+        return x.new_zeros(x.shape[0], 0, *x.shape[2:])
+    if starts is None and lengths is None:
+        # [B, N, H, D, l] -> [B, N, H, l, D], a view
+        return compressor(x.unfold(1, size, kernel_stride).transpose(-1, -2))
+    start = x.new_zeros(x.shape[0], dtype=torch.long) if starts is None else starts.long()
+    end = torch.full_like(start, x.shape[1]) if lengths is None else lengths.long()
+    block_start = start[:, None] + torch.arange(count, device=x.device) * kernel_stride
+    return compress_blocks(x, compressor, block_start, complete=block_start + size <= end[:, None])
+
+
+def compress_blocks(
+    x: Tensor, compressor: MeanCompressor, block_start: Tensor, complete: Tensor | None = None
+) -> Tensor:
+    """The compressed entries of chosen blocks.
+
+    Args:
+        x: `[B, S, H, D]`.
+        block_start: int64 `[B, N]`, first token of each block in its row.
+        complete: bool `[B, N]`, False where the block must not be read (its entry is zero, without gradient).
+
+    Returns:
+        `[B, N, H, D]`.
+    """
+    size = compressor.kernel_size
+    # [B, N, l]
+    token = block_start[..., None] + torch.arange(size, device=x.device)
+    row = torch.arange(x.shape[0], device=x.device)[:, None, None]
+    if complete is None:
+        return compressor(x[row, token].transpose(2, 3))
+    # [B, N, l, H, D]: what stands in an incomplete block may be anything, NaN too, so it is replaced, not multiplied
+    blocks = x[row, token.clamp(0, x.shape[1] - 1)].masked_fill(~complete[..., None, None, None], 0)
+    return compressor(blocks.transpose(2, 3)).masked_fill(~complete[..., None, None], 0)

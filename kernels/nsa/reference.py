@@ -1,0 +1,282 @@
+"""The specification in PyTorch: any device, any floating dtype, autograd for the gradients, queries in chunks.
+
+Masks instead of gathers: every branch is plain softmax attention under its own boolean mask, so that this file can be
+read beside the equations. The arithmetic is float32 (float64 for float64 inputs) whatever the inputs' dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .compression import packed_block_starts
+from .sizes import Sizes
+
+# Logits of one branch that a chunk of queries may hold at once; a chunk's memory is a few times that, in float32.
+CHUNK_LOGITS = 1 << 22
+
+
+class ReferenceResult(NamedTuple):
+    """`out [B, T, Hq, Dv]`, `selection [B, T, Hk, topk]` int32, `weights [B, Hq, T, S]` or None."""
+
+    out: Tensor
+    selection: Tensor
+    weights: Tensor | None
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where everything stands, in positions of the row (B or 1 rows: 1 where all rows agree).
+
+    `query [B, T]`, `query_start [B, T]`: a query's position and the first one of its row or document.
+    `key_start [B, S]`: the first position of a key's row or document.
+    `block_first [B, N]`: first token of each compressed block; `document_block [T]`: index in `k_cmp` of the first
+    block of a query's document (packed only).
+    """
+
+    query: Tensor
+    query_start: Tensor
+    key_start: Tensor
+    block_first: Tensor
+    document_block: Tensor | None
+
+
+def find_places(
+    tokens: int, keys: int, blocks: int, sizes: Sizes, cu_seqlens: Tensor | None, starts: Tensor | None,
+    lengths: Tensor | None, device: torch.device,
+) -> Places:  # fmt: skip
+    """The positions of the queries, keys and compressed blocks (see `nsa_attention` for the arguments)."""
+    key = torch.arange(keys, device=device)
+    if cu_seqlens is not None:
+        borders = cu_seqlens.long()
+        start = borders[:-1].repeat_interleave(borders.diff(), output_size=keys)[None]
+        block_first, _ = packed_block_starts(cu_seqlens, sizes.kernel_size, sizes.kernel_stride)
+        return Places(key[None], start, start, block_first[None], torch.searchsorted(block_first, start[0]))
+    zero = torch.zeros(1, dtype=torch.long, device=device)
+    start = zero if starts is None else starts.long()
+    end = zero + keys if lengths is None else lengths.long()
+    query = (end - tokens)[:, None] + torch.arange(tokens, device=device)
+    block_first = start[:, None] + torch.arange(blocks, device=device) * sizes.kernel_stride
+    return Places(query, start[:, None].expand(-1, tokens), start[:, None].expand(-1, keys), block_first, None)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax attention in which a query that sees nothing gives zero, and no gradient.
+
+    Args:
+        q: `[B, Hk, G, T, Dk]`, already scaled.
+        k, v: `[B, Hk, S, Dk]`, `[B, Hk, S, Dv]`.
+        visible: bool, broadcasts to `[B, Hk, T, S]`.
+
+    Returns:
+        Output `[B, Hk, G, T, Dv]` and probabilities `[B, Hk, G, T, S]`; the latter mean nothing where nothing is seen.
+    """
+    group, tokens = q.shape[2:4]
+    sees = visible.any(-1, keepdim=True)
+    hidden = ~(visible | ~sees)
+    with torch.autocast(q.device.type, enabled=False):
+        logits = (q.flatten(2, 3) @ k.transpose(-1, -2)).unflatten(2, (group, tokens))
+        weights = logits.masked_fill(hidden.unsqueeze(2), float("-inf")).softmax(-1)
+        out = (weights.flatten(2, 3) @ v).unflatten(2, (group, tokens))
+    return out.masked_fill(~sees.unsqueeze(2), 0), weights
+
+
+def block_importance(p_cmp: Tensor, blocks: int, sizes: Sizes) -> Tensor:
+    """Importance of the selection blocks from the probabilities of the compressed ones (eq. 9).
+
+    `importance[j] = sum_i p_cmp[i] * overlap(i, j) / d`, where `overlap` counts the tokens that compressed block `i`
+    and selection block `j` share. The terms are added in the same order for every `j`, so that ties stay ties.
+
+    Args:
+        p_cmp: `[..., N]`, block `i` of the query's own row or document at index `i`.
+        blocks: how many selection blocks.
+
+    Returns:
+        `[..., blocks]`.
+    """
+    size, stride, ratio = sizes.kernel_size, sizes.kernel_stride, sizes.block_size // sizes.kernel_stride
+    before = size // stride - 1
+    # index j*ratio + m of the padded row is compressed block j*ratio + m - before
+    after = max(0, blocks * ratio - p_cmp.shape[-1])
+    padded = torch.nn.functional.pad(p_cmp, (before, after))
+    importance = p_cmp.new_zeros(*p_cmp.shape[:-1], blocks)
+    for m in range(before + ratio):
+        offset = (m - before) * stride
+        overlap = min(offset + size, sizes.block_size) - max(offset, 0)
+        importance += padded[..., m::ratio][..., :blocks] * (overlap / stride)
+    return importance
+
+
+def select_blocks(importance: Tensor, own: Tensor, sizes: Sizes) -> Tensor:
+    """The blocks each query attends to (eqs. 11 and 12): forced ones, then the most important, ties to the lower index.
+
+    Args:
+        importance: `[B, Hk, T, Ns]`, already summed over the heads of a group (eq. 10).
+        own: int64 `[B, T]`, the query's own block; negative for a query outside its row.
+
+    Returns:
+        int64 `[B, Hk, T, topk]`, ascending, unused places -1 at the end.
+    """
+    blocks = importance.shape[-1]
+    block = torch.arange(blocks, device=importance.device)
+    own = own[:, None, :, None]
+    causal = block <= own
+    forced = causal & ((block < sizes.init_blocks) | (block > own - sizes.local_blocks))
+    score = importance.masked_fill(forced, float("inf")).masked_fill(~causal, float("-inf"))
+    score, picked = score.sort(dim=-1, descending=True, stable=True)
+    picked = picked.masked_fill(score == float("-inf"), blocks)[..., : sizes.topk].sort(dim=-1).values
+    picked = torch.nn.functional.pad(picked, (0, sizes.topk - picked.shape[-1]), value=blocks)
+    return picked.masked_fill(picked == blocks, -1)
+
+
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, *, sizes: Sizes, scale: float,
+    k_win: Tensor | None = None, v_win: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    starts: Tensor | None = None, lengths: Tensor | None = None, return_weights: bool = False,
+    chunk: int | None = None,
+) -> ReferenceResult:  # fmt: skip
+    """`nsa_attention` as the specification has it; arguments as there, already checked.
+
+    Args:
+        return_weights: also the selected branch's probabilities, `[B, Hq, T, S]`: T*S numbers a head.
+        chunk: queries at a time; None chooses by memory.
+    """
+    batch, tokens, heads, _ = q.shape
+    keys, kv_heads = k.shape[1:3]
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    places = find_places(tokens, keys, k_cmp.shape[1], sizes, cu_seqlens, starts, lengths, q.device)
+    if starts is not None or lengths is not None:
+        q, k, v, k_cmp, v_cmp, gates, k_win, v_win = without_garbage(
+            places, sizes, lengths, q, k, v, k_cmp, v_cmp, gates, k_win, v_win
+        )
+    if k_win is None or v_win is None:
+        k_win, v_win = k, v
+
+    def by_head(x: Tensor) -> Tensor:
+        return x.to(work).transpose(1, 2).contiguous()
+
+    # [B, T, Hq, D] -> [B, Hk, G, T, D], the others [B, Hk, S, D]
+    grouped = (by_head(q) * scale).unflatten(1, (kv_heads, heads // kv_heads))
+    tensors = [by_head(x) for x in (k, v, k_cmp, v_cmp, k_win, v_win)]
+    gate = by_head(gates).unflatten(1, (kv_heads, heads // kv_heads))
+
+    if chunk is None:
+        chunk = max(16, CHUNK_LOGITS // max(1, batch * heads * keys))
+    document = cu_seqlens.tolist() if cu_seqlens is not None else None
+    results = []
+    for first in range(0, tokens, chunk):
+        last = min(first + chunk, tokens)
+        # No query of the chunk sees a key outside [low, high): known here without reading values off the device.
+        low = max(border for border in document if border <= first) if document is not None else 0
+        high = keys if lengths is not None else keys - tokens + last
+        window_low = 0 if lengths is not None else max(low, keys - tokens + first - sizes.window_size + 1)
+
+        one = partial(
+            attend_chunk, places=places, sizes=sizes, queries=(first, last), seen=(low, high), window_low=window_low,
+            keys=keys, return_weights=return_weights,
+        )  # fmt: skip
+        inputs = (grouped[..., first:last, :], gate[..., first:last, :], *tensors)
+        if torch.is_grad_enabled() and tokens > chunk:
+            # the probabilities of one chunk at a time, in the backward pass too
+            results.append(checkpoint(one, *inputs, use_reentrant=False, preserve_rng_state=False))
+        else:
+            results.append(one(*inputs))
+
+    out = torch.cat([result[0] for result in results], dim=3)
+    selection = torch.cat([result[1] for result in results], dim=2)
+    weights = torch.cat([result[2] for result in results], dim=3).flatten(1, 2) if return_weights else None
+    return ReferenceResult(
+        out.flatten(1, 2).transpose(1, 2).contiguous().to(q.dtype),
+        selection.transpose(1, 2).contiguous().to(torch.int32),
+        weights,
+    )
+
+
+def attend_chunk(
+    q: Tensor, gate: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_win: Tensor, v_win: Tensor, *,
+    places: Places, sizes: Sizes, queries: tuple[int, int], seen: tuple[int, int], window_low: int, keys: int,
+    return_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """The three branches and their gated sum (eq. 5) for the queries `[first, last)`.
+
+    Args:
+        q: `[B, Hk, G, T, Dk]`, scaled; gate: `[B, Hk, G, T, 3]`; the others `[B, Hk, S, D]`, all keys.
+
+    Returns:
+        Output `[B, Hk, G, T, Dv]`, selection `[B, Hk, T, topk]`, weights `[B, Hk, G, T, S]` or None.
+    """
+    position = places.query[:, queries[0] : queries[1], None]
+    start = places.query_start[:, queries[0] : queries[1], None]
+    own = (position - start).squeeze(-1) // sizes.block_size
+    key = torch.arange(*seen, device=q.device)
+
+    # compressed: block i is visible when its last token is at or before the query (eqs. 7 and 8)
+    first = places.block_first[:, None, :]
+    visible = (first >= start) & (first + sizes.kernel_size - 1 <= position)
+    out_cmp, p_cmp = attend(q, k_cmp, v_cmp, visible[:, None])
+
+    # selected: scores of the group's heads added (eq. 10), blocks picked, their tokens attended to
+    with torch.no_grad():
+        score = p_cmp.masked_fill(~visible[:, None, None], 0).sum(2)
+        if places.document_block is not None:
+            local = places.document_block[queries[0] : queries[1], None] + torch.arange(
+                score.shape[-1], device=q.device
+            )
+            inside = local < score.shape[-1]
+            local = local.clamp(max=max(score.shape[-1] - 1, 0)).expand_as(score)
+            score = score.gather(-1, local).masked_fill(~inside, 0) if score.shape[-1] else score
+        blocks = (seen[1] - seen[0] - 1) // sizes.block_size + 1
+        selection = select_blocks(block_importance(score, blocks, sizes), own, sizes)
+        picked = torch.zeros(*selection.shape[:-1], blocks + 1, dtype=torch.bool, device=q.device)
+        picked.scatter_(-1, selection.masked_fill(selection < 0, blocks), True)
+        key_block = (key - places.key_start[:, seen[0] : seen[1]]).clamp(min=0) // sizes.block_size
+        index = key_block[:, None, None, :].expand(q.shape[0], q.shape[1], q.shape[3], -1)
+        inside = (key >= start) & (key <= position)
+        tokens = picked.expand(q.shape[0], -1, -1, -1).gather(-1, index) & inside[:, None]
+    out_slc, p_slc = attend(q, k[:, :, seen[0] : seen[1]], v[:, :, seen[0] : seen[1]], tokens)
+
+    # window: the last w tokens, the query's own counted; `k_win` holds the last Sw positions
+    offset = keys - k_win.shape[2]
+    window_low = max(window_low, offset)
+    key = torch.arange(window_low, seen[1], device=q.device)
+    inside = (key >= start) & (key <= position) & (key > position - sizes.window_size)
+    near = slice(window_low - offset, seen[1] - offset)
+    out_win, _ = attend(q, k_win[:, :, near], v_win[:, :, near], inside[:, None])
+
+    out = gate[..., 0:1] * out_cmp + gate[..., 1:2] * out_slc + gate[..., 2:3] * out_win
+    weights = None
+    if return_weights:
+        p_slc = p_slc.masked_fill(~tokens.any(-1, keepdim=True).unsqueeze(2), 0)
+        weights = torch.nn.functional.pad(p_slc, (seen[0], keys - seen[1]))
+    return out, selection, weights
+
+
+def without_garbage(
+    places: Places, sizes: Sizes, lengths: Tensor | None, q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor,
+    v_cmp: Tensor, gates: Tensor, k_win: Tensor | None, v_win: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Zeroes what stands outside the rows' real tokens and behind their own blocks: it may be anything, NaN too.
+
+    A mask on the logits is not enough: in the products of the backward pass, zero times NaN is NaN.
+    """
+    keys = k.shape[1]
+    key = torch.arange(keys, device=k.device)
+    end = keys if lengths is None else lengths.long()[:, None]
+    empty_key = (key < places.key_start) | (key >= end)
+    empty_block = places.block_first + sizes.kernel_size > end
+    empty_query = places.query < places.query_start
+
+    def clean(x: Tensor, empty: Tensor) -> Tensor:
+        return x.masked_fill(empty[..., None, None], 0)
+
+    if k_win is not None and v_win is not None:
+        k_win, v_win = (clean(x, empty_key[:, keys - x.shape[1] :]) for x in (k_win, v_win))
+    return (
+        clean(q, empty_query), clean(k, empty_key), clean(v, empty_key), clean(k_cmp, empty_block),
+        clean(v_cmp, empty_block), clean(gates, empty_query), k_win, v_win,
+    )  # fmt: skip

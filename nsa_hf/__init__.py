@@ -1,0 +1,30 @@
+"""Native Sparse Attention for Transformers. Importing this registers the model classes with the Auto classes."""
+
+from typing import Any
+
+from .config import NSA_FIELDS
+from .errors import NsaError
+from .families import FAMILIES, nsa_config_from_dense
+from .families import NsaLlamaConfig, NsaLlamaForCausalLM, NsaLlamaModel  # type: ignore[attr-defined]
+
+__version__ = "0.1.0.dev0"
+__all__ = [
+    "FAMILIES",
+    "NSA_FIELDS",
+    "NsaError",
+    "NsaLlamaConfig",
+    "NsaLlamaForCausalLM",
+    "NsaLlamaModel",
+    "__version__",
+    "convert",
+    "nsa_config_from_dense",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "convert":
+        # The one import against the direction of the arrows, so that `nsa_hf.convert(...)` works and costs nothing until then.
+        from nsa_hf.conversion import convert
+
+        return convert
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,193 @@
+"""The sparse attention layer: what is new in it, and how it is put in the place of a dense family's attention."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from nsa_hf.kernels import ZeroLinear, build_compressor, compress, nsa_attention, reference_attention
+
+from .cache import NsaDynamicLayer, nsa_cache_layer
+from .config import NsaConfigMixin
+from .errors import NsaError
+from .segments import Segments
+
+# The user's choice in `attn_implementation`, and the backend of `nsa_attention` that it means.
+IMPLEMENTATIONS = {"nsa": "auto", "eager": "reference"}
+
+
+class Gate(nn.Module):
+    """The MLP of the gates: `[B, T, hidden]` to logits `[B, T, Hq, 3]` (compressed, selected, window), zero at first."""
+
+    def __init__(self, hidden_size: int, gate_dim: int, heads: int):
+        super().__init__()
+        self.up = nn.Linear(hidden_size, gate_dim)
+        self.down = ZeroLinear(gate_dim, heads * 3)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down(nn.functional.silu(self.up(hidden_states))).unflatten(-1, (-1, 3))
+
+
+def gate_values(logits: Tensor, kind: str, blend: float) -> Tensor:
+    """Gates from their logits, `[B, T, Hq, 3]` each; at least float32.
+
+    Args:
+        kind: `sigmoid`, the paper's three independent sigmoids; `residual`, `tanh(z/2)` with 1 added for the selected
+            branch, so that zero logits give (0, 1, 0) exactly with a slope of 1/2; `blend`, from (0, 1, 0) to the
+            paper's.
+        blend: the share of the paper's gates, used by `blend` only.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if kind == "sigmoid":
+        return logits.sigmoid()
+    dense = logits.new_tensor([0.0, 1.0, 0.0])
+    if kind == "residual":
+        return dense + (logits / 2).tanh()
+    return (1 - blend) * dense + blend * logits.sigmoid()
+
+
+class NsaModules(nn.Module):
+    """What a layer has beyond the dense one's parameters: `compress_k`, `compress_v` and `gate`."""
+
+    def __init__(self, config: NsaConfigMixin, head_dim: int, value_dim: int):
+        super().__init__()
+        kind, size, width = config.nsa_compression, config.nsa_kernel_size, config.nsa_compression_dim
+        self.compress_k = build_compressor(kind, size, head_dim, width)
+        self.compress_v = build_compressor(kind, size, value_dim, width)
+        self.gate = Gate(config.hidden_size, config.nsa_gate_dim, config.num_attention_heads)  # type: ignore[attr-defined]
+
+
+class NsaAttentionMixin:
+    """In front of a family's attention class: its projections, norms, RoPE and cache, with sparse attention inside.
+
+    Attributes:
+        nsa: the new modules, or None in a layer that stays dense.
+        nsa_dense: True while the model runs dense (`model.dense_attention()`).
+        nsa_record: where the selection goes while it is recorded (`model.record_selection()`).
+    """
+
+    def __init__(self, config: NsaConfigMixin, layer_idx: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, layer_idx, *args, **kwargs)
+        self.model_config = config
+        # The family's forward looks its attention up by this name. With "eager" it would take its own dense function,
+        # so it always finds "nsa" here, and `nsa_attention_forward` asks the model's config what the user chose.
+        self.config = copy.copy(config)
+        self.config._attn_implementation_internal = "nsa"
+        self.nsa = None
+        if config.is_nsa_layer(layer_idx):
+            self.nsa = NsaModules(config, self.head_dim, getattr(self, "v_head_dim", self.head_dim))
+        self.nsa_dense = False
+        self.nsa_record: dict[int, Tensor] | None = None
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_key_values")
+        layer = None if cache is None else nsa_cache_layer(cache, self.layer_idx)
+        return super().forward(
+            hidden_states, *args, **kwargs, nsa_hidden_states=hidden_states, nsa_cache_layer=layer
+        )
+
+
+def nsa_attention_forward(
+    module: NsaAttentionMixin,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    *,
+    nsa_hidden_states: Tensor,
+    nsa_cache_layer: NsaDynamicLayer | None,
+    nsa_segments: Segments,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What Transformers calls between a family's projections: sparse attention of one layer.
+
+    Args:
+        query, key, value: `[B, H, T or S, D]` after RoPE and the cache; key and value are those of all S tokens.
+        attention_mask: ignored; `nsa_segments` says the same without T*S numbers.
+        nsa_hidden_states: `[B, T, hidden]`, what entered the layer; the gates are made of it.
+
+    Returns:
+        `[B, T, Hq, Dv]`, and with `output_attentions` the selected branch's weights `[B, Hq, T, S]`.
+    """
+    config, nsa = module.model_config, module.nsa
+    if config._attn_implementation not in IMPLEMENTATIONS:
+        raise NsaError(
+            f"attn_implementation={config._attn_implementation!r} is not one of a sparse model's: use "
+            f"{' or '.join(map(repr, IMPLEMENTATIONS))}, or run it dense inside `with model.dense_attention():`"
+        )
+    query, key, value = same_dtype(query, key, value)
+    if nsa is None or module.nsa_dense:
+        return dense_attention(module, query, key, value, scaling, dropout, nsa_segments), None
+    if dropout:
+        raise NsaError(f"sparse attention has no attention dropout, got {dropout}: set config.attention_dropout = 0")
+
+    stride, starts, cu_seqlens = config.nsa_kernel_stride, nsa_segments.starts, nsa_segments.cu_seqlens
+    k, v = key.transpose(1, 2), value.transpose(1, 2)
+    if nsa_cache_layer is not None and cu_seqlens is None:
+        k_cmp, v_cmp = nsa_cache_layer.extend(nsa.compress_k, nsa.compress_v, stride, starts)
+    else:
+        k_cmp = compress(k, nsa.compress_k, stride, starts=starts, cu_seqlens=cu_seqlens)
+        v_cmp = compress(v, nsa.compress_v, stride, starts=starts, cu_seqlens=cu_seqlens)
+        if nsa_cache_layer is not None:
+            nsa_cache_layer.packed = True
+    gates = gate_values(nsa.gate(nsa_hidden_states), config.nsa_gate, config.nsa_gate_blend)
+    inputs = (query.transpose(1, 2), k, v, k_cmp.to(k.dtype), v_cmp.to(v.dtype), gates)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+
+    weights = None
+    if kwargs.get("output_attentions", config.output_attentions):
+        out, selection, weights = reference_attention(
+            *inputs, sizes=config.nsa_sizes, scale=scale, starts=starts, cu_seqlens=cu_seqlens, return_weights=True
+        )
+    else:
+        out, selection = nsa_attention(
+            *inputs, **vars(config.nsa_sizes), scale=scale, starts=starts, cu_seqlens=cu_seqlens,
+            backend=IMPLEMENTATIONS[config._attn_implementation], return_selection=True,
+        )  # fmt: skip
+    if module.nsa_record is not None:
+        module.nsa_record[module.layer_idx] = selection
+    return out, weights
+
+
+def same_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One dtype for all three, as PyTorch's own attention does under autocast: RoPE leaves q and k in float32 there."""
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def dense_attention(
+    module: NsaAttentionMixin, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float,
+    segments: Segments,
+) -> Tensor:  # fmt: skip
+    """Dense causal attention of the same queries, keys and values: `[B, H, T or S, D]` to `[B, T, Hq, Dv]`."""
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return sdpa_attention_forward(module, q, k, v, mask, dropout=dropout, scaling=scaling)[0]
+
+    if segments.borders:
+        documents = [slice(a, b) for a, b in zip(segments.borders[:-1], segments.borders[1:], strict=True)]
+        return torch.cat([sdpa(query[:, :, d], key[:, :, d], value[:, :, d], None) for d in documents], dim=1)
+    tokens, keys = query.shape[2], key.shape[2]
+    if segments.starts is None and tokens in (1, keys):
+        return sdpa(query, key, value, None)
+    position = torch.arange(keys - tokens, keys, device=query.device)[:, None]
+    past = torch.arange(keys, device=query.device)
+    visible = (past <= position)[None, None]
+    if segments.starts is not None:
+        # padding attends to itself, so that no row of the softmax is empty
+        visible = visible & (past >= segments.starts[:, None, None, None]) | (past == position)
+    return sdpa(query, key, value, visible)
+
+
+AttentionInterface.register("nsa", nsa_attention_forward)
+# The model hands its own `Segments` to the layers (see modeling.py), so no mask is ever needed; a name that is not
+# registered would make Transformers drop padding without a word.
+AttentionMaskInterface.register("nsa", lambda *args, **kwargs: None)

@@ -1,0 +1,136 @@
+"""What a sparse model does beyond its dense family, whichever family that is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsa_hf.kernels import LearnedCompressor, ZeroLinear
+
+from .attention import IMPLEMENTATIONS, NsaAttentionMixin
+from .errors import NsaError
+from .segments import find_segments
+
+
+class NsaPreTrainedMixin:
+    """In front of a family's classes that hold sparse layers: initialisation, the choice of attention, dense mode."""
+
+    # With these True, Transformers or a serving engine would put its own dense attention in the place of ours.
+    _supports_sdpa = False
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    _supports_attention_backend = False
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        implementation = requested_attention or "nsa"
+        if implementation not in IMPLEMENTATIONS:
+            raise NsaError(
+                f"attn_implementation={implementation!r} is not one of a sparse model's: use 'nsa' (the kernels) or "
+                "'eager' (the PyTorch reference); for dense attention, `with model.dense_attention():`"
+            )
+        return implementation
+
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation: str | None, *args: Any, **kwargs: Any
+    ) -> str:
+        return self.get_correct_attn_implementation(attn_implementation)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, ZeroLinear):
+            module.reset_parameters()
+        elif isinstance(module, LearnedCompressor):
+            module.reset_parameters(std=self.config.initializer_range)
+        else:
+            super()._init_weights(module)
+
+    def attention_layers(self) -> Iterator[NsaAttentionMixin]:
+        """The attention modules in order, those that stay dense included."""
+        return (module for module in self.modules() if isinstance(module, NsaAttentionMixin))
+
+    @contextmanager
+    def dense_attention(self) -> Iterator[None]:
+        """Runs the same weights with dense attention inside the block: for verification, as a teacher, beside evaluation.
+
+        The gates and compressors are not used. A cache filled here can be continued sparse, and the other way round.
+        """
+        before = {layer: layer.nsa_dense for layer in self.attention_layers()}
+        try:
+            for layer in before:
+                layer.nsa_dense = True
+            yield
+        finally:
+            for layer, dense in before.items():
+                layer.nsa_dense = dense
+
+    @contextmanager
+    def record_selection(self) -> Iterator[dict[int, Tensor]]:
+        """Gives a dict that each forward inside the block fills: layer to the selected blocks of that forward.
+
+        Values are int32 `[B, T, Hk, topk]`, ascending, -1 for unused places; blocks count from the row's (or document's)
+        first real token. Layers that are dense are absent.
+        """
+        record: dict[int, Tensor] = {}
+        before = {layer: layer.nsa_record for layer in self.attention_layers()}
+        try:
+            for layer in before:
+                layer.nsa_record = record
+            yield record
+        finally:
+            for layer, recorded in before.items():
+                layer.nsa_record = recorded
+
+    def set_gate_blend(self, share: float) -> None:
+        """Sets the paper's share of the gates of a model with `nsa_gate="blend"`: 0 is dense, 1 the paper's model.
+
+        Raises:
+            NsaError: the model has other gates, or the share is not between 0 and 1.
+        """
+        if self.config.nsa_gate != "blend":
+            raise NsaError(f"set_gate_blend needs nsa_gate='blend', got {self.config.nsa_gate!r}")
+        self.config.nsa_gate_blend = share
+        self.config.check_nsa()
+
+
+class NsaModelMixin(NsaPreTrainedMixin):
+    """In front of a family's decoder: works the padding and packing out once, for all layers."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the family's, with 2D masks only; see `find_segments` for padding and packing."""
+        given = input_ids if input_ids is not None else inputs_embeds
+        if given is None:
+            raise NsaError("give input_ids [batch, tokens] or inputs_embeds [batch, tokens, hidden]")
+        batch, tokens = given.shape[:2]
+        segments = find_segments(
+            batch,
+            tokens,
+            past_key_values.get_seq_length() if past_key_values is not None else 0,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
+        )
+        # Families hand a mask of four dimensions through as it is, and build none: theirs would hold T*S numbers.
+        unused_mask = torch.empty(0, 1, 1, 1, dtype=torch.bool, device=given.device)
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=unused_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            nsa_segments=segments,
+            **kwargs,
+        )

@@ -1,0 +1,105 @@
+"""Which positions belong to which row or document: worked out once per forward pass, handed to every layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import NsaError
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Left-padded rows, or packed documents, or (both None) rows that are full.
+
+    Args:
+        starts: int32 `[B]`, first real position of each row.
+        cu_seqlens: int32 `[documents + 1]`, borders of the documents that one row holds.
+        borders: the same borders on the host.
+    """
+
+    starts: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    borders: tuple[int, ...] = ()
+
+
+def find_segments(
+    batch: int,
+    tokens: int,
+    past: int,
+    *,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+) -> Segments:
+    """Explicit `cu_seq_lens` first; then a 2D mask; then, without a mask, position ids that restart.
+
+    Args:
+        batch, tokens, past: rows, new tokens of each, and tokens already in the cache.
+        attention_mask: `[B, past + T]`, nonzero where a token is real: left padding, right padding or both.
+        position_ids: `[B or 1, T]`; where they do not rise by one a new document begins (batch 1 only).
+        cu_seq_lens_q, cu_seq_lens_k: int `[documents + 1]`, equal.
+
+    Raises:
+        NsaError: a mask with holes, of four dimensions or of a wrong size; packing with several rows or a cache.
+    """
+    if cu_seq_lens_q is not None:
+        if cu_seq_lens_k is not None and cu_seq_lens_k is not cu_seq_lens_q:
+            if not torch.equal(cu_seq_lens_k, cu_seq_lens_q):
+                raise NsaError("cu_seq_lens_q and cu_seq_lens_k must be equal: queries and keys are the same documents")
+        return packed(cu_seq_lens_q.tolist(), cu_seq_lens_q, batch, tokens, past)
+    if attention_mask is not None:
+        return Segments(starts=padding_starts(attention_mask, batch, past + tokens))
+    if position_ids is not None and tokens > 1:
+        restarts = position_ids.diff(dim=-1) != 1
+        if not bool(restarts.any()):
+            return Segments()
+        if batch != 1:
+            raise NsaError(
+                f"position ids that restart mean packed documents, which need batch size 1, got {batch}: flatten the "
+                "batch (DataCollatorWithFlattening), or give an attention_mask if the rows are padded"
+            )
+        borders = [0, *(restarts[0].nonzero().flatten() + 1).tolist(), tokens]
+        return packed(borders, position_ids.new_tensor(borders), batch, tokens, past)
+    return Segments()
+
+
+def packed(borders: list[int], cu_seqlens: Tensor, batch: int, tokens: int, past: int) -> Segments:
+    rises = all(low < high for low, high in zip(borders[:-1], borders[1:], strict=True))
+    if batch != 1 or past or len(borders) < 2 or borders[0] != 0 or borders[-1] != tokens or not rises:
+        raise NsaError(
+            f"packed documents need batch size 1, an empty cache and borders that rise from 0 to the {tokens} tokens; "
+            f"got batch size {batch}, {past} cached tokens and borders {borders}"
+        )
+    if len(borders) == 2:
+        return Segments()
+    return Segments(cu_seqlens=cu_seqlens.to(torch.int32), borders=tuple(borders))
+
+
+def padding_starts(attention_mask: Any, batch: int, keys: int) -> Tensor | None:
+    """First real position of each row, int32 `[B]`, or None where no row is padded on the left."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        got = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise NsaError(
+            f"sparse attention takes a 2D attention_mask [batch, tokens] (padding only), got {got}: "
+            "for packed documents give position_ids that restart, or cu_seq_lens_q"
+        )
+    if attention_mask.shape != (batch, keys):
+        raise NsaError(
+            f"attention_mask must be [{batch}, {keys}] (rows, cached and new tokens), got {list(attention_mask.shape)}"
+        )
+    real = attention_mask != 0
+    begins = real.long().diff(dim=-1, prepend=real.new_zeros(batch, 1).long()) == 1
+    # a row without any real token starts behind its end
+    starts = torch.where(begins.any(-1), begins.long().argmax(-1), keys)
+    most_begins, last_start = torch.stack([begins.sum(-1).max(), starts.max()]).tolist()
+    if most_begins > 1:
+        raise NsaError(
+            "attention_mask has holes (a row is 1, then 0, then 1 again): sparse attention supports padding on the left "
+            "and on the right; pad generation prompts on the left (tokenizer.padding_side='left')"
+        )
+    return starts.to(torch.int32) if last_start > 0 else None
