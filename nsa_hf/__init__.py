@@ -4,8 +4,7 @@ from typing import Any
 
 from .config import NSA_FIELDS
 from .errors import NsaError
-from .families import FAMILIES, nsa_config_from_dense
-from .families import NsaLlamaConfig, NsaLlamaForCausalLM, NsaLlamaModel  # type: ignore[attr-defined]
+from .families import FAMILIES, NsaLlamaConfig, NsaLlamaForCausalLM, NsaLlamaModel, nsa_config_from_dense  # type: ignore[attr-defined]
 
 __version__ = "0.1.0.dev0"
 __all__ = [
@@ -23,7 +22,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "convert":
-        # The one import against the direction of the arrows, so that `nsa_hf.convert(...)` works and costs nothing until then.
+        # The one import against the arrows, for `nsa_hf.convert(...)`; it costs nothing until then.
         from nsa_hf.conversion import convert
 
         return convert

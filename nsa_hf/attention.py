@@ -22,7 +22,7 @@ IMPLEMENTATIONS = {"nsa": "auto", "eager": "reference"}
 
 
 class Gate(nn.Module):
-    """The MLP of the gates: `[B, T, hidden]` to logits `[B, T, Hq, 3]` (compressed, selected, window), zero at first."""
+    """The gates' MLP: `[B, T, hidden]` to logits `[B, T, Hq, 3]` (compressed, selected, window), zero at first."""
 
     def __init__(self, hidden_size: int, gate_dim: int, heads: int):
         super().__init__()
@@ -74,22 +74,22 @@ class NsaAttentionMixin:
     def __init__(self, config: NsaConfigMixin, layer_idx: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, layer_idx, *args, **kwargs)
         self.model_config = config
+        self.layer_idx = layer_idx
         # The family's forward looks its attention up by this name. With "eager" it would take its own dense function,
         # so it always finds "nsa" here, and `nsa_attention_forward` asks the model's config what the user chose.
         self.config = copy.copy(config)
         self.config._attn_implementation_internal = "nsa"
-        self.nsa = None
+        self.nsa: NsaModules | None = None
         if config.is_nsa_layer(layer_idx):
-            self.nsa = NsaModules(config, self.head_dim, getattr(self, "v_head_dim", self.head_dim))
+            value_dim = int(getattr(self, "v_head_dim", self.head_dim))
+            self.nsa = NsaModules(config, self.head_dim, value_dim)
         self.nsa_dense = False
         self.nsa_record: dict[int, Tensor] | None = None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
         layer = None if cache is None else nsa_cache_layer(cache, self.layer_idx)
-        return super().forward(
-            hidden_states, *args, **kwargs, nsa_hidden_states=hidden_states, nsa_cache_layer=layer
-        )
+        return super().forward(hidden_states, *args, **kwargs, nsa_hidden_states=hidden_states, nsa_cache_layer=layer)
 
 
 def nsa_attention_forward(

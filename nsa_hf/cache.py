@@ -1,4 +1,4 @@
-"""The cache of a sparse layer: keys and values in full, and the compressed entries, extended as blocks are completed."""
+"""The cache of a sparse layer: all keys and values, and the compressed entries, extended as blocks are completed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ class NsaDynamicLayer(DynamicLayer):
         adopted.__dict__.update(layer.__dict__)
         return adopted
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         if self.packed:
             raise NsaError("this cache holds packed documents and cannot be continued: start with an empty cache")
         return super().update(key_states, value_states, *args, **kwargs)
@@ -62,14 +64,16 @@ class NsaDynamicLayer(DynamicLayer):
             held = getattr(self, name)
             if held is None:
                 held = states.new_zeros(states.shape[0], 0, states.shape[1], states.shape[3])
-            grow = self.extend_full if starts is None else self.extend_padded
-            setattr(self, name, grow(held, states.transpose(1, 2), compressor, kernel_stride, starts))
+            x = states.transpose(1, 2)
+            if starts is None:
+                grown = self.extend_full(held, x, compressor, kernel_stride)
+            else:
+                grown = self.extend_padded(held, x, compressor, kernel_stride, starts)
+            setattr(self, name, grown)
         self.compressed_length = length
         return self.compressed_keys, self.compressed_values  # type: ignore[return-value]
 
-    def extend_full(
-        self, held: Tensor, x: Tensor, compressor: MeanCompressor, stride: int, starts: Tensor | None
-    ) -> Tensor:
+    def extend_full(self, held: Tensor, x: Tensor, compressor: MeanCompressor, stride: int) -> Tensor:
         size = compressor.kernel_size
         done, count = n_blocks(self.compressed_length, size, stride), n_blocks(x.shape[1], size, stride)
         if count == done:
@@ -77,10 +81,8 @@ class NsaDynamicLayer(DynamicLayer):
         new = compress(x[:, done * stride : (count - 1) * stride + size], compressor, stride)
         return torch.cat([held, new.to(held.dtype)], dim=1)
 
-    def extend_padded(
-        self, held: Tensor, x: Tensor, compressor: MeanCompressor, stride: int, starts: Tensor
-    ) -> Tensor:
-        """Rows complete their blocks at different tokens: each writes its own next ones, in as many places as needed."""
+    def extend_padded(self, held: Tensor, x: Tensor, compressor: MeanCompressor, stride: int, starts: Tensor) -> Tensor:
+        """Rows complete their blocks at different tokens: each writes its own next ones."""
         size, length = compressor.kernel_size, x.shape[1]
         count = n_blocks(length, size, stride)
         places = min(count, -(-(length - self.compressed_length) // stride))
@@ -134,7 +136,9 @@ def nsa_cache_layer(cache: Cache, layer_idx: int) -> NsaDynamicLayer:
         NsaError: the cache is of a kind that sparse attention cannot use; names it and what to use instead.
     """
     if cache.offloading:
-        raise NsaError("sparse attention does not support an offloaded cache yet: use DynamicCache() without offloading")
+        raise NsaError(
+            "sparse attention does not support an offloaded cache yet: use DynamicCache() without offloading"
+        )
     if cache.layer_class_to_replicate is DynamicLayer:
         while len(cache.layers) <= layer_idx:
             cache.layers.append(DynamicLayer())

@@ -59,7 +59,8 @@ class NsaConfigMixin:
     def is_nsa_layer(self, layer: int) -> bool:
         """Whether layer `layer` (counted from 0) has sparse attention: full attention, and not among the dense ones."""
         layer_types = getattr(self, "layer_types", None)
-        return layer not in self.nsa_dense_layers and (not layer_types or layer_types[layer] == "full_attention")
+        full = not layer_types or layer_types[layer] == "full_attention"
+        return full and layer not in (self.nsa_dense_layers or ())
 
     def check_nsa(self) -> None:
         """Brings the fields into their final form.

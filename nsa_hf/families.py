@@ -1,7 +1,7 @@
 """The dense families, and the sparse classes made of each.
 
-A sparse class is the family's own class with a mixin in front of it. Where a family's `__init__` names the classes of its
-parts, it runs with the sparse parts under those names: each model is built once, from its family's own code.
+A sparse class is the family's own class with a mixin in front of it. Where a family's `__init__` names the classes of
+its parts, it runs with the sparse parts under those names: each model is built once, from its family's own code.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def built_with(init: Callable[..., None], parts: dict[str, type]) -> Callable[..
 
 
 def define_family(model_type: str, stem: str) -> Family:
-    """Makes the sparse classes of one family, under their names in this module, and registers them with the Auto classes."""
+    """Makes the sparse classes of one family, under their names in this module, and registers them."""
     dense = import_module(f"transformers.models.{model_type}.modeling_{model_type}")
     dense_config: type[PreTrainedConfig] = getattr(dense, f"{stem}Config")
 
@@ -76,7 +76,7 @@ def define_family(model_type: str, stem: str) -> Family:
     def dense_part(part: str) -> type:
         return getattr(dense, f"{stem}{part}")
 
-    config = strict(
+    config: type[PreTrainedConfig] = strict(
         define(
             "Config",
             (NsaConfigMixin, dense_config),
@@ -95,7 +95,8 @@ def define_family(model_type: str, stem: str) -> Family:
         __init__=built_with(dense_part("DecoderLayer").__init__, {f"{stem}Attention": attention}),
     )
     layers = {
-        name if name != f"{stem}DecoderLayer" else layer.__name__ for name in dense_part("Model")._no_split_modules or []
+        name if name != f"{stem}DecoderLayer" else layer.__name__
+        for name in dense_part("Model")._no_split_modules or []
     }
     shared = {"config_class": config, "config": config, "_no_split_modules": sorted(layers)}
     model = define(

@@ -34,9 +34,7 @@ class NsaPreTrainedMixin:
             )
         return implementation
 
-    def _check_and_adjust_attn_implementation(
-        self, attn_implementation: str | None, *args: Any, **kwargs: Any
-    ) -> str:
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
         return self.get_correct_attn_implementation(attn_implementation)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -53,7 +51,7 @@ class NsaPreTrainedMixin:
 
     @contextmanager
     def dense_attention(self) -> Iterator[None]:
-        """Runs the same weights with dense attention inside the block: for verification, as a teacher, beside evaluation.
+        """Runs the same weights dense inside the block: for verification, as a teacher, for evaluation beside.
 
         The gates and compressors are not used. A cache filled here can be continued sparse, and the other way round.
         """
@@ -70,8 +68,8 @@ class NsaPreTrainedMixin:
     def record_selection(self) -> Iterator[dict[int, Tensor]]:
         """Gives a dict that each forward inside the block fills: layer to the selected blocks of that forward.
 
-        Values are int32 `[B, T, Hk, topk]`, ascending, -1 for unused places; blocks count from the row's (or document's)
-        first real token. Layers that are dense are absent.
+        Values are int32 `[B, T, Hk, topk]`, ascending, -1 for unused places; blocks count from the row's (or
+        document's) first real token. Layers that are dense are absent.
         """
         record: dict[int, Tensor] = {}
         before = {layer: layer.nsa_record for layer in self.attention_layers()}

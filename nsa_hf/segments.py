@@ -99,7 +99,7 @@ def padding_starts(attention_mask: Any, batch: int, keys: int) -> Tensor | None:
     most_begins, last_start = torch.stack([begins.sum(-1).max(), starts.max()]).tolist()
     if most_begins > 1:
         raise NsaError(
-            "attention_mask has holes (a row is 1, then 0, then 1 again): sparse attention supports padding on the left "
-            "and on the right; pad generation prompts on the left (tokenizer.padding_side='left')"
+            "attention_mask has holes (a row is 1, then 0, then 1 again): sparse attention supports padding on the "
+            "left and on the right; pad generation prompts on the left (tokenizer.padding_side='left')"
         )
     return starts.to(torch.int32) if last_start > 0 else None

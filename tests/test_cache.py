@@ -1,4 +1,4 @@
-"""The cache: compressed entries are extended, never recomputed, and follow everything that happens to keys and values."""
+"""The cache: compressed entries are extended, never recomputed, and follow what happens to keys and values."""
 
 from __future__ import annotations
 

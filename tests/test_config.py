@@ -29,7 +29,10 @@ def test_every_field_is_documented_and_flat():
     "fields, message",
     [
         ({"nsa_kernel_stride": 24}, "nsa_kernel_stride must divide nsa_kernel_size, got 24 and 32"),
-        ({"nsa_kernel_size": 48, "nsa_kernel_stride": 24}, "nsa_kernel_stride must divide nsa_block_size, got 24 and 64"),
+        (
+            {"nsa_kernel_size": 48, "nsa_kernel_stride": 24},
+            "nsa_kernel_stride must divide nsa_block_size, got 24 and 64",
+        ),
         ({"nsa_kernel_size": 128}, "nsa_kernel_size must be at most nsa_block_size, got 128 and 64"),
         ({"nsa_topk": 2}, "nsa_topk counts the forced blocks, .* = 3, got 2"),
         ({"nsa_window_size": 0}, "nsa_window_size must be at least 1, got 0"),
@@ -70,7 +73,9 @@ def test_saved_and_loaded_the_same(tmp_path):
 
 
 def test_from_dense_keeps_every_dense_field():
-    dense = LlamaConfig(hidden_size=96, num_attention_heads=6, num_key_value_heads=2, rms_norm_eps=3e-5, dtype="bfloat16")
+    dense = LlamaConfig(
+        hidden_size=96, num_attention_heads=6, num_key_value_heads=2, rms_norm_eps=3e-5, dtype="bfloat16"
+    )
     config = nsa_config_from_dense(dense, nsa_topk=4)
     kept = dense.to_dict()
     for name in ("model_type", "architectures", "transformers_version"):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import TINY_SIZES
 from transformers import DynamicCache
 
-from conftest import TINY_SIZES
 from nsa_hf import NsaError
 
 LENGTH = 150
@@ -21,7 +21,9 @@ def in_steps(model, x, steps, cache, **inputs) -> torch.Tensor:
     logits, done = [], 0
     for step in steps:
         now = slice(done, done + step)
-        given = {name: value[:, now] if name == "position_ids" else value[:, : done + step] for name, value in inputs.items()}
+        given = {
+            name: value[:, now] if name == "position_ids" else value[:, : done + step] for name, value in inputs.items()
+        }
         logits.append(model(x[:, now], past_key_values=cache, use_cache=True, **given).logits)
         done += step
     return torch.cat(logits, dim=1)
@@ -113,7 +115,9 @@ def test_sampling_and_beams_with_the_cache_equal_those_without(options, tiny_nsa
     out = []
     for use_cache in (True, False):
         torch.manual_seed(0)
-        out.append(model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=16, use_cache=use_cache, **options))
+        out.append(
+            model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=16, use_cache=use_cache, **options)
+        )
     assert torch.equal(out[0], out[1])
 
 
@@ -148,4 +152,4 @@ def test_a_packed_cache_is_refused_after_the_first_pass(tiny_nsa_model):
 
 def test_the_sizes_cross_every_border_here():
     sizes = {name.removeprefix("nsa_"): value for name, value in TINY_SIZES.items()}
-    assert LENGTH > 2 * sizes["topk"] * sizes["block_size"]
+    assert 2 * sizes["topk"] * sizes["block_size"] < LENGTH

@@ -29,7 +29,9 @@ def test_the_formulas():
     torch.testing.assert_close(quarter[..., 0], 0.25 * z[..., 0].sigmoid())
 
 
-@pytest.mark.parametrize("kind, blend, trains", [("residual", 0, True), ("sigmoid", 0, True), ("blend", 0.1, True), ("blend", 0, False)])
+@pytest.mark.parametrize(
+    "kind, blend, trains", [("residual", 0, True), ("sigmoid", 0, True), ("blend", 0.1, True), ("blend", 0, False)]
+)
 def test_the_slope_at_the_start(kind, blend, trains):
     z = torch.zeros(1, 1, 2, 3, requires_grad=True)
     gate_values(z, kind, blend).sum().backward()

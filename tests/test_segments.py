@@ -61,7 +61,9 @@ def test_position_ids_mean_packing_only_without_a_mask():
 
 def test_explicit_borders_come_first():
     borders = torch.tensor([0, 2, 4])
-    found = find_segments(1, 4, 0, cu_seq_lens_q=borders, cu_seq_lens_k=borders.clone(), position_ids=torch.arange(4)[None])
+    found = find_segments(
+        1, 4, 0, cu_seq_lens_q=borders, cu_seq_lens_k=borders.clone(), position_ids=torch.arange(4)[None]
+    )
     assert found.borders == (0, 2, 4)
     assert find_segments(1, 4, 0, cu_seq_lens_q=torch.tensor([0, 4])).cu_seqlens is None
 

@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from .compression import packed_block_starts
 from .sizes import Sizes
 
-# Logits of one branch that a chunk of queries may hold at once; a chunk's memory is a few times that, in float32.
-CHUNK_LOGITS = 1 << 22
+# Logits of one branch that a chunk of queries may hold at once, by device; a chunk's memory is a few times that, in
+# float32. A CPU is fastest within its caches; a GPU wants few large launches.
+CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 25}
 
 
 class ReferenceResult(NamedTuple):
@@ -154,26 +155,25 @@ def reference_attention(
         q, k, v, k_cmp, v_cmp, gates, k_win, v_win = without_garbage(
             places, sizes, lengths, q, k, v, k_cmp, v_cmp, gates, k_win, v_win
         )
-    if k_win is None or v_win is None:
-        k_win, v_win = k, v
 
     def by_head(x: Tensor) -> Tensor:
         return x.to(work).transpose(1, 2).contiguous()
 
     # [B, T, Hq, D] -> [B, Hk, G, T, D], the others [B, Hk, S, D]
     grouped = (by_head(q) * scale).unflatten(1, (kv_heads, heads // kv_heads))
-    tensors = [by_head(x) for x in (k, v, k_cmp, v_cmp, k_win, v_win)]
+    tensors = [by_head(x) for x in (k, v, k_cmp, v_cmp)]
+    tensors += tensors[:2] if k_win is None or v_win is None else [by_head(k_win), by_head(v_win)]
     gate = by_head(gates).unflatten(1, (kv_heads, heads // kv_heads))
 
     if chunk is None:
-        chunk = max(16, CHUNK_LOGITS // max(1, batch * heads * keys))
+        chunk = max(16, CHUNK_LOGITS.get(q.device.type, 1 << 22) // max(1, batch * heads * keys))
     document = cu_seqlens.tolist() if cu_seqlens is not None else None
     results = []
     for first in range(0, tokens, chunk):
         last = min(first + chunk, tokens)
-        # No query of the chunk sees a key outside [low, high): known here without reading values off the device.
+        # No query of the chunk sees a key outside [low, high): a row's queries end at S or before.
         low = max(border for border in document if border <= first) if document is not None else 0
-        high = keys if lengths is not None else keys - tokens + last
+        high = keys - tokens + last
         window_low = 0 if lengths is not None else max(low, keys - tokens + first - sizes.window_size + 1)
 
         one = partial(
