@@ -1,0 +1,114 @@
+"""`manifest.json`: what a converted checkpoint was made from, with what, and the hash of every tensor in it.
+
+It holds no time and no path but what the user typed, so the same conversion writes the same manifest.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from .checkpoint import CheckpointError, tensor_sha256
+from .layout import dtype_name
+from .staging import write_json
+
+NAME = "manifest.json"
+FORMAT = 1
+PACKAGES = ("nsa-hf", "torch", "transformers", "safetensors", "huggingface_hub", "gguf")
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that a conversion goes through; absent packages are left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def describe(tensor: Tensor, origin: str) -> dict[str, Any]:
+    """One tensor's entry: dtype, shape, origin (`source` or `nsa`) and sha256 of its bytes."""
+    return {
+        "dtype": dtype_name(tensor.dtype),
+        "shape": list(tensor.shape),
+        "from": origin,
+        "sha256": tensor_sha256(tensor),
+    }
+
+
+def build(
+    source: Mapping[str, Any],
+    config: PreTrainedConfig,
+    options: Mapping[str, Any],
+    tensors: Mapping[str, Mapping[str, Any]],
+    companions: list[str],
+) -> dict[str, Any]:
+    """The manifest of an untrained conversion.
+
+    Args:
+        source: `Source.identity()`.
+        config: the NSA config that was written.
+        options: what the user asked for.
+        tensors: `describe` of every tensor written, by name.
+        companions: names of the tokenizer's and other files written beside.
+    """
+    return {
+        "format": FORMAT,
+        "trained": False,
+        "exact_up_to": config.nsa_topk * config.nsa_block_size,
+        "source": dict(source),
+        "model_type": config.model_type,
+        "options": dict(options),
+        "versions": versions(),
+        "companions": companions,
+        "tensors": dict(tensors),
+    }
+
+
+def write(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Writes it into a checkpoint's folder."""
+    write_json(folder / NAME, manifest)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The manifest of a converted checkpoint (or of one trained from it: then `trained` is True).
+
+    Raises:
+        CheckpointError: there is none, or it is damaged, or a newer version wrote it.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} has no {NAME}: expected a folder that `nsa-hf convert` or `nsa-hf train` wrote"
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        written = manifest["format"]
+        lacking = [key for key in ("trained", "exact_up_to", "source", "tensors") if key not in manifest]
+        if lacking:
+            raise ValueError(f"it lacks {', '.join(lacking)}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error!r}): convert again") from error
+    if written > FORMAT:
+        raise CheckpointError(f"{path} has format {written} and this version reads up to {FORMAT}: update nsa-hf")
+    return manifest
+
+
+def differences(manifest: Mapping[str, Any], tensors: Iterator[tuple[str, Tensor]]) -> list[str]:
+    """Names of tensors that are not what the manifest says: changed in a single bit, lost, or new."""
+    expected = dict(manifest["tensors"])
+    wrong = []
+    for name, tensor in tensors:
+        entry = expected.pop(name, None)
+        if entry is None or describe(tensor, entry["from"]) != entry:
+            wrong.append(name)
+    return sorted([*wrong, *expected])

@@ -1,0 +1,211 @@
+"""The proof: what an NSA checkpoint kept of its dense source, measured on real long texts and written to `verify.json`.
+
+    from nsa_hf.conversion import verify
+    verify("path/to/llama", "path/to/nsa")["exact"]
+
+Three things: every dense tensor is bit for bit the source's, and every tensor is what the manifest says; up to
+topk * block_size tokens the logits equal the dense model's (in float32, Transformers' own dense class against ours);
+and beyond, how far the two are apart by position. See compare.py for how this fits into little memory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from transformers import AutoConfig
+
+from nsa_hf.errors import NsaError
+
+from . import manifest as manifests
+from .checkpoint import SafetensorsCheckpoint, same_bits
+from .compare import compare_logits, final_hidden, has_tokenizer, next_tokens, token_windows
+from .layout import dtype_name
+from .loading import load_whole, reading, transformers_progress
+from .metrics import NO_LABEL, Accumulator, position_edges
+from .source import Source, open_source
+from .staging import write_json
+from .texts import held_out_texts, provenance
+
+RESULT = "verify.json"
+
+# Both models compute the same sums in float32 in another order; on SmolLM2 logits then differ by 1e-4 at most.
+LOGIT_TOLERANCE = 1e-3
+# Where the top token differs although the dense model's own lead is smaller than this, rounding has turned a tie.
+TIE = 1e-4
+
+NOT_APPLICABLE = "not applicable: trained"
+
+
+def verify(
+    src: str | Path,
+    out: str | Path,
+    *,
+    length: int = 2048,
+    documents: int = 2,
+    texts: Sequence[tuple[str, str]] | None = None,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Compares an NSA checkpoint with its dense source and writes `out/verify.json`.
+
+    Args:
+        src: the dense source, as `convert` takes it.
+        out: a folder that `convert` wrote, or one trained from it.
+        length: tokens of each text; not more than the model's max_position_embeddings are taken.
+        documents: how many of the texts.
+        texts: (name, text) pairs; None takes files of Python's standard library that training leaves out.
+        device: where both models run.
+        revision: of a Hub id.
+        progress: show bars on standard error.
+
+    Returns:
+        The result, JSON-able. `exact` is True or False, or None with `why` "not applicable: trained"; `why` says what
+        it rests on or what failed; `tensors`, `exact_range`, `by_position` hold the figures (see metrics.py for the
+        rows).
+
+    Raises:
+        NsaError: the source or the checkpoint is not as it must be, or the texts are too short.
+    """
+    began = time.perf_counter()
+    for name, value, least in (("length", length, 2), ("documents", documents, 1)):
+        if not isinstance(value, int) or value < least:
+            raise NsaError(f"{name} must be an int of at least {least}, got {value!r}")
+    out = Path(out).expanduser()
+    with transformers_progress(progress):
+        manifest = manifests.read(out)
+        source, checkpoint = open_source(src, revision), SafetensorsCheckpoint(out)
+        with reading(out):
+            config = AutoConfig.from_pretrained(out)
+        length = min(length, getattr(config, "max_position_embeddings", None) or length)
+        chosen = list(held_out_texts() if texts is None else texts)
+        windows = token_windows(out, chosen, length, documents, config.vocab_size)
+        tensors = compare_tensors(source, checkpoint, manifest)
+        dtype = config.dtype or torch.float32
+        dense = source.load_model(dtype).float().to(device)
+        dense_hidden = final_hidden(dense, windows, "Dense model", progress)
+        with reading(out):
+            sparse = load_whole(out, dtype=dtype).float().to(device)
+        sparse_hidden = final_hidden(sparse, windows, "NSA model", progress)
+    exact_tokens = config.nsa_sizes.exact_tokens
+    comparison = Accumulator(position_edges(length, [exact_tokens]))
+    for (_, ids), reference, hidden in zip(windows, dense_hidden, sparse_hidden, strict=True):
+        labels = next_tokens(ids) if has_tokenizer(out) else torch.full_like(ids[0], NO_LABEL)
+        compare_logits(comparison, labels.to(device), dense, reference, sparse, hidden)
+    exact_range = comparison.between(0, min(exact_tokens, length))
+    exact, why = judge(manifest, tensors, exact_range.max_abs_diff, exact_range.top1_gap)
+    read = {name for name, _ in windows}
+    used = [text for text in chosen if text[0] in read]
+    result = {
+        "format": 1,
+        "exact": exact,
+        "why": why,
+        "source": str(src),
+        "source_matches_manifest": source.identity()["files"] == manifest["source"]["files"],
+        "trained": manifest["trained"],
+        "model_type": config.model_type,
+        "checkpoint_dtype": dtype_name(dtype),
+        "computed_in": "float32",
+        "device": str(device),
+        "length": length,
+        "documents": [{"name": name, "tokens": ids.shape[1]} for name, ids in windows],
+        "texts": provenance(used) if used else None,
+        "tensors": tensors,
+        "exact_range": {**exact_range.as_dict(), "up_to": exact_tokens, "tolerance": LOGIT_TOLERANCE, "tie": TIE},
+        "by_position": comparison.as_dict(),
+        "versions": manifests.versions(),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    write_json(out / RESULT, result)
+    return result
+
+
+def compare_tensors(source: Source, checkpoint: SafetensorsCheckpoint, manifest: dict[str, Any]) -> dict[str, Any]:
+    """How many of the source's tensors the checkpoint holds bit for bit, and whether its tensors are the manifest's.
+
+    A tensor that was converted to another dtype is compared with the source's tensor in that dtype.
+    """
+    kept, of, changed = 0, 0, []
+    for name, tensor in source.tensors():
+        if name not in checkpoint.table:
+            if name not in manifest["tensors"]:  # a tied copy, or one that the family ignores
+                continue
+            changed.append(name)
+        else:
+            target = tensor.to(checkpoint.table[name].dtype)
+            kept += (same := same_bits(target, checkpoint.read(name)))
+            if not same:
+                changed.append(name)
+        of += 1
+    wrong = [] if manifest["trained"] else manifests.differences(manifest, checkpoint.tensors())
+    return {
+        "kept": kept,
+        "of": of,
+        "changed": changed,
+        "written": len(checkpoint.table),
+        "unlike_manifest": None if manifest["trained"] else wrong,
+    }
+
+
+def judge(manifest: dict[str, Any], tensors: dict[str, Any], difference: float, gap: float) -> tuple[bool | None, str]:
+    """Whether the conversion is exact, and why.
+
+    Args:
+        difference: largest absolute difference of a logit within the exact range; NaN is a failure.
+        gap: largest lead of the dense model's top token where the other's differs, within the exact range.
+    """
+    if manifest["trained"]:
+        return None, NOT_APPLICABLE
+    faults = []
+    if tensors["kept"] != tensors["of"]:
+        faults.append(f"{tensors['of'] - tensors['kept']} of {tensors['of']} tensors are not the source's")
+    if tensors["unlike_manifest"]:
+        faults.append(f"{len(tensors['unlike_manifest'])} tensors are not the manifest's")
+    if not difference < LOGIT_TOLERANCE:
+        faults.append(f"a logit within the exact range differs by {difference:.3g}, more than {LOGIT_TOLERANCE:g}")
+    if not gap <= TIE:
+        faults.append(f"the top token within the exact range differs where the dense model leads by {gap:.3g}")
+    if faults:
+        return False, "; ".join(faults)
+    return True, "all tensors kept, and logits equal within the exact range"
+
+
+def render_verify(result: dict[str, Any]) -> RenderableType:
+    """The result as rich tables, for `rich.print`."""
+    tensors, exact = result["tensors"], result["exact_range"]
+    verdict = {True: "[green]exact[/]", False: "[red]NOT exact[/]", None: "exactness"}[result["exact"]]
+    facts = Table(title=f"{escape(result['source'])} and its {result['model_type']}", show_header=False)
+    facts.add_row(f"Up to {exact['up_to']:,} tokens", f"{verdict}: {result['why']}")
+    facts.add_row("Tensors kept bit for bit", f"{tensors['kept']} of {tensors['of']}")
+    if tensors["unlike_manifest"] is not None:
+        facts.add_row(
+            "Tensors as in the manifest",
+            f"{tensors['written'] - len(tensors['unlike_manifest'])} of {tensors['written']}",
+        )
+    facts.add_row(
+        "Texts", ", ".join(f"{escape(text['name'])} ({text['tokens']:,} tokens)" for text in result["documents"])
+    )
+    table = Table(title=f"By position, computed in {result['computed_in']}")
+    for column in ("positions", "tokens", "dense\nppl", "NSA\nppl", "KL", "same\ntop-1", "logits\ndiffer"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in result["by_position"]:
+        cells = (
+            _number(row["ppl_reference"], ".3f"),
+            _number(row["ppl"], ".3f"),
+            _number(row["kl"], "z.5f"),
+            _number(row["same_top1"], ".2%"),
+            _number(row["max_abs_diff"], ".1e"),
+        )
+        table.add_row(f"{row['from']:,} - {row['to']:,}", f"{row['tokens']:,}", *cells)
+    return Group(facts, table)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -1,0 +1,117 @@
+"""conversion/checkpoint.py: safetensors folders, good and bad."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from nsa_hf.conversion.checkpoint import (
+    INDEX,
+    CheckpointError,
+    SafetensorsCheckpoint,
+    TensorInfo,
+    file_sha256,
+    same_bits,
+    tensor_sha256,
+)
+
+TENSORS = {
+    "b": torch.arange(6, dtype=torch.float32).reshape(2, 3),
+    "a": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
+    "c": torch.tensor(7),
+}
+
+
+def sharded(folder: Path) -> Path:
+    """Two shards with an index: a and b in the first, c in the second."""
+    folder.mkdir(exist_ok=True)
+    save_file({name: TENSORS[name] for name in "ab"}, folder / "one.safetensors")
+    save_file({"c": TENSORS["c"]}, folder / "two.safetensors")
+    weight_map = {"a": "one.safetensors", "b": "one.safetensors", "c": "two.safetensors"}
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def edit_index(folder: Path, **changes: str) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"].update(changes)
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("layout", ["single", "sharded", "loose"])
+def test_reads_every_tensor_as_stored(tmp_path, layout):
+    if layout == "single":
+        save_file(TENSORS, tmp_path / "model.safetensors")
+    else:
+        sharded(tmp_path)
+        if layout == "loose":
+            (tmp_path / INDEX).unlink()
+    checkpoint = SafetensorsCheckpoint(tmp_path)
+    assert checkpoint.table == {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in TENSORS.items()}
+    streamed = dict(checkpoint.tensors())
+    assert list(streamed) == list(checkpoint.table)
+    for name, tensor in TENSORS.items():
+        assert same_bits(streamed[name], tensor)
+        assert same_bits(checkpoint.read(name), tensor)
+    assert {path.name for path in checkpoint.files} == {path.name for path in tmp_path.iterdir()}
+    assert checkpoint.table["b"].nbytes == 24
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda d: [path.unlink() for path in d.iterdir()], "holds no weights"),
+        (lambda d: [(path.unlink(), (d / "pytorch_model.bin").write_bytes(b"x")) for path in d.iterdir()], "pickle"),
+        (lambda d: (d / "two.safetensors").unlink(), "lacks two.safetensors"),
+        (lambda d: truncate(d / "two.safetensors"), "two.safetensors is damaged or incomplete"),
+        (lambda d: (d / "one.safetensors").write_bytes(b"version https://git-lfs"), "one.safetensors is damaged"),
+        (lambda d: (d / "one.safetensors").write_bytes(b""), "one.safetensors is damaged"),
+        (lambda d: (d / INDEX).write_text("{"), "not an index"),
+        (lambda d: (d / INDEX).write_text("{}"), "not an index"),
+        (lambda d: (d / INDEX).write_text('{"weight_map": {}}'), "not an index"),
+        (lambda d: (d / INDEX).write_text('{"weight_map": {"a": "../elsewhere.safetensors"}}'), "not an index"),
+        (lambda d: edit_index(d, a="two.safetensors"), "disagrees.*a should be in two.safetensors"),
+        (lambda d: edit_index(d, x="two.safetensors"), "disagrees.*x should be in two.safetensors and is in none"),
+        (lambda d: (d / INDEX).unlink() or save_file({"a": TENSORS["a"]}, d / "three.safetensors"), "a is in both"),
+        (
+            lambda d: (d / INDEX).unlink() or (d / "one.safetensors").rename(d / "model-00001-of-00002.safetensors"),
+            "has shards but no",
+        ),
+    ],
+)
+def test_bad_folders_are_refused_by_what_is_wrong(tmp_path, spoil, message):
+    spoil(sharded(tmp_path))
+    with pytest.raises(CheckpointError, match=message):
+        SafetensorsCheckpoint(tmp_path)
+
+
+def test_unknown_dtypes_are_named(tmp_path):
+    save_file({"a": torch.zeros(2, dtype=torch.complex64)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="a has dtype C64"):
+        SafetensorsCheckpoint(tmp_path)
+
+
+def test_same_bits_is_about_bits():
+    x = torch.tensor([0.0, float("nan"), 1.0])
+    assert same_bits(x, x.clone())
+    assert same_bits(torch.zeros(3, 2).T, torch.zeros(2, 3))
+    assert not same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
+    assert not same_bits(x, x.double())
+    assert not same_bits(torch.zeros(2, 3), torch.zeros(3, 2))
+
+
+def test_hashes_are_those_of_the_bytes(tmp_path):
+    tensor = torch.arange(6, dtype=torch.int32).reshape(2, 3)
+    assert tensor_sha256(tensor) == hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+    assert tensor_sha256(tensor.T) == hashlib.sha256(tensor.numpy().T.copy().tobytes()).hexdigest()
+    (tmp_path / "f").write_bytes(b"abc")
+    assert file_sha256(tmp_path / "f") == hashlib.sha256(b"abc").hexdigest()

@@ -1,0 +1,160 @@
+"""conversion/source.py: where a dense model comes from, good and bad."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from nsa_hf.conversion import source as sources
+from nsa_hf.conversion.checkpoint import CheckpointError, same_bits
+from nsa_hf.conversion.source import SafetensorsSource, open_source, transformers_progress
+
+
+@pytest.fixture
+def dense_dir(tiny_dense_dir, tmp_path) -> Path:
+    """A copy that may be spoiled."""
+    return Path(shutil.copytree(tiny_dense_dir, tmp_path / "dense"))
+
+
+def edit_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_folder_gives_its_tensors_as_stored(tiny_dense_dir):
+    source = open_source(tiny_dense_dir)
+    assert isinstance(source, SafetensorsSource)
+    assert (source.config.model_type, source.config.dtype, source.revision) == ("llama", torch.float32, None)
+    expected = AutoModelForCausalLM.from_pretrained(tiny_dense_dir).state_dict()
+    tensors = dict(source.tensors())
+    assert tensors.keys() == source.table.keys() == expected.keys() - {"lm_head.weight"}
+    assert all(same_bits(tensor, expected[name]) for name, tensor in tensors.items())
+
+
+def test_the_dense_model_is_transformers_own(tiny_dense_dir):
+    model = open_source(tiny_dense_dir).load_model(torch.float32)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert (model.config._attn_implementation, model.training) == ("sdpa", False)
+    ids = torch.arange(20)[None]
+    reference = AutoModelForCausalLM.from_pretrained(tiny_dense_dir, dtype=torch.float32, attn_implementation="sdpa")
+    assert same_bits(model(ids).logits, reference.eval()(ids).logits)
+
+
+@pytest.mark.parametrize(("stored", "expected"), [(torch.bfloat16, "bfloat16"), (torch.float16, "float16")])
+def test_a_config_without_dtype_takes_the_weights(dense_dir, stored, expected):
+    AutoModelForCausalLM.from_pretrained(dense_dir, dtype=stored).save_pretrained(dense_dir)
+    config = json.loads((dense_dir / "config.json").read_text())
+    del config["dtype"]
+    (dense_dir / "config.json").write_text(json.dumps(config))
+    assert str(open_source(dense_dir).config.dtype) == f"torch.{expected}"
+
+
+def test_companions_are_copied_as_they_are_and_code_and_weights_are_not(dense_dir, tmp_path):
+    (dense_dir / "additional_chat_templates").mkdir()
+    (dense_dir / "additional_chat_templates" / "tool.jinja").write_text("x")
+    (dense_dir / "LICENSE.txt").write_text("a license")
+    (dense_dir / "tokenizer.model").write_bytes(b"\x00\x01")
+    for name in ("tokenizer_custom.py", "optimizer.pt", "README.md", "vocab.bin"):
+        (dense_dir / name).write_text("not to be copied")
+    out = tmp_path / "out"
+    out.mkdir()
+    names = open_source(dense_dir).save_companions(out)
+    assert names == [
+        "LICENSE.txt",
+        "additional_chat_templates/tool.jinja",
+        "chat_template.jinja",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+    ]
+    for name in names:
+        assert (out / name).read_bytes() == (dense_dir / name).read_bytes()
+    assert len([path for path in out.rglob("*") if path.is_file()]) == len(names)
+
+
+def test_identity_hashes_every_file_read_and_names_the_license(dense_dir):
+    (dense_dir / "README.md").write_text("---\nlicense: mit\n---\n# A model")
+    identity = open_source(dense_dir).identity()
+    assert (identity["name"], identity["kind"], identity["license"]) == (str(dense_dir), "safetensors", "mit")
+    expected = ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(identity["files"]) == [*expected, "tokenizer.json", "tokenizer_config.json"]
+    for name, entry in identity["files"].items():
+        data = (dense_dir / name).read_bytes()
+        assert entry == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+@pytest.mark.parametrize("text", ["", "# no front matter", "---\n: [\n---\n", "---\nlicense: [a, b]\n---\n"])
+def test_a_card_that_says_nothing_is_no_error(dense_dir, text):
+    (dense_dir / "README.md").write_text(text)
+    assert "license" not in open_source(dense_dir).identity()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda d: (d / "config.json").unlink(), "neither config.json nor a .gguf file"),
+        (lambda d: (d / "config.json").write_text("{"), "cannot read .*config.json"),
+        (lambda d: (d / "config.json").write_text("{}"), "names no model_type"),
+        (lambda d: edit_config(d, model_type="nonesuch"), "cannot read .*nonesuch"),
+        (lambda d: edit_config(d, hidden_size="wide"), "cannot read .*hidden_size"),
+        (lambda d: edit_config(d, quantization_config={"quant_method": "gptq", "bits": 4}), "is quantised .*gptq"),
+        (lambda d: (d / "model.safetensors").unlink(), "holds no weights"),
+    ],
+)
+def test_bad_folders_are_refused(dense_dir, spoil, message):
+    spoil(dense_dir)
+    with pytest.raises(CheckpointError, match=message):
+        open_source(dense_dir)
+
+
+def test_missing_weights_are_not_made_up(dense_dir):
+    edit_config(dense_dir, num_hidden_layers=4)
+    with pytest.raises(CheckpointError, match="lacks 9 tensors"):
+        open_source(dense_dir).load_model(torch.float32)
+
+
+def test_what_is_no_source(tmp_path, monkeypatch):
+    (tmp_path / "file.txt").write_text("x")
+    with pytest.raises(CheckpointError, match="is a file: expected a model's folder"):
+        open_source(tmp_path / "file.txt")
+    with pytest.raises(CheckpointError, match="there is no folder"):
+        open_source(tmp_path / "absent")
+
+
+def test_a_hub_id_is_downloaded_and_its_commit_recorded(tiny_dense_dir, tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, revision, weights):
+        asked.append((name, revision, weights))
+        return tiny_dense_dir, "0a1b2c"
+
+    monkeypatch.setattr(sources, "download", download)
+    monkeypatch.chdir(tmp_path)
+    source = open_source("owner/name", revision="v1")
+    assert asked == [("owner/name", "v1", True)]
+    assert (source.name, source.revision, source.identity()["revision"]) == ("owner/name", "0a1b2c", "0a1b2c")
+    # for a plan the config is enough: no weights are fetched, and none are looked at
+    assert not open_source("owner/name", weights=False).has_weights
+    assert asked[1] == ("owner/name", None, False)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_transformers_progress_is_put_back(before):
+    was = transformers_logging.is_progress_bar_enabled()
+    switch = {True: transformers_logging.enable_progress_bar, False: transformers_logging.disable_progress_bar}
+    try:
+        switch[before]()
+        for shown in (True, False):
+            with transformers_progress(shown):
+                assert transformers_logging.is_progress_bar_enabled() is shown
+            assert transformers_logging.is_progress_bar_enabled() is before
+    finally:
+        switch[was]()

@@ -1,0 +1,147 @@
+"""conversion/staging.py: a folder that is there completely or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+
+from nsa_hf.conversion.staging import OutputError, check_output, staged_folder, write_json
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every file below a folder and its text."""
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def model_folder(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "old").write_text("old")
+    return folder
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_folder_appears_when_the_block_ends(tmp_path, exists):
+    out = tmp_path / "new" / "out"
+    if exists:
+        out.mkdir(parents=True)
+    with staged_folder(out) as stage:
+        assert stage.parent == out.parent
+        (stage / "a").write_text("1")
+        assert not (out / "a").exists()
+    assert tree(out) == {"a": "1"}
+    assert list(out.parent.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt(), SystemExit(1)])
+def test_a_failure_leaves_nothing_not_even_the_parents_it_made(tmp_path, error):
+    with pytest.raises(type(error)), staged_folder(tmp_path / "new" / "deeper" / "out") as stage:
+        (stage / "a").write_text("1")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_parent_that_holds_something_by_then_stays(tmp_path):
+    with pytest.raises(RuntimeError), staged_folder(tmp_path / "new" / "out"):
+        (tmp_path / "new" / "another's").write_text("x")
+        raise RuntimeError
+    assert tree(tmp_path) == {"new/another's": "x"}
+
+
+def test_overwrite_replaces_the_whole_folder_at_the_end(tmp_path):
+    out = model_folder(tmp_path / "out")
+    with staged_folder(out, overwrite=True) as stage:
+        (stage / "a").write_text("1")
+        assert tree(out) == {"config.json": "{}", "old": "old"}
+    assert tree(tmp_path) == {"out/a": "1"}
+
+
+def test_overwrite_that_fails_keeps_the_old(tmp_path, monkeypatch):
+    out = model_folder(tmp_path / "out")
+    with pytest.raises(RuntimeError), staged_folder(out, overwrite=True):
+        raise RuntimeError
+    assert tree(tmp_path) == {"out/config.json": "{}", "out/old": "old"}
+
+    # the last step itself fails: the new folder cannot be renamed
+    rename = Path.rename
+
+    def refuse(self, target):
+        if self.suffix == ".unfinished":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with (
+        pytest.raises(OutputError, match="Permission denied; nothing was left behind"),
+        staged_folder(out, overwrite=True),
+    ):
+        pass
+    assert tree(tmp_path) == {"out/config.json": "{}", "out/old": "old"}
+
+
+def test_a_full_disk_is_a_clear_error(tmp_path):
+    with pytest.raises(OutputError, match=r"cannot write .*out: No space left"), staged_folder(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unwritable_parent_is_refused_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="file is a file"):
+        check_output(tmp_path / "file" / "deeper" / "out")
+    # root may write everywhere, so that a mode alone would test nothing
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    for out in (tmp_path / "out", tmp_path / "new" / "out"):
+        with pytest.raises(OutputError, match="no permission to write in"):
+            check_output(out)
+    (tmp_path / "sub").mkdir()
+    check_output(tmp_path / "sub" / "out")
+
+
+def test_what_only_shows_on_writing_is_a_clear_error_too(tmp_path, monkeypatch):
+    def refuse(self, *args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with (
+        pytest.raises(OutputError, match=r"cannot write .*out: Read-only file system"),
+        staged_folder(tmp_path / "out"),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refusals_before_any_work(tmp_path):
+    full = model_folder(tmp_path / "model")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "diary").write_text("x")
+    (tmp_path / "empty").mkdir()
+    check_output(tmp_path / "empty")
+    check_output(tmp_path / "new")
+    check_output(full, overwrite=True)
+    with pytest.raises(OutputError, match=r"not empty.*--overwrite"):
+        check_output(full)
+    with pytest.raises(OutputError, match="is a file"):
+        check_output(tmp_path / "file", overwrite=True)
+    with pytest.raises(OutputError, match="no model folder: remove it by hand"):
+        check_output(tmp_path / "other", overwrite=True)
+    for out in (full, tmp_path, full / ".." / "model"):
+        with pytest.raises(OutputError, match="is, or holds, the source"):
+            check_output(out, overwrite=True, keep=(full,))
+    check_output(tmp_path / "model-nsa", keep=(full,))
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"π": [1, None]})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"π": [1, None]}
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, {"x": float("nan")})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"π": [1, None]}
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(OutputError, match="cannot write"):
+        write_json(tmp_path / "nowhere" / "a.json", {})
