@@ -71,6 +71,8 @@ class NsaAttentionMixin:
         nsa_record: where the selection goes while it is recorded (`model.record_selection()`).
     """
 
+    head_dim: int
+
     def __init__(self, config: NsaConfigMixin, layer_idx: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, layer_idx, *args, **kwargs)
         self.model_config = config
@@ -81,7 +83,7 @@ class NsaAttentionMixin:
         self.config._attn_implementation_internal = "nsa"
         self.nsa: NsaModules | None = None
         if config.is_nsa_layer(layer_idx):
-            value_dim = int(getattr(self, "v_head_dim", self.head_dim))
+            value_dim: int = getattr(self, "v_head_dim", self.head_dim)
             self.nsa = NsaModules(config, self.head_dim, value_dim)
         self.nsa_dense = False
         self.nsa_record: dict[int, Tensor] | None = None

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from .compression import packed_block_starts
@@ -66,25 +67,34 @@ def find_places(
     return Places(query, start[:, None].expand(-1, tokens), start[:, None].expand(-1, keys), block_first, None)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, weights: bool) -> tuple[Tensor, Tensor | None]:
     """Softmax attention in which a query that sees nothing gives zero, and no gradient.
 
     Args:
         q: `[B, Hk, G, T, Dk]`, already scaled.
         k, v: `[B, Hk, S, Dk]`, `[B, Hk, S, Dv]`.
         visible: bool, broadcasts to `[B, Hk, T, S]`.
+        weights: also the probabilities; without them PyTorch's fused attention does the same in less time and memory.
 
     Returns:
-        Output `[B, Hk, G, T, Dv]` and probabilities `[B, Hk, G, T, S]`; the latter mean nothing where nothing is seen.
+        Output `[B, Hk, G, T, Dv]` and probabilities `[B, Hk, G, T, S]`, zero where nothing is seen, or None.
     """
     group, tokens = q.shape[2:4]
     sees = visible.any(-1, keepdim=True)
+    # a query that sees nothing sees everything here, so that no softmax is empty; its result is put away below
     hidden = ~(visible | ~sees)
+    probabilities = None
     with torch.autocast(q.device.type, enabled=False):
-        logits = (q.flatten(2, 3) @ k.transpose(-1, -2)).unflatten(2, (group, tokens))
-        weights = logits.masked_fill(hidden.unsqueeze(2), float("-inf")).softmax(-1)
-        out = (weights.flatten(2, 3) @ v).unflatten(2, (group, tokens))
-    return out.masked_fill(~sees.unsqueeze(2), 0), weights
+        if weights:
+            logits = (q.flatten(2, 3) @ k.transpose(-1, -2)).unflatten(2, (group, tokens))
+            probabilities = logits.masked_fill(hidden.unsqueeze(2), float("-inf")).softmax(-1)
+            out = (probabilities.flatten(2, 3) @ v).unflatten(2, (group, tokens))
+            probabilities = probabilities.masked_fill(~sees.unsqueeze(2), 0)
+        else:
+            bias = q.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+            heads = [scaled_dot_product_attention(head, k, v, attn_mask=bias, scale=1.0) for head in q.unbind(2)]
+            out = torch.stack(heads, dim=2)
+    return out.masked_fill(~sees.unsqueeze(2), 0), probabilities
 
 
 def block_importance(p_cmp: Tensor, blocks: int, sizes: Sizes) -> Tensor:
@@ -218,11 +228,11 @@ def attend_chunk(
     # compressed: block i is visible when its last token is at or before the query (eqs. 7 and 8)
     first = places.block_first[:, None, :]
     visible = (first >= start) & (first + sizes.kernel_size - 1 <= position)
-    out_cmp, p_cmp = attend(q, k_cmp, v_cmp, visible[:, None])
+    out_cmp, p_cmp = attend(q, k_cmp, v_cmp, visible[:, None], weights=True)
 
     # selected: scores of the group's heads added (eq. 10), blocks picked, their tokens attended to
     with torch.no_grad():
-        score = p_cmp.masked_fill(~visible[:, None, None], 0).sum(2)
+        score = p_cmp.sum(2)
         if places.document_block is not None:
             local = places.document_block[queries[0] : queries[1], None] + torch.arange(
                 score.shape[-1], device=q.device
@@ -238,7 +248,8 @@ def attend_chunk(
         index = key_block[:, None, None, :].expand(q.shape[0], q.shape[1], q.shape[3], -1)
         inside = (key >= start) & (key <= position)
         tokens = picked.expand(q.shape[0], -1, -1, -1).gather(-1, index) & inside[:, None]
-    out_slc, p_slc = attend(q, k[:, :, seen[0] : seen[1]], v[:, :, seen[0] : seen[1]], tokens)
+    here = slice(*seen)
+    out_slc, p_slc = attend(q, k[:, :, here], v[:, :, here], tokens, weights=return_weights)
 
     # window: the last w tokens, the query's own counted; `k_win` holds the last Sw positions
     offset = keys - k_win.shape[2]
@@ -246,13 +257,10 @@ def attend_chunk(
     key = torch.arange(window_low, seen[1], device=q.device)
     inside = (key >= start) & (key <= position) & (key > position - sizes.window_size)
     near = slice(window_low - offset, seen[1] - offset)
-    out_win, _ = attend(q, k_win[:, :, near], v_win[:, :, near], inside[:, None])
+    out_win, _ = attend(q, k_win[:, :, near], v_win[:, :, near], inside[:, None], weights=False)
 
     out = gate[..., 0:1] * out_cmp + gate[..., 1:2] * out_slc + gate[..., 2:3] * out_win
-    weights = None
-    if return_weights:
-        p_slc = p_slc.masked_fill(~tokens.any(-1, keepdim=True).unsqueeze(2), 0)
-        weights = torch.nn.functional.pad(p_slc, (seen[0], keys - seen[1]))
+    weights = None if p_slc is None else torch.nn.functional.pad(p_slc, (seen[0], keys - seen[1]))
     return out, selection, weights
 
 
