@@ -152,12 +152,11 @@ def initial_nsa_state(config: PreTrainedConfig, seed: int = 0) -> Iterator[tuple
     family = next(family for family in FAMILIES.values() if isinstance(config, family.config_class))
     with torch.device("meta"):
         skeleton = family.causal_lm_class(config)
-    state: list[tuple[str, Tensor]] = []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for name, module in skeleton.named_modules():
-            if isinstance(module, NsaAttentionMixin) and module.nsa is not None:
-                new = module.nsa.float().to_empty(device="cpu")
+    layers = [(name, module) for name, module in skeleton.named_modules() if isinstance(module, NsaAttentionMixin)]
+    for index, (name, module) in enumerate(layers):
+        if module.nsa is not None:
+            new = module.nsa.float().to_empty(device="cpu")
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed + index)
                 new.apply(skeleton._init_weights)
-                state += ((f"{name}.nsa.{key}", value.detach()) for key, value in new.state_dict().items())
-    yield from state
+            yield from ((f"{name}.nsa.{key}", value.detach()) for key, value in new.state_dict().items())

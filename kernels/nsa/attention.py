@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from .arguments import check_arguments
@@ -68,21 +71,51 @@ def nsa_attention(
 
     Raises:
         TypeError, ValueError: an argument is wrong; says what was expected, what came and what to do.
-        NotImplementedError: Triton was asked for, or `auto` meant it, and there is no kernel yet.
+        ImportError: Triton was asked for, or `auto` meant it, and is not installed.
     """
     sizes = Sizes(kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks, window_size).check()
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     check_arguments(q, k, v, k_cmp, v_cmp, gates, sizes, k_win, v_win, cu_seqlens, starts, lengths)
-    if backend == "triton" and not q.is_cuda:
-        raise ValueError(f"backend='triton' needs CUDA tensors, got {q.device}: move them, or use backend='reference'")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend == "triton" or (backend == "auto" and q.is_cuda):
-        raise NotImplementedError(
-            "the Triton kernels are not part of this release: on CUDA tensors say backend='reference' (a model: "
-            "attn_implementation='eager'), which is correct but slow"
-        )
+        out, selection = load_triton(q.device.type)(
+            q, k, v, k_cmp, v_cmp, gates, sizes=sizes, scale=scale, k_win=k_win, v_win=v_win, cu_seqlens=cu_seqlens,
+            starts=starts, lengths=lengths,
+        )  # fmt: skip
+        return (out, selection) if return_selection else out
     result = reference_attention(
-        q, k, v, k_cmp, v_cmp, gates, sizes=sizes, scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        k_win=k_win, v_win=v_win, cu_seqlens=cu_seqlens, starts=starts, lengths=lengths,
+        q, k, v, k_cmp, v_cmp, gates, sizes=sizes, scale=scale, k_win=k_win, v_win=v_win, cu_seqlens=cu_seqlens,
+        starts=starts, lengths=lengths,
     )  # fmt: skip
     return (result.out, result.selection) if return_selection else result.out
+
+
+def load_triton(device: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The Triton backend, imported when it is first used: Triton is optional, and its import takes a while."""
+    if not torch.compiler.is_compiling():
+        check_triton(device)
+    from .triton_op import triton_attention
+
+    return triton_attention
+
+
+def check_triton(device: str) -> None:
+    """Whether the kernels can run.
+
+    Raises:
+        ImportError: Triton is not installed.
+        ValueError: the tensors are not on a GPU, and Triton's interpreter, which needs none, is not on.
+    """
+    try:
+        import triton
+    except ImportError as error:
+        raise ImportError(
+            "backend='triton', which 'auto' means on CUDA tensors, needs Triton: `pip install triton` on Linux, or say "
+            "backend='reference' (a model: attn_implementation='eager'), which is correct but slow"
+        ) from error
+    if device != "cuda" and not triton.knobs.runtime.interpret:
+        raise ValueError(
+            f"backend='triton' needs CUDA tensors, got {device}: move them, use backend='reference', or, to test the "
+            "kernels without a GPU, set TRITON_INTERPRET=1 before the first use"
+        )
