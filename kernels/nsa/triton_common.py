@@ -1,0 +1,95 @@
+"""What the Triton kernels share: tiles padded to powers of two, the online softmax, tile sizes, launching.
+
+Contracts behind the public function: every tensor is contiguous in `[B, T, H, D]` order, logits are in units of log2
+(`scale_log2 = scale * log2(e)`), offsets that grow with the text are int64.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = math.log2(math.e)
+# 99 KiB is what the smallest supported cards (sm86, sm89) give a program; sm80 gives 163, sm90 and sm100 give 227.
+SMALL_SHARED_MEMORY = 120 * 1024
+
+
+@triton.jit
+def load_tile(base, rows, stride, row_mask, D: tl.constexpr, DP: tl.constexpr):
+    """Rows `[R]` of a matrix whose rows stand `stride` apart as `[R, DP]`, zero outside the mask and behind `D`."""
+    cols = tl.arange(0, DP)
+    mask = row_mask[:, None]
+    if D != DP:
+        mask = mask & (cols < D)[None, :]
+    return tl.load(base + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(base, rows, stride, row_mask, x, D: tl.constexpr, DP: tl.constexpr):
+    """The opposite of `load_tile`; converts to the pointer's type."""
+    cols = tl.arange(0, DP)
+    mask = row_mask[:, None]
+    if D != DP:
+        mask = mask & (cols < D)[None, :]
+    tl.store(base + rows[:, None] * stride + cols[None, :], x.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def online_softmax_update(top, total, logits):
+    """One step of the running softmax, in log2 units; rows that have seen nothing yet stay at `top = -inf`.
+
+    Returns the tile's weights `[M, N]`, the factor `[M]` for what was summed before, and the new `top`, `total`.
+    """
+    new = tl.maximum(top, tl.max(logits, 1))
+    safe = tl.where(new == float("-inf"), 0.0, new)
+    weights = tl.exp2(logits - safe[:, None])
+    factor = tl.exp2(top - safe)
+    return weights, factor, new, total * factor + tl.sum(weights, 1)
+
+
+@triton.jit
+def finish_softmax(acc, top, total):
+    """The average and the log2-sum-exp; both 0 for a row that saw nothing."""
+    seen = total > 0
+    out = acc / tl.where(seen, total, 1.0)[:, None]
+    return out, tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), 0.0)
+
+
+def padded(dim: int) -> int:
+    """The tile's width for a head of `dim` numbers: a power of two, at least what a matrix product needs."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products of two float32 tiles are taken: exactly. (tf32 would lose half of the digits.)"""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory a program may use; asked once a device, at the first call."""
+    if device.type != "cuda":
+        return 1 << 20
+    card = torch.cuda.get_device_properties(device)
+    if card.major < 8:
+        raise ValueError(
+            f"backend='triton' needs a card of compute capability 8.0 or more, got {card.name} with {card.major}."
+            f"{card.minor}: use backend='reference'"
+        )
+    return card.shared_memory_per_block_optin  # type: ignore[attr-defined]
+
+
+def bytes_a_row(q: Tensor, value_dim: int) -> int:
+    """Shared memory that one row of the wider of K and V takes."""
+    return max(padded(q.shape[-1]), padded(value_dim)) * q.element_size()
+
+
+def largest_part(q: Tensor, value_dim: int) -> int:
+    """Tokens of a selection block that are attended to at once: as many as registers and shared memory hold well."""
+    wide = bytes_a_row(q, value_dim) > 256 and shared_memory(q.device) < SMALL_SHARED_MEMORY
+    return 32 if wide or q.dtype == torch.float32 else 64

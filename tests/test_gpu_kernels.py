@@ -1,0 +1,137 @@
+"""The Triton kernels on a GPU, at real shapes, against the float64 reference. `make gpu` runs them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from attention_inputs import TENSORS, Shape, Sizes, make_inputs, with_gradients
+from torch.utils.checkpoint import checkpoint
+from triton_cases import CASES, compare, on_device
+
+from nsa_hf.kernels import nsa_attention
+
+pytestmark = pytest.mark.gpu
+
+PAPER = Sizes(32, 16, 64, 16, 1, 2, 512)
+REAL = {
+    "9:3:64": Shape(PAPER, 1, 2100, 2100, 3, 3, 64, 64),
+    "32:8:128": Shape(PAPER, 1, 3001, 3001, 8, 4, 128, 128),
+    "64:4:128": Shape(PAPER, 1, 2500, 2500, 4, 16, 128, 128),
+    "16:2:192/128": Shape(PAPER, 1, 2200, 2200, 2, 8, 192, 128),
+    "5:1:80, two rows": Shape(PAPER, 2, 1900, 1900, 1, 5, 80, 80),
+    "7:1:96": Shape(PAPER, 1, 2100, 2100, 1, 7, 96, 96),
+    "24:2:32": Shape(PAPER, 1, 2100, 2100, 2, 12, 32, 32),
+    "2:2:256": Shape(PAPER, 1, 2100, 2100, 2, 1, 256, 256),
+    "4:2:8": Shape(PAPER, 1, 2100, 2100, 2, 2, 8, 8),
+    "71:1:64": Shape(PAPER, 1, 1500, 1500, 1, 71, 64, 64),
+    "packed": Shape(PAPER, 1, 4000, 4000, 2, 2, 64, 64, cu_seqlens=(0, 17, 1200, 1201, 3333, 4000)),
+    "padded, the last queries": Shape(
+        PAPER, 3, 700, 3000, 2, 2, 64, 64, starts=(0, 100, 2500), lengths=(3000, 2000, 2900)
+    ),
+    "large blocks": Shape(Sizes(64, 16, 256, 6, 2, 1, 300), 1, 2500, 2500, 2, 2, 64, 64),
+    "own window keys": Shape(PAPER, 2, 900, 2500, 2, 2, 64, 64, own_window=1500),
+}
+SMALL = ["groups of three", "each token in three blocks", "packed, own window", "ragged and left-padded, own window"]
+
+
+def assert_as_good_as_the_reference(shape: Shape, dtype: torch.dtype) -> None:
+    """A tensor's error, as a part of its norm, is at most the reference's in the same precision and one rounding more:
+    probabilities and partial results are rounded once more on their way, to numbers that are averaged."""
+    inputs = on_device(make_inputs(shape, 1, dtype), "cuda")
+    found = {}
+    for name, backend, kind in (("mine", "triton", dtype), ("low", "reference", dtype), ("truth", "reference", None)):
+        these = {key: x.double() if kind is None and key in TENSORS else x for key, x in inputs.items()}
+        these = with_gradients(these)
+        out, selection = nsa_attention(**these, backend=backend, return_selection=True)
+        dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
+        out.backward(dout.to(out.dtype))
+        found[name] = {"out": out.detach(), **{key: these[key].grad for key in TENSORS if key in these}}
+        found[name]["selection"] = selection
+    # a query whose selection differs has another output: few do, at ties within rounding
+    same = (found["mine"]["selection"] == found["truth"]["selection"]).all(-1).double().mean()
+    assert same >= (0.9995 if dtype == torch.float32 else 0.999)
+    rounding = torch.finfo(dtype).eps / 2 if dtype != torch.float32 else 4e-6
+    for name, truth in found["truth"].items():
+        if name != "selection" and truth.numel():
+            error, low = (float((found[who][name].double() - truth).norm() / truth.norm()) for who in ("mine", "low"))
+            assert error <= low + rounding, f"{name}: off by {error:.2e}, the reference by {low:.2e}"
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_bfloat16(name: str) -> None:
+    assert_as_good_as_the_reference(REAL[name], torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["9:3:64", "16:2:192/128", "2:2:256", "packed", "large blocks"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_other_precisions(name: str, dtype: torch.dtype) -> None:
+    assert_as_good_as_the_reference(REAL[name], dtype)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_sizes(name: str) -> None:
+    errors, same = compare(CASES[name], device="cuda")
+    assert same == 1
+    assert all(error <= 5e-6 for error in errors.values()), errors
+
+
+def gradients(inputs: dict, function=nsa_attention) -> list[torch.Tensor]:
+    inputs = with_gradients(inputs)
+    out = function(**inputs)
+    out.backward(torch.ones_like(out))
+    return [out.detach(), *(inputs[name].grad for name in TENSORS if name in inputs)]
+
+
+def test_the_same_inputs_give_the_same_bits() -> None:
+    inputs = on_device(make_inputs(REAL["32:8:128"], dtype=torch.bfloat16), "cuda")
+    first, second = gradients(inputs), gradients(inputs)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_compiled_checkpointed_and_under_autocast() -> None:
+    inputs = on_device(make_inputs(REAL["9:3:64"], dtype=torch.bfloat16), "cuda")
+    expected = gradients(inputs)
+
+    def checkpointed(q: torch.Tensor, **rest) -> torch.Tensor:
+        return checkpoint(lambda x: nsa_attention(x, **rest), q, use_reentrant=False)
+
+    for function in (torch.compile(nsa_attention, fullgraph=True), checkpointed):
+        assert all(torch.equal(a, b) for a, b in zip(gradients(inputs, function), expected, strict=True))
+    with torch.autocast("cuda", torch.bfloat16):
+        assert all(torch.equal(a, b) for a, b in zip(gradients(inputs), expected, strict=True))
+
+
+def test_two_sizes_in_one_process() -> None:
+    one = on_device(make_inputs(REAL["9:3:64"], dtype=torch.bfloat16), "cuda")
+    other = {**one, "topk": 8, "window_size": 100}
+    before = nsa_attention(**one)
+    assert not torch.equal(nsa_attention(**other), before)
+    assert torch.equal(nsa_attention(**one), before)
+
+
+def test_many_tokens() -> None:
+    """262,144 tokens of 32:8:128, forward and backward, on one card of 80 GB; elements are counted beyond 2^30."""
+    tokens = 262144
+    random = torch.Generator("cuda").manual_seed(0)
+    blocks = (tokens - 32) // 16 + 1
+
+    def normal(*dims: int) -> torch.Tensor:
+        return torch.randn(dims, generator=random, device="cuda", dtype=torch.bfloat16).requires_grad_()
+
+    q, k, v = normal(1, tokens, 32, 128), normal(1, tokens, 8, 128), normal(1, tokens, 8, 128)
+    k_cmp, v_cmp, gates = normal(1, blocks, 8, 128), normal(1, blocks, 8, 128), normal(1, tokens, 32, 3)
+    out = nsa_attention(q, k, v, k_cmp, v_cmp, gates)
+    out.backward(torch.ones_like(out))
+    assert torch.cuda.max_memory_allocated() < 75 * 2**30
+    assert all(bool(x.grad.isfinite().all()) for x in (q, k, v, k_cmp, v_cmp, gates))
+    # the last queries see what they see in a shorter call with the same keys
+    last = nsa_attention(q[:, -64:], k, v, k_cmp, v_cmp, gates[:, -64:])
+    torch.testing.assert_close(out[:, -64:], last, rtol=2e-2, atol=2e-2)
+
+
+def test_no_grad_keeps_nothing() -> None:
+    inputs = on_device(make_inputs(replace(REAL["9:3:64"], queries=1), dtype=torch.bfloat16), "cuda")
+    with torch.no_grad():
+        assert not nsa_attention(**inputs).requires_grad

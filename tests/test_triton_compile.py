@@ -1,0 +1,100 @@
+"""Every kernel of a forward and a backward pass compiles ahead for each kind of card, within its shared memory.
+
+No GPU is needed: the operation is called on CPU tensors, and where it would launch a kernel, Triton's compiler is
+called with the same arguments for another card.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_inputs import Shape, Sizes, make_inputs
+
+triton = pytest.importorskip("triton")
+
+# KiB of shared memory that a program may use, from the CUDA programming guide's table of compute capabilities.
+SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
+PAPER = Sizes(32, 16, 64, 16, 1, 2, 512)
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
+
+
+def signature_of(kernel, arguments: dict) -> tuple[dict, dict, dict]:
+    """What Triton's launcher would find: types, constants, and what is divisible by 16."""
+    types, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        x = arguments[parameter.name]
+        if parameter.is_constexpr or (type(x) is int and x == 1):
+            types[parameter.name], constants[(index,)] = "constexpr", x
+        elif isinstance(x, torch.Tensor):
+            types[parameter.name], attributes[(index,)] = "*" + TYPES[x.dtype], [["tt.divisibility", 16]]
+        else:
+            types[parameter.name] = "fp32" if isinstance(x, float) else "i32"
+            if isinstance(x, int) and x % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    return types, constants, attributes
+
+
+def compile_all(monkeypatch: pytest.MonkeyPatch, card: int, shape: Shape, dtype: torch.dtype) -> dict[str, int]:
+    """Shared memory in bytes of every kernel of a forward and a backward pass, by its name; the most, where several."""
+    from nsa_hf.kernels import triton_common, triton_interval, triton_op, triton_select, triton_selected
+
+    found: dict[str, int] = {}
+    done = set()
+
+    def compile_instead(kernel, *values, grid, warmup, **named) -> None:
+        options = {name: named.pop(name) for name in ("num_warps", "num_stages") if name in named}
+        arguments = dict(zip((parameter.name for parameter in kernel.params), values, strict=False)) | named
+        types, constants, attributes = signature_of(kernel, arguments)
+        key = str((kernel.fn.__name__, types, constants, options))
+        if key not in done:
+            done.add(key)
+            source = triton.compiler.ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
+            target = triton.backends.compiler.GPUTarget("cuda", card, 32)
+            compiled = triton.compile(source, target=target, options=options)
+            name = kernel.fn.__name__
+            found[name] = max(found.get(name, 0), compiled.metadata.shared)
+
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", compile_instead)
+    for module in (triton_common, triton_interval, triton_select, triton_selected):
+        monkeypatch.setattr(module, "shared_memory", lambda device: SHARED_MEMORY[card] * 1024)
+    # nothing is computed: indices that nobody wrote are the largest number, which no slot's block is
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        inputs = make_inputs(shape, dtype=dtype)
+        tensors = [inputs[name] for name in ("q", "k", "v", "k_cmp", "v_cmp", "gates")] + [None] * 5
+        numbers = list(shape.sizes.__dict__.values())
+        out, selection, *saved = triton_op.forward_op._init_fn(*tensors, numbers, 0.1)
+        triton_op.backward_op._init_fn(out, *tensors, selection, saved, numbers, 0.1)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return found
+
+
+KERNELS = {
+    "interval_forward_kernel", "interval_dq_kernel", "interval_dkv_kernel", "select_kernel", "selected_forward_kernel",
+    "selected_backward_kernel", "merge_kernel", "sum_items_kernel", "sum_dq_kernel", "combine_kernel",
+    "gate_gradient_kernel",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("card", "dims", "dtype"),
+    [
+        (86, (128, 128), torch.bfloat16),
+        (90, (64, 64), torch.bfloat16),
+        pytest.param(100, (128, 128), torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(90, (128, 128), torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(80, (128, 128), torch.float16, marks=pytest.mark.slow),
+        pytest.param(89, (192, 128), torch.float16, marks=pytest.mark.slow),
+        pytest.param(86, (256, 256), torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(86, (256, 256), torch.float32, marks=pytest.mark.slow),
+        pytest.param(86, (128, 128), torch.float32, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_compiles_ahead(monkeypatch: pytest.MonkeyPatch, card: int, dims: tuple[int, int], dtype: torch.dtype) -> None:
+    shape = Shape(PAPER, 1, 2048, 2048, 2, 4, *dims)
+    found = compile_all(monkeypatch, card, shape, dtype)
+    assert set(found) == KERNELS
+    assert all(shared <= SHARED_MEMORY[card] * 1024 for shared in found.values()), found

@@ -1,0 +1,154 @@
+"""The Triton backend's edges: ties, limits that are errors, custom operators, and life without Triton."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+from attention_inputs import Shape, Sizes, make_inputs, with_gradients
+from triton_cases import CASES, SMALL, interpreter
+
+from nsa_hf.kernels import nsa_attention
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[ProcessPoolExecutor]:
+    with interpreter() as pool:
+        yield pool
+
+
+def select_equal_keys(sizes: Sizes) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = Shape(sizes, queries=60, keys=60, kv_heads=1, group=2)
+    inputs = make_inputs(shape, dtype=torch.float32)
+    inputs["q"] = (4 * inputs["q"]).round()
+    inputs["k_cmp"] = (4 * inputs["k_cmp"][:, :1]).round().expand_as(inputs["k_cmp"])
+    return tuple(nsa_attention(**inputs, backend=name, return_selection=True)[1] for name in ("triton", "reference"))
+
+
+@pytest.mark.parametrize("sizes", [replace(Sizes(), topk=6), replace(Sizes(), topk=3, init_blocks=0)], ids=str)
+def test_of_equal_blocks_the_first_is_taken(process: ProcessPoolExecutor, sizes: Sizes) -> None:
+    got, expected = process.submit(select_equal_keys, sizes).result()
+    assert torch.equal(got, expected)
+
+
+def select_without_importance() -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys so long that one probability is 1 and all others underflow to exactly 0."""
+    sizes = Sizes(kernel_size=8, kernel_stride=1, block_size=8, topk=2, init_blocks=0, local_blocks=1)
+    inputs = make_inputs(Shape(sizes, queries=40, keys=40), dtype=torch.float32)
+    inputs["k_cmp"] *= 1e4
+    return tuple(nsa_attention(**inputs, backend=name, return_selection=True)[1] for name in ("triton", "reference"))
+
+
+def test_of_blocks_without_importance_the_first_is_taken(process: ProcessPoolExecutor) -> None:
+    got, expected = process.submit(select_without_importance).result()
+    assert torch.equal(got, expected)
+
+
+def twice() -> bool:
+    results = []
+    for _ in range(2):
+        inputs = with_gradients(make_inputs(CASES["groups of three"], dtype=torch.float32))
+        out = nsa_attention(**inputs, backend="triton")
+        out.backward(torch.ones_like(out))
+        results.append([out, *(inputs[name].grad for name in ("q", "k", "v", "k_cmp", "v_cmp", "gates"))])
+    return all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_the_same_inputs_give_the_same_bits(process: ProcessPoolExecutor) -> None:
+    assert process.submit(twice).result()
+
+
+def with_dead_queries() -> list[torch.Tensor]:
+    inputs = make_inputs(CASES["left-padded, the last queries"], dtype=torch.float32)
+    dead = slice(0, 3)  # of row 1: positions 17 to 19, and it starts at 20
+    inputs["q"][1, dead] = inputs["gates"][1, dead] = float("nan")
+    inputs = with_gradients(inputs)
+    out, selection = nsa_attention(**inputs, backend="triton", return_selection=True)
+    dout = torch.ones_like(out)
+    dout[1, dead] = float("nan")
+    out.backward(dout)
+    gradients = [x.grad for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
+    return [out.detach()[1, dead], inputs["q"].grad[1, dead], selection[1, dead] + 1, *gradients]
+
+
+def test_queries_before_the_first_token_are_not_read(process: ProcessPoolExecutor) -> None:
+    out, dq, selection, *gradients = process.submit(with_dead_queries).result()
+    assert not out.any() and not dq.any() and not selection.any()
+    assert len(gradients) == 8 and all(bool(x.isfinite().all()) for x in gradients)
+
+
+def compiled() -> tuple[torch.Tensor, ...]:
+    def double(q: torch.Tensor, **rest) -> torch.Tensor:
+        return 2 * nsa_attention(q, **rest, backend="triton")
+
+    found = []
+    for function in (double, torch.compile(double, fullgraph=True, backend="aot_eager")):
+        inputs = with_gradients(make_inputs(replace(SMALL, queries=9, keys=9), dtype=torch.float32))
+        out = function(**inputs)
+        out.sum().backward()
+        found += [out.detach(), inputs["q"].grad, inputs["k_cmp"].grad]
+    return tuple(found)
+
+
+def test_compiled_into_one_graph(process: ProcessPoolExecutor) -> None:
+    found = process.submit(compiled).result()
+    assert all(torch.equal(a, b) for a, b in zip(found[:3], found[3:], strict=True))
+
+
+def call(shape: Shape, dtype: torch.dtype) -> None:
+    nsa_attention(**make_inputs(shape, dtype=dtype), backend="triton")
+
+
+LIMITS = {
+    "float64": (SMALL, torch.float64, TypeError, "got float64: use backend='reference'"),
+    "wide heads": (replace(SMALL, key_dim=264), torch.float32, ValueError, "at most 256 numbers, got Dk = 264"),
+    "many heads a KV head": (replace(SMALL, group=129), torch.float32, ValueError, "at most 128 query heads"),
+    "many chosen blocks": (
+        Shape(Sizes(1, 1, 1, 260, 1, 1, 4), queries=1, keys=300, kv_heads=1), torch.float32, ValueError,
+        "at most 256 blocks by importance, got topk - init_blocks - local_blocks = 258",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_limits_are_errors(process: ProcessPoolExecutor, name: str) -> None:
+    shape, dtype, error, text = LIMITS[name]
+    with pytest.raises(error, match=text):
+        process.submit(call, shape, dtype).result()
+
+
+def test_the_cpu_needs_the_interpreter() -> None:
+    with pytest.raises(ValueError, match="needs CUDA tensors, got cpu"):
+        nsa_attention(**make_inputs(SMALL, dtype=torch.float32), backend="triton")
+
+
+def test_without_triton() -> None:
+    """The package is imported, and the reference works; the Triton backend says what is missing."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from nsa_hf.kernels import nsa_attention
+x = torch.ones(1, 3, 1, 4)
+arguments = (x, x, x, x[:, :0], x[:, :0], torch.ones(1, 3, 1, 3))
+nsa_attention(*arguments)
+try:
+    nsa_attention(*arguments, backend="triton")
+except ImportError as error:
+    assert "pip install triton" in str(error)
+else:
+    raise AssertionError("no error")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
+
+
+def test_nothing_of_triton_at_import() -> None:
+    code = "import sys, nsa_hf.kernels; assert not any('triton_' in m for m in sys.modules if 'nsa_hf' in m)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)

@@ -1,0 +1,123 @@
+"""What the tests of the Triton kernels share: the cases, the comparison, and a process in which Triton interprets.
+
+Triton decides when it is imported whether kernels are interpreted. So that no other test is affected, the kernels run
+in a process of their own: `interpreted(function, ...)` calls a function of a test module there.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from attention_inputs import TENSORS, Inputs, Shape, Sizes, make_inputs, with_gradients
+
+from nsa_hf.kernels import nsa_attention
+
+SMALL = Shape(queries=26, keys=26, kv_heads=1)
+ALIKE = Sizes(4, 4, 4, 3, 1, 1, 4)  # compressed blocks that do not overlap
+WIDE = Sizes(6, 2, 8, 4, 1, 1, 7)  # each token in three compressed blocks
+LARGE = Sizes(8, 4, 80, 3, 1, 1, 20)  # selection blocks taken in parts (of 32 tokens for float32)
+
+CASES = {
+    "groups of two": replace(SMALL, kv_heads=2),
+    "groups of one": replace(SMALL, group=1),
+    "groups of three": replace(SMALL, group=3),
+    "groups of seven": replace(SMALL, group=7),
+    "groups of twelve, two rows": replace(SMALL, group=12, batch=2, queries=5, keys=20),
+    "wide keys": replace(SMALL, key_dim=24, value_dim=16),
+    "wide values": replace(SMALL, key_dim=3, value_dim=20),
+    "own scale": replace(SMALL, scale=-0.2),
+    "one token": Shape(queries=1, keys=1),
+    "shorter than one compressed block": Shape(queries=3, keys=3),
+    "no init block": replace(SMALL, sizes=replace(Sizes(), init_blocks=0)),
+    "two init blocks": replace(SMALL, sizes=replace(Sizes(), init_blocks=2, topk=5)),
+    "forced blocks only": replace(SMALL, sizes=replace(Sizes(), topk=3)),
+    "own block only": replace(SMALL, sizes=replace(Sizes(), topk=1, init_blocks=0, local_blocks=1)),
+    "more blocks asked than there are": replace(SMALL, sizes=replace(Sizes(), topk=20)),
+    "window of one": replace(SMALL, sizes=replace(Sizes(), window_size=1)),
+    "window over everything": replace(SMALL, sizes=replace(Sizes(), window_size=100)),
+    "blocks that do not overlap": replace(SMALL, sizes=ALIKE),
+    "each token in three blocks": Shape(WIDE, queries=50, keys=50, kv_heads=1),
+    "large blocks": Shape(LARGE, queries=40, keys=350, kv_heads=1),
+    "the last queries": Shape(queries=7, keys=40, kv_heads=1),
+    "decoding": Shape(batch=2, queries=1, keys=37),
+    "own window keys": replace(SMALL, queries=6, own_window=26),
+    "own window keys, the last few": replace(SMALL, queries=6, own_window=10),
+    "left-padded": replace(SMALL, batch=2, starts=(7, 25)),
+    "left-padded, the last queries": replace(SMALL, batch=2, queries=9, starts=(0, 20), own_window=13),
+    "ragged": replace(SMALL, batch=2, queries=3, lengths=(26, 11)),
+    "ragged, more queries than tokens": replace(SMALL, batch=2, queries=6, lengths=(26, 3)),
+    "ragged and left-padded, own window": replace(
+        SMALL, batch=3, queries=5, starts=(4, 0, 9), lengths=(26, 11, 12), own_window=26
+    ),
+    "packed": replace(SMALL, cu_seqlens=(0, 11, 26)),
+    "packed, some shorter than a block": replace(SMALL, cu_seqlens=(0, 2, 13, 14, 17, 26)),
+    "packed, own window": replace(SMALL, cu_seqlens=(0, 11, 26), own_window=26),
+    "the paper's sizes": Shape(Sizes(32, 16, 64, 16, 1, 2, 512), queries=3, keys=1500, kv_heads=1, group=3),
+}
+
+
+def compare(
+    shape: Shape, seed: int = 1, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[dict[str, float], float]:
+    """The kernels against the float64 reference on the same inputs, NaN wherever nothing may be read.
+
+    Returns:
+        The largest difference of the output and of each gradient, as a part of the tensor's largest number; and the
+        share of queries whose selection is the reference's.
+    """
+    inputs = on_device(make_inputs(shape, seed, dtype), device)
+    mine = with_gradients(inputs)
+    truth = with_gradients({name: x.double() if name in TENSORS else x for name, x in inputs.items()})
+    out, selection = nsa_attention(**mine, backend="triton", return_selection=True)
+    expected, expected_selection = nsa_attention(**truth, backend="reference", return_selection=True)
+    assert out.dtype == dtype and selection.dtype == torch.int32 and selection.shape == expected_selection.shape
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(out)
+    out.backward(dout)
+    expected.backward(dout.double())
+
+    def difference(got: torch.Tensor, want: torch.Tensor) -> float:
+        assert got.shape == want.shape
+        if not want.numel():
+            return 0.0
+        # where terms of order 1 cancel exactly, their rounding is left
+        return float((got.double() - want).abs().max() / want.abs().max().clamp(min=0.1))
+
+    errors = {"out": difference(out.detach(), expected.detach())}
+    for name in TENSORS:
+        if name in mine:
+            assert mine[name].grad.dtype == mine[name].dtype
+            errors[name] = difference(mine[name].grad, truth[name].grad)
+    return errors, float((selection == expected_selection).all(-1).double().mean())
+
+
+def on_device(inputs: Inputs, device: str) -> Inputs:
+    return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+
+
+def prepare() -> None:
+    """In the new process: one thread, and memory that nothing has written to is NaN."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@contextmanager
+def interpreter() -> Iterator[ProcessPoolExecutor]:
+    """A process in which Triton's kernels run on the CPU."""
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=prepare) as pool:
+            pool.submit(int).result()  # started with the variable set
+            if before is None:
+                del os.environ["TRITON_INTERPRET"]
+            yield pool
+    finally:
+        if before is None:
+            os.environ.pop("TRITON_INTERPRET", None)
