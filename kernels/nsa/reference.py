@@ -229,6 +229,7 @@ def attend_chunk(
     first = places.block_first[:, None, :]
     visible = (first >= start) & (first + sizes.kernel_size - 1 <= position)
     out_cmp, p_cmp = attend(q, k_cmp, v_cmp, visible[:, None], weights=True)
+    assert p_cmp is not None
 
     # selected: scores of the group's heads added (eq. 10), blocks picked, their tokens attended to
     with torch.no_grad():
