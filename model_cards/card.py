@@ -1,0 +1,174 @@
+"""The model card of a converted or trained folder, from the JSON results in it and from nothing else.
+
+    render_card("out")       # out/README.md and its pictures
+
+A section whose result is absent is absent from the card, and a figure that was not measured is a dash.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+TEMPLATE = "template.md.j2"
+# result's name in the template: its file
+RESULTS = {
+    "verify": "verify.json",
+    "training": "training.json",
+    "evaluation": "eval.json",
+    "inspection": "inspect.json",
+}
+SAMPLES = ("generate-long.json", "generate-chat.json")
+SETTINGS = (
+    "nsa_kernel_size",
+    "nsa_kernel_stride",
+    "nsa_block_size",
+    "nsa_topk",
+    "nsa_init_blocks",
+    "nsa_local_blocks",
+    "nsa_window_size",
+    "nsa_compression",
+    "nsa_rope_order",
+    "nsa_branch_kv",
+    "nsa_gate",
+)
+
+
+class CardError(ValueError):
+    """A folder that a card cannot be made of."""
+
+
+def render_card(out: str | Path) -> Path:
+    """Writes `out`/README.md and the pictures it shows; returns its path.
+
+    Raises:
+        CardError: `out` is no converted folder, or one of its results cannot be read.
+    """
+    folder = Path(out)
+    manifest, config = read_result(folder / "manifest.json"), read_result(folder / "config.json")
+    if manifest is None or config is None:
+        raise CardError(
+            f"{folder} is no converted model: expected manifest.json and config.json, as nsa-hf convert writes"
+        )
+    results = {name: read_result(folder / file) for name, file in RESULTS.items()}
+    samples = [sample for file in SAMPLES if (sample := read_result(folder / file))]
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
+
+        from .pictures import draw_pictures
+    except ImportError as error:
+        raise CardError(f"a card needs the package {error.name}: pip install 'nsa-hf[eval]'") from error
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    environment.filters.update(FILTERS)
+    try:
+        pictures = draw_pictures(folder, results["training"], results["verify"], results["inspection"])
+        text = environment.get_template(TEMPLATE).render(
+            manifest=manifest,
+            config=config,
+            settings={name: config[name] for name in SETTINGS if name in config},
+            counts=count_tensors(manifest),
+            title=title(manifest, folder),
+            source_name=source_name(manifest),
+            folder=folder.name,
+            front_matter=front_matter(manifest),
+            pictures=pictures,
+            samples=samples,
+            **{**results, "training": with_rows(results["training"])},
+        )
+    except (KeyError, TypeError, IndexError, AttributeError, TemplateError) as error:
+        raise CardError(f"a result in {folder} lacks what the card shows ({error}): run its command again") from error
+    path = folder / "README.md"
+    temporary = path.with_name(".README.md.unfinished")
+    temporary.write_text(tidy(text), encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """A JSON result, or None when it was not measured."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CardError(f"{path} is damaged ({error}): run the command that wrote it again") from error
+    if not isinstance(content, dict):
+        raise CardError(f"{path} is damaged: expected an object, got {type(content).__name__}")
+    return content
+
+
+def front_matter(manifest: dict[str, Any]) -> str:
+    """The card's YAML header: only what is known."""
+    import yaml
+
+    source = manifest["source"]
+    facts: dict[str, Any] = {}
+    if source.get("license"):
+        facts["license"] = source["license"]
+    if source.get("revision"):  # only a Hub id has one
+        facts["base_model"] = source["name"]
+    facts |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    facts["tags"] = ["nsa", "native-sparse-attention", "sparse-attention", "long-context"]
+    return yaml.safe_dump(facts, sort_keys=False, allow_unicode=True).strip()
+
+
+def source_name(manifest: dict[str, Any]) -> str:
+    """The source as a reader elsewhere knows it: what it calls itself, its Hub id, or its folder's name."""
+    source = manifest["source"]
+    if source.get("revision"):
+        return str(source["name"])
+    return str(source.get("model_name") or Path(source["name"]).name)
+
+
+def title(manifest: dict[str, Any], folder: Path) -> str:
+    name = source_name(manifest).split("/")[-1] or folder.name
+    return f"{name} with Native Sparse Attention"
+
+
+def count_tensors(manifest: dict[str, Any]) -> dict[str, int]:
+    origins = [tensor["from"] for tensor in manifest["tensors"].values()]
+    return {"source": origins.count("source"), "nsa": origins.count("nsa")}
+
+
+def with_rows(training: dict[str, Any] | None) -> dict[str, Any] | None:
+    if training is None:
+        return None
+    held_out, config = training["held_out"], training["config"]
+    rows = list(zip(held_out["before"], held_out["after"], held_out["after_own_dense"], strict=True))
+    tokens = config["length"] * config["batch_size"] * config["accumulate"] * training["processes"]
+    return {**training, "rows": rows, "tokens_per_step": tokens}
+
+
+def tidy(text: str) -> str:
+    """One empty line at most, none at the end."""
+    lines: list[str] = []
+    for line in text.splitlines():
+        if line.strip() or (lines and lines[-1]):
+            lines.append(line.rstrip())
+    return "\n".join(lines).strip() + "\n"
+
+
+def number(value: Any, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def block(text: str) -> str:
+    """Text as an indented code block, safe whatever it holds."""
+    return "\n".join(f"    {line}" for line in text.strip("\n").splitlines()) or "    (nothing)"
+
+
+FILTERS = {
+    "integer": lambda value: number(value, ",d"),
+    "fixed": lambda value, digits: number(value, f",.{digits}f"),
+    "scientific": lambda value: "0" if value == 0 else number(value, ".2e"),
+    "percent": lambda value: number(value, ".2%"),
+    "plain": lambda value: number(value, "g"),
+    "span": lambda row: f"{row['from']:,}–{row['to']:,}",
+    "code": lambda text: f"`{text}`",
+    "versions": lambda versions: ", ".join(f"{name} {version}" for name, version in versions.items()),
+    "block": block,
+}

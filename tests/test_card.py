@@ -1,0 +1,177 @@
+import re
+from pathlib import Path
+
+import card_results as results
+import pytest
+import yaml
+
+from nsa_hf.model_cards.card import CardError, render_card
+
+
+def card_of(folder: Path) -> str:
+    path = render_card(folder)
+    assert path == folder / "README.md"
+    return path.read_text()
+
+
+def headings(text: str) -> list[str]:
+    return re.findall(r"^## (.*)", text, flags=re.MULTILINE)
+
+
+def pictures(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("*.png")}
+
+
+def test_only_a_conversion(tmp_path):
+    text = card_of(results.write(tmp_path))
+    assert headings(text) == ["Made from"]
+    assert pictures(tmp_path) == set()
+    assert "![" not in text
+    # nothing measured: no perplexity, no claim that it is exact
+    for word in ("perplexity", "KL", "exact", "it is the dense model"):
+        assert word not in text
+    assert "It has not been trained since." in text
+    assert f"| `tiny.gguf` | 123,456 bytes, sha256 `{'ab' * 32}` |" in text
+    assert "| tensors | 1 of the source, unchanged; 1 new |" in text
+    assert "`nsa_topk` 16" in text
+
+
+def test_the_header_holds_what_is_known(tmp_path):
+    header = yaml.safe_load(card_of(results.write(tmp_path)).split("---")[1])
+    assert header["license"] == "apache-2.0"
+    assert header["library_name"] == "transformers"
+    assert "base_model" not in header
+    source = {**results.manifest()["source"], "name": "owner/dense", "revision": "0123abc"}
+    del source["license"]
+    text = card_of(results.write(tmp_path, manifest={**results.manifest(), "source": source}))
+    header = yaml.safe_load(text.split("---")[1])
+    assert header["base_model"] == "owner/dense"
+    assert "license" not in header
+    assert "| license |" not in text
+    assert "owner/dense, revision `0123abc`" in text
+
+
+def test_a_folder_on_disk_is_not_told(tmp_path):
+    assert "on/a/disk" not in card_of(results.write(tmp_path))
+
+
+def test_what_was_kept(tmp_path):
+    text = card_of(results.write(tmp_path, verify=results.verify()))
+    assert headings(text) == ["Made from", "What was kept"]
+    assert "Up to 1,024 tokens it is the dense model" in text
+    assert "271 of 272 of the source's tensors are kept" in text
+    assert "8.50e-05" in text
+    assert "| 1,024–2,048 | 2,048 | 7.250 | 7.375 | 3.12e-02 | 93.75% |" in text
+    assert pictures(tmp_path) == {"perplexity.png"}
+    assert "![Perplexity by position](perplexity.png)" in text
+
+
+def test_a_failed_proof_is_told(tmp_path):
+    text = card_of(results.write(tmp_path, verify=results.verify(exact=False)))
+    assert "**Not exact: 1 of 272 tensors are not the source's.**" in text
+    assert "it is the dense model" not in text
+
+
+def test_a_trained_model_with_everything(tmp_path):
+    folder = results.write(
+        tmp_path,
+        manifest=results.manifest(trained=True),
+        verify=results.verify(exact=None),
+        training=results.training(),
+        inspection=results.inspection(),
+        evaluation={"rows": [results.row(0, 1024, 9.75, 9.875)]},
+        long=results.sample(),
+        chat=results.sample(chat=True),
+    )
+    text = card_of(folder)
+    sections = ["Made from", "Beside the dense source", "Training", "The same weights, dense and sparse"]
+    assert headings(text) == [*sections, "What it attends to", "Samples"]
+    assert "Exactness does not apply to a trained model." in text
+    assert "it is the dense model" not in text
+    assert "| 1,024–2,048 | 8.000 | 8.500 | 8.250 | 8.125 | 6.25e-02 | 3.12e-02 |" in text
+    assert "| all | | | | | 3.15e-02 | 1.61e-02 |" in text
+    assert "8 steps of 4,096 tokens" in text
+    assert "0.1 next token + 1 KL" in text
+    assert pictures(folder) == {"training.png", "perplexity.png", "selection.png", "gates.png"}
+    assert set(re.findall(r"!\[.*?\]\((.*?)\)", text)) == pictures(folder)
+    assert text.count("12.2 tokens a second") == 2
+    assert "After 1,500 tokens that end with" in text
+    assert "    Paris is the capital of France." in text
+
+
+@pytest.mark.parametrize("left_out", ["verify", "training", "inspection", "long"])
+def test_an_absent_result_is_an_absent_section(tmp_path, left_out):
+    everything = {
+        "verify": (results.verify(), "What was kept", "8.50e-05"),
+        "training": (results.training(), "Training", "3.15e-02"),
+        "inspection": (results.inspection(), "What it attends to", "selection.png"),
+        "long": (results.sample(), "Samples", "tokens a second"),
+    }
+    folder = results.write(tmp_path, **{name: result for name, (result, _, _) in everything.items()})
+    whole = card_of(folder)
+    for _, heading, figure in everything.values():
+        assert heading in headings(whole)
+        assert figure in whole
+    names = {"long": "generate-long", "inspection": "inspect"}
+    (folder / f"{names.get(left_out, left_out)}.json").unlink()
+    text = card_of(folder)
+    _, heading, figure = everything.pop(left_out)
+    assert heading not in headings(text)
+    assert figure not in text
+    for _, heading, figure in everything.values():
+        assert heading in headings(text)
+        assert figure in text
+    # pictures of what is gone are gone
+    assert set(re.findall(r"!\[.*?\]\((.*?)\)", text)) == pictures(folder)
+
+
+def test_every_number_comes_from_a_result(tmp_path):
+    """Each number of the tables is one of the results', as printed."""
+    text = card_of(results.write(tmp_path, verify=results.verify(), training=results.training()))
+    cells = [cell.strip() for line in text.splitlines() if line.startswith("| ") for cell in line.split("|")]
+    printed = {cell for cell in cells if re.fullmatch(r"[\d.,e%+-]*\d[\d.,e%+-]*", cell)}
+    numbers: set[str] = set()
+    held_out = results.training()["held_out"]
+    rows = [*results.verify()["by_position"], *held_out["before"], *held_out["after"], *held_out["after_own_dense"]]
+    for row in [*rows, {"kl": held_out["kl_before"]}, {"kl": held_out["kl_after"]}]:
+        for value in row.values():
+            numbers |= {f"{value:,.3f}", f"{value:.2e}", f"{value:.2%}", f"{value:,}", "0" if value == 0 else ""}
+    assert len(printed) > 15
+    assert printed <= numbers
+
+
+def test_a_figure_that_was_not_measured_is_a_dash(tmp_path):
+    verify = results.verify()
+    verify["by_position"][2] = results.row(1024, 2048, None, None, None)
+    text = card_of(results.write(tmp_path, verify=verify))
+    assert "| 1,024–2,048 | 2,048 | – | – | – | 93.75% |" in text
+    assert "nan" not in text
+    assert "None" not in text
+
+
+def test_text_of_a_sample_cannot_break_the_card(tmp_path):
+    text = card_of(results.write(tmp_path, long=results.sample(text="## Fake\n```\n| a |")))
+    assert "Fake" not in headings(text)
+    assert "    ## Fake\n    ```\n    | a |" in text
+
+
+def test_made_twice_it_is_the_same(tmp_path):
+    folder = results.write(tmp_path, verify=results.verify(), training=results.training())
+    first = card_of(folder), {path.name: path.read_bytes() for path in folder.glob("*.png")}
+    assert (card_of(folder), {path.name: path.read_bytes() for path in folder.glob("*.png")}) == first
+
+
+def test_wrong_folders_are_named(tmp_path):
+    with pytest.raises(CardError, match="is no converted model"):
+        render_card(tmp_path)
+    folder = results.write(tmp_path, verify=results.verify())
+    (folder / "verify.json").write_text("{")
+    with pytest.raises(CardError, match=r"verify.json is damaged"):
+        render_card(folder)
+    (folder / "verify.json").write_text("[]")
+    with pytest.raises(CardError, match="expected an object, got list"):
+        render_card(folder)
+    (folder / "verify.json").write_text('{"exact": true}')
+    with pytest.raises(CardError, match="lacks what the card shows"):
+        render_card(folder)
+    assert not (folder / "README.md").exists()

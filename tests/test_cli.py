@@ -1,0 +1,183 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import typer.main
+from tiny_runs import converted, write_texts
+
+from nsa_hf.config import NSA_FIELDS
+from nsa_hf.errors import NsaError
+from nsa_hf.recipes.cli import app, main, run
+from nsa_hf.recipes.nsa_options import NSA_OPTIONS, given
+
+COMMANDS = typer.main.get_command(app).commands
+
+
+@pytest.fixture(scope="module")
+def nsa_dir(tiny_dense_dir, tiny_sizes, tmp_path_factory):
+    return converted(tiny_dense_dir, tmp_path_factory.mktemp("nsa") / "model", tiny_sizes)
+
+
+def fails(capsys, arguments, message, code=2):
+    assert run([str(argument) for argument in arguments]) == code
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_help_names_every_command(capsys):
+    assert run(["--help"]) == 0
+    text = capsys.readouterr().out
+    for name in ("plan", "convert", "verify", "train", "eval", "inspect", "generate", "card", "demo"):
+        assert f"\n  {name} " in text
+    # no line is cut short
+    assert "..." not in text.split("Commands:")[1]
+    assert "Exit codes" in text
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_and_parameter_explains_itself(name, capsys):
+    assert run([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) > 5
+    assert COMMANDS[name].help
+    for parameter in COMMANDS[name].params:
+        assert getattr(parameter, "help", None), f"{name} {parameter.name}"
+
+
+def test_train_help_names_the_settings(capsys):
+    run(["train", "--help"])
+    text = capsys.readouterr().out
+    assert "lr_backbone: peak rate of all other parameters" in text
+    assert "warmup_steps" in text
+
+
+def test_no_arguments_show_the_help(capsys):
+    run([])
+    captured = capsys.readouterr()
+    assert "Commands:" in captured.out + captured.err
+
+
+def test_nsa_options_are_the_configs_fields():
+    assert set(NSA_OPTIONS) == set(NSA_FIELDS) - {"nsa_format"}
+    for name, (kind, default, help) in NSA_OPTIONS.items():
+        if name == "nsa_dense_layers":
+            continue
+        field = NSA_FIELDS[name]
+        assert (default, kind.__name__, help) == (field.default, field.type, field.metadata["help"]), name
+
+
+@pytest.mark.parametrize("command", ["plan", "convert"])
+def test_every_field_is_an_option(command):
+    options = {option for parameter in COMMANDS[command].params for option in parameter.opts}
+    assert {f"--{name.replace('_', '-')}" for name in NSA_OPTIONS} <= options
+
+
+def test_given_options():
+    assert given({"nsa_topk": 4, "nsa_gate": None, "nsa_dense_layers": "0, 1,-1"}) == {
+        "nsa_topk": 4,
+        "nsa_dense_layers": [0, 1, -1],
+    }
+    with pytest.raises(NsaError, match="a list such as 0,1,-1, got 'x'"):
+        given({"nsa_dense_layers": "x"})
+
+
+def test_plan_convert_verify(tiny_dense_dir, tmp_path, capsys):
+    sizes = ["--nsa-kernel-size", "8", "--nsa-kernel-stride", "4", "--nsa-block-size", "16", "--nsa-topk", "4"]
+    out = tmp_path / "out"
+    assert run(["plan", str(tiny_dense_dir), "--json", *sizes, "--nsa-dense-layers", "0"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["exact_up_to"] == 64
+    assert plan["layers"][0]["becomes"] == "dense"
+    assert run(["convert", str(tiny_dense_dir), str(out), *sizes, "--nsa-dense-layers", "0"]) == 0
+    assert f"next: nsa-hf verify {tiny_dense_dir} {out}" in capsys.readouterr().out
+    assert json.loads((out / "config.json").read_text())["nsa_dense_layers"] == [0]
+    text = write_texts(tmp_path / "texts") / "0.txt"
+    assert run(["verify", str(tiny_dense_dir), str(out), "--length", "128", "--text", str(text)]) == 0
+    assert "0.txt" in capsys.readouterr().out
+    assert json.loads((out / "verify.json").read_text())["exact"] is True
+    fails(capsys, ["convert", tiny_dense_dir, out], "--overwrite")
+
+
+def test_a_conversion_that_is_not_exact_exits_with_1(tiny_dense_dir, tiny_sizes, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    out = converted(tiny_dense_dir, tmp_path / "out", tiny_sizes)
+    weights = load_file(out / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    assert run(["verify", str(tiny_dense_dir), str(out), "--length", "100", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["exact"] is False
+
+
+def test_eval_inspect_and_card(nsa_dir, tmp_path, capsys):
+    texts = write_texts(tmp_path / "texts")
+    assert run(["eval", str(nsa_dir), "--length", "128", "--text", str(texts), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((nsa_dir / "eval.json").read_text())
+    assert run(["inspect", str(nsa_dir), "--length", "128", "--text", str(texts / "0.txt")]) == 0
+    assert "0.txt" in capsys.readouterr().out
+    assert run(["card", str(nsa_dir)]) == 0
+    assert f"model card: {nsa_dir / 'README.md'}" in capsys.readouterr().out
+
+
+def test_wrong_input_is_one_line(nsa_dir, tmp_path, capsys):
+    for arguments, message in [
+        (["plan", tmp_path / "none"], "there is no folder"),
+        (["convert", "only-one"], "Missing argument"),
+        (["convert", "a", "b", "--nsa-topk", "many"], "Invalid value for '--nsa-topk'"),
+        (["nothing"], "No such command 'nothing'"),
+        (["plan", "a", "--no-such-option"], "No such option: --no-such-option"),
+        (["train", tmp_path / "none.yaml"], "no run file"),
+        (["verify", tmp_path, nsa_dir], "neither config.json nor a .gguf file"),
+        (["verify", "a", nsa_dir, "--text", tmp_path / "none.txt"], "cannot read"),
+        (["eval", tmp_path], "holds no model"),
+        (["inspect", nsa_dir, "--device", "warp"], "no device 'warp' here"),
+        (["generate", nsa_dir], "give the prompt once"),
+        (["generate", nsa_dir, "--prompt", "a", "--prompt-file", "b"], "give the prompt once"),
+        (["generate", nsa_dir, "--prompt-file", tmp_path / "none.txt"], "cannot read"),
+        (["card", tmp_path], "is no converted model"),
+    ]:
+        fails(capsys, arguments, message)
+
+
+def test_debug_shows_the_traceback(tmp_path, capsys):
+    for arguments in (["--debug", "plan", str(tmp_path / "none")], ["plan", str(tmp_path / "none"), "--debug"]):
+        assert run(arguments) == 2
+        assert "Traceback" in capsys.readouterr().err
+
+
+def test_our_own_bugs_are_not_hidden(monkeypatch, tmp_path):
+    def bug(*args, **kwargs):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("nsa_hf.model_cards.card.render_card", bug)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(["card", str(tmp_path)])
+
+
+def test_interrupted(monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nsa_hf.model_cards.card.render_card", interrupt)
+    assert run(["card", "x"]) == 130
+
+
+def test_main_leaves_with_the_exit_code(tmp_path):
+    with pytest.raises(SystemExit) as leaving:
+        main(["plan", str(tmp_path / "none")])
+    assert leaving.value.code == 2
+    with pytest.raises(SystemExit) as leaving:
+        main(["--help"])
+    assert leaving.value.code == 0
+
+
+def test_as_a_program(tmp_path):
+    command = [sys.executable, "-m", "nsa_hf.recipes.cli"]
+    done = subprocess.run([*command, "card", str(tmp_path)], capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stdout == ""

@@ -1,0 +1,78 @@
+import json
+
+import pytest
+import torch
+from tiny_runs import converted
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nsa_hf.errors import NsaError
+from nsa_hf.recipes.generate import generate, prompt_ids
+
+PROMPT = "the words of it are as they were, " * 4  # beyond the exact range of 64 tokens
+
+
+@pytest.fixture(scope="module")
+def nsa_dir(tiny_dense_dir, tiny_sizes, tmp_path_factory):
+    return converted(tiny_dense_dir, tmp_path_factory.mktemp("nsa") / "model", tiny_sizes)
+
+
+def test_greedy_text_equals_one_pass_per_token(nsa_dir, tmp_path, capsys):
+    result = generate(nsa_dir, PROMPT, max_new_tokens=12, save=tmp_path / "result.json")
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(nsa_dir).eval(), AutoTokenizer.from_pretrained(nsa_dir)
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    prompt = ids.shape[1]
+    with torch.no_grad():
+        for _ in range(result["new_tokens"]):
+            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    assert result["text"] == tokenizer.decode(ids[0, prompt:], skip_special_tokens=True)
+    assert result["prompt_tokens"] == prompt == len(PROMPT)
+    assert result["new_tokens"] == 12
+    assert result["tokens_per_second"] > 0
+    printed = capsys.readouterr().out
+    assert f"[{prompt} prompt tokens read in " in printed
+    assert "tokens/s, 12 new]" in printed
+    assert result["text"] in printed
+
+
+def test_part_of_a_prompt(nsa_dir):
+    result = generate(nsa_dir, PROMPT, prompt_tokens=10, max_new_tokens=1)
+    assert result["prompt_tokens"] == 10
+    assert result["prompt_end"] == PROMPT[:10]
+    assert result["tokens_per_second"] is None
+
+
+def test_sampling_repeats_with_its_seed(nsa_dir):
+    texts = [generate(nsa_dir, PROMPT, temperature=2.0, seed=seed, max_new_tokens=12)["text"] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_chat_turn_goes_through_the_template(nsa_dir):
+    tokenizer = AutoTokenizer.from_pretrained(nsa_dir)
+    assert tokenizer.decode(prompt_ids(tokenizer, "hello", chat=True)[0]) == "user: hello\nassistant: "
+    result = generate(nsa_dir, "hello", chat=True, max_new_tokens=2)
+    assert (result["chat"], result["prompt_end"]) == (True, "hello")
+    tokenizer.chat_template = None
+    with pytest.raises(NsaError, match="no chat template"):
+        prompt_ids(tokenizer, "hello", chat=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": 0}, "at least 1, got 0"),
+        ({"prompt_tokens": 0}, "at least 1"),
+        ({"temperature": -1.0}, "temperature must be at least 0"),
+        ({"top_p": 0.0}, "top_p in"),
+        ({"dtype": "int8"}, "dtype must be float32"),
+        ({"max_new_tokens": 4000}, "do not fit the model's 4096"),
+    ],
+)
+def test_wrong_settings_are_named(nsa_dir, settings, message):
+    with pytest.raises(NsaError, match=message):
+        generate(nsa_dir, PROMPT, **settings)
+
+
+def test_an_empty_prompt_is_refused(nsa_dir):
+    with pytest.raises(NsaError, match="the prompt is empty"):
+        generate(nsa_dir, "")

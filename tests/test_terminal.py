@@ -1,0 +1,36 @@
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from nsa_hf.errors import NsaError
+from nsa_hf.recipes.terminal import read_text, report, show
+
+
+def test_results_as_json_or_as_what_is_rendered(capsys):
+    show({"a": [1, None]}, lambda result: f"rendered {result['a']}", True)
+    assert json.loads(capsys.readouterr().out) == {"a": [1, None]}
+    show({"a": 1}, lambda result: f"rendered {result['a']}", False)
+    assert capsys.readouterr().out == "rendered 1\n"
+
+
+def test_texts(tmp_path, monkeypatch):
+    path = tmp_path / "text.txt"
+    path.write_text("grün", encoding="utf-8")
+    assert read_text(path) == "grün"
+    monkeypatch.setattr("sys.stdin", io.StringIO("from a pipe"))
+    assert read_text(Path("-")) == "from a pipe"
+    path.write_bytes(b"\xff\xfe")
+    for wrong in (path, tmp_path / "none.txt", tmp_path):
+        with pytest.raises(NsaError, match=r"cannot read .* as UTF-8 text"):
+            read_text(wrong)
+
+
+def test_only_what_a_user_can_act_upon_is_reported(capsys):
+    assert report(NsaError("expected 1, got 2"))
+    assert capsys.readouterr().err == "error: expected 1, got 2\n"
+    assert report(PermissionError(13, "Permission denied", "x"))
+    assert "Permission denied: 'x'" in capsys.readouterr().err
+    assert not report(RuntimeError("a bug"))
+    assert capsys.readouterr().err == ""
