@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 from linktree import ROOT, make_tree
 
@@ -40,6 +41,12 @@ def run(*arguments: str) -> None:
         sys.exit(code)
 
 
+def side_by_side() -> list[str]:
+    """Several test processes where pytest-xdist is there: most of the time is compiling, which takes a core each."""
+    processes = min(8, (os.cpu_count() or 2) // 2)
+    return ["-n", str(processes), "--dist", "worksteal"] if find_spec("xdist") and processes > 1 else []
+
+
 def main() -> None:
     check_gpu()
     make_tree(TREE)
@@ -47,7 +54,7 @@ def main() -> None:
     files = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
     if not files:
         sys.exit("error: no test in tests/ is marked `gpu`")
-    run("-m", "pytest", "-m", "gpu", "--durations=5", *files, *sys.argv[1:])
+    run("-m", "pytest", "-m", "gpu", "--durations=5", *side_by_side(), *files, *sys.argv[1:])
     if (ROOT / "recipes" / "benchmark.py").exists():
         # Whole passes at two lengths; everything takes half an hour.
         run("-m", "nsa_hf.recipes.benchmark", "--tokens", "8192,65536", "--inputs", "random", "--no-parts")
