@@ -156,6 +156,11 @@ def number(value: Any, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
+def scientific(value: float | None) -> str:
+    """0.00432 as 4.32e-03; what is only rounding, as a KL of equal models is, by its bound."""
+    return "under 1e-07" if value is not None and abs(value) < 1e-7 else number(value, ".2e")
+
+
 def block(text: str) -> str:
     """Text as an indented code block, safe whatever it holds."""
     return "\n".join(f"    {line}" for line in text.strip("\n").splitlines()) or "    (nothing)"
@@ -164,7 +169,7 @@ def block(text: str) -> str:
 FILTERS = {
     "integer": lambda value: number(value, ",d"),
     "fixed": lambda value, digits: number(value, f",.{digits}f"),
-    "scientific": lambda value: "0" if value == 0 else number(value, ".2e"),
+    "scientific": scientific,
     "percent": lambda value: number(value, ".2%"),
     "plain": lambda value: number(value, "g"),
     "span": lambda row: f"{row['from']:,}–{row['to']:,}",

@@ -73,7 +73,7 @@ def training_curve(training: Result) -> Figure:
         value = held_out[key]
         if value is not None:
             right.axhline(
-                value, color=color, linewidth=1.4, linestyle=(0, (5, 3)), label=f"held-out, {name}: {value:.2g}"
+                value, color=color, linewidth=1.4, linestyle=(0, (5, 3)), label=f"held-out, {name}: {value:.4g}"
             )
     style(right, "KL to the dense teacher", "step", "nats a token")
     right.set_ylim(bottom=0)
@@ -100,8 +100,7 @@ def perplexity_by_position(
         percent = (array / base - 1) * 100
         offset = (index - (len(series) - 1) / 2) * width
         bars = right.bar(place + offset, percent, width * 0.9, color=color, label=name)
-        texts = ["" if np.isnan(value) else f"{value:+.1f}" if abs(value) >= 0.05 else "0" for value in percent]
-        right.bar_label(bars, texts, fontsize=7, color=MUTED, padding=2)
+        right.bar_label(bars, [percent_label(value) for value in percent], fontsize=7, color=MUTED, padding=2)
     style(left, f"perplexity, {what}", "position", "perplexity")
     style(right, "difference from the dense source", "position", "percent")
     right.axhline(0, color=INK, linewidth=0.9)
@@ -166,6 +165,13 @@ def gate_lines(inspection: Result) -> Figure:
     panels[0].axhline(1, color=MUTED, linewidth=0.9)
     panels[1].legend(frameon=False, fontsize=8, labelcolor=INK)
     return figure
+
+
+def percent_label(value: float) -> str:
+    """Two digits that count, "0" for what is none; nothing where nothing was measured."""
+    if np.isnan(value):
+        return ""
+    return "0" if abs(value) < 0.005 else f"{value:+.2f}" if abs(value) < 1 else f"{value:+.1f}"
 
 
 def style(axes: Axes, title: str, x: str, y: str) -> None:

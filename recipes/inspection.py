@@ -143,6 +143,6 @@ def render_inspection(result: dict[str, Any]) -> Table:
     for heading in ("layer", *result["branches"], *(str(e) if e == 1 else f"{e}-{2 * e - 1}" for e in edges)):
         table.add_column(heading, justify="right", no_wrap=True)
     for layer, gates, distance in zip(result["layers"], result["gates"], result["distance"], strict=True):
-        shares = ["-" if share is None else f"{share:.1%}" for share in distance["share"]]
+        shares = ["-" if share is None else f"{share:.0%}" for share in distance["share"]]
         table.add_row(str(layer), *(f"{gate:.4f}" for gate in gates), *shares)
     return table

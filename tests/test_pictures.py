@@ -6,6 +6,7 @@ from matplotlib.image import imread
 from nsa_hf.model_cards.pictures import (
     draw_pictures,
     gate_lines,
+    percent_label,
     perplexity_by_position,
     selection_maps,
     spread,
@@ -71,6 +72,17 @@ def test_gates_by_branch():
     left, right = gate_lines(inspection).axes
     assert left.lines[0].get_ydata().tolist() == [row[1] for row in inspection["gates"]]
     assert [line.get_label() for line in right.lines[:2]] == ["compressed", "window"]
+
+
+def test_labels_of_differences():
+    assert [percent_label(v) for v in (12.34, -1.25, 0.123, -0.006, 0.004, float("nan"))] == [
+        "+12.3",
+        "-1.2",
+        "+0.12",
+        "-0.01",
+        "0",
+        "",
+    ]
 
 
 def test_spread():
