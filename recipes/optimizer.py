@@ -27,6 +27,7 @@ def make_optimizer(student: nn.Module, config: RunConfig) -> torch.optim.Optimiz
             if members
         ],
         betas=(config.beta1, config.beta2),
+        eps=config.adam_eps,
     )
 
 

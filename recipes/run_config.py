@@ -44,6 +44,7 @@ class RunConfig:
     min_lr_ratio: float = setting("share of the peak rate at which the cosine ends", 0.1)
     beta1: float = setting("AdamW's first decay", 0.9)
     beta2: float = setting("AdamW's second decay", 0.95)
+    adam_eps: float = setting("AdamW's epsilon: entries with smaller gradients move less than the rate", 1e-8)
     weight_decay: float = setting("decay of the backbone's matrices; norms, biases and NSA parameters have none", 0.0)
     max_grad_norm: float = setting("norm at which gradients are clipped", 1.0)
     ce_weight: float = setting("weight of the next-token loss", 1.0)
@@ -67,7 +68,7 @@ RULES = {
     **dict.fromkeys(
         ("warmup_steps", "gate_blend_steps", "gradient_checkpointing", "save_every", "seed", "lr_nsa", "lr_backbone"), 0
     ),
-    **dict.fromkeys(("weight_decay", "ce_weight", "kl_weight", "min_lr_ratio", "beta1", "beta2"), 0),
+    **dict.fromkeys(("weight_decay", "ce_weight", "kl_weight", "min_lr_ratio", "beta1", "beta2", "adam_eps"), 0),
     "length": 2,
 }  # the least value of each number
 
@@ -116,6 +117,8 @@ def make_run_config(values: dict[str, Any]) -> RunConfig:
     for name in ("beta1", "beta2"):
         if getattr(config, name) >= 1:
             raise RunConfigError(f"{name} must be below 1, got {getattr(config, name)}")
+    if config.adam_eps <= 0:
+        raise RunConfigError(f"adam_eps must be above 0, got {config.adam_eps}")
     if config.max_grad_norm <= 0:
         raise RunConfigError(f"max_grad_norm must be above 0, got {config.max_grad_norm}; a large one clips nothing")
     if config.ce_weight == 0 and config.kl_weight == 0:
