@@ -18,9 +18,8 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,8 +103,10 @@ def relative_error(x: Tensor, truth: Tensor) -> float:
     return float((x.detach().double() - truth).norm() / truth.norm().clamp(min=1e-30))
 
 
-def check(heads: Heads, tokens: int = 1500) -> list[str]:
+def check(heads: Heads, tokens: int = 1536) -> list[str]:
     """What is wrong with the kernels at this configuration, against float64; empty: nothing.
+
+    A multiple of 16 tokens, as those that are timed: the very same kernels run.
 
     bf16 has 8 bits: a rounding is at most 2^-9 = .002 of a number, and a result passes through a few of them
     (probabilities, partial results, gradients of logits), so .01 of a tensor's norm is more than rounding.
@@ -191,31 +192,35 @@ def forward_parts(x: Inputs) -> dict[str, Callable[[], object]]:
     from nsa_hf.kernels.triton_gather import count_slots
     from nsa_hf.kernels.triton_interval import interval_forward
     from nsa_hf.kernels.triton_op import layout_of
+    from nsa_hf.kernels.triton_query_major import query_major_forward, takes_query_major
     from nsa_hf.kernels.triton_select import select
     from nsa_hf.kernels.triton_selected import selected_forward
 
     keys, scale = x.k.shape[1], x.q.shape[-1] ** -0.5 * LOG2E
     layout = layout_of(x.q, x.k, x.v, SIZES, None, None, None)
     mean_k, mean_v = (MeanCompressor(SIZES.kernel_size, tensor.shape[-1]) for tensor in (x.k, x.v))
-    out_cmp, lse_cmp = interval_forward(x.q, x.k_cmp, x.v_cmp, layout.cmp_low, layout.cmp_high, scale)
+    cmp = (x.q, x.k_cmp, x.v_cmp, layout.cmp_low, layout.cmp_high, scale)
+    out_cmp, lse_cmp = interval_forward(*cmp, long_runs=True)
     selection = select(x.q, x.k_cmp, lse_cmp, layout, SIZES, keys, scale)
     window, local = layout.window(SIZES.window_size, 0), layout.local(SIZES)
     out_win, _ = interval_forward(x.q, x.k, x.v, *window, scale)
     slots = count_slots(SIZES, layout, keys)
 
-    def selected() -> None:
+    def gathered() -> None:
         out, lse = interval_forward(x.q, x.k, x.v, *local, scale)
         if slots:
             selected_forward(x.q, x.k, x.v, selection, layout, SIZES, slots, scale, out, lse)
+
+    def query_major() -> None:
+        query_major_forward(x.q, x.k, x.v, selection, layout, SIZES, scale)
 
     return {
         "compression": lambda: [
             compress(tensor, mean, SIZES.kernel_stride) for tensor, mean in ((x.k, mean_k), (x.v, mean_v))
         ],
-        "attention": lambda: interval_forward(x.q, x.k_cmp, x.v_cmp, layout.cmp_low, layout.cmp_high, scale),
+        "attention": lambda: interval_forward(*cmp, long_runs=True),
         "scores + top-k": lambda: select(x.q, x.k_cmp, lse_cmp, layout, SIZES, keys, scale),
-        "selection": selected,
-        "selection, local blocks": lambda: interval_forward(x.q, x.k, x.v, *local, scale),
+        "selection": query_major if takes_query_major(x.q, x.k) else gathered,
         "window": lambda: interval_forward(x.q, x.k, x.v, *window, scale),
         "combination": lambda: combine(out_cmp, out_cmp, out_win, x.gates, layout.relative),
     }
@@ -224,37 +229,38 @@ def forward_parts(x: Inputs) -> dict[str, Callable[[], object]]:
 def backward_parts(x: Inputs) -> dict[str, Callable[[], object]]:
     """The stages of the backward pass, each callable by itself."""
     from nsa_hf.kernels.triton_common import LOG2E
-    from nsa_hf.kernels.triton_gates import gate_gradient
+    from nsa_hf.kernels.triton_gates import gate_gradient, rows_by_head
     from nsa_hf.kernels.triton_gather import count_slots
-    from nsa_hf.kernels.triton_interval import interval_dkv, interval_dq
+    from nsa_hf.kernels.triton_interval_backward import Second, interval_dkv, interval_dq
     from nsa_hf.kernels.triton_op import CMP, SLC, WIN, forward_op, layout_of
     from nsa_hf.kernels.triton_selected import selected_backward
 
-    keys, scale = x.k.shape[1], x.q.shape[-1] ** -0.5
+    scale = x.q.shape[-1] ** -0.5
+    scales = (scale, scale * LOG2E)
     numbers = list(SIZES.__dict__.values())
     none = (None,) * 5
-    _, selection, out_cmp, out_slc, out_win, lse_cmp, lse_slc, lse_win = forward_op(*x[:6], *none, numbers, scale)
+    _, selection, out_cmp, out_slc, out_win, *lses = forward_op(*x[:6], *none, numbers, scale)
     layout = layout_of(x.q, x.k, x.v, SIZES, None, None, None)
     outs = (out_cmp, out_slc, out_win, x.dout, x.gates, layout.relative)
     _, correction = gate_gradient(*outs)
-    rest = (x.gates, correction)
-    runs: dict[str, tuple[Any, ...]] = {
-        "compressed": (x.k_cmp, x.v_cmp, layout.cmp_low, layout.cmp_high, x.dout, lse_cmp, *rest, CMP),
-        "window": (x.k, x.v, *layout.window(SIZES.window_size, 0), x.dout, lse_win, *rest, WIN),
-        "local blocks": (x.k, x.v, *layout.local(SIZES), x.dout, lse_slc, *rest, SLC),
-    }
+    rows = rows_by_head(lses, x.gates, correction)
+    local_low, local_high = layout.local(SIZES)
+    cmp = (x.q, x.k_cmp, x.v_cmp, layout.cmp_low, layout.cmp_high, x.dout, rows[CMP], *scales)
+    win = (x.q, x.k, x.v, *layout.window(SIZES.window_size, 0), x.dout, rows[WIN], *scales)
+    local = (x.q, x.k, x.v, local_low, local_high, x.dout, rows[SLC], *scales)
     dq, dq_out = torch.zeros_like(x.q, dtype=torch.float32), torch.empty_like(x.q)
-    slots = count_slots(SIZES, layout, keys)
-    parts: dict[str, Callable[[], object]] = {"backward, gates": lambda: gate_gradient(*outs)}
-    for name, run in runs.items():
-        dk_dv: dict[str, Any] = {"dtype": torch.bfloat16, "few_keys": name == "compressed"}
-        queries: Callable[..., object] = interval_dq
-        keys_and_values: Callable[..., object] = interval_dkv
-        parts[f"backward, {name} dq"] = partial(queries, x.q, *run, scale, scale * LOG2E, dq, add=True)
-        parts[f"backward, {name} dk dv"] = partial(keys_and_values, x.q, *run, scale, scale * LOG2E, **dk_dv)
-    if slots:
+    bf16, second = torch.bfloat16, Second(local_low, rows[SLC])
+    parts: dict[str, Callable[[], object]] = {
+        "backward, gates": lambda: rows_by_head(lses, x.gates, gate_gradient(*outs)[1]),
+        "backward, compressed dq": lambda: interval_dq(*cmp, dq, add=False),
+        "backward, compressed dk dv": lambda: interval_dkv(*cmp, dtype=bf16, few_keys=True),
+        "backward, window and local blocks dq": lambda: interval_dq(*win, dq, add=True, second=second),
+        "backward, window dk dv": lambda: interval_dkv(*win, dtype=bf16),
+        "backward, local blocks dk dv": lambda: interval_dkv(*local, dtype=bf16),
+    }
+    if slots := count_slots(SIZES, layout, x.k.shape[1]):
         parts["backward, selection"] = lambda: selected_backward(
-            x.q, x.k, x.v, selection, layout, SIZES, slots, x.dout, lse_slc, *rest, scale, scale * LOG2E, dq, dq_out
+            x.q, x.k, x.v, selection, layout, SIZES, slots, x.dout, lses[SLC], x.gates, correction, *scales, dq, dq_out
         )
     return parts
 
@@ -312,8 +318,8 @@ def write_rows(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def draw(path: Path) -> Path:
-    """Speed over length, beside FlashAttention-2 of the same run: `path` with `.png` for `.csv`."""
+def draw(path: Path) -> Path | None:
+    """Speed over length, beside FlashAttention-2 of the same run: `path` with `.png` for `.csv`; None without any."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -325,6 +331,8 @@ def draw(path: Path) -> Path:
             if row["part"] in ("forward", "backward") and row["inputs"] == "random":
                 key = (row["part"], row["config"], row["system"], int(row["tokens"]))
                 times[key] = float(row["median_ms"])
+    if not any(system == "fa2" and (part, config, "nsa", n) in times for part, config, system, n in times):
+        return None
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True)
     for axis, part in zip(axes, ("forward", "backward"), strict=True):
         for config in sorted({key[1] for key in times}):
@@ -417,7 +425,8 @@ def main(arguments: list[str] | None = None) -> int:
                 del x
                 torch.cuda.empty_cache()
     try:
-        print(f"{options.out}, {draw(options.out)}")
+        picture = draw(options.out)
+        print(f"{options.out}, {picture or 'no picture, since nothing was timed beside FlashAttention-2'}")
     except ImportError:
         print(f"{options.out}; no picture, since matplotlib is not installed")
     return 1 if failed else 0

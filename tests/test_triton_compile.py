@@ -36,7 +36,15 @@ def signature_of(kernel, arguments: dict) -> tuple[dict, dict, dict]:
 
 def compile_all(monkeypatch: pytest.MonkeyPatch, card: int, shape: Shape, dtype: torch.dtype) -> dict[str, int]:
     """Shared memory in bytes of every kernel of a forward and a backward pass, by its name; the most, where several."""
-    from nsa_hf.kernels import triton_common, triton_interval, triton_op, triton_select, triton_selected
+    from nsa_hf.kernels import (
+        triton_common,
+        triton_interval,
+        triton_interval_backward,
+        triton_op,
+        triton_query_major,
+        triton_select,
+        triton_selected,
+    )
 
     found: dict[str, int] = {}
     done = set()
@@ -55,7 +63,9 @@ def compile_all(monkeypatch: pytest.MonkeyPatch, card: int, shape: Shape, dtype:
             found[name] = max(found.get(name, 0), compiled.metadata.shared)
 
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", compile_instead)
-    for module in (triton_common, triton_interval, triton_select, triton_selected):
+    for module in (
+        triton_common, triton_interval, triton_interval_backward, triton_query_major, triton_select, triton_selected
+    ):  # fmt: skip
         monkeypatch.setattr(module, "shared_memory", lambda device: SHARED_MEMORY[card] * 1024)
     # nothing is computed: indices that nobody wrote are the largest number, which no slot's block is
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
@@ -78,6 +88,10 @@ KERNELS = {
 }  # fmt: skip
 
 
+# of groups from 12 on: one kernel in the place of two
+LARGE_GROUP = KERNELS - {"selected_forward_kernel", "merge_kernel"} | {"query_major_kernel"}
+
+
 @pytest.mark.parametrize(
     ("card", "dims", "dtype"),
     [
@@ -97,4 +111,16 @@ def test_compiles_ahead(monkeypatch: pytest.MonkeyPatch, card: int, dims: tuple[
     shape = Shape(PAPER, 1, 2048, 2048, 2, 4, *dims)
     found = compile_all(monkeypatch, card, shape, dtype)
     assert set(found) == KERNELS
+    assert all(shared <= SHARED_MEMORY[card] * 1024 for shared in found.values()), found
+
+
+@pytest.mark.parametrize(
+    ("card", "dtype"),
+    [(89, torch.bfloat16), pytest.param(90, torch.bfloat16, marks=pytest.mark.slow),
+     pytest.param(86, torch.float32, marks=pytest.mark.slow)],
+    ids=str,
+)  # fmt: skip
+def test_large_groups_compile_ahead(monkeypatch: pytest.MonkeyPatch, card: int, dtype: torch.dtype) -> None:
+    found = compile_all(monkeypatch, card, Shape(PAPER, 1, 2048, 2048, 2, 16, 128, 128), dtype)
+    assert set(found) == LARGE_GROUP
     assert all(shared <= SHARED_MEMORY[card] * 1024 for shared in found.values()), found

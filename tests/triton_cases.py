@@ -29,6 +29,11 @@ CASES = {
     "groups of three": replace(SMALL, group=3),
     "groups of seven": replace(SMALL, group=7),
     "groups of twelve, two rows": replace(SMALL, group=12, batch=2, queries=5, keys=20),
+    "groups of twelve, packed": replace(SMALL, group=12, queries=17, keys=17, cu_seqlens=(0, 2, 12, 17)),
+    "groups of twelve, ragged and left-padded": replace(
+        SMALL, group=12, batch=2, queries=4, keys=20, starts=(17, 3), lengths=(20, 14), key_dim=20, value_dim=4
+    ),
+    "groups of twelve, large blocks": Shape(replace(LARGE, topk=2), queries=3, keys=170, kv_heads=1, group=12),
     "wide keys": replace(SMALL, key_dim=24, value_dim=16),
     "wide values": replace(SMALL, key_dim=3, value_dim=20),
     "own scale": replace(SMALL, scale=-0.2),

@@ -66,3 +66,19 @@ def gate_gradient(
         BM=32, num_warps=4,
     )  # fmt: skip
     return dgates, correction
+
+
+def rows_by_head(lses: list[Tensor], gates: Tensor, correction: Tensor) -> Tensor:
+    """What the backward pass needs of each query and branch, queries side by side: `[3, B, Hq, 3, T]` float32.
+
+    Args:
+        lses: log2-sum-exps of the three branches, `[B, T, Hq]`.
+        gates, correction: `[B, T, Hq, 3]`, as `gate_gradient` takes and gives them.
+    """
+    batch, tokens, heads = lses[0].shape
+    rows = lses[0].new_empty(3, batch, heads, 3, tokens)
+    for branch, lse in enumerate(lses):
+        rows[branch, :, :, 0].copy_(lse.transpose(1, 2))
+    rows[:, :, :, 1].copy_(gates.permute(3, 0, 2, 1))
+    rows[:, :, :, 2].copy_(correction.permute(3, 0, 2, 1))
+    return rows

@@ -78,7 +78,9 @@ def gather_queries(
     """
     batch, tokens, kv_heads, _ = selection.shape
     pieces = min(tokens, max(1, -(-tokens * slots * entry_bytes // budget)))
+    # a multiple of 64, so that few kinds of lengths are compiled for
     piece_tokens = -(-tokens // pieces)
+    piece_tokens = min(tokens, -(-piece_tokens // 64) * 64)
     pieces = -(-tokens // piece_tokens)
     parts, per_block = layout.part_first.shape[1], layout.parts_a_block
     groups = pieces * batch * kv_heads

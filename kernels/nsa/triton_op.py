@@ -3,6 +3,7 @@
     compressed   runs of compressed blocks (eqs. 7, 8)                triton_interval
     selection    scores, forced blocks, top-k (eqs. 8 to 12)          triton_select
     selected     local blocks as runs of keys, the others gathered    triton_interval, triton_gather, triton_selected
+                 or, for large groups, one query after another        triton_query_major
     window       runs of the last w keys                              triton_interval
     combination  the gated sum (eq. 5)                                triton_gates
 
@@ -19,10 +20,12 @@ from torch import Tensor
 
 from .sizes import Sizes
 from .triton_common import LOG2E, largest_part
-from .triton_gates import combine, gate_gradient
+from .triton_gates import combine, gate_gradient, rows_by_head
 from .triton_gather import count_slots
-from .triton_interval import interval_dkv, interval_dq, interval_forward
+from .triton_interval import interval_forward
+from .triton_interval_backward import Second, interval_dkv, interval_dq
 from .triton_layout import Layout, find_layout
+from .triton_query_major import query_major_forward, takes_query_major
 from .triton_select import select
 from .triton_selected import selected_backward, selected_forward
 
@@ -65,12 +68,15 @@ def forward_op(
     layout = layout_of(q, k, v, size, cu_seqlens, starts, lengths)
     near_k, near_v = (k, v) if k_win is None or v_win is None else (k_win, v_win)
 
-    out_cmp, lse_cmp = interval_forward(q, k_cmp, v_cmp, layout.cmp_low, layout.cmp_high, scale_log2)
+    out_cmp, lse_cmp = interval_forward(q, k_cmp, v_cmp, layout.cmp_low, layout.cmp_high, scale_log2, long_runs=True)
     selection = select(q, k_cmp, lse_cmp, layout, size, k.shape[1], scale_log2)
-    out_slc, lse_slc = interval_forward(q, k, v, *layout.local(size), scale_log2)
-    slots = count_slots(size, layout, k.shape[1])
-    if slots:
-        selected_forward(q, k, v, selection, layout, size, slots, scale_log2, out_slc, lse_slc)
+    if takes_query_major(q, k):
+        out_slc, lse_slc = query_major_forward(q, k, v, selection, layout, size, scale_log2)
+    else:
+        out_slc, lse_slc = interval_forward(q, k, v, *layout.local(size), scale_log2)
+        slots = count_slots(size, layout, k.shape[1])
+        if slots:
+            selected_forward(q, k, v, selection, layout, size, slots, scale_log2, out_slc, lse_slc)
     window = layout.window(size.window_size, k.shape[1] - near_k.shape[1])
     out_win, lse_win = interval_forward(q, near_k, near_v, *window, scale_log2)
     out = combine(out_cmp, out_slc, out_win, gates, layout.relative)
@@ -96,18 +102,21 @@ def backward_op(
     size, scale_log2, branch = Sizes(*sizes), scale * LOG2E, Saved(*saved)
     layout = layout_of(q, k, v, size, cu_seqlens, starts, lengths)
     near_k, near_v = (k, v) if k_win is None or v_win is None else (k_win, v_win)
-    runs_cmp, runs_local = (layout.cmp_low, layout.cmp_high), layout.local(size)
-    runs_win = layout.window(size.window_size, k.shape[1] - near_k.shape[1])
-
     dgates, correction = gate_gradient(branch.out_cmp, branch.out_slc, branch.out_win, dout, gates, layout.relative)
-    cmp = (*runs_cmp, dout, branch.lse_cmp, gates, correction, CMP, scale, scale_log2)
-    local = (*runs_local, dout, branch.lse_slc, gates, correction, SLC, scale, scale_log2)
-    win = (*runs_win, dout, branch.lse_win, gates, correction, WIN, scale, scale_log2)
+    rows = rows_by_head([branch.lse_cmp, branch.lse_slc, branch.lse_win], gates, correction)
+    scales = (scale, scale_log2)
+    cmp = (layout.cmp_low, layout.cmp_high, dout, rows[CMP], *scales)
+    local_low, local_high = layout.local(size)
+    local = (local_low, local_high, dout, rows[SLC], *scales)
+    win = (*layout.window(size.window_size, k.shape[1] - near_k.shape[1]), dout, rows[WIN], *scales)
+    # over the same keys, the local blocks' runs and the window's end together: both for little more than one
+    both = Second(local_low, rows[SLC]) if k_win is None else None
 
     dq = torch.empty_like(q, dtype=torch.float32)
     interval_dq(q, k_cmp, v_cmp, *cmp, dq, add=False)
-    interval_dq(q, near_k, near_v, *win, dq, add=True)
-    interval_dq(q, k, v, *local, dq, add=True)
+    interval_dq(q, near_k, near_v, *win, dq, add=True, second=both)
+    if both is None:
+        interval_dq(q, k, v, *local, dq, add=True)
     dk_cmp, dv_cmp = interval_dkv(q, k_cmp, v_cmp, *cmp, dtype=q.dtype, few_keys=True)
 
     slots = count_slots(size, layout, k.shape[1])

@@ -158,8 +158,9 @@ def select_tiles(q: Tensor) -> dict[str, int]:
     row, small = bytes_a_row(q, 1), shared_memory(q.device) < SMALL_SHARED_MEMORY
     if q.dtype == torch.float32:
         return {"rows": 32, "columns": 16, "num_warps": 4, "num_stages": 1}
-    rows, columns = (64, 64) if row <= 256 else (32 if small else 64, 32)
-    return {"rows": rows, "columns": columns, "num_warps": 4, "num_stages": 2 if small else 3}
+    if row <= 256:
+        return {"rows": 128, "columns": 32, "num_warps": 8, "num_stages": 2 if small else 3}
+    return {"rows": 32 if small else 64, "columns": 32, "num_warps": 4, "num_stages": 2 if small else 3}
 
 
 def select(q: Tensor, k_cmp: Tensor, lse: Tensor, layout: Layout, sizes: Sizes, keys: int, scale_log2: float) -> Tensor:

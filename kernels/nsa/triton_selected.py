@@ -17,13 +17,17 @@ from torch import Tensor
 from .sizes import Sizes
 from .triton_common import SMALL_SHARED_MEMORY, bytes_a_row, load_tile, padded, shared_memory, store_tile
 from .triton_gather import entries_a_tile, gather_queries, launches
-from .triton_interval import weight_gradient, widths
+from .triton_interval import widths
+from .triton_interval_backward import weight_gradient
 from .triton_layout import Layout
 
-# Bytes of partial results that are held at once (more where a single query of one head needs more): few enough that
-# the queries they come from stay in the L2 cache; more in the backward pass, where each piece adds up dk and dv.
-FORWARD_BYTES = 1 << 28
-BACKWARD_BYTES = 1 << 29
+# Bytes of partial results that are held at once (more where a single query of one head needs more). Larger pieces are
+# faster; in the backward pass they count in the peak, so there they grow with the inputs.
+FORWARD_BYTES = 1 << 29
+
+
+def backward_bytes(q: Tensor) -> int:
+    return max(1 << 29, min(1 << 30, 8 * q.nbytes))
 
 
 @triton.jit
@@ -152,14 +156,15 @@ def selected_backward_kernel(
             )
             queries = load_tile(q, query, DK, exists, DK, DKP)
             douts = load_tile(dout, query, DV, exists, DV, DVP)
-            log_sum = tl.load(lse + query, mask=exists, other=0.0)
+            log_sum = tl.load(lse + query, mask=exists, other=float("inf"))  # of no weight
             gate = tl.load(gates + query * 3 + 1, mask=exists, other=0.0).to(tl.float32)
             correct = tl.load(correction + query * 3 + 1, mask=exists, other=0.0)
             # [BM, BN]: what belongs to a query is then one register a row, not one a column
             logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale_log2
             dots = tl.dot(douts, tl.trans(values), input_precision=PRECISION)
-            seen = inside[None, :] & exists[:, None]
-            p, ds = weight_gradient(logits, seen, dots, log_sum[:, None], gate[:, None], correct[:, None])
+            p, ds = weight_gradient(
+                logits, dots, log_sum[:, None], gate[:, None], correct[:, None], inside[None, :], True
+            )
             ds = ds.to(queries.dtype)
             dv_acc = tl.dot(tl.trans(p.to(douts.dtype)), douts, dv_acc, input_precision=PRECISION)
             dk_acc = tl.dot(tl.trans(ds), queries, dk_acc, input_precision=PRECISION)
@@ -225,7 +230,7 @@ def gather_tiles(q: Tensor, v: Tensor, layout: Layout, backward: bool) -> dict:
     if q.dtype == torch.float32:
         tiles = {"BM": 32 if row <= 512 else 16, "num_warps": 4, "num_stages": 1}
     elif row <= 256:
-        tiles = {"BM": 64 if backward else 128, "num_warps": 4, "num_stages": 1 if small else 2}
+        tiles = {"BM": 64, "num_warps": 4, "num_stages": 3 if backward and row <= 128 and not small else 1}
     else:
         tiles = {"BM": 16 if small else 32, "num_warps": 8 if backward else 4, "num_stages": 1}
     return {**tiles, "BN": max(16, triton.next_power_of_2(layout.part_size))}
@@ -275,8 +280,9 @@ def selected_backward(
     heads, kv_heads, keys, key_dim, value_dim = q.shape[2], k.shape[2], k.shape[1], k.shape[3], v.shape[3]
     group, tokens = heads // kv_heads, q.shape[1]
     entry = group * key_dim * q.element_size()
-    gather = gather_queries(selection, layout, sizes, slots, entry, BACKWARD_BYTES)
-    runs = launches(gather, entry, BACKWARD_BYTES)
+    budget = backward_bytes(q)
+    gather = gather_queries(selection, layout, sizes, slots, entry, budget)
+    runs = launches(gather, entry, budget)
     tiles = gather_tiles(q, v, layout, backward=True)
     work = gather.work(entries_a_tile(32 * tiles["BM"], group))
     at_once, items = max(count for _, count in runs), work.part.shape[1]
