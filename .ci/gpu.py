@@ -35,7 +35,8 @@ def check_gpu() -> None:
 
 def run(*arguments: str) -> None:
     """Run a Python command in the repository's root with the package in sight; a failure ends everything."""
-    environment = os.environ | {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(TREE)}
+    path = os.pathsep.join([str(TREE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONSAFEPATH": "1", "PYTHONPATH": path}
     code = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment).returncode
     if code != 0:
         sys.exit(code)
