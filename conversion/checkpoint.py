@@ -1,15 +1,20 @@
 """A folder of safetensors files, one or several with an index: what it holds, checked, and its tensors one at a time.
 
-Nothing is loaded to open one: shapes and dtypes come from the files' headers, and `tensors` keeps one tensor at a time.
+Nothing is loaded to open one: shapes and dtypes come from the files' headers. `tensors` gives one tensor at a time, and
+`pieces` a few megabytes at a time, whatever the size of a tensor.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Container, Iterator
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,6 +39,11 @@ DTYPES = {
 }
 
 
+# Bytes read at a time, and how many such buffers are on their way: together they bound what streaming keeps in memory,
+# and small enough to stay in a processor's cache between reading, hashing and writing.
+PIECE, BUFFERS = 2 << 20, 8
+
+
 class CheckpointError(NsaError):
     """A checkpoint that is missing, damaged or not what it says it is."""
 
@@ -49,12 +59,39 @@ class TensorInfo(NamedTuple):
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+@dataclass
+class Piece:
+    """A part of a tensor on its way.
+
+    Attributes:
+        name: of the tensor.
+        start: index of the first value, counted in the flattened tensor.
+        values: `[n]`, a run of the flattened tensor, dtype as stored.
+        last: whether the tensor ends here.
+        uses: what still reads `values` in other threads; only when all are done is the buffer filled anew.
+    """
+
+    name: str
+    start: int
+    values: Tensor
+    last: bool
+    uses: list[Future] = field(default_factory=list)
+
+
+def pieces_of(name: str, tensor: Tensor) -> Iterator[Piece]:
+    """A tensor that is in memory, cut up."""
+    flat, step = tensor.detach().reshape(-1), PIECE // tensor.dtype.itemsize
+    for start in range(0, max(1, len(flat)), step):
+        yield Piece(name, start, flat[start : start + step], start + step >= len(flat))
+
+
 class SafetensorsCheckpoint:
     """The weights of a folder.
 
     Args:
         folder: holds `model.safetensors`, or `model.safetensors.index.json` and the files it names, or files with other
             names and no index, which then must not share a tensor.
+        only: name of the one file to open, whatever else is there.
 
     Attributes:
         files: the weight files and the index, if any.
@@ -64,12 +101,13 @@ class SafetensorsCheckpoint:
         CheckpointError: no weights, a missing or damaged file, or an index that disagrees with the files.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, only: str | None = None):
         self.folder = folder
         self.table: dict[str, TensorInfo] = {}
         self.file_of: dict[str, Path] = {}
-        expected = self._weight_map()
-        shards = sorted({*expected.values()}) if expected else self._loose_files()
+        self.begin: dict[str, int] = {}
+        expected = self._weight_map() if only is None else {}
+        shards = [only] if only else sorted({*expected.values()}) if expected else self._loose_files()
         missing = [name for name in shards if not (folder / name).is_file()]
         if missing:
             raise CheckpointError(f"{folder} lacks {', '.join(missing)}, which its index names: download it again")
@@ -105,9 +143,12 @@ class SafetensorsCheckpoint:
         if pickles:
             raise CheckpointError(
                 f"{self.folder} has its weights as pickle ({pickles[0]}), which can run code when loaded: expected "
-                "safetensors; load the model with Transformers and save it again with save_pretrained"
+                "safetensors; give --allow-pickle to read the tensors in it and nothing else (weights_only)"
             )
-        raise CheckpointError(f"{self.folder} holds no weights: expected {SINGLE}, {INDEX} or a .gguf file")
+        raise CheckpointError(
+            f"{self.folder} holds no weights: expected {SINGLE}, {INDEX} or a .gguf file (of a Hub repository, pickles "
+            "are downloaded with --allow-pickle only)"
+        )
 
     def _read_header(self, path: Path) -> None:
         try:
@@ -121,6 +162,7 @@ class SafetensorsCheckpoint:
                         raise CheckpointError(f"{name} is in both {self.file_of[name].name} and {path.name}: keep one")
                     self.table[name] = TensorInfo(tuple(view.get_shape()), DTYPES[dtype])
                     self.file_of[name] = path
+            self.begin.update(tensor_positions(path))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is damaged or incomplete ({error}): download it again") from error
 
@@ -146,22 +188,74 @@ class SafetensorsCheckpoint:
                 for name in file.offset_keys():
                     yield name, file.get_tensor(name)
 
+    def pieces(self, wanted: Container[str]) -> Iterator[Piece]:
+        """The tensors in `wanted`, in the order of `table`, each byte read once.
+
+        Raises:
+            CheckpointError: a file ends early.
+        """
+        buffers = [torch.empty(PIECE, dtype=torch.uint8) for _ in range(BUFFERS)]
+        uses: list[list[Future]] = [[] for _ in range(BUFFERS)]
+        turn = 0
+        for path in dict.fromkeys(self.file_of.values()):
+            with path.open("rb", buffering=0) as file:
+                if hasattr(os, "posix_fadvise"):
+                    # read further ahead
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+                for name, info in self.table.items():
+                    if self.file_of[name] != path or name not in wanted:
+                        continue
+                    file.seek(self.begin[name])
+                    for done in range(0, max(1, info.nbytes), PIECE):
+                        turn = (turn + 1) % BUFFERS
+                        wait(uses[turn])
+                        uses[turn] = []
+                        buffer = buffers[turn][: min(PIECE, info.nbytes - done)]
+                        _read_into(file, buffer, path)
+                        last = done + len(buffer) == info.nbytes
+                        yield Piece(name, done // info.dtype.itemsize, buffer.view(info.dtype), last, uses[turn])
+
+
+def tensor_positions(path: Path) -> dict[str, int]:
+    """Byte at which each tensor of a safetensors file begins."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    return {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+
+
+def _read_into(file: io.RawIOBase, buffer: Tensor, path: Path) -> None:
+    view = buffer.numpy().data
+    while view:
+        count = file.readinto(view)
+        if not count:
+            raise CheckpointError(f"{path} ends early: it changed while it was being read")
+        view = view[count:]
+
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have one dtype, one shape and the same bits (NaN equal to itself, -0 unlike 0)."""
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bytes(a), _bytes(b))
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(byte_view(a), byte_view(b))
 
 
 def tensor_sha256(tensor: Tensor) -> str:
     """sha256 of a CPU tensor's bytes in row-major order, as they stand in a safetensors file."""
-    return hashlib.sha256(_bytes(tensor).numpy().data).hexdigest()
+    return hashlib.sha256(byte_view(tensor).numpy().data).hexdigest()
 
 
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes."""
+def describe_file(path: Path) -> dict[str, Any]:
+    """A file's size, and sha256 of its bytes; of a safetensors file, `header_sha256` of its header.
+
+    The header says what stands where, and the tensors have hashes of their own: nothing is hashed twice.
+    """
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        if path.suffix != ".safetensors":
+            return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        size = file.read(8)
+        header = size + file.read(int.from_bytes(size, "little"))
+        return {"bytes": path.stat().st_size, "header_sha256": hashlib.sha256(header).hexdigest()}
 
 
-def _bytes(tensor: Tensor) -> Tensor:
+def byte_view(tensor: Tensor) -> Tensor:
+    """`[bytes]` uint8: a CPU tensor's bytes in row-major order, without a copy where it is contiguous."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)

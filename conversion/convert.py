@@ -3,36 +3,38 @@
     from nsa_hf import convert
     convert("path/to/llama", "path/to/nsa", topk=16)
 
-Tensors are streamed: at most the shards being filled are in memory. Everything is written into a hidden folder beside
-OUT and renamed at the end, so OUT is a whole checkpoint or not there.
+The source is read once, a few megabytes at a time; what is read is hashed, looked at for NaN and infinity and written
+in the same pass, so that memory does not grow with the model. Everything is written into a hidden folder beside OUT
+and renamed at the end, so OUT is a whole checkpoint or not there. A conversion that was killed goes on after its last
+complete file when it is started again (see staging.py).
 """
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-from collections.abc import Iterator, Mapping
-from itertools import chain
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
 from rich.console import Console
-from rich.progress import track
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from nsa_hf.errors import NsaError
+from nsa_hf.branches import dense_twin
 from nsa_hf.families import initial_nsa_state
 
 from . import manifest
-from .checkpoint import INDEX, CheckpointError, TensorInfo, same_bits
+from .checkpoint import CheckpointError, Piece, TensorInfo, byte_view, pieces_of
 from .layout import Layout, dtype_name, layout_of, nsa_options, parse_dtype, target_config
-from .loading import transformers_progress
+from .loading import reading, transformers_progress
+from .shards import ShardWriter, check_space
 from .source import Source, open_source
-from .staging import OutputError, check_output, staged_folder, write_json
+from .staging import Stage, check_output, resumable_folder
 
 
 def convert(
@@ -44,6 +46,8 @@ def convert(
     max_shard_size: str | int = "2GB",
     seed: int = 0,
     revision: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
     progress: bool = False,
     **options: Any,
 ) -> Path:
@@ -59,150 +63,246 @@ def convert(
         max_shard_size: largest safetensors file, in bytes or like "2GB".
         seed: of the new parameters' random part, which changes no output before training.
         revision: of a Hub id.
+        allow_pickle: read weights that are PyTorch pickles, with `weights_only`.
+        trust_remote_code: accept a source whose folder brings its own code; the result runs Transformers' own.
         progress: show bars on standard error.
-        options: `nsa_*` fields, with or without the prefix: `topk=4`, `nsa_gate="blend"`.
+        options: `nsa_*` fields, with or without the prefix: `topk=4`, `nsa_gate="blend"`; and `rope_scaling="yarn:4"`
+            for texts longer than the source was trained on (see rope.py).
 
     Returns:
         `out`: config.json, safetensors (with an index if there are several), manifest.json, and tokenizer, chat
         template and generation config where the source has them.
 
     Raises:
-        NsaError: the source, an option or `out` is not as it must be; nothing is left behind then.
+        NsaError: the source, an option or `out` is not as it must be, or another process is writing `out`; nothing is
+            left behind then.
     """
     out = Path(out).expanduser()
     as_dtype = parse_dtype(dtype)
-    nsa_options(options)
+    asked = {
+        **nsa_options(options),
+        "dtype": dtype_name(as_dtype) if as_dtype else None,
+        "max_shard_size": max_shard_size,
+        "seed": seed,
+    }
     with transformers_progress(progress):
         check_output(out, overwrite)
-        source = open_source(src, revision)
+        source = open_source(src, revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
         check_output(out, overwrite, keep=(source.folder,))
-        config = target_config(source.config, options, as_dtype)
-        layout = layout_of(config)
+        with reading(source.folder / "config.json"):
+            config = target_config(source.config, options, as_dtype)
+            layout = layout_of(config)
         names = layout.check(source.table, str(src))
-        with staged_folder(out, overwrite) as stage:
-            _write(stage, source, config, layout, names, as_dtype, max_shard_size, seed, progress, options)
+        refuse_integers(source, names)
+        with resumable_folder(out, _job(source, config, asked), overwrite) as stage:
+            _write(stage, source, config, layout, names, as_dtype, asked, progress)
     return out
 
 
+def refuse_integers(source: Source, names: list[str]) -> None:
+    """Refuses weights that are quantised without saying so.
+
+    Raises:
+        CheckpointError: a matrix is stored as integers.
+    """
+    for name in names:
+        info = source.table[name]
+        if len(info.shape) > 1 and not info.dtype.is_floating_point:
+            raise CheckpointError(
+                f"{source.name}: {name} is stored as {dtype_name(info.dtype)}, and nothing says how to make weights of "
+                "it: expected float32, bfloat16 or float16"
+            )
+
+
+def _job(source: Source, config: PreTrainedConfig, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides every byte of the weights; a killed conversion is continued only by the very same job."""
+    files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(source.files())}
+    return {
+        "files": files,
+        "folder": str(source.folder.resolve()),
+        "config": config.to_json_string(use_diff=False),
+        "asked": dict(asked),
+        "versions": manifest.versions(),
+    }
+
+
 def _write(
-    stage: Path,
+    stage: Stage,
     source: Source,
     config: PreTrainedConfig,
     layout: Layout,
     names: list[str],
     dtype: torch.dtype | None,
-    max_shard_size: str | int,
-    seed: int,
+    asked: Mapping[str, Any],
     progress: bool,
-    options: Mapping[str, Any],
 ) -> None:
-    kept = {
-        name: TensorInfo(info.shape, _target(info.dtype, dtype)) for name, info in source.table.items() if name in names
+    kept = {name: TensorInfo(source.table[name].shape, _target(source.table[name].dtype, dtype)) for name in names}
+    table = {**kept, **{name: TensorInfo(shape, config.dtype) for name, shape in layout.added.items()}}
+    done = Done(stage)
+    with ShardWriter(stage.folder, table, asked["max_shard_size"], on_file=done.add_file) as writer:
+        done.take_up(writer)
+        check_space(stage.folder, writer.bytes_to_come)
+        with _bar(progress, writer) as advance, one_thread():
+            carry(source, layout, kept, writer, done, advance)
+            copy_twins(source, layout, writer, config.dtype, advance)
+            for name, tensor in initial_nsa_state(config, asked["seed"]):
+                if writer.is_needed(name):
+                    for piece in pieces_of(name, tensor.to(config.dtype)):
+                        writer.put(name, piece.start, piece.values)
+                        advance(piece)
+        writer.finish()
+    config.save_pretrained(stage.folder)
+    companions = source.save_companions(stage.folder)
+    tensors = {
+        name: manifest.entry(info, "source" if name in kept else "nsa", writer.sha256[name])
+        | ({"source": manifest.entry(source.table[name], "source", done.sources[name])} if name in done.sources else {})
+        for name, info in table.items()
     }
-    added = {name: TensorInfo(shape, config.dtype) for name, shape in layout.added.items()}
-    writer = ShardWriter(stage, {**kept, **added}, max_shard_size)
-    stream = chain(
-        carried_tensors(source, layout, dtype),
-        ((name, tensor.to(config.dtype)) for name, tensor in initial_nsa_state(config, seed)),
-    )
-    described = {}
-    bar = {"total": len(kept) + len(added), "disable": not progress, "console": Console(stderr=True)}
-    for name, tensor in track(stream, "Converting", **bar):  # type: ignore[arg-type]
-        described[name] = manifest.describe(tensor, "source" if name in kept else "nsa")
-        writer.add(name, tensor)
-    writer.finish()
-    config.save_pretrained(stage)
-    companions = source.save_companions(stage)
-    for file in writer.split.filename_to_tensors:  # safetensors makes files that only their owner can read
-        shutil.copymode(stage / "config.json", stage / file)
-    asked = {
-        **nsa_options(options),
-        "dtype": dtype_name(dtype) if dtype else None,
-        "max_shard_size": max_shard_size,
-        "seed": seed,
+    left_out = {
+        name: manifest.entry(info, "source", done.sources[name])
+        for name, info in source.table.items()
+        if name not in kept
     }
-    manifest.write(stage, manifest.build(source.identity(), config, asked, described, companions))
+    identity = {**source.identity(), "left_out": left_out}
+    files = manifest.describe_files(stage.folder)
+    manifest.write(stage.folder, manifest.build(identity, config, asked, tensors, companions, files))
 
 
-def carried_tensors(source: Source, layout: Layout, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    """The source's tensors that an NSA checkpoint keeps, floating ones in `dtype` (None: as stored), checked.
+class Done:
+    """What is done of a conversion, noted in its stage.
+
+    Attributes:
+        sources: sha256 of the source's tensors that are not written as they are, by name: cast to another dtype, or
+            left out (copies of a tied tensor, and what the family ignores).
+    """
+
+    def __init__(self, stage: Stage):
+        self.stage = stage
+        before = stage.progress()
+        self.files: dict[str, dict[str, str]] = before.get("files", {})
+        self.sources: dict[str, str] = before.get("sources", {})
+
+    def take_up(self, writer: ShardWriter) -> None:
+        """Gives the writer the files that are complete, and removes whatever else is there."""
+        self.writer = writer
+        self.files = {file: hashes for file, hashes in self.files.items() if writer.adopt(file, hashes)}
+        for path in self.stage.folder.iterdir():
+            if path.name not in self.files:
+                path.unlink() if path.is_file() or path.is_symlink() else shutil.rmtree(path)
+
+    def add_file(self, file: str) -> None:
+        """Notes that a file is complete."""
+        self.files[file] = {name: self.writer.sha256[name] for name in self.writer.split.filename_to_tensors[file]}
+        # a copy of `sources`, to which another thread adds
+        self.stage.save_progress({"files": self.files, "sources": dict(self.sources)})
+
+
+def carry(
+    source: Source,
+    layout: Layout,
+    kept: Mapping[str, TensorInfo],
+    writer: ShardWriter,
+    done: Done,
+    advance: Callable[[Piece], None] = lambda piece: None,
+) -> None:
+    """Reads the source and puts its tensors into the writer, checked and in the dtype of `kept`.
 
     Raises:
         CheckpointError: NaN or infinity in a tensor, or a stored copy of a tied tensor that differs from the original.
     """
-    stored_twice = {copy: original for copy, original in layout.tied.items() if copy in source.table}
-    held: dict[str, Tensor] = {}
-    for name, tensor in source.tensors():
-        if name in stored_twice or name in stored_twice.values():
-            held[name] = tensor
-        if name in layout.dense:
-            yield name, _checked(name, tensor, dtype, source.name)
-    for name, original in stored_twice.items():
-        if not same_bits(held[name], held[original]):
+    ties = {copy: original for copy, original in layout.tied.items() if copy in source.table}
+    # what is written as it is has its hash taken by the writer
+    others = {
+        name
+        for name, info in source.table.items()
+        if (name not in kept or kept[name].dtype != info.dtype) and name not in done.sources
+    }
+    needed = {name for name in kept if writer.is_needed(name)}
+    digests: dict[str, Any] = {name: hashlib.sha256() for name in others}
+    bad, cause = 0, ""
+    with ThreadPoolExecutor(1, "hash-others") as hashing:
+        for piece in source.pieces(needed | others):
+            name = piece.name
+            if name in others:
+                piece.uses.append(hashing.submit(digests[name].update, byte_view(piece.values).numpy().data))
+                if piece.last:
+                    piece.uses.append(hashing.submit(_note, done.sources, name, digests[name]))
+            if name not in needed:
+                continue
+            values = piece.values.to(kept[name].dtype)
+            if count := count_not_finite(values):
+                bad += count
+                cause = _cause(piece.values, kept[name].dtype)
+            if bad and piece.last:
+                raise CheckpointError(
+                    f"{source.name}: {name} {cause} {bad} NaN or infinite values of {piece.start + len(values)}"
+                )
+            piece.uses += writer.put(name, piece.start, values)
+            advance(piece)
+    if ties:
+        writer.settle()
+    sha256 = {**writer.sha256, **done.sources}
+    for copy, original in ties.items():
+        if sha256[copy] != sha256[original] or source.table[copy] != source.table[original]:
             raise CheckpointError(
-                f"{source.name}: the config ties {name} to {original}, but the file holds two different tensors: "
+                f"{source.name}: the config ties {copy} to {original}, but the file holds two different tensors: "
                 "set tie_word_embeddings to false in its config.json, or drop one"
             )
 
 
-def _checked(name: str, tensor: Tensor, dtype: torch.dtype | None, source: str) -> Tensor:
-    if not tensor.dtype.is_floating_point:
-        return tensor
-    target = tensor.to(_target(tensor.dtype, dtype))
-    if not torch.isfinite(target).all():
-        bad = int((~torch.isfinite(target)).sum())
-        cause = (
-            "holds" if not torch.isfinite(tensor).all() else f"does not fit {dtype_name(target.dtype)}: it would hold"
-        )
-        raise CheckpointError(f"{source}: {name} {cause} {bad} NaN or infinite values of {tensor.numel()}")
-    return target
+def copy_twins(
+    source: Source, layout: Layout, writer: ShardWriter, dtype: torch.dtype, advance: Callable[[Piece], None]
+) -> None:
+    """Puts the new parameters that start as dense ones into the writer: keys and values of each branch."""
+    copies: dict[str, list[str]] = {}
+    for name in filter(writer.is_needed, layout.added):
+        if (twin := dense_twin(name)) is not None:
+            copies.setdefault(twin, []).append(name)
+    if not copies:
+        return
+    for piece in source.pieces(copies):
+        for name in copies[piece.name]:
+            piece.uses += writer.put(name, piece.start, piece.values.to(dtype))
+            advance(piece)
+
+
+def count_not_finite(values: Tensor) -> int:
+    """How many of `[n]` values are NaN or infinite; none of integers."""
+    if not values.dtype.is_floating_point or not len(values):
+        return 0
+    # one pass instead of isfinite's four: NaN and infinity show in the extremes
+    low, high = torch.aminmax(values)
+    if torch.isfinite(low) and torch.isfinite(high):
+        return 0
+    return int((~torch.isfinite(values)).sum())
+
+
+def _cause(stored: Tensor, target: torch.dtype) -> str:
+    return "holds" if count_not_finite(stored) else f"does not fit {dtype_name(target)}: it would hold"
+
+
+def _note(sha256: dict[str, str], name: str, digest: Any) -> None:
+    sha256[name] = digest.hexdigest()
 
 
 def _target(stored: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
     return dtype if dtype is not None and stored.is_floating_point else stored
 
 
-class ShardWriter:
-    """Writes tensors that come one by one into safetensors files, named and split as Transformers does.
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Keeps PyTorch from splitting small pieces among threads, which would wait for each other busily."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
-    Args:
-        folder: where the files go.
-        table: shape and dtype of every tensor to come, by name.
-        max_shard_size: of one file, in bytes or like "2GB".
 
-    Raises:
-        NsaError: a size that cannot be read.
-    """
-
-    def __init__(self, folder: Path, table: Mapping[str, TensorInfo], max_shard_size: str | int):
-        self.folder = folder
-        try:
-            self.split = split_state_dict_into_shards_factory(
-                dict(table),
-                get_storage_size=lambda info: info.nbytes,
-                filename_pattern="model{suffix}.safetensors",
-                max_shard_size=max_shard_size,
-            )
-        except ValueError as error:
-            raise NsaError(f"max_shard_size must be a number of bytes or like '2GB', got {max_shard_size!r}") from error
-        self.open: dict[str, dict[str, Tensor]] = {}
-        self.lacking = set(table)
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Takes one tensor; writes its file once that is complete."""
-        self.lacking.remove(name)
-        file = self.split.tensor_to_filename[name]
-        shard = self.open.setdefault(file, {})
-        shard[name] = tensor.contiguous()
-        if len(shard) == len(self.split.filename_to_tensors[file]):
-            try:
-                save_file(self.open.pop(file), self.folder / file, metadata={"format": "pt"})
-            except SafetensorError as error:
-                raise OutputError(f"cannot write {file} into {self.folder.parent}: {error}") from error
-
-    def finish(self) -> None:
-        """Writes the index when there are several files."""
-        assert not self.lacking, f"never came: {sorted(self.lacking)}"
-        if self.split.is_sharded:
-            index = {"metadata": self.split.metadata, "weight_map": self.split.tensor_to_filename}
-            write_json(self.folder / INDEX, index)
+@contextmanager
+def _bar(shown: bool, writer: ShardWriter) -> Iterator[Callable[[Piece], None]]:
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn("Converting"), *columns, console=Console(stderr=True), disable=not shown) as bar:
+        task = bar.add_task("", total=writer.bytes_to_come)
+        yield lambda piece: bar.advance(task, len(piece.values) * writer.table[piece.name].dtype.itemsize)

@@ -7,6 +7,7 @@ SmolLM2's Q4_1 file. Only so is the converted model bit for bit the one that Tra
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers.integrations.gguf import read_gguf_metadata
 
 from .checkpoint import CheckpointError, TensorInfo
 from .loading import load_whole, reading
-from .source import Source
+from .source import TERMS, Source
 
 
 class GgufSource(Source):
@@ -81,6 +82,9 @@ class GgufSource(Source):
                     setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(index))
             tokenizer.save_pretrained(out)
         GenerationConfig.from_model_config(self.config).save_pretrained(out)
+        for pattern in TERMS:
+            for path in self.folder.glob(pattern):
+                shutil.copyfile(path, out / path.name)
         return sorted({path.name for path in out.iterdir()} - before)
 
     def files(self) -> list[Path]:

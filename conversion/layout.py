@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
+from transformers.core_model_loading import revert_weight_conversion
 
 from nsa_hf.config import NSA_FIELDS
 from nsa_hf.errors import NsaError
-from nsa_hf.families import FAMILIES, nsa_config_from_dense
+from nsa_hf.families import family_of, nsa_config_from_dense
 
 from .checkpoint import CheckpointError, TensorInfo
+from .rope import parse_rope_scaling, scaled_config
 
 DTYPE_NAMES = {
     "float32": torch.float32,
@@ -85,14 +87,16 @@ class Layout:
 
 def layout_of(config: PreTrainedConfig) -> Layout:
     """The layout of the NSA model of a config, from its class; allocates no weights."""
-    family = next(family for family in FAMILIES.values() if isinstance(config, family.config_class))
     with torch.device("meta"):
-        model = family.causal_lm_class(config)
+        model = family_of(config).causal_lm_class(config)
     tied = dict(model.all_tied_weights_keys)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    # experts and their like are stored one by one, and put together in the model
+    dense = {name: tensor for name, tensor in model.state_dict().items() if ".nsa." not in name}
+    stored = {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, dense).items()}
     patterns = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     return Layout(
-        dense={name: shape for name, shape in shapes.items() if ".nsa." not in name},
+        dense={name: shape for name, shape in stored.items() if name not in tied},
         added={name: shape for name, shape in shapes.items() if ".nsa." in name},
         tied=tied,
         ignored=(IGNORED, *patterns),
@@ -107,24 +111,30 @@ def target_config(
     Args:
         dense: the source's config, its dtype set.
         options: fields with or without the prefix `nsa_` (`topk=4` is `nsa_topk=4`); those that are None are left out.
+            `rope_scaling` is one of its own, see rope.py.
         dtype: the weights' dtype; None keeps the source's.
 
     Raises:
         NsaError: an unknown field, or a value, family or feature that is refused.
     """
-    config = nsa_config_from_dense(dense, **nsa_options(options))
+    named = nsa_options(options)
+    scaling = named.pop("rope_scaling", None)
+    config = nsa_config_from_dense(dense if scaling is None else scaled_config(dense, scaling), **named)
     config.dtype = dtype or dense.dtype
     return config
 
 
 def nsa_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with their full names, `nsa_...`; those that are None are left out.
+    """Options with their full names, `nsa_...` and `rope_scaling`; those that are None are left out.
 
     Raises:
         NsaError: one that is no field, naming the nearest, or one given twice.
     """
     named: dict[str, Any] = {}
     for option, value in options.items():
+        if option == "rope_scaling":
+            named |= {option: parse_rope_scaling(value)} if value is not None else {}
+            continue
         name = option if option.startswith("nsa_") else f"nsa_{option}"
         if name not in NSA_FIELDS or name == "nsa_format":
             choices = [field.removeprefix("nsa_") for field in NSA_FIELDS if field != "nsa_format"]

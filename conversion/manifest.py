@@ -1,4 +1,4 @@
-"""`manifest.json`: what a converted checkpoint was made from, with what, and the hash of every tensor in it.
+"""`manifest.json`: what a converted checkpoint was made from, with what, and the hash of every tensor and file in it.
 
 It holds no time and no path but what the user typed, so the same conversion writes the same manifest.
 """
@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from .checkpoint import CheckpointError, tensor_sha256
+from .checkpoint import CheckpointError, TensorInfo, describe_file, tensor_sha256
 from .layout import dtype_name
 from .staging import write_json
 
@@ -37,12 +37,30 @@ def versions() -> dict[str, str]:
 
 def describe(tensor: Tensor, origin: str) -> dict[str, Any]:
     """One tensor's entry: dtype, shape, origin (`source` or `nsa`) and sha256 of its bytes."""
-    return {
-        "dtype": dtype_name(tensor.dtype),
-        "shape": list(tensor.shape),
-        "from": origin,
-        "sha256": tensor_sha256(tensor),
-    }
+    return entry(TensorInfo(tuple(tensor.shape), tensor.dtype), origin, tensor_sha256(tensor))
+
+
+def entry(info: TensorInfo, origin: str, sha256: str) -> dict[str, Any]:
+    """As `describe`, for a tensor whose hash is known."""
+    return {"dtype": dtype_name(info.dtype), "shape": list(info.shape), "from": origin, "sha256": sha256}
+
+
+def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """`describe_file` of every file in a checkpoint's folder but the weights, whose tensors have hashes."""
+    found = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".safetensors")
+    paths = sorted(path for path in found if path != folder / NAME)
+    return {path.relative_to(folder).as_posix(): describe_file(path) for path in paths}
+
+
+def describe_trained(tensor: Tensor, name: str, converted: Mapping[str, Any]) -> dict[str, Any]:
+    """`describe` of a tensor after training; `source` stays the entry of what the conversion read.
+
+    Args:
+        converted: the manifest of the conversion.
+    """
+    before = converted["tensors"].get(name, {"from": "nsa"})
+    after = describe(tensor, before["from"])
+    return after if before["from"] == "nsa" else {**after, "source": before.get("source", before)}
 
 
 def build(
@@ -51,15 +69,17 @@ def build(
     options: Mapping[str, Any],
     tensors: Mapping[str, Mapping[str, Any]],
     companions: list[str],
+    files: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """The manifest of an untrained conversion.
 
     Args:
-        source: `Source.identity()`.
+        source: `Source.identity()`, and as `left_out` the entries of its tensors that are not carried.
         config: the NSA config that was written.
         options: what the user asked for.
-        tensors: `describe` of every tensor written, by name.
+        tensors: `describe` of every tensor written, by name; where it was cast, `source` is the entry of what was read.
         companions: names of the tokenizer's and other files written beside.
+        files: `describe_files` of everything that was written.
     """
     return {
         "format": FORMAT,
@@ -70,6 +90,7 @@ def build(
         "options": dict(options),
         "versions": versions(),
         "companions": companions,
+        "files": dict(files),
         "tensors": dict(tensors),
     }
 
@@ -108,7 +129,16 @@ def differences(manifest: Mapping[str, Any], tensors: Iterator[tuple[str, Tensor
     expected = dict(manifest["tensors"])
     wrong = []
     for name, tensor in tensors:
-        entry = expected.pop(name, None)
-        if entry is None or describe(tensor, entry["from"]) != entry:
+        said = expected.pop(name, None)
+        if said is None or describe(tensor, said["from"]) != {key: said[key] for key in said if key != "source"}:
             wrong.append(name)
     return sorted([*wrong, *expected])
+
+
+def changed_files(manifest: Mapping[str, Any], folder: Path) -> list[str]:
+    """Names of files that are not what the manifest says, or not there; what was added since is no matter."""
+    return [
+        name
+        for name, said in manifest.get("files", {}).items()
+        if not (folder / name).is_file() or describe_file(folder / name) != said
+    ]

@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig
 from nsa_hf.config import NSA_FIELDS
 from nsa_hf.kernels import Sizes, n_blocks
 
-from .layout import Layout, dtype_name, layout_of, parse_dtype, target_config
+from .layout import Layout, dtype_name, layout_of, nsa_options, parse_dtype, target_config
 from .loading import transformers_progress
 from .source import SafetensorsSource, open_source
 
@@ -35,18 +35,22 @@ def plan(
     dtype: str | torch.dtype | None = None,
     lengths: Sequence[int] = LENGTHS,
     revision: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Describes a conversion.
 
     Args:
-        src, dtype, revision, options: as `convert` takes them.
+        src, dtype, revision, allow_pickle, trust_remote_code, options: as `convert` takes them.
         lengths: tokens at which to count the cache's bytes.
 
     Returns:
         A JSON-able dict:
-        - `source`: name, kind, model_type, dtype; `options`: every `nsa_*` field; `exact_up_to`: tokens.
-        - `layers`: per layer `becomes` (nsa or dense), `why`, `parameters_added`.
+        - `source`: name, kind, model_type, dtype; `options`: every `nsa_*` field; `exact_up_to`: tokens;
+          `rope_scaling`: None, or what both the source and the result then have.
+        - `layers`: per layer `becomes` (nsa, dense, or other: sliding, linear, ...), `why`, `parameters_added`, and in
+          `keeps` the most tokens that its cache holds (None: all).
         - `parameters`: `dense`, `added`, `added_share`; `bytes`: of the weights, `dense` and `nsa`.
         - `kv_cache`: per length, of one sequence in the model's dtype over all layers: bytes kept (`dense_bytes`,
           `nsa_bytes`: full K and V plus the compressed entries) and bytes read for one more token (`dense_read_bytes`,
@@ -58,7 +62,7 @@ def plan(
         NsaError: the source or an option is not as it must be.
     """
     with transformers_progress(False):
-        source = open_source(src, revision, weights=False)
+        source = open_source(src, revision, False, allow_pickle, trust_remote_code)
         config = target_config(source.config, options, parse_dtype(dtype))
         layout = layout_of(config)
         if isinstance(source, SafetensorsSource) and source.has_weights:
@@ -76,6 +80,7 @@ def plan(
         "dtype": dtype_name(config.dtype),
         "options": {name: getattr(config, name) for name in NSA_FIELDS},
         "exact_up_to": config.nsa_sizes.exact_tokens,
+        "rope_scaling": nsa_options(options).get("rope_scaling"),
         "layers": layers,
         "parameters": {"dense": dense, "added": added, "added_share": added / dense},
         "bytes": {"dense": dense * config.dtype.itemsize, "nsa": (dense + added) * config.dtype.itemsize},
@@ -86,14 +91,17 @@ def plan(
 
 def _layer(config: PreTrainedConfig, layout: Layout, index: int) -> dict[str, Any]:
     kind = (getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers)[index]
+    keeps: int | None = None
     if config.is_nsa_layer(index):
         becomes, why = "nsa", "full attention"
-    elif index in config.nsa_dense_layers:
+    elif kind == "full_attention":
         becomes, why = "dense", "named in nsa_dense_layers"
+    elif kind == "sliding_attention":
+        becomes, why, keeps = "other", f"{kind}: keeps its own attention", config.sliding_window - 1
     else:
-        becomes, why = "dense", f"{kind}: keeps its own attention"
+        becomes, why, keeps = "other", f"{kind}: no attention, stays as it is", 0
     new = sum(_numel(shape) for name, shape in layout.added.items() if f".layers.{index}." in name)
-    return {"layer": index, "becomes": becomes, "why": why, "parameters_added": new}
+    return {"layer": index, "becomes": becomes, "why": why, "parameters_added": new, "keeps": keeps}
 
 
 def read_tokens(sizes: Sizes, length: int) -> int:
@@ -108,14 +116,19 @@ def read_tokens(sizes: Sizes, length: int) -> int:
 def kv_cache(config: PreTrainedConfig, layers: Iterable[dict[str, Any]], length: int) -> dict[str, Any]:
     """Bytes of the cache, kept and read per decoded token, of one sequence of `length` tokens; see `plan`."""
     sizes = config.nsa_sizes
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or getattr(config, "kv_channels", None) or config.hidden_size // heads
     # one token's key and value in one layer
-    entry = 2 * config.num_key_value_heads * head_dim * config.dtype.itemsize
+    entry = 2 * (getattr(config, "num_key_value_heads", None) or heads) * head_dim * config.dtype.itemsize
     layers = list(layers)
     nsa = sum(layer["becomes"] == "nsa" for layer in layers)
-    kept, read = nsa * n_blocks(length, sizes.kernel_size, sizes.kernel_stride), nsa * read_tokens(sizes, length)
-    dense = len(layers) * length
-    read += (len(layers) - nsa) * length
+    entries = n_blocks(length, sizes.kernel_size, sizes.kernel_stride)
+    kept = nsa * entries
+    if config.nsa_branch_kv == "independent":
+        # the tokens of the block that is not complete, and the window's
+        kept += nsa * (length - entries * sizes.kernel_stride + min(length, sizes.window_size))
+    dense = sum(length if layer["keeps"] is None else min(length, layer["keeps"]) for layer in layers)
+    read = dense + nsa * (read_tokens(sizes, length) - length)
     return {
         "length": length,
         "dense_bytes": dense * entry,
@@ -201,7 +214,9 @@ def render_plan(plan: dict[str, Any]) -> RenderableType:
 def _exactness(plan: dict[str, Any]) -> str:
     if plan["options"]["nsa_gate"] == "sigmoid":
         return "nowhere: nsa_gate=sigmoid starts with the paper's gates, for training from scratch"
-    return _tokens(plan["exact_up_to"])
+    scaling = plan["rope_scaling"]
+    alike = f", with its RoPE scaled alike ({scaling['rope_type']}, factor {scaling['factor']:g})" if scaling else ""
+    return _tokens(plan["exact_up_to"]) + alike
 
 
 def _if_other(dtype: str, source: str) -> str:

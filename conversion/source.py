@@ -3,8 +3,11 @@
     source = open_source("path/or/id")
     source.config                        # the dense family's config
     for name, tensor in source.tensors(): ...
+    for piece in source.pieces(names): ...   # the same, a few megabytes at a time
     source.load_model(torch.float32)     # Transformers' own dense model
     source.save_companions(out)          # tokenizer, chat template, generation config
+
+Weights as PyTorch pickles, and models that bring code of their own, are opened only where that is asked for.
 
 Values are carried as Transformers loads them: a safetensors tensor in the dtype it is stored in, a GGUF file in float32
 (gguf_source.py says why).
@@ -15,7 +18,7 @@ from __future__ import annotations
 import json
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +28,16 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from yaml import YAMLError
 
-from .checkpoint import CheckpointError, SafetensorsCheckpoint, TensorInfo, file_sha256
+from .checkpoint import CheckpointError, Piece, SafetensorsCheckpoint, TensorInfo, describe_file, pieces_of
 from .hub import download
 from .loading import load_whole, reading, transformers_progress
+from .pickled import PickleCheckpoint
 
 __all__ = ["COMPANIONS", "SafetensorsSource", "Source", "open_source", "transformers_progress"]
 
-# What travels with a model beside config and weights, copied as it is. Licenses must travel.
+# Licenses must travel with a model.
+TERMS = ("LICENSE*", "NOTICE*", "*TERMS*")
+# What else does beside config and weights, copied as it is.
 COMPANIONS = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -43,8 +49,7 @@ COMPANIONS = (
     "chat_template*",
     "additional_chat_templates/*.jinja",
     "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
+    *TERMS,
 )
 NEVER_COPIED = (".py", ".bin", ".pt", ".pth", ".safetensors", ".gguf")
 
@@ -78,6 +83,12 @@ class Source(ABC):
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors as (name, CPU tensor), in the order of `table`."""
 
+    def pieces(self, wanted: Container[str]) -> Iterator[Piece]:
+        """The tensors in `wanted`, in the order of `table`, a few megabytes at a time."""
+        for name, tensor in self.tensors():
+            if name in wanted:
+                yield from pieces_of(name, tensor)
+
     @abstractmethod
     def load_model(self, dtype: torch.dtype) -> PreTrainedModel:
         """Transformers' dense model of these weights on the CPU, in evaluation mode, with SDPA attention."""
@@ -95,11 +106,8 @@ class Source(ABC):
         """What the source says of itself, where it does: `license`, `model_name`."""
 
     def identity(self) -> dict:
-        """Name, kind, revision, what the source says of itself, and size and sha256 of each file; reads them whole."""
-        files = {
-            path.relative_to(self.folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-            for path in sorted(self.files())
-        }
+        """Name, kind, revision, what the source says of itself, and `describe_file` of each file."""
+        files = {path.relative_to(self.folder).as_posix(): describe_file(path) for path in sorted(self.files())}
         return {"name": self.name, "kind": self.kind, "revision": self.revision, **self.card(), "files": files}
 
 
@@ -108,16 +116,27 @@ class SafetensorsSource(Source):
 
     kind = "safetensors"
 
-    def __init__(self, name: str, folder: Path, revision: str | None, weights: bool = True):
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        revision: str | None,
+        weights: bool = True,
+        allow_pickle: bool = False,
+        trust_remote_code: bool = False,
+    ):
         with reading(folder / "config.json"):
             data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             if not data.get("model_type"):
                 raise ValueError("it names no model_type")
-            config = AutoConfig.from_pretrained(folder)
+            if not trust_remote_code:
+                refuse_remote_code(name, data)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         super().__init__(name, folder, config, revision)
-        self.has_weights = weights
+        self.has_weights, self.trust_remote_code = weights, trust_remote_code
         if weights:
-            self.checkpoint = SafetensorsCheckpoint(folder)
+            self.checkpoint = _checkpoint(folder, allow_pickle)
+            self.kind = "safetensors" if isinstance(self.checkpoint, SafetensorsCheckpoint) else "pickle"
         if config.dtype is None:
             # as Transformers' dtype="auto" has it
             floating = (info.dtype for info in self.table.values() if info.dtype.is_floating_point) if weights else ()
@@ -131,9 +150,15 @@ class SafetensorsSource(Source):
         with reading(self.folder):
             yield from self.checkpoint.tensors()
 
+    def pieces(self, wanted: Container[str]) -> Iterator[Piece]:
+        with reading(self.folder):
+            yield from self.checkpoint.pieces(wanted)
+
     def load_model(self, dtype: torch.dtype) -> PreTrainedModel:
         with reading(self.folder):
-            return load_whole(self.folder, dtype=dtype, attn_implementation="sdpa")
+            return load_whole(
+                self.folder, dtype=dtype, attn_implementation="sdpa", trust_remote_code=self.trust_remote_code
+            )
 
     def _companions(self) -> list[Path]:
         found = {path for pattern in COMPANIONS for path in self.folder.glob(pattern) if path.is_file()}
@@ -158,13 +183,47 @@ class SafetensorsSource(Source):
         return {"license": about["license"]} if isinstance(about.get("license"), str) else {}
 
 
-def open_source(src: str | Path, revision: str | None = None, weights: bool = True) -> Source:
+def refuse_remote_code(name: str, config: dict[str, Any]) -> None:
+    """Refuses a model that is defined by code in its own folder.
+
+    Raises:
+        CheckpointError: its config names such code.
+    """
+    named = config.get("auto_map") or {}
+    code = [named[auto] for auto in ("AutoModelForCausalLM", "AutoModel", "AutoConfig") if auto in named]
+    if code and not str(config["model_type"]).startswith("nsa_"):
+        raise CheckpointError(
+            f"{name} is defined by code of its own ({code[0]}), which is not run unless trusted: read it, and give "
+            f"--trust-remote-code if it computes what Transformers' own {config['model_type']} does; `nsa-hf verify` "
+            "with the same option compares with what it computes"
+        )
+
+
+def _checkpoint(folder: Path, allow_pickle: bool) -> SafetensorsCheckpoint | PickleCheckpoint:
+    if (
+        allow_pickle
+        and not any(folder.glob("*.safetensors"))
+        and not (folder / "model.safetensors.index.json").exists()
+    ):
+        return PickleCheckpoint(folder)
+    return SafetensorsCheckpoint(folder)
+
+
+def open_source(
+    src: str | Path,
+    revision: str | None = None,
+    weights: bool = True,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> Source:
     """Opens a dense model.
 
     Args:
         src: a local folder, a .gguf file, or a Hub id (`owner/name`), which is downloaded into the Hub's cache.
         revision: branch, tag or commit of a Hub id.
         weights: False downloads no weights of a Hub id; only `config` is then good for anything.
+        allow_pickle: read `pytorch_model.bin` where there are no safetensors (with `weights_only`, see pickled.py).
+        trust_remote_code: read the config, and load the dense model, by the code in its folder.
 
     Raises:
         CheckpointError: it is not there, damaged, or of a kind that is not read.
@@ -178,7 +237,7 @@ def open_source(src: str | Path, revision: str | None = None, weights: bool = Tr
         raise CheckpointError(f"{src} is a file: expected a model's folder, a .gguf file or a Hub id")
     commit = None
     if not path.exists():
-        path, commit = download(str(src), revision, weights)
+        path, commit = download(str(src), revision, weights, allow_pickle)
     files = sorted(path.glob("*.gguf"))
     if files and not (path / "config.json").is_file():
         if len(files) > 1:
@@ -186,9 +245,12 @@ def open_source(src: str | Path, revision: str | None = None, weights: bool = Tr
                 f"{src} holds {len(files)} .gguf files: name one, {' or '.join(f.name for f in files)}"
             )
         return GgufSource(str(src), files[0], commit)
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise CheckpointError(f"{src} is a PEFT adapter: merge it into its base model, and convert that")
     if not (path / "config.json").is_file():
         raise CheckpointError(
             f"{src} has neither config.json nor a .gguf file: expected a model's folder (of a Hub "
             "repository of .gguf files, download the one you want and give its path)"
         )
-    return SafetensorsSource(str(src), path, commit, weights=weights or commit is None)
+    has_weights = weights or commit is None
+    return SafetensorsSource(str(src), path, commit, has_weights, allow_pickle, trust_remote_code)

@@ -1,22 +1,30 @@
-"""A folder that is there completely or not at all.
+"""A folder that is there completely or not at all, and that one process at a time may make.
 
-with staged_folder(out) as stage:
-    ...write into stage...
-# now `out` exists; had the block raised, nothing would be left
+    with staged_folder(out) as stage:
+        ...write into stage...
+    # now `out` exists; had the block raised, nothing would be left
+
+    with resumable_folder(out, job) as stage:
+        ...write into stage.folder, note what is done with stage.save_progress...
+    # the same, but had the process been killed, the same job would go on where it was
+
+What is being made stands in a hidden folder beside `out`, `.NAME.unfinished`, which the process holds locked; the lock
+dies with it. One rename at the end makes it `out`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from nsa_hf.errors import NsaError
+
+UNFINISHED = ".unfinished"
 
 
 class OutputError(NsaError):
@@ -48,6 +56,8 @@ def check_output(out: Path, overwrite: bool = False, keep: tuple[Path, ...] = ()
         return
     if not out.is_dir():
         raise OutputError(f"the output {out} is a file: expected a new or empty folder")
+    if target.is_mount():
+        raise OutputError(f"{out} is a mount point, which cannot be replaced as a whole: give a folder inside it")
     try:
         names = os.listdir(out)
     except OSError as error:
@@ -60,30 +70,77 @@ def check_output(out: Path, overwrite: bool = False, keep: tuple[Path, ...] = ()
         raise OutputError(f"{out} is not empty and has no config.json, so it is no model folder: remove it by hand")
 
 
+class Stage:
+    """A folder in the making.
+
+    Attributes:
+        folder: what will be `out`; write into it.
+    """
+
+    def __init__(self, place: Path, job: Mapping[str, Any]):
+        self.place, self.folder, self.replaced = place, place / "model", place / "replaced"
+        self._job = json.loads(json.dumps(job))
+
+    def progress(self) -> dict[str, Any]:
+        """What `save_progress` last noted of this job, by this process or by one that was killed; else empty."""
+        try:
+            noted = json.loads((self.place / "progress.json").read_text(encoding="utf-8"))
+            return noted["progress"] if noted["job"] == self._job else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
+    def save_progress(self, progress: Mapping[str, Any]) -> None:
+        """Notes what is done, whole or not at all."""
+        write_json(self.place / "progress.json", {"job": self._job, "progress": progress})
+
+
 @contextmanager
 def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A new hidden folder beside `out`, renamed to `out` when the block ends and removed when it raises.
+    """A new hidden folder, renamed to `out` when the block ends and removed when it raises.
 
     With `overwrite`, what stood in `out` is removed only after the new folder has taken its place.
 
     Raises:
-        OutputError: something cannot be written (no permission, no space, ...).
+        OutputError: something cannot be written (no permission, no space, ...), or another process is writing it.
     """
-    check_output(out, overwrite)
-    parent = out.absolute().parent
-    # so that a failure can also take back the parents it made
-    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
-    name = f".{out.absolute().name}.{secrets.token_hex(4)}.unfinished"
-    stage: Path | None = None
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        (parent / name).mkdir()
-        stage = parent / name
+    with _stage(out, overwrite, None) as stage:
+        yield stage.folder
+
+
+@contextmanager
+def resumable_folder(out: Path, job: Mapping[str, Any], overwrite: bool = False) -> Iterator[Stage]:
+    """As `staged_folder`, but what a killed or interrupted process left of the same `job` is there again.
+
+    Args:
+        out, overwrite: as for `staged_folder`.
+        job: what decides the result, JSON-able. What was left of another job is removed.
+    """
+    with _stage(out, overwrite, job) as stage:
         yield stage
-        _replace(stage, out)
+
+
+@contextmanager
+def _stage(out: Path, overwrite: bool, job: Mapping[str, Any] | None) -> Iterator[Stage]:
+    check_output(out, overwrite)
+    target = out.resolve()
+    # so that a failure can also take back the parents it made
+    made = [folder for folder in target.parents if not folder.exists()]
+    stage = Stage(target.with_name(f".{target.name}{UNFINISHED}"), job or {})
+    lock: int | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = _lock(stage.place, out)
+        _recover(stage, target)
+        check_output(out, overwrite)
+        if job is None or not stage.progress():
+            shutil.rmtree(stage.folder, ignore_errors=True)
+        stage.folder.mkdir(exist_ok=True)
+        yield stage
+        _finish(stage, target)
     except BaseException as error:
-        if stage is not None:
-            shutil.rmtree(stage, ignore_errors=True)
+        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+        if lock is not None and not (stopped and job is not None):
+            shutil.rmtree(stage.place, ignore_errors=True)
         for folder in made:
             with suppress(OSError):
                 folder.rmdir()
@@ -91,6 +148,61 @@ def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
             reason = error.strerror or str(error)
             raise OutputError(f"cannot write {out}: {reason}; nothing was left behind") from error
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(place: Path, out: Path) -> int:
+    """Makes `place` and locks it; the file descriptor that holds the lock until it is closed or the process ends."""
+    try:
+        import fcntl
+    except ImportError as error:
+        raise OutputError("writing a model folder needs a system with file locks of POSIX (Linux, macOS)") from error
+    while True:
+        with suppress(FileExistsError):
+            place.mkdir()
+        try:
+            lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:  # the process that had it is done
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # it may have been removed, and made again, since it was opened
+            if os.path.samestat(os.fstat(lock), os.stat(place)):
+                return lock
+        except BlockingIOError as error:
+            os.close(lock)
+            raise OutputError(
+                f"another process is writing {out}: wait until it is done, or choose another folder"
+            ) from error
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)
+
+
+def _recover(stage: Stage, out: Path) -> None:
+    """Puts right what a process left that was killed while it replaced `out`."""
+    if os.path.lexists(stage.replaced):
+        if os.path.lexists(out):
+            shutil.rmtree(stage.replaced)
+        else:
+            stage.replaced.rename(out)
+
+
+def _finish(stage: Stage, out: Path) -> None:
+    if out.is_dir() and any(out.iterdir()):
+        out.rename(stage.replaced)
+    try:
+        stage.folder.rename(out)
+    except OSError:
+        if stage.replaced.exists():
+            stage.replaced.rename(out)
+        raise
+    shutil.rmtree(stage.place, ignore_errors=True)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -110,17 +222,3 @@ def write_json(path: Path, data: Any) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-
-
-def _replace(stage: Path, out: Path) -> None:
-    if not out.exists():
-        stage.rename(out)
-        return
-    before = stage.with_suffix(".replaced")
-    out.rename(before)
-    try:
-        stage.rename(out)
-    except OSError:
-        before.rename(out)
-        raise
-    shutil.rmtree(before, ignore_errors=True)

@@ -3,8 +3,8 @@
     from nsa_hf.conversion import verify
     verify("path/to/llama", "path/to/nsa")["exact"]
 
-Three things: every dense tensor is bit for bit the source's, and every tensor is what the manifest says; up to
-topk * block_size tokens the logits equal the dense model's (in float32, Transformers' own dense class against ours);
+Three things: every dense tensor is bit for bit the source's, and every tensor and file is what the manifest says; up
+to topk * block_size tokens the logits equal the dense model's (in float32, Transformers' own dense class against ours);
 and beyond, how far the two are apart by position. See compare.py for how this fits into little memory.
 """
 
@@ -24,11 +24,12 @@ from transformers import AutoConfig
 from nsa_hf.errors import NsaError
 
 from . import manifest as manifests
-from .checkpoint import SafetensorsCheckpoint, same_bits
+from .checkpoint import SafetensorsCheckpoint, same_bits, tensor_sha256
 from .compare import compare_logits, final_hidden, has_tokenizer, next_tokens, token_windows
 from .layout import dtype_name
 from .loading import load_whole, reading, transformers_progress
 from .metrics import NO_LABEL, Accumulator, position_edges
+from .rope import scale_model
 from .source import Source, open_source
 from .staging import write_json
 from .texts import held_out_texts, provenance
@@ -52,6 +53,8 @@ def verify(
     texts: Sequence[tuple[str, str]] | None = None,
     device: str | torch.device = "cpu",
     revision: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Compares an NSA checkpoint with its dense source and writes `out/verify.json`.
@@ -63,7 +66,8 @@ def verify(
         documents: how many of the texts.
         texts: (name, text) pairs; None takes files of Python's standard library that training leaves out.
         device: where both models run.
-        revision: of a Hub id.
+        revision, allow_pickle: as for `convert`.
+        trust_remote_code: run the code that the source brings, as its dense model.
         progress: show bars on standard error.
 
     Returns:
@@ -81,15 +85,22 @@ def verify(
     out = Path(out).expanduser()
     with transformers_progress(progress):
         manifest = manifests.read(out)
-        source, checkpoint = open_source(src, revision), SafetensorsCheckpoint(out)
+        source = open_source(src, revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+        checkpoint = SafetensorsCheckpoint(out)
         with reading(out):
             config = AutoConfig.from_pretrained(out)
         length = min(length, getattr(config, "max_position_embeddings", None) or length)
         chosen = list(held_out_texts() if texts is None else texts)
         windows = token_windows(out, chosen, length, documents, config.vocab_size)
         tensors = compare_tensors(source, checkpoint, manifest)
+        source_matches = matches_manifest(source, manifest)
+        changed_files = [] if manifest["trained"] else manifests.changed_files(manifest, out)
         dtype = config.dtype or torch.float32
-        dense = source.load_model(dtype).float().to(device)
+        dense = source.load_model(dtype)
+        scaling = manifest.get("options", {}).get("rope_scaling")
+        if scaling:
+            dense = scale_model(dense, scaling)
+        dense = dense.float().to(device)
         dense_hidden = final_hidden(dense, windows, "Dense model", progress)
         with reading(out):
             sparse = load_whole(out, dtype=dtype).float().to(device)
@@ -100,7 +111,7 @@ def verify(
         labels = next_tokens(ids) if has_tokenizer(out) else torch.full_like(ids[0], NO_LABEL)
         compare_logits(comparison, labels.to(device), dense, reference, sparse, hidden)
     exact_range = comparison.between(0, min(exact_tokens, length))
-    exact, why = judge(manifest, tensors, exact_range.max_abs_diff, exact_range.top1_gap)
+    exact, why = judge(manifest, tensors, exact_range.max_abs_diff, exact_range.top1_gap, changed_files)
     read = {name for name, _ in windows}
     used = [text for text in chosen if text[0] in read]
     result = {
@@ -108,9 +119,11 @@ def verify(
         "exact": exact,
         "why": why,
         "source": str(src),
-        "source_matches_manifest": source.identity()["files"] == manifest["source"]["files"],
+        "source_matches_manifest": source_matches,
         "trained": manifest["trained"],
         "model_type": config.model_type,
+        # the source was given the same, see rope.py
+        "rope_scaling": scaling,
         "checkpoint_dtype": dtype_name(dtype),
         "computed_in": "float32",
         "device": str(device),
@@ -118,6 +131,7 @@ def verify(
         "documents": [{"name": name, "tokens": ids.shape[1]} for name, ids in windows],
         "texts": provenance(used) if used else None,
         "tensors": tensors,
+        "changed_files": changed_files,
         "exact_range": {**exact_range.as_dict(), "up_to": exact_tokens, "tolerance": LOGIT_TOLERANCE, "tie": TIE},
         "by_position": comparison.as_dict(),
         "versions": manifests.versions(),
@@ -154,12 +168,28 @@ def compare_tensors(source: Source, checkpoint: SafetensorsCheckpoint, manifest:
     }
 
 
-def judge(manifest: dict[str, Any], tensors: dict[str, Any], difference: float, gap: float) -> tuple[bool | None, str]:
+def matches_manifest(source: Source, manifest: dict[str, Any]) -> bool:
+    """Whether the source's files and tensors are those that the manifest was written of."""
+    if source.identity()["files"] != manifest["source"]["files"]:
+        return False
+    tensors = {**manifest["tensors"], **manifest["source"].get("left_out", {})}
+    hashes = {name: said.get("source", said)["sha256"] for name, said in tensors.items() if said["from"] == "source"}
+    return all(hashes.get(name) == tensor_sha256(tensor) for name, tensor in source.tensors())
+
+
+def judge(
+    manifest: dict[str, Any],
+    tensors: dict[str, Any],
+    difference: float,
+    gap: float,
+    changed_files: Sequence[str] = (),
+) -> tuple[bool | None, str]:
     """Whether the conversion is exact, and why.
 
     Args:
         difference: largest absolute difference of a logit within the exact range; NaN is a failure.
         gap: largest lead of the dense model's top token where the other's differs, within the exact range.
+        changed_files: config, tokenizer and other files beside the weights that are not what the manifest says.
     """
     if manifest["trained"]:
         return None, NOT_APPLICABLE
@@ -168,6 +198,8 @@ def judge(manifest: dict[str, Any], tensors: dict[str, Any], difference: float, 
         faults.append(f"{tensors['of'] - tensors['kept']} of {tensors['of']} tensors are not the source's")
     if tensors["unlike_manifest"]:
         faults.append(f"{len(tensors['unlike_manifest'])} tensors are not the manifest's")
+    if changed_files:
+        faults.append(f"{', '.join(changed_files)} changed since the conversion")
     if not difference < LOGIT_TOLERANCE:
         faults.append(f"a logit within the exact range differs by {difference:.3g}, more than {LOGIT_TOLERANCE:g}")
     if not gap <= TIE:
@@ -183,6 +215,8 @@ def render_verify(result: dict[str, Any]) -> RenderableType:
     verdict = {True: "[green]exact[/]", False: "[red]NOT exact[/]", None: "exactness"}[result["exact"]]
     facts = Table(title=f"{escape(result['source'])} and its {result['model_type']}", show_header=False)
     facts.add_row(f"Up to {exact['up_to']:,} tokens", f"{verdict}: {result['why']}")
+    if scaling := result.get("rope_scaling"):
+        facts.add_row("Source's RoPE", f"scaled as at conversion: {scaling['rope_type']}, factor {scaling['factor']:g}")
     facts.add_row("Tensors kept bit for bit", f"{tensors['kept']} of {tensors['of']}")
     if tensors["unlike_manifest"] is not None:
         facts.add_row(

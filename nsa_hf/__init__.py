@@ -2,18 +2,15 @@
 
 from typing import Any
 
+from . import families
 from .config import NSA_FIELDS
 from .errors import NsaError
-from .families import FAMILIES, NsaLlamaConfig, NsaLlamaForCausalLM, NsaLlamaModel, nsa_config_from_dense  # type: ignore[attr-defined]
+from .families import nsa_config_from_dense
 
 __version__ = "0.1.0.dev0"
 __all__ = [
-    "FAMILIES",
     "NSA_FIELDS",
     "NsaError",
-    "NsaLlamaConfig",
-    "NsaLlamaForCausalLM",
-    "NsaLlamaModel",
     "__version__",
     "convert",
     "nsa_config_from_dense",
@@ -26,4 +23,7 @@ def __getattr__(name: str) -> Any:
         from nsa_hf.conversion import convert
 
         return convert
+    if name.startswith("Nsa"):
+        # a family's classes, NsaLlamaForCausalLM for one: made when they are asked for
+        return getattr(families, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,10 +14,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from nsa_hf.kernels import ZeroLinear, build_compressor, compress, nsa_attention, reference_attention
 
-from .cache import NsaDynamicLayer, nsa_cache_layer
+from .branches import BRANCHES, KeysAndValues, branch_modules, stand_in
+from .cache import nsa_cache_layer
 from .config import NsaConfigMixin
+from .dynamic_cache import NsaDynamicLayer
 from .errors import NsaError
+from .features import head_sizes, layer_window
 from .segments import Segments
+from .sliding import sliding_attention
+from .static_cache import NsaStaticLayer
 
 # The user's choice in `attn_implementation`, and the backend of `nsa_attention` that it means.
 IMPLEMENTATIONS = {"nsa": "auto", "eager": "reference"}
@@ -54,24 +61,28 @@ def gate_values(logits: Tensor, kind: str, blend: float) -> Tensor:
 class NsaModules(nn.Module):
     """What a layer has beyond the dense one's parameters: `compress_k`, `compress_v` and `gate`."""
 
-    def __init__(self, config: NsaConfigMixin, head_dim: int, value_dim: int):
+    def __init__(self, config: NsaConfigMixin, heads: int, head_dim: int, value_dim: int):
         super().__init__()
         kind, size, width = config.nsa_compression, config.nsa_kernel_size, config.nsa_compression_dim
         self.compress_k = build_compressor(kind, size, head_dim, width)
         self.compress_v = build_compressor(kind, size, value_dim, width)
-        self.gate = Gate(config.hidden_size, config.nsa_gate_dim, config.num_attention_heads)  # type: ignore[attr-defined]
+        self.gate = Gate(config.hidden_size, config.nsa_gate_dim, heads)  # type: ignore[attr-defined]
 
 
 class NsaAttentionMixin:
     """In front of a family's attention class: its projections, norms, RoPE and cache, with sparse attention inside.
 
     Attributes:
+        handed: what the family hands to the attention function by name (see discovery.py).
+        masks_slide: whether the family's decoder makes masks of a sliding window.
+        window: the layer's own sliding window in tokens, or None for full attention.
         nsa: the new modules, or None in a layer that stays dense.
         nsa_dense: True while the model runs dense (`model.dense_attention()`).
         nsa_record: where the selection goes while it is recorded (`model.record_selection()`).
     """
 
-    head_dim: int
+    handed: dict[str, ast.expr]
+    masks_slide: bool
 
     def __init__(self, config: NsaConfigMixin, layer_idx: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, layer_idx, *args, **kwargs)
@@ -81,17 +92,41 @@ class NsaAttentionMixin:
         # so it always finds "nsa" here, and `nsa_attention_forward` asks the model's config what the user chose.
         self.config = copy.copy(config)
         self.config._attn_implementation_internal = "nsa"
+        self.window = layer_window(self, self.handed, config, layer_idx, self.masks_slide)
         self.nsa: NsaModules | None = None
         if config.is_nsa_layer(layer_idx):
-            value_dim: int = getattr(self, "v_head_dim", self.head_dim)
-            self.nsa = NsaModules(config, self.head_dim, value_dim)
+            self.nsa = NsaModules(config, *head_sizes(self, config))
+            for branch in BRANCHES if config.nsa_branch_kv == "independent" else ():
+                setattr(self.nsa, branch, branch_modules(self))
+                stand_in(self, branch)  # now: a compiled forward cannot make it
         self.nsa_dense = False
         self.nsa_record: dict[int, Tensor] | None = None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
-        layer = None if cache is None else nsa_cache_layer(cache, self.layer_idx)
-        return super().forward(hidden_states, *args, **kwargs, nsa_hidden_states=hidden_states, nsa_cache_layer=layer)
+        cache, layer, branches = kwargs.get("past_key_values"), None, None
+        independent = self.model_config.nsa_branch_kv == "independent"
+        if cache is not None and self.nsa is not None:
+            sizes, device = self.model_config.nsa_sizes, hidden_states.device
+            layer = nsa_cache_layer(cache, self.layer_idx, sizes, device, independent)
+        if independent and self.nsa is not None and (layer is not None or not self.nsa_dense):
+            branches = [self.branch_states(branch, hidden_states, *args, **kwargs) for branch in BRANCHES]
+        own: dict[str, Any] = {"nsa_hidden_states": hidden_states, "nsa_cache_layer": layer, "nsa_branches": branches}
+        if cache is not None and self.window is not None and kwargs["nsa_segments"].lengths is not None:
+            held = cache.layers[self.layer_idx]
+            own["nsa_static"] = (held.get_seq_length(), held.get_mask_sizes(hidden_states.shape[1])[1])
+        # some families keep `output_attentions` to themselves
+        own["nsa_weights"] = kwargs.get("output_attentions")
+        return super().forward(hidden_states, *args, **kwargs, **own)
+
+    def branch_states(self, branch: str, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """A branch's own key and value of the new tokens, `[B, Hk, T, D]` after norms and RoPE."""
+        given = {**kwargs, "past_key_values": None, "nsa_hidden_states": hidden_states, "nsa_cache_layer": None}
+        try:
+            super(NsaAttentionMixin, stand_in(self, branch)).forward(hidden_states, *args, **given, nsa_leave=True)
+        except KeysAndValues as made:
+            key, value = made.args
+            return key, value
+        raise AssertionError("the family's attention did not call the attention function")
 
 
 def nsa_attention_forward(
@@ -104,8 +139,12 @@ def nsa_attention_forward(
     dropout: float = 0.0,
     *,
     nsa_hidden_states: Tensor,
-    nsa_cache_layer: NsaDynamicLayer | None,
+    nsa_cache_layer: NsaDynamicLayer | NsaStaticLayer | None,
     nsa_segments: Segments,
+    nsa_branches: list[tuple[Tensor, Tensor]] | None = None,
+    nsa_leave: bool = False,
+    nsa_static: tuple[int, int] | None = None,
+    nsa_weights: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What Transformers calls between a family's projections: sparse attention of one layer.
@@ -114,44 +153,65 @@ def nsa_attention_forward(
         query, key, value: `[B, H, T or S, D]` after RoPE and the cache; key and value are those of all S tokens.
         attention_mask: ignored; `nsa_segments` says the same without T*S numbers.
         nsa_hidden_states: `[B, T, hidden]`, what entered the layer; the gates are made of it.
+        nsa_branches: with independent keys and values, those of the compressed branch and of the window,
+            `[B, Hk, T, D]` of the new tokens; key and value are the selected branch's.
+        nsa_leave: raise `KeysAndValues` with key and value instead.
+        nsa_static: of a layer with a sliding window and a static cache, see `sliding_attention`.
 
     Returns:
         `[B, T, Hq, Dv]`, and with `output_attentions` the selected branch's weights `[B, Hq, T, S]`.
     """
+    if nsa_leave:
+        raise KeysAndValues(key, value)
     config, nsa = module.model_config, module.nsa
     if config._attn_implementation not in IMPLEMENTATIONS:
         raise NsaError(
             f"attn_implementation={config._attn_implementation!r} is not one of a sparse model's: use "
             f"{' or '.join(map(repr, IMPLEMENTATIONS))}, or run it dense inside `with model.dense_attention():`"
         )
+    stride = config.nsa_kernel_stride
+    starts, lengths, cu_seqlens = nsa_segments.starts, nsa_segments.lengths, nsa_segments.cu_seqlens
+    compressed, window = nsa_branches or ((key, value), None)
+    entries: Sequence[Tensor] | None = None
+    if nsa_cache_layer is not None:
+        assert nsa is not None
+        if cu_seqlens is not None:
+            nsa_cache_layer.packed = True
+        elif not module.nsa_dense or not nsa_cache_layer.catches_up:
+            entries = nsa_cache_layer.extend(*compressed, nsa.compress_k, nsa.compress_v, stride, starts)
+            if window is not None:
+                window = nsa_cache_layer.slide(*window, config.nsa_window_size)
     query, key, value = same_dtype(query, key, value)
+    if module.window is not None:
+        window_of_layer = (module.window, nsa_segments, nsa_static)
+        return sliding_attention(module, query, key, value, scaling, dropout, *window_of_layer), None
     if nsa is None or module.nsa_dense:
         return dense_attention(module, query, key, value, scaling, dropout, nsa_segments), None
     if dropout:
         raise NsaError(f"sparse attention has no attention dropout, got {dropout}: set config.attention_dropout = 0")
 
-    stride, starts, cu_seqlens = config.nsa_kernel_stride, nsa_segments.starts, nsa_segments.cu_seqlens
-    k, v = key.transpose(1, 2), value.transpose(1, 2)
-    if nsa_cache_layer is not None and cu_seqlens is None:
-        k_cmp, v_cmp = nsa_cache_layer.extend(nsa.compress_k, nsa.compress_v, stride, starts)
-    else:
-        k_cmp = compress(k, nsa.compress_k, stride, starts=starts, cu_seqlens=cu_seqlens)
-        v_cmp = compress(v, nsa.compress_v, stride, starts=starts, cu_seqlens=cu_seqlens)
-        if nsa_cache_layer is not None:
-            nsa_cache_layer.packed = True
+    if entries is None:
+        pairs = zip(compressed, (nsa.compress_k, nsa.compress_v), strict=True)
+        entries = [
+            compress(x.to(value.dtype).transpose(1, 2), compressor, stride, starts=starts, cu_seqlens=cu_seqlens)
+            for x, compressor in pairs
+        ]
+    k_win, v_win = (None, None) if window is None else (x.to(value.dtype).transpose(1, 2) for x in window)
     gates = gate_values(nsa.gate(nsa_hidden_states), config.nsa_gate, config.nsa_gate_blend)
-    inputs = (query.transpose(1, 2), k, v, k_cmp.to(k.dtype), v_cmp.to(v.dtype), gates)
+    inputs = (*(x.transpose(1, 2) for x in (query, key, value)), *(x.to(value.dtype) for x in entries), gates)
+    places: dict[str, Any] = {"starts": starts, "lengths": lengths, "cu_seqlens": cu_seqlens}
+    places |= {"k_win": k_win, "v_win": v_win}
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
 
     weights = None
-    if kwargs.get("output_attentions", config.output_attentions):
+    if config.output_attentions if nsa_weights is None else nsa_weights:
         out, selection, weights = reference_attention(
-            *inputs, sizes=config.nsa_sizes, scale=scale, starts=starts, cu_seqlens=cu_seqlens, return_weights=True
+            *inputs, sizes=config.nsa_sizes, scale=scale, return_weights=True, **places
         )
     else:
         out, selection = nsa_attention(
-            *inputs, **vars(config.nsa_sizes), scale=scale, starts=starts, cu_seqlens=cu_seqlens,
-            backend=IMPLEMENTATIONS[config._attn_implementation], return_selection=True,
+            *inputs, **vars(config.nsa_sizes), scale=scale, return_selection=True, **places,
+            backend=IMPLEMENTATIONS[config._attn_implementation],
         )  # fmt: skip
     if module.nsa_record is not None:
         module.nsa_record[module.layer_idx] = selection
@@ -178,11 +238,13 @@ def dense_attention(
         documents = [slice(a, b) for a, b in zip(segments.borders[:-1], segments.borders[1:], strict=True)]
         return torch.cat([sdpa(query[:, :, d], key[:, :, d], value[:, :, d], None) for d in documents], dim=1)
     tokens, keys = query.shape[2], key.shape[2]
-    if segments.starts is None and tokens in (1, keys):
+    if segments.starts is None and segments.lengths is None and tokens in (1, keys):
         return sdpa(query, key, value, None)
-    position = torch.arange(keys - tokens, keys, device=query.device)[:, None]
+    # [B or 1, 1, T, 1]
+    end = segments.lengths[:, None, None, None] if segments.lengths is not None else keys
+    position = end - tokens + torch.arange(tokens, device=query.device)[None, None, :, None]
     past = torch.arange(keys, device=query.device)
-    visible = (past <= position)[None, None]
+    visible = past <= position
     if segments.starts is not None:
         # padding attends to itself, so that no row of the softmax is empty
         visible = visible & (past >= segments.starts[:, None, None, None]) | (past == position)

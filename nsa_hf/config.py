@@ -7,7 +7,8 @@ from typing import Any
 
 from nsa_hf.kernels import COMPRESSORS, Sizes
 
-from .errors import NsaError
+from .errors import NotPlain, NsaError
+from .remote_code import SavedConfig
 
 # Written into configs; older formats load, newer ones are refused.
 NSA_FORMAT = 1
@@ -18,7 +19,7 @@ CHOICES = {
     "nsa_branch_kv": ("shared", "independent"),
     "nsa_gate": ("residual", "sigmoid", "blend"),
 }
-NOT_YET = {"nsa_rope_order": "pre", "nsa_branch_kv": "independent"}
+NOT_YET = {"nsa_rope_order": "pre"}
 
 
 def option(default: Any, text: str) -> Any:
@@ -26,7 +27,7 @@ def option(default: Any, text: str) -> Any:
 
 
 @dataclass(kw_only=True)
-class NsaConfigMixin:
+class NsaConfigMixin(SavedConfig):
     """The fields that Native Sparse Attention adds to a dense family's config; the paper's letters in brackets."""
 
     nsa_kernel_size: int = option(32, "tokens of a compression block [l]")
@@ -53,8 +54,16 @@ class NsaConfigMixin:
     @property
     def nsa_sizes(self) -> Sizes:
         """The seven sizes, as the operation takes them."""
-        names = [size.name for size in fields(Sizes)]
-        return Sizes(**{name: getattr(self, f"nsa_{name}") for name in names})
+        # written out: `torch.compile` traces this
+        return Sizes(
+            kernel_size=self.nsa_kernel_size,
+            kernel_stride=self.nsa_kernel_stride,
+            block_size=self.nsa_block_size,
+            topk=self.nsa_topk,
+            init_blocks=self.nsa_init_blocks,
+            local_blocks=self.nsa_local_blocks,
+            window_size=self.nsa_window_size,
+        )
 
     def is_nsa_layer(self, layer: int) -> bool:
         """Whether layer `layer` (counted from 0) has sparse attention: full attention, and not among the dense ones."""
@@ -90,11 +99,27 @@ class NsaConfigMixin:
             raise NsaError(f"nsa_gate_blend must be between 0 and 1, got {self.nsa_gate_blend!r}")
         self.nsa_dense_layers = self.checked_layers(self.nsa_dense_layers or [])
 
+    def check_kinds(self) -> None:
+        """Whether there is something to make sparse.
+
+        Raises:
+            NotPlain: no layer has full attention.
+        """
+        kinds = getattr(self, "layer_types", None)
+        if kinds and "full_attention" not in kinds:
+            slides = "sliding_window: " if "sliding_attention" in kinds else ""
+            raise NotPlain(f"{slides}no layer has full attention ({', '.join(sorted(set(kinds)))}): nothing to convert")
+
     def checked_layers(self, layers: list[int]) -> list[int]:
         count = self.num_hidden_layers  # type: ignore[attr-defined]
         if isinstance(layers, str) or not all(isinstance(layer, int) and -count <= layer < count for layer in layers):
             raise NsaError(f"nsa_dense_layers must be layers within {-count} .. {count - 1}, got {layers!r}")
         return sorted({layer % count for layer in layers})
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: Transformers 5.17 renames kinds of layers in custom code, and these are its own family's."""
+        return False
 
     def validate_output_attentions(self) -> None:
         """Both implementations of NSA return weights (the selected branch's, from the reference)."""

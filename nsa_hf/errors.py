@@ -3,3 +3,7 @@
 
 class NsaError(ValueError):
     """Wrong input. The command line prints the message without a traceback and exits with 2."""
+
+
+class NotPlain(NsaError):
+    """A family, or a model of it, has a feature that sparse attention does not have; the message names it."""

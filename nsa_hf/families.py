@@ -1,60 +1,81 @@
-"""The dense families, and the sparse classes made of each.
+"""The sparse classes of every plain family of Transformers, made when one is asked for.
 
 A sparse class is the family's own class with a mixin in front of it. Where a family's `__init__` names the classes of
 its parts, it runs with the sparse parts under those names: each model is built once, from its family's own code.
+
+The classes are attributes of this module by name (`NsaQwen3ForCausalLM`); `AutoConfig` finds their configs here.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import wraps
-from importlib import import_module
-from types import FunctionType
+from functools import cache, wraps
+from inspect import unwrap
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES, model_type_to_module_name
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .attention import NsaAttentionMixin
+from .branches import dense_twin
 from .config import NSA_FIELDS, NsaConfigMixin
-from .errors import NsaError
-from .modeling import NsaModelMixin, NsaPreTrainedMixin
+from .discovery import DenseFamily, attention_arguments, causal_model_types, find_family, names_of
+from .errors import NotPlain, NsaError
+from .modeling import HandsDown, NsaModelMixin, NsaPreTrainedMixin, SegmentsFromLayer
 
-# Dense model_type: the stem of its class names in transformers.models.<model_type>.
-SUPPORTED = {"llama": "Llama"}
+PREFIX = "nsa_"
+# What a config says of its own classes and files.
+NOT_CARRIED = ("model_type", "architectures", "transformers_version", "auto_map")
 
 
 @dataclass(frozen=True)
 class Family:
-    """One family's classes: the dense config it starts from, and the sparse ones."""
+    """One family's sparse classes, and the dense ones that they are made of."""
 
-    model_type: str
-    dense_config_class: type[PreTrainedConfig]
+    dense: DenseFamily
     config_class: type[PreTrainedConfig]
     model_class: type[PreTrainedModel]
     causal_lm_class: type[PreTrainedModel]
 
+    @property
+    def model_type(self) -> str:
+        """Of the dense family."""
+        return self.dense.model_type
 
-def built_with(init: Callable[..., None], parts: dict[str, type]) -> Callable[..., None]:
-    """A family's `__init__` that finds the sparse classes where it names the dense ones.
+
+def built_with(init: Callable[..., None], parts: dict[type, type]) -> Callable[..., None]:
+    """A family's `__init__` that finds the sparse classes where it names the dense ones, or a table of them.
 
     Raises:
-        RuntimeError: it does not name one of them, so that its model would keep a dense part.
+        NotPlain: it does not name one of them, so that its model would keep a dense part.
     """
-
-    def names(code: Any) -> set[str]:
-        return set(code.co_names).union(*(names(inner) for inner in code.co_consts if hasattr(inner, "co_names")))
-
-    missing = set(parts) - names(init.__code__)
-    if missing:
-        raise RuntimeError(f"{init.__qualname__} does not build {', '.join(sorted(missing))} by name")
+    init = unwrap(init)
+    named: dict[str, Any] = {}
+    found: set[type] = set()
+    for name in names_of(init) & init.__globals__.keys():
+        value = init.__globals__[name]
+        table = value if isinstance(value, dict) else {None: value}
+        here = {part for part in table.values() if isinstance(part, type) and part in parts}
+        if here:
+            found |= here
+            replaced = {key: parts.get(part, part) for key, part in table.items()}
+            named[name] = replaced if isinstance(value, dict) else replaced[None]
+    if found != parts.keys():
+        missing = ", ".join(sorted(part.__name__ for part in parts.keys() - found))
+        raise NotPlain(f"{missing} is not built in {init.__qualname__}, but in a way of its own")
 
     @wraps(init)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        scope = {**init.__globals__, **parts}
+        scope = {**init.__globals__, **named}
         rebuilt = FunctionType(init.__code__, scope, init.__name__, init.__defaults__, init.__closure__)
         rebuilt.__kwdefaults__ = init.__kwdefaults__
         rebuilt(self, *args, **kwargs)
@@ -62,64 +83,124 @@ def built_with(init: Callable[..., None], parts: dict[str, type]) -> Callable[..
     return __init__
 
 
-def define_family(model_type: str, stem: str) -> Family:
-    """Makes the sparse classes of one family, under their names in this module, and registers them."""
-    dense = import_module(f"transformers.models.{model_type}.modeling_{model_type}")
-    dense_config: type[PreTrainedConfig] = getattr(dense, f"{stem}Config")
+@cache
+def define_family(model_type: str) -> Family:
+    """The sparse classes of one dense family, under their names in this module, registered with the Auto classes.
 
-    def define(part: str, bases: tuple[type, ...], text: str, **members: Any) -> type:
-        name = f"Nsa{stem}{part}"
-        made = type(name, bases, {"__module__": __name__, "__qualname__": name, "__doc__": text, **members})
-        globals()[name] = made
-        return made
+    Raises:
+        NotPlain: the family has a feature that sparse attention does not have.
+    """
+    dense = find_family(model_type)
 
-    def dense_part(part: str) -> type:
-        return getattr(dense, f"{stem}{part}")
+    def define(of: type, bases: tuple[type, ...], text: str, **members: Any) -> Any:
+        name = sparse_name(of, dense)
+        return type(name, bases, {"__module__": __name__, "__qualname__": name, "__doc__": text, **members})
 
+    name = dense.config.__name__
     config: type[PreTrainedConfig] = strict(
         define(
-            "Config",
-            (NsaConfigMixin, dense_config),
-            f"`{dense_config.__name__}` with the `nsa_*` fields.",
-            model_type=f"nsa_{model_type}",
+            dense.config, (NsaConfigMixin, dense.config), f"`{name}` with the `nsa_*` fields.",
+            model_type=PREFIX + model_type,
         )
-    )
-    globals()[config.__name__] = config
-    attention = define(
-        "Attention", (NsaAttentionMixin, dense_part("Attention")), f"`{stem}Attention` with sparse attention inside."
-    )
-    layer = define(
-        "DecoderLayer",
-        (dense_part("DecoderLayer"),),
-        f"`{stem}DecoderLayer` around sparse attention.",
-        __init__=built_with(dense_part("DecoderLayer").__init__, {f"{stem}Attention": attention}),
-    )
-    layers = {
-        name if name != f"{stem}DecoderLayer" else layer.__name__
-        for name in dense_part("Model")._no_split_modules or []
-    }
+    )  # fmt: skip
+    made: dict[type, Any] = {dense.config: config}
+    for layer, attention in dense.layers.items():
+        handed = dense.hands_down(layer)
+        made[attention] = define(
+            attention, (*((SegmentsFromLayer,) if handed else ()), NsaAttentionMixin, attention),
+            f"`{attention.__name__}` with sparse attention inside.",
+            handed=attention_arguments(attention), masks_slide=dense.masks_slide,
+        )  # fmt: skip
+        made[layer] = define(
+            layer, (HandsDown, layer) if handed else (layer,), f"`{layer.__name__}` around sparse attention.",
+            __init__=built_with(layer.__init__, {attention: made[attention]}), attention_name=handed,
+        )  # fmt: skip
+    named = {part.__name__: sparse for part, sparse in made.items()}
+    layers = {named[name].__name__ if name in named else name for name in dense.model._no_split_modules or []}
     shared = {"config_class": config, "config": config, "_no_split_modules": sorted(layers)}
-    model = define(
-        "Model",
-        (NsaModelMixin, dense_part("Model")),
-        f"`{stem}Model` with sparse attention.",
-        __init__=built_with(dense_part("Model").__init__, {f"{stem}DecoderLayer": layer}),
-        **shared,
-    )
-    causal_lm = define(
-        "ForCausalLM",
-        (NsaPreTrainedMixin, dense_part("ForCausalLM"), GenerationMixin),
-        f"`{stem}ForCausalLM` with sparse attention.",
-        __init__=built_with(dense_part("ForCausalLM").__init__, {f"{stem}Model": model}),
-        **shared,
-    )
-    AutoConfig.register(config.model_type, config)
-    AutoModel.register(config, model)
-    AutoModelForCausalLM.register(config, causal_lm)
-    return Family(model_type, dense_config, config, model, causal_lm)
+    made[dense.model] = define(
+        dense.model, (NsaModelMixin, dense.model), f"`{dense.model.__name__}` with sparse attention.",
+        __init__=built_with(dense.model.__init__, {layer: made[layer] for layer in dense.layers}),
+        is_recurrent=dense.is_recurrent, **shared,
+    )  # fmt: skip
+    made[dense.causal_lm] = define(
+        dense.causal_lm, (NsaPreTrainedMixin, dense.causal_lm, GenerationMixin),
+        f"`{dense.causal_lm.__name__}` with sparse attention.",
+        __init__=built_with(dense.causal_lm.__init__, {dense.model: made[dense.model]}), **shared,
+    )  # fmt: skip
+    globals().update({sparse.__name__: sparse for sparse in made.values()})
+    put_into_transformers(made[dense.causal_lm])
+    AutoModel.register(config, made[dense.model])
+    AutoModelForCausalLM.register(config, made[dense.causal_lm])
+    # how experts and their like are stored
+    for name in (model_type, dense.model.__name__, dense.causal_lm.__name__):
+        stored = get_checkpoint_conversion_mapping(name)
+        if stored is not None:
+            sparse = config.model_type if name == model_type else f"Nsa{name}"
+            register_checkpoint_conversion_mapping(sparse, stored, overwrite=True)
+    return Family(dense, config, made[dense.model], made[dense.causal_lm])
 
 
-FAMILIES = {model_type: define_family(model_type, stem) for model_type, stem in SUPPORTED.items()}
+def put_into_transformers(model_class: type) -> None:
+    """Pipelines and `transformers serve` look a model's class up by name in the package `transformers`, and only there.
+
+    Whoever imported it early has another object of it: it imports itself anew while it is imported.
+    """
+    holders = [getattr(module, "__dict__", {}) for module in list(sys.modules.values())]
+    packages = {id(held): held for held in [transformers, *(holder.get("transformers") for holder in holders)]}
+    for package in packages.values():
+        if isinstance(package, ModuleType) and package.__name__ == "transformers":
+            setattr(package, model_class.__name__, model_class)
+
+
+def sparse_name(part: type, dense: DenseFamily) -> str:
+    """`Nsa` and the dense class's name; a family that lends its classes from another one has them under its own."""
+    own, lender = (config.__name__.removesuffix("Config") for config in (dense.config, dense.causal_lm.config_class))
+    name = part.__name__
+    return "Nsa" + (own + name.removeprefix(lender) if own != lender and name.startswith(lender) else name)
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The family of a sparse model's config."""
+    return define_family(config.model_type.removeprefix(PREFIX))
+
+
+def __getattr__(name: str) -> Any:
+    """The sparse classes by name: the family that the name belongs to is made now."""
+    for model_type in _families_of(name):
+        try:
+            define_family(model_type)
+        except NotPlain as reason:
+            raise AttributeError(f"there is no {name}: {reason}") from None
+        if name in globals():
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _families_of(name: str) -> list[str]:
+    """The families whose classes may have this name, those with the longest names first."""
+
+    def stem(model_type: str) -> str:
+        stems = [CONFIG_MAPPING_NAMES[model_type].removesuffix("Config")]
+        stems.append(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type].removesuffix("ForCausalLM"))
+        return max((stem for stem in stems if name.startswith(f"Nsa{stem}")), key=len, default="")
+
+    found = {model_type: stem(model_type) for model_type in causal_model_types()} if name.startswith("Nsa") else {}
+    return sorted((model_type for model_type in found if found[model_type]), key=lambda one: -len(found[one]))
+
+
+def register_lazily() -> None:
+    """Tells `AutoConfig` of all families without making one: it looks a config class up by name in this module.
+
+    Transformers keeps its own families in the same way; `AutoConfig.register` would need the classes now.
+    """
+    for model_type in causal_model_types():
+        sparse_type = PREFIX + model_type
+        CONFIG_MAPPING_NAMES[sparse_type] = f"Nsa{CONFIG_MAPPING_NAMES[model_type]}"
+        CONFIG_MAPPING._modules[model_type_to_module_name(sparse_type)] = sys.modules[__name__]
+
+
+register_lazily()
 
 
 def nsa_config_from_dense(dense_config: PreTrainedConfig, **nsa_fields: Any) -> PreTrainedConfig:
@@ -135,23 +216,46 @@ def nsa_config_from_dense(dense_config: PreTrainedConfig, **nsa_fields: Any) -> 
     model_type = dense_config.model_type
     if model_type.startswith("nsa_"):
         raise NsaError(f"the model is already a sparse one ({model_type}): convert its dense source")
-    if model_type not in FAMILIES:
-        raise NsaError(f"the family {model_type!r} is not supported: this version converts {', '.join(FAMILIES)}")
+    try:
+        family = define_family(model_type)
+    except NotPlain as reason:
+        raise NotPlain(f"the family {model_type!r} cannot be converted: {reason}") from None
     unknown = set(nsa_fields) - set(NSA_FIELDS)
     if unknown:
         raise NsaError(f"unknown option {', '.join(sorted(unknown))}: choose among {', '.join(NSA_FIELDS)}")
     fields = dense_config.to_dict()
-    for name in ("model_type", "architectures", "transformers_version", "auto_map"):
+    for name in NOT_CARRIED:
         fields.pop(name, None)
-    family = FAMILIES[model_type]
-    return family.config_class(**fields, architectures=[family.causal_lm_class.__name__], **nsa_fields)
+    if covers_every_position(dense_config):
+        # such a window hides nothing, and caches would be cut to it
+        fields["sliding_window"] = None
+    config = family.config_class(**fields, architectures=[family.causal_lm_class.__name__], **nsa_fields)
+    config.check_kinds()
+    return config
+
+
+def covers_every_position(config: PreTrainedConfig) -> bool:
+    """Whether one sliding window of all layers is as long as the longest text (as in Phi-4-mini)."""
+    window, longest = (getattr(config, name, None) for name in ("sliding_window", "max_position_embeddings"))
+    return not getattr(config, "layer_types", None) and bool(window and longest and window >= longest)
+
+
+def dense_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The dense config of a sparse one, without the `nsa_*` fields."""
+    dense = family_of(config).dense
+    fields = {name: value for name, value in config.to_dict().items() if name not in NSA_FIELDS}
+    for name in NOT_CARRIED:
+        fields.pop(name, None)
+    return dense.config(**fields, architectures=[dense.causal_lm.__name__])
 
 
 def initial_nsa_state(config: PreTrainedConfig, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Names and float32 values of the parameters that a conversion adds, layer by layer; the same for the same seed."""
-    family = next(family for family in FAMILIES.values() if isinstance(config, family.config_class))
+    """Names and float32 values of the parameters that a conversion adds, layer by layer; the same for the same seed.
+
+    Those that start as a dense one (`dense_twin`, of independent keys and values) are not among them.
+    """
     with torch.device("meta"):
-        skeleton = family.causal_lm_class(config)
+        skeleton = family_of(config).causal_lm_class(config)
     layers = [(name, module) for name, module in skeleton.named_modules() if isinstance(module, NsaAttentionMixin)]
     for index, (name, module) in enumerate(layers):
         if module.nsa is not None:
@@ -159,4 +263,5 @@ def initial_nsa_state(config: PreTrainedConfig, seed: int = 0) -> Iterator[tuple
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed + index)
                 new.apply(skeleton._init_weights)
-            yield from ((f"{name}.nsa.{key}", value.detach()) for key, value in new.state_dict().items())
+            named = ((f"{name}.nsa.{key}", value.detach()) for key, value in new.state_dict().items())
+            yield from ((key, value) for key, value in named if dense_twin(key) is None)

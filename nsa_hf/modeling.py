@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,11 +13,14 @@ from torch import Tensor, nn
 from nsa_hf.kernels import LearnedCompressor, ZeroLinear
 
 from .attention import IMPLEMENTATIONS, NsaAttentionMixin
+from .cache import static_length
 from .errors import NsaError
-from .segments import find_segments
+from .generation import NsaGenerationMixin
+from .remote_code import SavedByImport
+from .segments import Segments, find_segments, static_segments
 
 
-class NsaPreTrainedMixin:
+class NsaPreTrainedMixin(SavedByImport, NsaGenerationMixin):
     """In front of a family's classes that hold sparse layers: initialisation, the choice of attention, dense mode."""
 
     # With these True, Transformers or a serving engine would put its own dense attention in the place of ours.
@@ -44,6 +48,22 @@ class NsaPreTrainedMixin:
             module.reset_parameters(std=self.config.initializer_range)
         else:
             super()._init_weights(module)
+
+    @classmethod
+    def from_dense(cls, source: Any, *, seed: int = 0, **options: Any) -> Any:
+        """A sparse model of a dense one, converted in memory: nothing is written. See `from_dense.py`.
+
+        Args:
+            source: a dense model, or what `AutoModelForCausalLM.from_pretrained` takes (a folder, a Hub id).
+            seed: of the new parameters' random part, which changes no output before training.
+            options: `nsa_*` fields, with or without the prefix (`topk=32`); others go to `from_pretrained`.
+
+        Raises:
+            NsaError: the model is of another family or cannot be converted, or an option breaks a rule.
+        """
+        from .from_dense import from_dense
+
+        return from_dense(cls, source, seed, options)
 
     def attention_layers(self) -> Iterator[NsaAttentionMixin]:
         """The attention modules in order, those that stay dense included."""
@@ -93,8 +113,34 @@ class NsaPreTrainedMixin:
         self.config.check_nsa()
 
 
+class HandsDown:
+    """In front of a decoder layer that keeps its further arguments from its attention: puts them on it."""
+
+    attention_name: str
+
+    def forward(self, *args: Any, nsa_segments: Segments, **kwargs: Any) -> Any:
+        attention = getattr(self, self.attention_name)
+        attention.from_layer = {"nsa_segments": nsa_segments, "output_attentions": kwargs.get("output_attentions")}
+        return super().forward(*args, **kwargs)
+
+
+class SegmentsFromLayer:
+    """In front of an attention in such a layer."""
+
+    from_layer: dict[str, Any]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **{**kwargs, **self.from_layer})
+
+
 class NsaModelMixin(NsaPreTrainedMixin):
-    """In front of a family's decoder: works the padding and packing out once, for all layers."""
+    """In front of a family's decoder: works the padding and packing out once, for all layers.
+
+    Attributes:
+        is_recurrent: some layers carry a state from token to token (convolutions, linear attention, Mamba).
+    """
+
+    is_recurrent: bool
 
     def forward(
         self,
@@ -112,20 +158,28 @@ class NsaModelMixin(NsaPreTrainedMixin):
         if given is None:
             raise NsaError("give input_ids [batch, tokens] or inputs_embeds [batch, tokens, hidden]")
         batch, tokens = given.shape[:2]
-        segments = find_segments(
-            batch,
-            tokens,
-            past_key_values.get_seq_length() if past_key_values is not None else 0,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cu_seq_lens_q=cu_seq_lens_q,
-            cu_seq_lens_k=cu_seq_lens_k,
-        )
+        static = static_length(past_key_values)
+        given_segments: dict[str, Any] = {
+            "attention_mask": attention_mask, "position_ids": position_ids,
+            "cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k,
+        }  # fmt: skip
+        if static is not None:
+            segments = static_segments(batch, tokens, *static, given.device, **given_segments)
+        else:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            segments = replace(find_segments(batch, tokens, past, **given_segments), past=past)
+        if self.is_recurrent and (segments.cu_seqlens is not None or static is not None):
+            what = "packed documents" if static is None else "a static cache"
+            raise NsaError(
+                f"{self.config.model_type} has layers that carry a state from token to token: {what} cannot be used; "
+                "pad the rows on the left, and let generate() make its cache"
+            )
         # Families hand a mask of four dimensions through as it is, and build none: theirs would hold T*S numbers.
+        # Layers with a state need the one of two; no other is made of it, see attention.py.
         unused_mask = torch.empty(0, 1, 1, 1, dtype=torch.bool, device=given.device)
         return super().forward(
             input_ids=input_ids,
-            attention_mask=unused_mask,
+            attention_mask=attention_mask if self.is_recurrent else unused_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,

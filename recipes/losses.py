@@ -22,7 +22,10 @@ Head = Callable[[Tensor], Tensor]
 def output_logits(model: Any, hidden: Tensor) -> Tensor:
     """Logits [..., V] of a causal LM from its final hidden states [..., D], scaled and capped as the family does."""
     config = model.config
-    logits = model.get_output_embeddings()(hidden)
+    output = model.get_output_embeddings()
+    if getattr(model, "lm_head", output) is not output:  # ModernBERT: one more layer in front
+        hidden = model.lm_head(hidden)
+    logits = output(hidden)
     if getattr(config, "logits_scaling", None):  # Granite
         logits = logits / config.logits_scaling
     if getattr(config, "logit_scale", None):  # Cohere

@@ -1,4 +1,4 @@
-"""The `--nsa-*` options of `plan` and `convert`: one per `nsa_*` field of the config.
+"""The `--nsa-*` options of `plan` and `convert`: one per `nsa_*` field of the config, with and without `nsa-`.
 
 Written out, not read from the config, so that `--help` need not import PyTorch; a test holds both equal.
 """
@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 
 from nsa_hf.errors import NsaError
 
@@ -31,6 +33,15 @@ NSA_OPTIONS: dict[str, tuple[type, Any, str]] = {
     "nsa_gate_blend": (float, 0.0, "with nsa_gate=blend: the share of the paper's gates, from 0 (dense) to 1"),
     "nsa_dense_layers": (str, None, "layers that keep dense attention, as 0,1,-1; negative counts from the end"),
 }
+ROPE_SCALING = typer.Option(
+    "--rope-scaling",
+    metavar="KIND:FACTOR",
+    help="For texts longer than the source was trained on: yarn:4, linear:2 or llama3:8. It changes the dense model "
+    "too: the result is exact beside the source with the same scaling.",
+)
+OPTIONS_FILE = typer.Option(
+    "--options", metavar="FILE", help="A YAML file of these options (`topk: 32`); those on the command line win."
+)
 
 
 def with_nsa_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -39,21 +50,50 @@ def with_nsa_options(command: Callable[..., None]) -> Callable[..., None]:
     named = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     added = []
     for name, (kind, default, help) in NSA_OPTIONS.items():
-        shown = typer.Option("--" + name.replace("_", "-"), help=f"{help} [default: {default}]", show_default=False)
-        added.append(
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, shown]
-            )
+        long = "--" + name.replace("_", "-")
+        shown = typer.Option(
+            long, long.replace("--nsa-", "--"), help=f"{help} [default: {default}]", show_default=False
         )
+        added.append(parameter(name, Annotated[kind | None, shown]))
+    added.append(parameter("rope_scaling", Annotated[str | None, ROPE_SCALING]))
+    added.append(parameter("options_file", Annotated[Path | None, OPTIONS_FILE]))
     command.__signature__ = signature.replace(parameters=[*named, *added])  # type: ignore[attr-defined]
     return command
 
 
+def parameter(name: str, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
 def given(nsa: dict[str, Any]) -> dict[str, Any]:
-    """The options that were given, as `convert` takes them."""
+    """The options that were given, as `convert` takes them; those on the command line win over the file's."""
     options = {name: value for name, value in nsa.items() if value is not None}
-    if "nsa_dense_layers" in options:
+    file = options.pop("options_file", None)
+    if file is not None:
+        options = {**read_options(file), **options}
+    if isinstance(options.get("nsa_dense_layers"), str):
         options["nsa_dense_layers"] = parse_layers(options["nsa_dense_layers"])
+    return options
+
+
+def read_options(path: Path) -> dict[str, Any]:
+    """The options in a YAML file, with their full names.
+
+    Raises:
+        NsaError: it cannot be read, is not a list of settings, or gives one twice.
+    """
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise NsaError(f"cannot read the options in {path}: {error}") from error
+    if not isinstance(found, dict):
+        raise NsaError(f"{path} must hold options such as `topk: 32`, one a line, got {type(found).__name__}")
+    options: dict[str, Any] = {}
+    for name, value in found.items():
+        full = f"nsa_{name}" if f"nsa_{name}" in NSA_OPTIONS else str(name)
+        if full in options:
+            raise NsaError(f"{path} gives {full} twice, with and without its prefix: give it once")
+        options[full] = value
     return options
 
 

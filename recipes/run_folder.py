@@ -104,7 +104,7 @@ def save_trained(student: Any, config: RunConfig, result: dict[str, Any]) -> Non
         companions = open_source(model).save_companions(stage)
         converted = manifest.read(model)
         tensors = {
-            name: manifest.describe(tensor, "nsa" if ".nsa." in name else "source")
+            name: manifest.describe_trained(tensor, name, converted)
             for name, tensor in SafetensorsCheckpoint(stage).tensors()
         }
         manifest.write(
@@ -114,6 +114,7 @@ def save_trained(student: Any, config: RunConfig, result: dict[str, Any]) -> Non
                 "trained": True,
                 "exact_up_to": None,
                 "companions": companions,
+                "files": manifest.describe_files(stage),
                 "tensors": tensors,
                 "training": {"steps": config.steps, "fingerprint": record["fingerprint"]},
             },

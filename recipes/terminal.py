@@ -36,7 +36,7 @@ def report(error: Exception) -> bool:
         hint = f" ({context.command_path} --help shows how)" if context else ""
         print(f"error: {error.format_message()}{hint}", file=sys.stderr)
     elif isinstance(error, (NsaError, OSError)) or type(error).__name__ == "CardError":
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     else:
         return False
     return True

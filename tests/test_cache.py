@@ -1,153 +1,70 @@
-"""The cache: compressed entries are extended, never recomputed, and follow what happens to keys and values."""
+"""Caches come in: those that sparse attention can use are adopted, the others refused by name."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 from nsa_hf import NsaError
-from nsa_hf.cache import NsaDynamicLayer, nsa_cache_layer
-from nsa_hf.kernels import build_compressor, compress, n_blocks
+from nsa_hf.branch_cache import NsaIndependentLayer
+from nsa_hf.cache import nsa_cache_layer, static_length
+from nsa_hf.dynamic_cache import NsaDynamicLayer
+from nsa_hf.kernels import Sizes
+from nsa_hf.static_cache import NsaStaticLayer
 
-SIZE, STRIDE, HEADS, DIM = 8, 4, 2, 6
-
-
-class Counting(torch.nn.Module):
-    """A compressor that counts the blocks it is given."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner, self.kernel_size, self.blocks = inner, inner.kernel_size, 0
-
-    def forward(self, blocks):
-        self.blocks += blocks.shape[1]
-        return self.inner(blocks)
-
-
-@pytest.fixture
-def compressors():
-    torch.manual_seed(0)
-    made = [build_compressor("mlp", SIZE, DIM, 5) for _ in range(2)]
-    for compressor in made:
-        torch.nn.init.normal_(compressor.down.weight)
-    return [Counting(compressor).requires_grad_(False) for compressor in made]
+CPU = torch.device("cpu")
 
 
 def states(batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randn(batch, HEADS, tokens, DIM), torch.randn(batch, HEADS, tokens, DIM)
-
-
-def whole(layer: NsaDynamicLayer, compressors, starts=None):
-    pairs = zip((layer.keys, layer.values), compressors, strict=True)
-    return [compress(x.transpose(1, 2), compressor.inner, STRIDE, starts=starts) for x, compressor in pairs]
-
-
-@pytest.mark.parametrize("steps", [[50], [1] * 50, [7, 1, 1, 8, 3, 30], [8, 4, 4, 34]])
-def test_extended_by_any_steps_equals_one_pass(steps, compressors):
-    torch.manual_seed(1)
-    layer = NsaDynamicLayer()
-    for step in steps:
-        layer.update(*states(2, step))
-        entries = layer.extend(*compressors, STRIDE, None)
-        assert entries[0].shape[1] == n_blocks(layer.get_seq_length(), SIZE, STRIDE)
-    for got, expected in zip(entries, whole(layer, compressors), strict=True):
-        torch.testing.assert_close(got, expected)
-    assert compressors[0].blocks == n_blocks(50, SIZE, STRIDE), "each block is compressed once"
-
-
-@pytest.mark.parametrize("steps", [[50], [1] * 50, [7, 1, 1, 8, 3, 30]])
-def test_padded_rows_complete_their_blocks_at_their_own_tokens(steps, compressors):
-    torch.manual_seed(1)
-    starts = torch.tensor([0, 3, 50, 21], dtype=torch.int32)
-    layer = NsaDynamicLayer()
-    for step in steps:
-        layer.update(*states(4, step))
-        entries = layer.extend(*compressors, STRIDE, starts)
-    for got, expected in zip(entries, whole(layer, compressors, starts), strict=True):
-        for row, start in enumerate(starts.tolist()):
-            own = n_blocks(50 - start, SIZE, STRIDE)
-            torch.testing.assert_close(got[row, :own], expected[row, :own])
-
-
-def test_tokens_that_came_another_way_are_caught_up_with(compressors):
-    torch.manual_seed(1)
-    layer = NsaDynamicLayer()
-    layer.update(*states(1, 20))
-    layer.extend(*compressors, STRIDE, None)
-    layer.update(*states(1, 20))  # a dense forward: nothing is extended
-    layer.update(*states(1, 1))
-    torch.testing.assert_close(layer.extend(*compressors, STRIDE, None)[1], whole(layer, compressors)[1])
-
-
-@pytest.mark.parametrize("removed", [1, 5, 17, 33])
-@pytest.mark.parametrize("starts", [None, [0, 9]])
-def test_crop_keeps_only_blocks_still_complete(removed, starts, compressors):
-    torch.manual_seed(1)
-    starts = None if starts is None else torch.tensor(starts, dtype=torch.int32)
-    layer = NsaDynamicLayer()
-    layer.update(*states(2, 41))
-    layer.extend(*compressors, STRIDE, starts)
-    layer.crop(-removed)
-    assert layer.compressed_keys.shape[1] == n_blocks(41 - removed, SIZE, STRIDE)
-    layer.update(*states(2, removed + 6))
-    entries = layer.extend(*compressors, STRIDE, starts)
-    for got, expected in zip(entries, whole(layer, compressors, starts), strict=True):
-        for row in range(2):
-            own = n_blocks(47 - (0 if starts is None else int(starts[row])), SIZE, STRIDE)
-            torch.testing.assert_close(got[row, :own], expected[row, :own])
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda layer: layer.reorder_cache(torch.tensor([2, 0, 0])),
-        lambda layer: layer.batch_repeat_interleave(3),
-        lambda layer: layer.batch_select_indices(torch.tensor([2, 1])),
-    ],
-)
-def test_changes_of_the_batch_cover_the_compressed_entries(change, compressors):
-    torch.manual_seed(1)
-    layer = NsaDynamicLayer()
-    layer.update(*states(3, 30))
-    layer.extend(*compressors, STRIDE, None)
-    change(layer)
-    layer.update(*states(layer.keys.shape[0], 5))
-    for got, expected in zip(layer.extend(*compressors, STRIDE, None), whole(layer, compressors), strict=True):
-        torch.testing.assert_close(got, expected)
-
-
-def test_reset_forgets_everything(compressors):
-    layer = NsaDynamicLayer()
-    layer.update(*states(1, 30))
-    layer.extend(*compressors, STRIDE, None)
-    layer.reset()
-    assert layer.compressed_keys is None and layer.compressed_values is None and layer.compressed_length == 0
+    return torch.randn(batch, 2, tokens, 6), torch.randn(batch, 2, tokens, 6)
 
 
 def test_plain_layers_are_adopted_with_what_they_hold(tiny_nsa_model):
     for cache in (DynamicCache(), DynamicCache(config=tiny_nsa_model().config)):
         cache.update(*states(1, 5), 1)
-        layer = nsa_cache_layer(cache, 1)
+        layer = nsa_cache_layer(cache, 1, Sizes(), CPU)
         assert isinstance(layer, NsaDynamicLayer) and layer is cache.layers[1] and layer.get_seq_length() == 5
-        assert nsa_cache_layer(cache, 1) is layer
+        assert nsa_cache_layer(cache, 1, Sizes(), CPU) is layer
         assert type(cache.layers[0]) is DynamicLayer
 
 
+class SomeQuantizedLayer(DynamicLayer):
+    """Stands for the quantized ones, whose packages are not installed here."""
+
+
 def test_other_caches_are_refused_by_name(tiny_nsa_model):
-    config = tiny_nsa_model().config
-    with pytest.raises(NsaError, match=r"StaticCache \(StaticLayer\).*Use DynamicCache"):
-        nsa_cache_layer(StaticCache(config, max_cache_len=8), 0)
-    with pytest.raises(NsaError, match="offloaded"):
-        cache = DynamicCache()
-        cache.offloading = True
-        nsa_cache_layer(cache, 0)
+    quantized = Cache(layers=[SomeQuantizedLayer()])
+    with pytest.raises(
+        NsaError, match=r"cannot use a Cache \(SomeQuantizedLayer\).*Use DynamicCache\(\).*or StaticCache"
+    ):
+        nsa_cache_layer(quantized, 0, Sizes(), CPU)
+    with pytest.raises(NsaError, match=r"DynamicCache\(offloading=True\) cannot be used: .* do without"):
+        nsa_cache_layer(DynamicCache(offloading=True), 0, Sizes(), CPU)
+    offloaded = StaticCache(tiny_nsa_model().config, max_cache_len=8, offloading=True)
+    with pytest.raises(NsaError, match=r"does not support an offloaded static cache: use .*'offloaded'"):
+        nsa_cache_layer(offloaded, 0, Sizes(), torch.device("cuda"))
 
 
-def test_a_packed_cache_cannot_be_continued():
-    layer = NsaDynamicLayer()
-    layer.update(*states(1, 5))
-    layer.packed = True
-    with pytest.raises(NsaError, match="packed documents"):
-        layer.update(*states(1, 1))
+def test_a_static_layer_is_adopted_with_room_for_its_entries(tiny_nsa_model):
+    cache = StaticCache(tiny_nsa_model().config, max_cache_len=40)
+    assert static_length(cache) == (0, 40)
+    layer = nsa_cache_layer(cache, 1, Sizes(8, 4, 16, 4, 1, 1, 24), CPU)
+    assert isinstance(layer, NsaStaticLayer) and layer is cache.layers[1]
+    layer.update(*states(3, 5))
+    assert layer.compressed_keys.shape == (3, 9, 2, 6) and static_length(cache) == (0, 40)
+    nsa_cache_layer(cache, 0, Sizes(8, 4, 16, 4, 1, 1, 24), CPU).update(*states(3, 5))
+    assert isinstance(static_length(cache)[0], torch.Tensor) and int(static_length(cache)[0]) == 5
+
+
+def test_keys_and_values_per_branch_have_their_own_layer():
+    cache = DynamicCache()
+    assert isinstance(nsa_cache_layer(cache, 0, Sizes(), CPU, independent=True), NsaIndependentLayer)
+    with pytest.raises(NsaError, match="neither can continue the other's cache"):
+        nsa_cache_layer(cache, 0, Sizes(), CPU)
+
+
+def test_a_dynamic_cache_is_not_static(tiny_nsa_model):
+    assert static_length(None) is None and static_length(DynamicCache()) is None
+    assert static_length(DynamicCache(config=tiny_nsa_model().config)) is None

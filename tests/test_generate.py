@@ -1,11 +1,14 @@
+import io
 import json
+import re
 
 import pytest
 import torch
 from tiny_runs import converted
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from nsa_hf.errors import NsaError
+from nsa_hf.recipes.cli import run
 from nsa_hf.recipes.generate import generate, prompt_ids
 
 PROMPT = "the words of it are as they were, " * 4  # beyond the exact range of 64 tokens
@@ -76,3 +79,22 @@ def test_wrong_settings_are_named(nsa_dir, settings, message):
 def test_an_empty_prompt_is_refused(nsa_dir):
     with pytest.raises(NsaError, match="the prompt is empty"):
         generate(nsa_dir, "")
+
+
+def test_the_command_prints_text_as_it_comes_and_tokens_per_second(nsa_dir, tmp_path, monkeypatch):
+    (tmp_path / "prompt.txt").write_text(PROMPT)
+    # a token is a word here: text is printed up to the last space
+    monkeypatch.setattr(PreTrainedTokenizerFast, "decode", lambda self, ids, **_: "word " * len(ids))
+    printed = []
+
+    class Screen(io.StringIO):
+        def write(self, text: str) -> int:
+            printed.append(text)
+            return len(text)
+
+    monkeypatch.setattr("sys.stdout", Screen())
+    arguments = ["--prompt-file", tmp_path / "prompt.txt", "--max-new-tokens", 9, "--device", "cpu"]
+    assert run(["generate", *map(str, [nsa_dir, *arguments])]) == 0
+    assert printed.count("word ") == 9, "one by one, not at once"
+    line = rf"\[{len(PROMPT)} prompt tokens read in [\d.]+ s, then [\d.]+ tokens/s, 9 new\]"
+    assert re.search(line, "".join(printed))

@@ -4,33 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import TINY_SIZES
+from conftest import TINY_SIZES, tiny_dense_model
+from generation_steps import BORDERS, GREEDY, LENGTH, in_steps, left_padded, relative, tokens
 from transformers import DynamicCache
 
 from nsa_hf import NsaError
-
-LENGTH = 150
-BORDERS = sorted({size + step for size in (1, 4, 8, 16, 24, 64) for step in (-1, 0, 1)} - {0})
-
-
-def tokens(batch: int = 2, length: int = LENGTH) -> torch.Tensor:
-    return torch.randint(3, 256, (batch, length), generator=torch.Generator().manual_seed(5))
-
-
-def in_steps(model, x, steps, cache, **inputs) -> torch.Tensor:
-    logits, done = [], 0
-    for step in steps:
-        now = slice(done, done + step)
-        given = {
-            name: value[:, now] if name == "position_ids" else value[:, : done + step] for name, value in inputs.items()
-        }
-        logits.append(model(x[:, now], past_key_values=cache, use_cache=True, **given).logits)
-        done += step
-    return torch.cat(logits, dim=1)
-
-
-def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((got - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize("compression", ["mean", "linear", "mlp"])
@@ -62,10 +40,7 @@ def test_chunked_prefill(chunk, tiny_nsa_model):
 def test_left_padded_rows_token_by_token(dense, tiny_nsa_model):
     model, x = tiny_nsa_model(), tokens(3)
     starts = [0, 37, 90]
-    mask = torch.ones_like(x)
-    for row, start in enumerate(starts):
-        mask[row, :start] = 0
-    inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    inputs = left_padded(x, starts)
     with torch.no_grad(), model.dense_attention() if dense else torch.no_grad():
         stepped = in_steps(model, x, [41, 1, 7] + [1] * 101, DynamicCache(), **inputs)
         for row, start in enumerate(starts):
@@ -91,55 +66,114 @@ def rescored(model, sequences, prompt: int) -> torch.Tensor:
         return model(sequences[:, :-1]).logits[:, prompt - 1 :].argmax(-1)
 
 
-def test_greedy(tiny_nsa_model):
-    model, x = tiny_nsa_model(), tokens()
-    out = model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=30, do_sample=False, eos_token_id=None)
-    assert torch.equal(out[:, LENGTH:], rescored(model, out, LENGTH))
+@pytest.mark.parametrize("prompt", [*BORDERS, LENGTH])
+@pytest.mark.parametrize("kind", [None, "static"])
+def test_greedy(prompt, kind, tiny_nsa_model):
+    model, x = tiny_nsa_model(), tokens(length=prompt)
+    out = model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=12, cache_implementation=kind, **GREEDY)
+    assert torch.equal(out[:, prompt:], rescored(model, out, prompt))
 
 
-def test_greedy_of_a_left_padded_batch_is_that_of_each_row_alone(tiny_nsa_model):
+@pytest.mark.parametrize("starts", [[0, 50, 100], [3, 0, 149]])
+def test_greedy_of_a_left_padded_batch_is_that_of_each_row_alone(starts, tiny_nsa_model):
     model, x = tiny_nsa_model(), tokens(3)
-    mask = torch.ones_like(x)
-    mask[1, :50], mask[2, :100] = 0, 0
-    options = {"max_new_tokens": 25, "do_sample": False, "eos_token_id": None}
-    together = model.generate(x, attention_mask=mask, **options)[:, LENGTH:]
-    for row, start in enumerate((0, 50, 100)):
+    mask = left_padded(x, starts)["attention_mask"]
+    together = model.generate(x, attention_mask=mask, max_new_tokens=25, **GREEDY)[:, LENGTH:]
+    for row, start in enumerate(starts):
         alone = x[row : row + 1, start:]
-        alone = model.generate(alone, attention_mask=torch.ones_like(alone), **options)[0, LENGTH - start :]
-        assert torch.equal(together[row], alone)
+        alone = model.generate(alone, attention_mask=torch.ones_like(alone), max_new_tokens=25, **GREEDY)
+        assert torch.equal(together[row], alone[0, LENGTH - start :])
 
 
-@pytest.mark.parametrize("options", [{"do_sample": True, "top_k": 5, "num_return_sequences": 3}, {"num_beams": 3}])
-def test_sampling_and_beams_with_the_cache_equal_those_without(options, tiny_nsa_model):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": True, "top_k": 5, "num_return_sequences": 3},
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2, "do_sample": True},
+    ],
+)
+@pytest.mark.parametrize("padded", [False, True])
+def test_sampling_and_beams_with_the_cache_equal_those_without(options, padded, tiny_nsa_model):
     model, x = tiny_nsa_model(), tokens(2, 70)
+    mask = left_padded(x, [0, 29])["attention_mask"] if padded else torch.ones_like(x)
     out = []
     for use_cache in (True, False):
         torch.manual_seed(0)
-        out.append(
-            model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=16, use_cache=use_cache, **options)
-        )
+        out.append(model.generate(x, attention_mask=mask, max_new_tokens=16, use_cache=use_cache, **options))
     assert torch.equal(out[0], out[1])
 
 
-def test_prompt_lookup_crops_the_cache(tiny_nsa_model):
-    model, x = tiny_nsa_model(), tokens(1, 40).repeat(1, 3)
-    options = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(x)}
+@pytest.mark.parametrize("prompt", [23, 64, 120])
+def test_prompt_lookup_crops_the_cache(prompt, tiny_nsa_model):
+    model, x = tiny_nsa_model(), tokens(1, 40).repeat(1, 3)[:, :prompt]
+    options = {"max_new_tokens": 30, "attention_mask": torch.ones_like(x), **GREEDY}
     assert torch.equal(model.generate(x, prompt_lookup_num_tokens=4, **options), model.generate(x, **options))
+
+
+@pytest.mark.parametrize("prompt", [7, 62, 100])
+@pytest.mark.parametrize("assistant", ["dense", "sparse", "itself"])
+def test_assisted_decoding_gives_the_same_tokens(prompt, assistant, tiny_nsa_model):
+    model, x = tiny_nsa_model(), tokens(1, prompt)
+    helper = {
+        "dense": lambda: tiny_dense_model(),
+        "sparse": lambda: tiny_nsa_model(nsa_topk=2, nsa_window_size=9),
+        "itself": lambda: tiny_nsa_model(),
+    }[assistant]()
+    options = {"max_new_tokens": 24, "attention_mask": torch.ones_like(x), **GREEDY}
+    assert torch.equal(model.generate(x, assistant_model=helper, **options), model.generate(x, **options))
+
+
+@pytest.mark.parametrize("prompt", [6, 63, 90])
+def test_rows_repeated_and_selected_go_on_as_themselves(prompt, tiny_nsa_model):
+    """What contrastive search does to a cache, with several samples."""
+    model, x, cache = tiny_nsa_model(), tokens(2), DynamicCache()
+    with torch.no_grad():
+        model(x[:, :prompt], past_key_values=cache)
+        cache.batch_repeat_interleave(3)
+        tried = torch.cat([x[:, prompt : prompt + 1].repeat_interleave(3, 0) % 250 + torch.arange(6)[:, None] % 3])
+        model(tried, past_key_values=cache)
+        cache.batch_select_indices(torch.tensor([1, 5]))
+        stepped = in_steps(model, x[:, prompt + 1 :], [1] * 20, cache)
+        whole = torch.cat([x[:, :prompt], tried[[1, 5]], x[:, prompt + 1 : prompt + 21]], dim=1)
+        assert relative(stepped, model(whole).logits[:, prompt + 1 :]) < 1e-5
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_generate_with_chunked_prefill(chunk, tiny_nsa_model):
+    model, x = tiny_nsa_model(), tokens(2, 90)
+    options = {"max_new_tokens": 8, "attention_mask": left_padded(x, [0, 31])["attention_mask"], **GREEDY}
+    assert torch.equal(model.generate(x, prefill_chunk_size=chunk, **options), model.generate(x, **options))
 
 
 def test_a_conversation_continues_from_its_cache(tiny_nsa_model):
     model, x, cache = tiny_nsa_model(), tokens(1, 80), DynamicCache()
-    options = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
+    options = {"max_new_tokens": 10, **GREEDY}
     first = model.generate(x, attention_mask=torch.ones_like(x), past_key_values=cache, **options)
     turn = torch.cat([first, tokens(1, 12)], dim=1)
     second = model.generate(turn, attention_mask=torch.ones_like(turn), past_key_values=cache, **options)
     assert torch.equal(second, model.generate(turn, attention_mask=torch.ones_like(turn), **options))
 
 
-def test_the_static_cache_is_refused_by_name(tiny_nsa_model):
-    model, x = tiny_nsa_model(), tokens()
-    with pytest.raises(NsaError, match=r"cannot use a StaticCache .*Use DynamicCache"):
-        model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=3, cache_implementation="static")
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("quantized", "cache_implementation='quantized' cannot be used: .*use the default dynamic cache"),
+        ("offloaded_static", "cache_implementation='offloaded_static' cannot be used: .*use .*'offloaded'"),
+        ("offloaded", "cache_implementation='offloaded' cannot be used: .*this model is on the CPU: do without"),
+        ("paged", r"does not support continuous batching.*use generate\(\) with left-padded rows"),
+    ],
+)
+def test_caches_that_cannot_be_right_are_refused_by_name(kind, message, tiny_nsa_model):
+    x = tokens(1, 20)
+    with pytest.raises(NsaError, match=message):
+        tiny_nsa_model().generate(x, attention_mask=torch.ones_like(x), max_new_tokens=3, cache_implementation=kind)
+
+
+def test_continuous_batching_is_refused(tiny_nsa_model):
+    for start in ("generate_batch", "init_continuous_batching"):
+        with pytest.raises(NsaError, match="paged cache"):
+            getattr(tiny_nsa_model(), start)([[3, 4, 5]])
 
 
 def test_a_packed_cache_is_refused_after_the_first_pass(tiny_nsa_model):

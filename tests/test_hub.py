@@ -44,6 +44,22 @@ def test_only_what_is_needed_is_fetched(monkeypatch, tmp_path, weights, expected
     assert asked == {"name": "owner/name", "revision": "main", "files": expected}
 
 
+@pytest.mark.parametrize("safetensors", [False, True])
+def test_pickles_are_fetched_only_where_they_are_allowed_and_nothing_else_is_there(monkeypatch, tmp_path, safetensors):
+    asked = []
+
+    def snapshot(name, revision, ignore_patterns):
+        asked.append("*.bin" not in ignore_patterns)
+        if safetensors:
+            (tmp_path / "model.safetensors").write_bytes(b"")
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    hub.download("owner/name", None, True)
+    hub.download("owner/name", None, True, allow_pickle=True)
+    assert asked == ([False, False] if safetensors else [False, False, True])
+
+
 @pytest.mark.parametrize("name", ["no_such_folder", "./a/b", "/a/b", "a/b/c", "a b/c", "../a"])
 def test_what_cannot_be_an_id_is_a_missing_folder(monkeypatch, name):
     monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: pytest.fail("must not be asked"))

@@ -46,10 +46,12 @@ def test_it_counts_what_a_conversion_writes(tiny_dense_dir, tiny_sizes, tmp_path
     assert said["options"]["nsa_compression"] == "linear"
 
 
-def test_cache_bytes_are_those_of_a_cache_that_was_filled(tiny_dense_dir, tiny_sizes, tiny_nsa_model):
-    """Keys, values and compressed entries that the model really keeps."""
-    model = tiny_nsa_model(nsa_dense_layers=[1])
-    row = plan(tiny_dense_dir, **tiny_sizes, dense_layers=[1], lengths=[99])["kv_cache"][0]
+@pytest.mark.parametrize("branch_kv", ["shared", "independent"])
+def test_cache_bytes_are_those_of_a_cache_that_was_filled(branch_kv, tiny_dense_dir, tiny_sizes, tiny_nsa_model):
+    """Keys, values, compressed entries and what the branches keep besides, that the model really keeps."""
+    model = tiny_nsa_model(nsa_dense_layers=[1], nsa_branch_kv=branch_kv)
+    options = {**tiny_sizes, "dense_layers": [1], "branch_kv": branch_kv}
+    row = plan(tiny_dense_dir, **options, lengths=[99])["kv_cache"][0]
     with torch.no_grad():
         cache = model(torch.arange(99)[None], use_cache=True).past_key_values
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nsa_hf.errors import NsaError
-from nsa_hf.segments import find_segments
+from nsa_hf.segments import find_segments, static_mask, static_segments
 
 
 def mask(*rows: str) -> torch.Tensor:
@@ -82,3 +82,40 @@ def test_packing_needs_one_row_an_empty_cache_and_equal_borders():
         find_segments(1, 4, 7, position_ids=restart)
     with pytest.raises(NsaError, match="must be equal"):
         find_segments(1, 4, 0, cu_seq_lens_q=torch.tensor([0, 2, 4]), cu_seq_lens_k=torch.tensor([0, 1, 4]))
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("past", [3, torch.tensor(3)])
+def test_a_static_cache_is_filled_so_far(past):
+    found = static_segments(2, 1, past, 9, CPU)
+    assert found.lengths.tolist() == [4, 4] and found.lengths.dtype == torch.int32 and found.starts is None
+    for given in (mask("1111", "0011"), mask("111100000", "001100000")):
+        found = static_segments(2, 1, past, 9, CPU, attention_mask=given)
+        assert found.lengths.tolist() == [4, 4] and found.starts.tolist() == [0, 2]
+
+
+def test_a_row_of_a_static_cache_without_tokens_starts_behind_its_end():
+    assert static_segments(2, 3, 0, 9, CPU, attention_mask=mask("000", "111")).starts.tolist() == [3, 0]
+
+
+def test_a_static_mask_has_the_same_shape_at_every_step():
+    assert static_mask(mask("01", "11"), 4).tolist() == [[0, 1, 0, 0], [1, 1, 0, 0]]
+    whole = mask("0111", "1111")
+    assert static_mask(whole, 4) is whole and static_mask(None, 4) is None
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"attention_mask": mask("10111", "11111")}, "holes"),
+        ({"attention_mask": mask("111", "111")}, r"attention_mask must be \[2, 5\] or \[2, 9\] .* got \[2, 3\]"),
+        ({"attention_mask": torch.ones(2, 1, 5, 9)}, "takes a 2D attention_mask"),
+        ({"position_ids": torch.tensor([[0, 1, 2, 0, 1]])}, "static cache cannot hold packed documents"),
+        ({"cu_seq_lens_q": torch.tensor([0, 5])}, "static cache cannot hold packed documents"),
+    ],
+)
+def test_what_a_static_cache_refuses(given, message):
+    with pytest.raises(NsaError, match=message):
+        static_segments(2, 5, 0, 9, CPU, **given)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from nsa_hf.conversion.staging import OutputError, check_output, staged_folder, write_json
+from nsa_hf.conversion.staging import OutputError, check_output, resumable_folder, staged_folder, write_json
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -29,7 +31,7 @@ def test_folder_appears_when_the_block_ends(tmp_path, exists):
     if exists:
         out.mkdir(parents=True)
     with staged_folder(out) as stage:
-        assert stage.parent == out.parent
+        assert stage.parent.parent == out.parent
         (stage / "a").write_text("1")
         assert not (out / "a").exists()
     assert tree(out) == {"a": "1"}
@@ -69,7 +71,7 @@ def test_overwrite_that_fails_keeps_the_old(tmp_path, monkeypatch):
     rename = Path.rename
 
     def refuse(self, target):
-        if self.suffix == ".unfinished":
+        if self.name == "model":
             raise PermissionError(errno.EACCES, "Permission denied")
         return rename(self, target)
 
@@ -86,6 +88,125 @@ def test_a_full_disk_is_a_clear_error(tmp_path):
     with pytest.raises(OutputError, match=r"cannot write .*out: No space left"), staged_folder(tmp_path / "out"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert list(tmp_path.iterdir()) == []
+
+
+JOB = {"made of": ["a", 1]}
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(1)])
+@pytest.mark.parametrize("job", [JOB, {"made of": ["b", 1]}])
+def test_what_was_interrupted_goes_on_if_it_is_the_same_job(tmp_path, stop, job):
+    with pytest.raises(type(stop)), resumable_folder(tmp_path / "out", JOB) as stage:
+        assert stage.progress() == {}
+        (stage.folder / "a").write_text("1")
+        stage.save_progress({"done": ["a"]})
+        raise stop
+    assert [path.name for path in tmp_path.iterdir()] == [".out.unfinished"]
+    with resumable_folder(tmp_path / "out", job) as stage:
+        assert stage.progress() == ({"done": ["a"]} if job == JOB else {})
+        assert tree(stage.folder) == ({"a": "1"} if job == JOB else {})
+        (stage.folder / "b").write_text("2")
+    assert tree(tmp_path) == ({"out/a": "1", "out/b": "2"} if job == JOB else {"out/b": "2"})
+
+
+def test_without_noted_progress_nothing_is_taken_up(tmp_path):
+    with pytest.raises(KeyboardInterrupt), resumable_folder(tmp_path / "out", JOB) as stage:
+        (stage.folder / "a").write_text("half")
+        raise KeyboardInterrupt
+    with resumable_folder(tmp_path / "out", JOB) as stage:
+        assert tree(stage.folder) == {}
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom"), OSError(errno.ENOSPC, "No space left on device")])
+def test_an_error_leaves_nothing_of_a_job_either(tmp_path, error):
+    with pytest.raises((RuntimeError, OutputError)), resumable_folder(tmp_path / "new" / "out", JOB) as stage:
+        (stage.folder / "a").write_text("1")
+        stage.save_progress({"done": ["a"]})
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_at_once_are_one_too_many(tmp_path):
+    with staged_folder(tmp_path / "out") as stage:
+        (stage / "a").write_text("1")
+        with (
+            pytest.raises(OutputError, match=r"another process is writing .*out: wait until it is done"),
+            resumable_folder(tmp_path / "out", JOB),
+        ):
+            pass
+        with staged_folder(tmp_path / "other") as other:
+            (other / "b").write_text("2")
+    assert tree(tmp_path) == {"out/a": "1", "other/b": "2"}
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from nsa_hf.conversion.staging import staged_folder
+with staged_folder(Path(sys.argv[1])) as stage:
+    (stage / "half").write_text("x")
+    print("holding", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_the_lock_dies_with_its_process_and_what_it_left_is_cleared(tmp_path):
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(out)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "holding\n"
+        with pytest.raises(OutputError, match="another process is writing"), staged_folder(out):
+            pass
+        assert (tmp_path / ".out.unfinished" / "model" / "half").is_file()
+    finally:
+        process.kill()
+        process.wait()
+    with staged_folder(out) as stage:
+        (stage / "whole").write_text("x")
+    assert tree(tmp_path) == {"out/whole": "x"}
+
+
+def test_killed_between_the_two_renames_the_old_model_comes_back(tmp_path, monkeypatch):
+    out = model_folder(tmp_path / "out")
+    rename = Path.rename
+
+    def killed(self, target):
+        if self.name == "model":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt), resumable_folder(out, JOB, overwrite=True) as stage:
+        (stage.folder / "a").write_text("1")
+        stage.save_progress({"done": ["a"]})
+    monkeypatch.undo()
+    assert tree(tmp_path).keys() > {".out.unfinished/replaced/old"}
+    with pytest.raises(OutputError, match="--overwrite"), resumable_folder(out, JOB):
+        pass
+    assert tree(out) == {"config.json": "{}", "old": "old"}
+
+
+def test_killed_after_the_renames_what_was_replaced_is_cleared(tmp_path):
+    out = model_folder(tmp_path / "out")
+    (tmp_path / ".out.unfinished" / "replaced").mkdir(parents=True)
+    with staged_folder(out, overwrite=True) as stage:
+        (stage / "a").write_text("1")
+    assert tree(tmp_path) == {"out/a": "1"}
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "real")
+    with staged_folder(tmp_path / "out") as stage:
+        (stage / "a").write_text("1")
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "real" / "a").read_text() == "1"
+
+
+def test_a_mount_point_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path)
+    with pytest.raises(OutputError, match=r"is a mount point.*give a folder inside it"):
+        check_output(tmp_path)
 
 
 def test_an_unwritable_parent_is_refused_before_any_work(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import TINY_SIZES, randomize_nsa, tiny_dense_model
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache, StaticCache
 from triton_cases import interpreter
 
 import nsa_hf
@@ -22,9 +22,9 @@ pytest.importorskip("triton")
 TOKENS = 80
 
 
-def make_model(device: str) -> nsa_hf.NsaLlamaForCausalLM:
+def make_model(device: str, **fields: object) -> nsa_hf.NsaLlamaForCausalLM:
     dense = tiny_dense_model(num_hidden_layers=2)
-    model = nsa_hf.NsaLlamaForCausalLM(nsa_hf.nsa_config_from_dense(dense.config, **TINY_SIZES)).eval()
+    model = nsa_hf.NsaLlamaForCausalLM(nsa_hf.nsa_config_from_dense(dense.config, **TINY_SIZES, **fields)).eval()
     model.load_state_dict(dense.state_dict(), strict=False)
     randomize_nsa(model)
     return model.to(device)
@@ -39,14 +39,22 @@ def packed(model: nsa_hf.NsaLlamaForCausalLM, x: Tensor) -> dict[str, Tensor]:
     return {"logits": model(x[:1], position_ids=positions, use_cache=False).logits}
 
 
-def padded_and_cached(model: nsa_hf.NsaLlamaForCausalLM, x: Tensor) -> dict[str, Tensor]:
+def padded_and_cached(model: nsa_hf.NsaLlamaForCausalLM, x: Tensor, cache: Cache | None = None) -> dict[str, Tensor]:
     mask = torch.ones_like(x)
     mask[1, :30] = 0
-    cache, logits = DynamicCache(), []
+    cache, logits = DynamicCache() if cache is None else cache, []
     for first, last in ((0, TOKENS - 3), (TOKENS - 3, TOKENS - 2), (TOKENS - 2, TOKENS)):
         out = model(x[:, first:last], attention_mask=mask[:, :last], past_key_values=cache)
         logits.append(out.logits)
     return {"logits": torch.cat(logits, dim=1) * mask[..., None]}
+
+
+def padded_and_static(model: nsa_hf.NsaLlamaForCausalLM, x: Tensor) -> dict[str, Tensor]:
+    return padded_and_cached(model, x, StaticCache(model.config, max_cache_len=TOKENS + 9))
+
+
+def own_keys_and_cached(model: nsa_hf.NsaLlamaForCausalLM, x: Tensor) -> dict[str, Tensor]:
+    return padded_and_cached(make_model(x.device.type, nsa_branch_kv="independent"), x)
 
 
 def gradients(model: nsa_hf.NsaLlamaForCausalLM, x: Tensor) -> dict[str, Tensor]:
@@ -72,7 +80,7 @@ def largest_difference(run: Callable[..., dict[str, Tensor]], device: str) -> fl
     return float(torch.stack(differences).max())
 
 
-RUNS = [rows, packed, padded_and_cached, gradients]
+RUNS = [rows, packed, padded_and_cached, padded_and_static, gradients]
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -82,7 +90,7 @@ def test_interpreted(run: Callable[..., dict[str, Tensor]]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", [*RUNS, own_keys_and_cached])
 def test_on_a_gpu(run: Callable[..., dict[str, Tensor]]) -> None:
     # the model's own matrix products round differently there, so a selection may differ at a tie: none does here
     assert largest_difference(run, "cuda") < 1e-4
@@ -91,9 +99,46 @@ def test_on_a_gpu(run: Callable[..., dict[str, Tensor]]) -> None:
 @pytest.mark.gpu
 def test_generation_on_a_gpu_is_that_on_the_cpu() -> None:
     x = torch.randint(3, 256, (2, TOKENS), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(x)
+    mask[1, :30] = 0
     options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
-    found = [
-        make_model(device).generate(x.to(device), attention_mask=torch.ones_like(x, device=device), **options).cpu()
-        for device in ("cpu", "cuda")
-    ]
-    assert torch.equal(*found)
+    expected = make_model("cpu").generate(x, attention_mask=mask, **options)
+    # "static" is compiled by Transformers, into CUDA graphs
+    for kind in (None, "static", "offloaded"):
+        model = make_model("cuda")
+        found = model.generate(x.cuda(), attention_mask=mask.cuda(), cache_implementation=kind, **options)
+        assert torch.equal(found.cpu(), expected), kind
+    own = [make_model(device, nsa_branch_kv="independent") for device in ("cpu", "cuda")]
+    expected = own[0].generate(x, attention_mask=mask, **options)
+    for kind in (None, "offloaded"):
+        found = own[1].generate(x.cuda(), attention_mask=mask.cuda(), cache_implementation=kind, **options)
+        assert torch.equal(found.cpu(), expected), kind
+
+
+@pytest.mark.gpu
+def test_a_static_decoding_step_waits_for_nothing() -> None:
+    """No value is read off the device, and the step can be captured as a CUDA graph by hand."""
+    model, x = make_model("cuda"), torch.randint(3, 256, (2, TOKENS), device="cuda")
+    cache, eager = (StaticCache(model.config, max_cache_len=TOKENS + 20) for _ in range(2))
+    with torch.no_grad():
+        for held in (cache, eager):
+            model(x[:, :50], past_key_values=held)
+        token, position = x[:, 50:51].clone(), torch.full((2, 1), 50, device="cuda")
+
+        def step(held: Cache) -> Tensor:
+            return model(token, position_ids=position, past_key_values=held).logits
+
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(eager), step(cache)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        cache.crop(-1), eager.crop(-1)
+        with torch.cuda.graph(graph, stream=side):
+            captured = step(cache)
+        for place in range(50, TOKENS):
+            token.copy_(x[:, place : place + 1])
+            position.fill_(place)
+            graph.replay()
+            torch.testing.assert_close(captured, step(eager), atol=1e-4, rtol=1e-4)

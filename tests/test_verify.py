@@ -124,6 +124,24 @@ def test_a_single_flipped_bit_is_found(tiny_dense_dir, copy, name, changed, why)
     assert result["tensors"]["unlike_manifest"] == [name]
 
 
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "modeling_nsa.py"]
+)
+def test_a_single_flipped_bit_of_any_other_file_is_found(tiny_dense_dir, copy, monkeypatch, name):
+    module = importlib.import_module("nsa_hf.conversion.verify")
+    monkeypatch.setattr(module, "final_hidden", lambda model, windows, *_: [torch.zeros(1, 100, 48)] * len(windows))
+    assert verify(tiny_dense_dir, copy, length=100, documents=1)["changed_files"] == []
+    data = bytearray((copy / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / name).write_bytes(data)
+    try:
+        result = verify(tiny_dense_dir, copy, length=100, documents=1)
+        found = [result["exact"], result["changed_files"], f"{name} changed since the conversion" in result["why"]]
+    except NsaError:  # it cannot be read at all
+        found = [False, [name], True]
+    assert found == [False, [name], True]
+
+
 def test_a_changed_weight_is_found_even_if_the_manifest_was_changed_too(tiny_dense_dir, copy):
     tensors = load_file(copy / "model.safetensors")
     tensors[NORM] *= 1.1
@@ -133,6 +151,33 @@ def test_a_changed_weight_is_found_even_if_the_manifest_was_changed_too(tiny_den
     assert result["exact"] is False
     assert result["tensors"]["unlike_manifest"] == []
     assert "1 of 29 tensors are not the source's; a logit" in result["why"]
+
+
+REMOTE = """
+from transformers import LlamaForCausalLM
+
+class XForCausalLM(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits * {factor}
+        return output
+"""
+
+
+@pytest.mark.parametrize("factor", [1, 1.1])
+def test_trusted_code_is_the_dense_model(tiny_dense_dir, tiny_sizes, tmp_path, monkeypatch, factor):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    dense = Path(shutil.copytree(tiny_dense_dir, tmp_path / "dense"))
+    config = json.loads((dense / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_x.XForCausalLM"}
+    (dense / "config.json").write_text(json.dumps(config))
+    (dense / "modeling_x.py").write_text(REMOTE.format(factor=factor))
+    out = convert(dense, tmp_path / "out", trust_remote_code=True, **tiny_sizes)
+    with pytest.raises(CheckpointError, match="defined by code of its own"):
+        verify(dense, out)
+    assert verify(dense, out, length=100, documents=1, trust_remote_code=True)["exact"] is (factor == 1)
+    assert not (out / "modeling_x.py").exists()
+    assert "modeling_x" not in (out / "config.json").read_text()
 
 
 def test_against_another_source_it_is_not_exact(tiny_dense_dir, converted, tmp_path):
@@ -232,6 +277,7 @@ KEPT = {"kept": 3, "of": 3, "unlike_manifest": []}
 )
 def test_judgement(tensors, difference, gap, expected):
     assert judge({"trained": False}, tensors, difference, gap)[0] is expected
+    assert judge({"trained": False}, tensors, difference, gap, ["config.json"])[0] is False
     assert judge({"trained": True}, tensors, difference, gap) == (None, "not applicable: trained")
 
 

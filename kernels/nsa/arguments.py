@@ -16,7 +16,7 @@ def check_arguments(
     k_win: Tensor | None, v_win: Tensor | None, cu_seqlens: Tensor | None, starts: Tensor | None,
     lengths: Tensor | None,
 ) -> None:  # fmt: skip
-    """Shapes and dtypes always; values of index tensors on the CPU only (reading them off a GPU would wait for it).
+    """Shapes and dtypes always; values of index tensors on the CPU only, and not within `torch.compile`.
 
     Raises:
         TypeError: a dtype is wrong.
@@ -93,6 +93,11 @@ def check_index(name: str, index: Tensor, shape: tuple[int, ...], q: Tensor) -> 
     check_device(name, index, q)
 
 
+def readable(index: Tensor) -> bool:
+    """Whether the values may be looked at: a GPU would be waited for, and a graph cannot branch on them."""
+    return index.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def check_packed(
     cu_seqlens: Tensor, batch: int, tokens: int, keys: int, starts: Tensor | None, lengths: Tensor | None
 ) -> None:
@@ -104,7 +109,7 @@ def check_packed(
         raise ValueError(f"cu_seqlens goes with B = 1 and T = S, got B = {batch}, T = {tokens}, S = {keys}")
     if starts is not None or lengths is not None:
         raise ValueError("cu_seqlens goes with neither starts nor lengths: give one or the other")
-    if cu_seqlens.device.type == "cpu":
+    if readable(cu_seqlens):
         borders = cu_seqlens.tolist()
         rises = all(low < high for low, high in zip(borders[:-1], borders[1:], strict=True))
         if borders[0] != 0 or borders[-1] != keys or not rises:
@@ -112,10 +117,10 @@ def check_packed(
 
 
 def check_values(keys: int, starts: Tensor | None, lengths: Tensor | None) -> None:
-    if lengths is not None and lengths.device.type == "cpu" and len(lengths):
+    if lengths is not None and readable(lengths) and len(lengths):
         if lengths.min() < 0 or lengths.max() > keys:
             raise ValueError(f"lengths must be within 0 .. S = {keys}, got {lengths.tolist()}")
-    if starts is not None and starts.device.type == "cpu" and len(starts):
+    if starts is not None and readable(starts) and len(starts):
         if starts.min() < 0 or starts.max() > keys:
             raise ValueError(f"starts must be within 0 .. S = {keys}, got {starts.tolist()}")
 
@@ -128,11 +133,11 @@ def check_block_count(
         if blocks != whole:
             raise ValueError(f"k_cmp must hold the {whole} complete blocks of {keys} tokens, got {blocks}")
     elif cu_seqlens is not None:
-        if cu_seqlens.device.type == "cpu":
+        if readable(cu_seqlens):
             packed = len(packed_block_starts(cu_seqlens, sizes.kernel_size, sizes.kernel_stride)[0])
             if blocks != packed:
                 raise ValueError(f"k_cmp must hold the {packed} complete blocks of all documents, got {blocks}")
-    elif (starts is None or starts.device.type == "cpu") and (lengths is None or lengths.device.type == "cpu"):
+    elif all(index is None or readable(index) for index in (starts, lengths)):
         real = (torch.tensor([keys]) if lengths is None else lengths.long()) - (0 if starts is None else starts.long())
         most = n_blocks(int(real.max()), sizes.kernel_size, sizes.kernel_stride) if len(real) else 0
         if blocks < most:

@@ -1,0 +1,141 @@
+"""Back to the dense family: the same weights without the new parameters, with the dense config.
+
+    from nsa_hf.conversion import export_dense
+    export_dense("path/to/nsa", "path/to/dense")
+
+An untrained conversion gives every tensor back bit for bit, and each is checked against the hash that the manifest has
+of it. After training the weights are those that were trained to run sparse: exported, they run dense without the
+branches they learned to use, and the report says what was measured of that.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from transformers import AutoConfig
+
+from nsa_hf.errors import NsaError
+from nsa_hf.families import PREFIX, dense_config_of
+
+from . import manifest as manifests
+from .checkpoint import CheckpointError, SafetensorsCheckpoint
+from .layout import layout_of
+from .loading import reading, transformers_progress
+from .shards import ShardWriter, check_space
+from .staging import check_output, staged_folder, write_json
+
+RESULT = "export.json"
+
+
+def export_dense(
+    src: str | Path,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    max_shard_size: str | int = "2GB",
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Writes the dense model that an NSA checkpoint holds.
+
+    Args:
+        src: a folder that `convert` wrote, or one trained from it.
+        out: the folder to write; new or empty unless `overwrite`.
+        overwrite: replace the model in `out`; it stays until the new one is complete.
+        max_shard_size: largest safetensors file, in bytes or like "2GB".
+        progress: show Transformers' own bars.
+
+    Returns:
+        The report, also in `out/export.json`: `model_type`, `trained`, `tensors` written, `as_in_source` (how many of
+        them are bit for bit what the source held), `dropped` (new parameters left out), and of a trained model
+        `perplexity`, rows by position with `dense` (these weights as exported) and `sparse` (as trained), or None where
+        training measured nothing.
+
+    Raises:
+        NsaError: `src` is no NSA checkpoint or is damaged, or `out` cannot be written; nothing is left behind then.
+    """
+    src, out = Path(src).expanduser(), Path(out).expanduser()
+    with transformers_progress(progress):
+        check_output(out, overwrite, keep=(src,))
+        manifest = manifests.read(src)
+        with reading(src):
+            config = AutoConfig.from_pretrained(src)
+        if not config.model_type.startswith(PREFIX):
+            raise NsaError(f"{src} is a {config.model_type} model, expected one that `nsa-hf convert` wrote")
+        checkpoint, layout = SafetensorsCheckpoint(src), layout_of(config)
+        table = {name: info for name, info in checkpoint.table.items() if name in layout.dense}
+        lacking = sorted(layout.dense.keys() - table.keys())
+        if lacking:
+            raise CheckpointError(f"{src} lacks {len(lacking)} tensors that its config asks for, {lacking[0]} for one")
+        with staged_folder(out, overwrite) as stage, ShardWriter(stage, table, max_shard_size) as writer:
+            check_space(stage, writer.bytes_to_come)
+            for piece in checkpoint.pieces(table):
+                piece.uses += writer.put(piece.name, piece.start, piece.values)
+            writer.finish()
+            report = _report(src, manifest, config.model_type, writer.sha256)
+            report["dropped"] = sum(torch.Size(shape).numel() for shape in layout.added.values())
+            dense_config_of(config).save_pretrained(stage)
+            for name in manifest.get("companions", []):
+                (stage / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(src / name, stage / name)
+            write_json(stage / RESULT, report)
+    return report
+
+
+def _report(src: Path, manifest: dict[str, Any], model_type: str, sha256: dict[str, str]) -> dict[str, Any]:
+    said = {name: manifest["tensors"].get(name, {}) for name in sha256}
+    if not manifest["trained"]:
+        changed = sorted(name for name in sha256 if said[name].get("sha256") != sha256[name])
+        if changed:
+            raise CheckpointError(
+                f"{src}: {len(changed)} tensors are not what its manifest says, {changed[0]} for one: convert again"
+            )
+    # what the source held is the entry itself, or where it was cast or trained the one inside it
+    kept = sum(said[name].get("source", said[name]).get("sha256") == sha256[name] for name in sha256)
+    report = {
+        "model_type": model_type.removeprefix(PREFIX),
+        "trained": manifest["trained"],
+        "tensors": len(sha256),
+        "as_in_source": kept,
+    }
+    return {**report, "perplexity": _perplexity(src)} if manifest["trained"] else report
+
+
+def _perplexity(src: Path) -> list[dict[str, Any]] | None:
+    """What training measured of its result on held-out texts: these weights run dense, and sparse, by position."""
+    path = src / "training.json"
+    if not path.is_file():
+        return None
+    with reading(path):
+        rows = json.loads(path.read_text(encoding="utf-8"))["held_out"]["after_own_dense"]
+        return [
+            {"from": row["from"], "to": row["to"], "dense": row["ppl_reference"], "sparse": row["ppl"]} for row in rows
+        ]
+
+
+def render_export(report: dict[str, Any]) -> RenderableType:
+    """The report as rich tables, for `rich.print`."""
+    facts = Table(title=f"Dense {escape(report['model_type'])}", show_header=False)
+    facts.add_row("Tensors", f"{report['as_in_source']} of {report['tensors']} bit for bit the source's")
+    facts.add_row("Left out", f"{report['dropped']:,} parameters: compression and gates")
+    if not report["trained"]:
+        return facts
+    facts.add_row(
+        "Trained", "these weights were trained to run sparse; dense, the compressed branch, the window and the gates "
+        "that they learned to use are gone",
+    )  # fmt: skip
+    if report["perplexity"] is None:
+        facts.add_row("Perplexity", "not measured: the folder has no training.json; compare with `nsa-hf eval`")
+        return facts
+    table = Table(title="Perplexity on held-out texts, measured by the training run")
+    for column in ("positions", "sparse, as trained", "dense, as exported"):
+        table.add_column(column, justify="right")
+    for row in report["perplexity"]:
+        table.add_row(f"{row['from']:,} - {row['to']:,}", f"{row['sparse']:.3f}", f"{row['dense']:.3f}")
+    return Group(facts, table)

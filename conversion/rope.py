@@ -1,0 +1,89 @@
+"""RoPE scaling at conversion, for texts longer than the source was trained on: YaRN, linear, llama3.
+
+    convert(src, out, rope_scaling="yarn:4")
+
+Scaling changes the dense model too: the conversion is exact beside the source with the same scaling, which is what
+`verify` compares it with.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from nsa_hf.errors import NsaError
+
+# What each kind has beside its factor.
+KINDS: dict[str, dict[str, float]] = {
+    "yarn": {},
+    "linear": {},
+    "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+}
+
+
+def parse_rope_scaling(value: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """`"yarn:4"`, or Transformers' `{"rope_type": "yarn", "factor": 4.0}`, as the latter.
+
+    Raises:
+        NsaError: another kind, or a factor that is not above 1.
+    """
+    if value is None:
+        return None
+    try:
+        if isinstance(value, str):
+            kind, times = value.split(":")
+            given: dict[str, Any] = {"rope_type": kind.strip().lower(), "factor": times}
+        else:
+            given = dict(value)
+        kind, factor, more = given.pop("rope_type"), float(given.pop("factor")), given
+        if kind not in KINDS or factor <= 1 or not more.keys() <= KINDS[kind].keys():
+            raise ValueError
+        return {"rope_type": kind, "factor": factor, **KINDS[kind], **{name: float(more[name]) for name in more}}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise NsaError(
+            f"rope_scaling must be KIND:FACTOR with a kind of {', '.join(KINDS)} and a factor above 1, such as yarn:4, "
+            f"got {value!r}"
+        ) from error
+
+
+def scaled_config(config: PreTrainedConfig, scaling: Mapping[str, Any]) -> PreTrainedConfig:
+    """A dense config with its RoPE scaled: that of its full-attention layers, where kinds of layers have their own.
+
+    `max_position_embeddings` is multiplied by the factor.
+
+    Args:
+        scaling: what `parse_rope_scaling` gave.
+
+    Raises:
+        NsaError: the model has no RoPE, or one that is scaled already.
+    """
+    config = copy.deepcopy(config)
+    rope = getattr(config, "rope_parameters", None) or {}
+    nested = "full_attention" in rope
+    before = (rope["full_attention"] if nested else rope) or {}
+    if "rope_theta" not in before:
+        raise NsaError(f"rope_scaling: {config.model_type} has no RoPE in its full-attention layers to scale")
+    if before.get("rope_type", "default") != "default":
+        raise NsaError(
+            f"rope_scaling: the source's RoPE is scaled already ({before['rope_type']}): give its config.json other "
+            "rope_parameters instead"
+        )
+    length = config.max_position_embeddings
+    own = {"original_max_position_embeddings": length} if scaling["rope_type"] != "linear" else {}
+    after = {**before, **scaling, **own}
+    config.rope_parameters = {**rope, "full_attention": after} if nested else after
+    config.max_position_embeddings = round(length * scaling["factor"])
+    return config
+
+
+def scale_model(model: PreTrainedModel, scaling: Mapping[str, Any]) -> PreTrainedModel:
+    """Gives a dense model the RoPE of its scaled config."""
+    config = scaled_config(model.config, scaling)
+    for parent in list(model.modules()):
+        for name, part in parent.named_children():
+            if type(part).__name__.endswith("RotaryEmbedding"):
+                setattr(parent, name, type(part)(config=config).to(model.device))
+    return model

@@ -1,0 +1,240 @@
+"""What Transformers' own causal language models are made of, read off their classes before anything is built.
+
+A family is found by what it is: its causal model names its decoder, that names its layers, those their attention, and
+the attention calls the function that `attn_implementation` chooses. Where this chain breaks, or the call carries
+something that sparse attention does not have, the reason names the feature.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES, model_type_to_module_name
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from .errors import NotPlain
+
+# What a family's attention may hand to the attention function. The values of the second line are looked at in every
+# layer (see features.py), the others change nothing for causal attention.
+PLAIN_ARGUMENTS = {"dropout", "scaling", "position_ids", "output_attentions", "use_cache"}
+CHECKED_ARGUMENTS = {"sliding_window", "softcap", "s_aux", "is_causal"}
+
+# Configs inside a config that describe no model.
+OWN_SETTINGS = {"attn_config", "ffn_config"}
+
+# What an attention's `forward` or `__init__` names, and what that says.
+NOT_PLAIN = {
+    "encoder_hidden_states": "cross-attention (encoder_hidden_states)",
+    "key_value_states": "cross-attention (key_value_states)",
+    "cross_attention_states": "cross-attention (cross_attention_states)",
+    "shared_kv_states": "layers that share keys and values (shared_kv_states)",
+    "kv_lora_rank": "multi-head latent attention (MLA, kv_lora_rank)",
+}
+
+
+@dataclass(frozen=True)
+class DenseFamily:
+    """The classes of one dense family.
+
+    Attributes:
+        layers: each decoder layer class to the attention class that it builds.
+    """
+
+    model_type: str
+    config: type[PreTrainedConfig]
+    layers: dict[type[nn.Module], type[nn.Module]]
+    model: type[PreTrainedModel]
+    causal_lm: type[PreTrainedModel]
+
+    @property
+    def masks_slide(self) -> bool:
+        """Whether the decoder makes masks of a sliding window (for `sliding_window`, where no kinds are given)."""
+        return "create_sliding_window_causal_mask" in names_of(self.model.forward)
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether some layers carry a state from token to token: convolutions, linear attention, Mamba."""
+        return "create_recurrent_attention_mask" in names_of(self.model.forward)
+
+    def hands_down(self, layer: type[nn.Module]) -> str | None:
+        """The attribute that holds a layer's attention, None where it hands further arguments to it by itself."""
+        attention = self.layers[layer].__name__
+        attributes = [
+            target.attr
+            for node in ast.walk(_source(layer.__init__))
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)
+            for target in node.targets
+            if isinstance(target, ast.Attribute) and ast.unparse(node.value.func) == attention
+        ]
+        handed = [
+            node.func.attr
+            for node in ast.walk(_source(layer.forward))
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+            and any(keyword.arg is None for keyword in node.keywords)
+        ]  # fmt: skip
+        return next((name for name in attributes if name not in handed), None)
+
+
+def causal_model_types() -> list[str]:
+    """The model types of Transformers' table of causal language models."""
+    return [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in CONFIG_MAPPING_NAMES]
+
+
+@cache
+def find_family(model_type: str) -> DenseFamily:
+    """The classes of a dense family.
+
+    Raises:
+        NotPlain: it cannot be made sparse; the message names the feature.
+    """
+    if model_type not in causal_model_types():
+        raise NotPlain(f"{model_type} is not among Transformers {transformers.__version__}'s causal language models")
+    config = CONFIG_MAPPING[model_type]
+    causal_lm = _load(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
+    inner = [name for name in config.sub_configs if name not in OWN_SETTINGS]
+    if inner:
+        raise NotPlain(f"{model_type} is several models in one, as multimodal ones are ({', '.join(inner)})")
+    models = [part for part in parts_of(causal_lm) if issubclass(part, PreTrainedModel)]
+    layers = {
+        layer: attention
+        for model in models
+        for layer in parts_of(model)
+        for attention in parts_of(layer)
+        if calls_attention(attention)
+    }
+    if not layers:
+        raise NotPlain(f"{model_type} has {_what_instead(config, causal_lm)}")
+    (model,) = (model for model in models if set(parts_of(model)) & layers.keys())
+    for attention in layers.values():
+        _check_attention(model_type, attention)
+    return DenseFamily(model_type, config, layers, model, causal_lm)
+
+
+def parts_of(module: type[nn.Module]) -> list[type[nn.Module]]:
+    """The classes of modules that a module's `__init__` names, directly or through a table of its file."""
+    scope = vars(sys.modules[module.__module__])
+    names = names_of(module.__init__)
+    # methods that help it
+    helpers = [vars(module)[name] for name in names if inspect.isfunction(vars(module).get(name))]
+    found: list[type[nn.Module]] = []
+    for name in sorted(names.union(*map(names_of, helpers))):
+        value = scope.get(name)
+        for part in value.values() if isinstance(value, dict) else [value]:
+            if inspect.isclass(part) and issubclass(part, nn.Module) and part.__module__ == module.__module__:
+                found.append(part)
+    return found
+
+
+def names_of(function: Callable[..., Any]) -> set[str]:
+    """The names that a function's code reads: globals, attributes, also inside comprehensions."""
+
+    def names(code: Any) -> set[str]:
+        return set(code.co_names).union(*(names(inner) for inner in code.co_consts if hasattr(inner, "co_names")))
+
+    return names(inspect.unwrap(function).__code__)
+
+
+def calls_attention(module: type[nn.Module]) -> bool:
+    """Whether a module looks its attention function up by `attn_implementation`."""
+    return "ALL_ATTENTION_FUNCTIONS" in names_of(module.forward)
+
+
+def attention_arguments(attention: type[nn.Module]) -> dict[str, ast.expr]:
+    """What an attention class hands to the attention function by name: name to expression.
+
+    Raises:
+        NotPlain: it calls that function not exactly once, or with another mask than the one it was given.
+    """
+    function = _source(attention.forward)
+    calls = list(_attention_calls(function))
+    if len(calls) != 1:
+        raise NotPlain(f"{attention.__name__} has {len(calls)} attentions in one layer (differential attention)")
+    arguments = {keyword.arg: keyword.value for keyword in calls[0].keywords if keyword.arg is not None}
+    # module, query, key, value, mask
+    mask = arguments.pop("attention_mask", None) or calls[0].args[4]
+    stored = {node.id for node in ast.walk(function) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    if not isinstance(mask, ast.Name) or mask.id != "attention_mask" or "attention_mask" in stored:
+        raise NotPlain(f"{attention.__name__} makes an attention mask of its own ({ast.unparse(mask)})")
+    return arguments
+
+
+def _check_attention(model_type: str, attention: type[nn.Module]) -> None:
+    forward = inspect.signature(attention.forward)
+    said = names_of(attention.__init__) | set(forward.parameters)
+    for name, feature in NOT_PLAIN.items():
+        if name in said:
+            raise NotPlain(f"{model_type} has {feature}")
+    arguments = _family_arguments(model_type, attention)
+    other = sorted(arguments.keys() - PLAIN_ARGUMENTS - CHECKED_ARGUMENTS)
+    if other:
+        raise NotPlain(f"{model_type} has an attention that takes more than q, k and v ({', '.join(other)})")
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in forward.parameters.values()):
+        raise NotPlain(f"{model_type} has an attention ({attention.__name__}) that hands no arguments through")
+
+
+def _family_arguments(model_type: str, attention: type[nn.Module]) -> dict[str, ast.expr]:
+    try:
+        return attention_arguments(attention)
+    except NotPlain as reason:
+        raise NotPlain(f"{model_type}: {reason}") from None
+
+
+def _what_instead(config: type[PreTrainedConfig], causal_lm: type[PreTrainedModel]) -> str:
+    """What a model without a plain chain of parts has in its place."""
+    inside = _all_parts(causal_lm)
+    attentions = [part.__name__ for part in inside if "attention" in part.__name__.lower()]
+    said = set().union(*(names_of(part.forward) | names_of(part.__init__) for part in inside))
+    parameters = {name for part in inside for name in inspect.signature(part.forward).parameters}
+    if not attentions:
+        return "no attention at all"
+    if {"encoder_hidden_states", "key_value_states"} & parameters:
+        return "cross-attention, as the decoder of an encoder or an encoder used as one (encoder_hidden_states)"
+    if any("alibi" in name for name in said | parameters):
+        return f"ALiBi, a bias on every pair of positions ({attentions[0]})"
+    if any(map(calls_attention, inside)):
+        return f"its layers in a decoder inside its decoder ({inside[1].__name__})"
+    return f"an attention that does not go through Transformers' attention interface ({attentions[0]})"
+
+
+def _all_parts(module: type[nn.Module]) -> list[type[nn.Module]]:
+    found, new = [module], [module]
+    while new:
+        new = [part for one in new for part in parts_of(one) if part not in found]
+        found += new
+    return list(dict.fromkeys(found))
+
+
+def _load(model_type: str, name: str) -> Any:
+    module = import_module(f"transformers.models.{model_type_to_module_name(model_type)}")
+    return getattr(module, name, None) or getattr(transformers, name)
+
+
+def _source(function: Callable[..., Any]) -> ast.FunctionDef:
+    return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function)))).body[0]  # type: ignore[return-value]
+
+
+def _attention_calls(function: ast.FunctionDef) -> Iterator[ast.Call]:
+    """The calls of what was looked up in `ALL_ATTENTION_FUNCTIONS`."""
+    interfaces = {
+        target.id
+        for node in ast.walk(function)
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        and node.value is not None
+        and "ALL_ATTENTION_FUNCTIONS" in ast.unparse(node.value)
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        if isinstance(target, ast.Name)
+    }
+    for node in ast.walk(function):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in interfaces:
+            yield node

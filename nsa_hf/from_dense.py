@@ -1,0 +1,53 @@
+"""A dense model in memory to a sparse one: `NsaLlamaForCausalLM.from_dense("path/to/llama", topk=32)`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from .branches import dense_twin
+from .config import NSA_FIELDS
+from .errors import NsaError
+from .families import family_of, initial_nsa_state, nsa_config_from_dense
+
+
+def from_dense(cls: type[PreTrainedModel], source: Any, seed: int, options: dict[str, Any]) -> PreTrainedModel:
+    """See `NsaPreTrainedMixin.from_dense`. A model that is given keeps its own parameters: the new one has copies."""
+    fields = {full: value for name, value in options.items() if (full := full_name(name)) in NSA_FIELDS}
+    loading = {name: value for name, value in options.items() if full_name(name) not in NSA_FIELDS}
+    given = isinstance(source, PreTrainedModel)
+    if given and loading:
+        raise NsaError(f"unknown option {', '.join(sorted(loading))}: choose among {', '.join(NSA_FIELDS)}")
+    dense = source if given else AutoModelForCausalLM.from_pretrained(source, **{"dtype": "auto", **loading})
+    config = nsa_config_from_dense(dense.config, **fields)
+    config.dtype = dense.dtype
+    made = family_of(config).causal_lm_class
+    if not issubclass(made, cls):
+        raise NsaError(f"{cls.__name__}.from_dense was given a {dense.config.model_type} model: use {made.__name__}")
+    with torch.device("meta"):
+        model = made(config)
+    new = {name: value.to(dense.device, dense.dtype) for name, value in initial_nsa_state(config, seed)}
+    old = {name: value.clone() if given else value for name, value in dense.state_dict().items()}
+    twins = {name: dense_twin(name) for name in model.state_dict() if name not in new}
+    copies = {name: old[twin].clone() for name, twin in twins.items() if twin is not None}
+    model.load_state_dict({**old, **new, **copies}, assign=True)
+    model.tie_weights()
+    take_buffers(model, dense)
+    model.generation_config = dense.generation_config
+    return model.train(dense.training)
+
+
+def full_name(option: str) -> str:
+    return option if option.startswith("nsa_") else f"nsa_{option}"
+
+
+def take_buffers(model: PreTrainedModel, dense: PreTrainedModel) -> None:
+    """Gives a model that was built without memory the buffers that no state dict holds, RoPE's frequencies for one."""
+    for name, buffer in list(model.named_buffers()):
+        if buffer.is_meta:
+            owner, _, key = name.rpartition(".")
+            value: Tensor = dense.get_buffer(name).clone()
+            model.get_submodule(owner).register_buffer(key, value, persistent=key in dense.state_dict())

@@ -1,0 +1,60 @@
+"""What `generate()` does otherwise with a sparse model: masks of fixed shape, and the caches it cannot use by name."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from torch import Tensor
+from transformers import Cache
+
+from .cache import OFFLOADED_ON_CPU, nsa_cache_layer, static_length
+from .errors import NsaError
+from .segments import static_mask
+from .static_cache import OFFLOADED_STATIC
+
+REFUSED = {
+    "quantized": (
+        "sparse attention reads single blocks of the keys and values, which a quantized cache does not hold as they "
+        "are: use the default dynamic cache, or cache_implementation='offloaded' to save GPU memory"
+    ),
+    "offloaded_static": OFFLOADED_STATIC,
+}
+PAGED = (
+    "sparse attention does not support continuous batching and its paged cache (generate_batch, "
+    "cache_implementation='paged', transformers serve --continuous-batching): use generate() with left-padded rows and "
+    "the dynamic or the static cache"
+)
+
+
+class NsaGenerationMixin:
+    """In front of `GenerationMixin`."""
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+        kind = generation_config.cache_implementation
+        if kind in REFUSED:
+            raise NsaError(f"cache_implementation={kind!r} cannot be used: {REFUSED[kind]}")
+        if kind == "offloaded" and self.device.type == "cpu":
+            raise NsaError(f"cache_implementation={kind!r} cannot be used: {OFFLOADED_ON_CPU}")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None:
+            # before anything is compiled: a chunked prefill is
+            for layer in filter(self.config.is_nsa_layer, range(self.config.num_hidden_layers)):
+                independent = self.config.nsa_branch_kv == "independent"
+                nsa_cache_layer(cache, layer, self.config.nsa_sizes, self.device, independent)
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None, **kwargs: Any
+    ) -> Tensor | None:
+        """The 2D mask again (Transformers would make T*S numbers of it), with a static cache in a fixed shape."""
+        static = static_length(past_key_values)
+        return attention_mask if static is None else static_mask(attention_mask, static[1])
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NsaError(PAGED)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NsaError(PAGED)

@@ -1,0 +1,101 @@
+"""nsa_hf/discovery.py: reading a family off its classes. (All families: test_families.py.)"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
+
+import nsa_hf
+from nsa_hf.discovery import attention_arguments, find_family, names_of, parts_of
+from nsa_hf.errors import NotPlain
+from nsa_hf.families import built_with, define_family
+
+
+def test_the_classes_of_a_family():
+    family = find_family("mistral")
+    assert family.layers == {modeling_mistral.MistralDecoderLayer: modeling_mistral.MistralAttention}
+    assert family.model is modeling_mistral.MistralModel and family.causal_lm is modeling_mistral.MistralForCausalLM
+    assert family.masks_slide and not family.is_recurrent and not find_family("llama").masks_slide
+    assert find_family("qwen3_next").is_recurrent
+
+
+def test_what_an_attention_hands_over():
+    assert set(attention_arguments(modeling_llama.LlamaAttention)) == {"dropout", "scaling"}
+    assert set(attention_arguments(modeling_mistral.MistralAttention)) == {"dropout", "scaling", "sliding_window"}
+
+
+def test_layers_that_hand_nothing_down_are_seen():
+    (layer,) = find_family("nemotron").layers
+    assert find_family("nemotron").hands_down(layer) == "self_attn"
+    (layer,) = find_family("llama").layers
+    assert find_family("llama").hands_down(layer) is None
+
+
+def test_parts_are_found_in_tables_and_helpers_too():
+    found = {part.__name__ for part in parts_of(find_family("jamba").model)}
+    assert {"JambaAttentionDecoderLayer", "JambaMambaDecoderLayer"} <= found
+    assert "DynamicCache" in names_of(modeling_llama.LlamaModel.forward)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("vit", "vit is not among Transformers .* causal language models"),
+        ("gpt2", r"cross-attention \(encoder_hidden_states\)"),
+        ("deepseek_v3", r"latent attention \(MLA, kv_lora_rank\)"),
+        ("gemma3", r"several models in one, as multimodal ones are \(text_config"),
+        ("mamba", "no attention at all"),
+        ("bloom", r"ALiBi, .* \(BloomAttention\)"),
+        ("gptj", r"does not go through Transformers' attention interface \(GPTJAttention\)"),
+    ],
+)
+def test_reasons(model_type, message):
+    with pytest.raises(NotPlain, match=message):
+        find_family(model_type)
+
+
+def test_the_classes_are_attributes_by_name():
+    assert nsa_hf.NsaQwen3ForCausalLM is define_family("qwen3").causal_lm_class
+    assert nsa_hf.NsaGemma3TextModel is define_family("gemma3_text").model_class
+    with pytest.raises(AttributeError, match=r"there is no NsaGPT2LMHeadModel: gpt.* has cross-attention"):
+        _ = nsa_hf.NsaGPT2LMHeadModel
+    with pytest.raises(AttributeError, match="no attribute 'NsaNothing'"):
+        _ = nsa_hf.NsaNothing
+    assert not hasattr(nsa_hf, "NsaQwen3Nothing") and not hasattr(nsa_hf, "torch")
+
+
+def test_a_part_that_is_not_built_by_name_is_an_error():
+    class Other(nn.Module):
+        pass
+
+    with pytest.raises(NotPlain, match=r"Other is not built in LlamaModel.__init__"):
+        built_with(modeling_llama.LlamaModel.__init__, {Other: Other})
+
+
+def test_import_makes_no_family_and_auto_config_finds_them_all():
+    code = """
+import sys, nsa_hf, transformers
+from transformers import AutoConfig
+made = [name for name in sys.modules if name.startswith("transformers.models.") and ".modeling_" in name]
+assert made == ["transformers.models.auto.modeling_auto"], made
+assert type(AutoConfig.for_model("nsa_qwen3")) is nsa_hf.NsaQwen3Config
+assert type(AutoConfig.for_model("qwen3")) is transformers.Qwen3Config
+assert AutoConfig.for_model("nsa_granitemoehybrid").model_type == "nsa_granitemoehybrid"
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+
+def test_families_that_borrow_llamas_classes_have_sparse_ones_of_their_own():
+    borrowing = [name for name, lm in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if lm == "LlamaForCausalLM"]
+    made = [define_family(name) for name in (*borrowing, "mistral")]
+    for classes in ("config_class", "model_class", "causal_lm_class"):
+        names = [getattr(family, classes).__name__ for family in made]
+        assert len(set(names)) == len(names) == len(borrowing) + 1
+        assert all(getattr(nsa_hf, name) is getattr(family, classes) for name, family in zip(names, made, strict=True))

@@ -1,0 +1,265 @@
+"""Every causal language model that Transformers has: converted and exact, or refused with the feature named.
+
+`python tests/test_families.py` writes what was found to recipes/results: families.csv, and families.md to read.
+"""
+
+from __future__ import annotations
+
+import csv
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import randomize_nsa
+from tiny_families import VOCABULARY, tiny_config, tiny_dense
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import nsa_hf
+from nsa_hf.conversion import convert, export_dense, plan
+from nsa_hf.conversion.checkpoint import SafetensorsCheckpoint, same_bits
+from nsa_hf.discovery import causal_model_types, find_family
+from nsa_hf.errors import NotPlain
+from nsa_hf.families import define_family, family_of, nsa_config_from_dense
+from nsa_hf.recipes.losses import output_logits
+
+TABLE = Path(__file__).resolve().parent.parent / "recipes" / "results" / "families.csv"
+SIZES = {
+    "nsa_kernel_size": 4, "nsa_kernel_stride": 2, "nsa_block_size": 8, "nsa_topk": 3, "nsa_init_blocks": 1,
+    "nsa_local_blocks": 1, "nsa_window_size": 6, "nsa_compression_dim": 8, "nsa_gate_dim": 8,
+}  # fmt: skip
+EXACT, LENGTH = 24, 60
+# Rounding: dense and sparse add the same numbers in another order. 4e-6 was the most seen, with logits up to 7.
+ROUNDING = 5e-5
+
+FEATURES = {
+    "no attention": r"no attention at all",
+    "attention of its own": r"does not go through Transformers' attention interface",
+    "nested decoder": r"in a decoder inside its decoder",
+    "several models in one (multimodal)": r"several models in one",
+    "cross-attention": r"cross-attention",
+    "ALiBi": r"ALiBi",
+    "MLA": r"MLA",
+    "sinks": r"sinks",
+    "softcap": r"softcap",
+    "sliding_window on every layer": r"^sliding_window: ",
+    "shared keys and values": r"share",
+    "differential attention": r"differential",
+    "mask of its own": r"mask of its own",
+    "position bias": r"position_bias",
+    "chunked attention": r"kind chunked_attention",
+    "attention and state in one layer": r"\(hybrid[,)]|kind hybrid",
+    "layers built in a way of their own": r"is not built in .*__init__",
+}
+
+
+def tokens(batch: int = 2, length: int = LENGTH, seed: int = 3) -> Tensor:
+    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def sparse_of(dense: PreTrainedModel, random: bool = False, **options) -> PreTrainedModel:
+    """The converted model: the dense weights, and new parameters as a conversion makes them, or random."""
+    config = nsa_config_from_dense(dense.config, **{**SIZES, **options})
+    torch.manual_seed(1)
+    model = family_of(config).causal_lm_class(config).eval()
+    missing, unexpected = model.load_state_dict(dense.state_dict(), strict=False)
+    assert not unexpected and missing and all(".nsa." in name for name in missing)
+    if random:
+        randomize_nsa(model)
+    return model
+
+
+def refusal(model_type: str) -> str | None:
+    """Why a family's tiny model is not converted; None where it is."""
+    try:
+        define_family(model_type)
+        config = nsa_config_from_dense(tiny_config(model_type), **SIZES)
+        with torch.device("meta"):
+            family_of(config).causal_lm_class(config)
+    except NotPlain as reason:
+        return str(reason)
+    return None
+
+
+def table() -> list[dict[str, str]]:
+    rows = []
+    for model_type in causal_model_types():
+        why = refusal(model_type) or ""
+        feature = next((name for name, pattern in FEATURES.items() if re.search(pattern, why)), "")
+        rows.append({"model_type": model_type, "result": "refused" if why else "exact", "feature": feature, "why": why})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, dict[str, str]]:
+    return {row["model_type"]: row for row in table()}
+
+
+@pytest.mark.parametrize("model_type", causal_model_types())
+def test_a_family_is_exact_or_refused_by_feature(model_type, found, tmp_path):
+    if found[model_type]["result"] == "refused":
+        assert found[model_type]["feature"], f"no feature is named: {found[model_type]['why']}"
+    else:
+        check_exact(model_type, tmp_path)
+
+
+def check_exact(model_type: str, folder: Path) -> None:
+    dense, x = tiny_dense(model_type), tokens()
+    model = sparse_of(dense)
+    with torch.no_grad():
+        expected = dense(x).logits
+        difference = (model(x).logits - expected).abs().amax((0, 2))
+        assert difference[:EXACT].max() < ROUNDING
+        assert difference[EXACT + 2 :].max() > 1e-3, "nothing is sparse"
+        with model.dense_attention():
+            assert (model(x).logits - expected).abs().max() < ROUNDING
+        assert (sparse_of(dense, nsa_topk=8)(x).logits - expected).abs().max() < ROUNDING
+    check_padding_and_greedy_text(dense, model)
+    check_gradients(model)
+    random = sparse_of(dense, random=True)
+    if find_family(model_type).is_recurrent:
+        # Mamba layers in pieces are not what they are in one pass, in dense models too
+        pieces = in_pieces(dense, [53, *[1] * 7])
+        assert (in_pieces(sparse_of(dense, nsa_topk=8), [53, *[1] * 7]) - pieces).abs().max() < ROUNDING
+    else:
+        with torch.no_grad():
+            whole = random(x, use_cache=False).logits
+        assert (in_pieces(random, [33, 1, 1, 20, 5]) - whole).abs().max() < ROUNDING
+    check_saved_and_loaded(random, folder / "saved")
+    check_converted_and_exported(dense, folder)
+
+
+def check_padding_and_greedy_text(dense: PreTrainedModel, model: PreTrainedModel) -> None:
+    x, mask = tokens(length=EXACT), torch.ones(2, EXACT, dtype=torch.long)
+    mask[1, :7] = 0
+    with torch.no_grad():
+        difference = (model(x, attention_mask=mask).logits - dense(x, attention_mask=mask).logits).abs()
+    assert difference[0].max() < ROUNDING and difference[1, 7:].max() < ROUNDING
+    prompt = {"input_ids": x[:, :12], "attention_mask": mask[:, :12]}
+    texts = [one.generate(**prompt, max_new_tokens=8, min_new_tokens=8, do_sample=False) for one in (dense, model)]
+    assert texts[0].shape == (2, 20) and torch.equal(*texts)
+
+
+def check_gradients(model: PreTrainedModel) -> None:
+    x = tokens(1, 40)
+    model.train()(x, labels=x, use_cache=False).loss.backward()
+    model.eval()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
+        if name.endswith(("nsa.gate.down.bias", "q_proj.weight")):
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def in_pieces(model: PreTrainedModel, lengths: list[int]) -> Tensor:
+    """The logits of text that comes in pieces, through a cache that Transformers makes; longer than every window."""
+    cache, pieces = None, []
+    with torch.no_grad():
+        for piece in tokens().split(lengths, dim=1):
+            out = model(piece, past_key_values=cache, use_cache=True)
+            cache, pieces = out.past_key_values, [*pieces, out.logits]
+    return torch.cat(pieces, 1)
+
+
+def check_saved_and_loaded(model: PreTrainedModel, folder: Path) -> None:
+    model.save_pretrained(folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(loaded) is type(model) is getattr(nsa_hf, type(model).__name__)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(loaded.state_dict()[name], value) for name, value in model.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+    assert type(pickle.loads(pickle.dumps(model.config))) is type(model.config)
+
+
+def check_converted_and_exported(dense: PreTrainedModel, folder: Path) -> None:
+    """As stored, and back: every tensor bit for bit, experts and fused projections as the family stores them."""
+    dense.save_pretrained(folder / "dense")
+    convert(folder / "dense", folder / "nsa", **SIZES)
+    model = AutoModelForCausalLM.from_pretrained(folder / "nsa")
+    with torch.no_grad():
+        difference = (model(tokens()).logits - dense(tokens()).logits).abs()[:, :EXACT]
+        hidden = model.base_model(tokens(), use_cache=False).last_hidden_state
+        assert (output_logits(model, hidden) - model(tokens()).logits).abs().max() < ROUNDING, "training's logits"
+    assert difference.max() < ROUNDING
+    check_plan(plan(folder / "dense", lengths=[LENGTH], **SIZES), model)
+    report = export_dense(folder / "nsa", folder / "back")
+    assert not report["trained"] and report["as_in_source"] == report["tensors"] and report["dropped"] > 0
+    before, after = SafetensorsCheckpoint(folder / "dense"), SafetensorsCheckpoint(folder / "back")
+    assert before.table.keys() == after.table.keys()
+    assert all(same_bits(before.read(name), after.read(name)) for name in before.table)
+    configs = [AutoConfig.from_pretrained(folder / name).to_dict() for name in ("dense", "back")]
+    assert configs[0] | {"_name_or_path": ""} == configs[1] | {"_name_or_path": ""}
+
+
+def check_plan(said: dict, model: PreTrainedModel) -> None:
+    """What `plan` says of parameters and of the cache is what the model has."""
+    new = {name: parameter.numel() for name, parameter in model.named_parameters() if ".nsa." in name}
+    assert said["parameters"]["added"] == sum(new.values())
+    assert [layer["layer"] for layer in said["layers"] if layer["becomes"] == "nsa"] == sorted(
+        {int(re.search(r"\.(\d+)\.", name)[1]) for name in new}
+    )
+    with torch.no_grad():
+        cache = model(tokens(1), use_cache=True).past_key_values
+    held = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in held)
+    assert said["kv_cache"][0]["dense_bytes"] == kept
+
+
+def test_at_least_fifty_are_exact_among_them_the_common_ones(found):
+    exact = {name for name, row in found.items() if row["result"] == "exact"}
+    assert len(exact) >= 50
+    assert exact >= {
+        "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma3_text", "phi3", "olmo2", "granite",
+        "smollm3", "glm4",
+    }  # fmt: skip
+
+
+def test_the_table_is_what_was_found(found):
+    """recipes/results/families.csv, from which the README's table is made; of the Transformers that it names."""
+    with TABLE.open() as file:
+        rows = list(csv.DictReader(file))
+    if rows[0]["transformers"].split(".")[:2] != transformers.__version__.split(".")[:2]:
+        assert {row["model_type"] for row in rows} & found.keys(), "no family in common with the table's Transformers"
+        return
+    said = {row["model_type"]: {name: row[name] for name in ("result", "feature", "why")} for row in rows}
+    assert said == {name: {key: row[key] for key in ("result", "feature", "why")} for name, row in found.items()}
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """The table for the README: what is converted and exact, and per feature what is refused."""
+    exact = [row["model_type"] for row in rows if row["result"] == "exact"]
+    lines = [
+        f"{len(exact)} of the {len(rows)} causal language models of Transformers {rows[0]['transformers']}:",
+        "",
+        "| | `model_type` |",
+        "| --- | --- |",
+        f"| **converted and exact** ({len(exact)}) | {', '.join(exact)} |",
+    ]
+    for feature in FEATURES:
+        refused = [row["model_type"] for row in rows if row["feature"] == feature]
+        if refused:
+            lines.append(f"| refused: {feature} ({len(refused)}) | {', '.join(refused)} |")
+    lines += [
+        "",
+        "Windows, sinks and softcap are looked for in the config that is converted, here each family's default:",
+    ]
+    lines += ["a Mistral with a `sliding_window` is refused, a Gemma 2 without `attn_logit_softcapping` is converted."]
+    return "\n".join(lines) + "\n"
+
+
+def test_the_readable_table_is_made_of_the_other():
+    with TABLE.open() as file:
+        assert TABLE.with_suffix(".md").read_text() == markdown(list(csv.DictReader(file)))
+
+
+if __name__ == "__main__":
+    rows = [row | {"transformers": transformers.__version__} for row in table()]
+    with TABLE.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["model_type", "result", "feature", "why", "transformers"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    TABLE.with_suffix(".md").write_text(markdown(rows))
+    print(f"written: {TABLE} and {TABLE.with_suffix('.md')}")

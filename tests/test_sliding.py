@@ -1,0 +1,143 @@
+"""nsa_hf/sliding.py: layers with a window of their own, beside Transformers' mask for them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_families import sparse_of, tokens
+from tiny_families import tiny_dense
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CompileConfig, DataCollatorWithFlattening, DynamicCache, StaticCache
+
+from nsa_hf import sliding
+from nsa_hf.segments import Segments
+from nsa_hf.sliding import sliding_attention
+
+
+@pytest.fixture(params=[16, 512], ids=["several chunks", "one chunk"])
+def chunk(request, monkeypatch):
+    monkeypatch.setattr(sliding, "LEAST_CHUNK", request.param)
+
+
+def model_and_dense(**options):
+    """All blocks selected: the sparse layers are dense, and what differs would come from the sliding ones."""
+    dense = tiny_dense("gemma3_text", layer_types=["sliding_attention", "full_attention"] * 2, num_hidden_layers=4)
+    return sparse_of(dense, nsa_topk=20, **options), dense
+
+
+def test_as_the_dense_model_with_its_mask(chunk):
+    model, dense = model_and_dense()
+    assert [layer.window for layer in model.attention_layers()] == [24, None] * 2
+    x = tokens(2, 150)
+    mask = torch.ones_like(x)
+    mask[1, :37] = 0
+    with torch.no_grad():
+        torch.testing.assert_close(model(x).logits, dense(x).logits, atol=5e-5, rtol=0)
+        padded, expected = (one(x, attention_mask=mask).logits for one in (model, dense))
+    torch.testing.assert_close(padded[0], expected[0], atol=5e-5, rtol=0)
+    torch.testing.assert_close(padded[1, 37:], expected[1, 37:], atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize("configured", [True, False], ids=["windows in the cache", "a plain DynamicCache"])
+def test_in_pieces_through_a_cache(chunk, configured):
+    model, dense = model_and_dense()
+    x = tokens(2, 150)
+    mask = torch.ones_like(x)
+    mask[1, :37] = 0
+    cache = DynamicCache(config=model.config) if configured else DynamicCache()
+    pieces, start = [], 0
+    with torch.no_grad():
+        whole = dense(x, attention_mask=mask).logits
+        for length in (70, 1, 1, 50, 28):
+            seen = start + length
+            out = model(x[:, start:seen], attention_mask=mask[:, :seen], past_key_values=cache)
+            pieces, start = [*pieces, out.logits], seen
+    together = torch.cat(pieces, 1)
+    torch.testing.assert_close(together[0], whole[0], atol=5e-5, rtol=0)
+    torch.testing.assert_close(together[1, 37:], whole[1, 37:], atol=5e-5, rtol=0)
+    if configured:
+        assert cache.layers[0].keys.shape[2] == 23, "a sliding layer's cache holds its window only"
+
+
+def test_packed_documents_do_not_see_each_other(chunk):
+    model, _ = model_and_dense()
+    documents = [tokens(1, length, seed)[0] for seed, length in enumerate((70, 5, 90))]
+    packed = DataCollatorWithFlattening()([{"input_ids": document.tolist()} for document in documents])
+    packed.pop("labels")
+    with torch.no_grad():
+        together = model(**packed).logits[0]
+        alone = torch.cat([model(document[None]).logits[0] for document in documents])
+    torch.testing.assert_close(together, alone, atol=5e-5, rtol=0)
+
+
+class Largest(TorchDispatchMode):
+    """Keeps the number of elements of the largest tensor that is made."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for made in out if isinstance(out, tuple) else (out,):
+            self.most = max(self.most, made.numel() if isinstance(made, torch.Tensor) else 0)
+        return out
+
+
+def test_no_numbers_for_every_pair_of_tokens():
+    """32,768 tokens have a thousand million pairs; a chunk of 512 with its window half a million."""
+    module = SimpleNamespace(num_key_value_groups=1, is_causal=True, training=False)
+    q = torch.randn(1, 1, 32768, 8)
+    starts = torch.tensor([5], dtype=torch.int32)
+    with torch.no_grad(), Largest() as largest:
+        out = sliding_attention(module, q, q, q, None, 0.0, 512, Segments(starts=starts))
+    assert out.shape == (1, 32768, 1, 8) and out.isfinite().all()
+    assert 2**18 <= largest.most < 2**21
+
+
+def test_nor_in_a_whole_model():
+    model, _ = model_and_dense()
+    with torch.no_grad(), Largest() as largest:
+        model.model(tokens(1, 4096), use_cache=False)
+    assert largest.most < 4096**2 / 4
+
+
+@pytest.mark.parametrize("steps", [[10, *[1] * 30, 60], [24, *[1] * 30], [23, 1, 1, 5], [25, 3, *[1] * 20], [150]])
+def test_in_pieces_through_a_static_cache(chunk, steps):
+    model, dense = model_and_dense()
+    x = tokens(2, 150)
+    mask = torch.ones_like(x)
+    mask[1, :37] = 0
+    cache, done = StaticCache(model.config, max_cache_len=160), 0
+    with torch.no_grad():
+        expected = dense(x, attention_mask=mask).logits
+        for length in steps:
+            now = slice(done, done + length)
+            out = model(x[:, now], attention_mask=mask[:, : now.stop], past_key_values=cache).logits
+            done = now.stop
+            torch.testing.assert_close(out[0], expected[0, now], atol=5e-5, rtol=0)
+            first = max(37, now.start)
+            torch.testing.assert_close(out[1, first - now.start :], expected[1, first : now.stop], atol=5e-5, rtol=0)
+
+
+def test_a_static_cache_shorter_than_the_window():
+    model, dense = model_and_dense()
+    x, cache = tokens(2, 20), StaticCache(model.config, max_cache_len=20)
+    with torch.no_grad():
+        out = torch.cat([model(x[:, i : i + 1], past_key_values=cache).logits for i in range(20)], dim=1)
+        torch.testing.assert_close(out, dense(x).logits, atol=5e-5, rtol=0)
+
+
+def test_generate_compiles_few_graphs():
+    """One before the window is full, one after; Transformers counts these layers' tokens on the host."""
+    model = sparse_of(tiny_dense("gemma3_text", layer_types=["sliding_attention", "full_attention"]))
+    x = tokens(1, 15)
+    options = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(x)}
+    compiled = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
+    compiled._compile_all_devices = True
+    torch._dynamo.reset()
+    counters.clear()
+    out = model.generate(x, cache_implementation="static", compile_config=compiled, **options)
+    assert torch.equal(out, model.generate(x, **options))
+    assert counters["stats"]["unique_graphs"] <= 3
