@@ -46,7 +46,7 @@ test: $(READY) ## the tests
 test-all: $(READY) ## the tests and the slow ones
 	$(PYTEST) -m 'not gpu' $(ARGS)
 
-gpu: $(READY) ## what needs a CUDA GPU: tests, then the benchmark; `VENV=` uses a Python that has PyTorch
+gpu: $(READY) ## what needs a CUDA GPU: tests, then the benchmarks; `VENV=` uses a Python that has PyTorch
 	$(PY) .ci/gpu.py $(ARGS)
 
 lint: $(READY) ## style, as CI checks it

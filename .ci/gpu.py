@@ -1,6 +1,7 @@
-"""Everything that needs a CUDA GPU: the tests marked `gpu`, and when they are green the benchmark. `make gpu` runs it.
+"""Everything that needs a CUDA GPU: the tests marked `gpu`, and when they are green the benchmarks. `make gpu` runs it.
 
-    python .ci/gpu.py [pytest's own options]
+    python .ci/gpu.py                       all of it, about 25 minutes on an H100
+    python .ci/gpu.py tests decode          only these stages: tests, operation, decode, generate
 
 Needs PyTorch, Transformers and pytest, and no installation: the package is imported from a tree of links.
 """
@@ -48,17 +49,45 @@ def side_by_side() -> list[str]:
     return ["-n", str(processes), "--dist", "worksteal"] if find_spec("xdist") and processes > 1 else []
 
 
-def main() -> None:
-    check_gpu()
-    make_tree(TREE)
+def tests() -> None:
     # Only their files: others may import what is not installed here.
     files = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
     if not files:
         sys.exit("error: no test in tests/ is marked `gpu`")
-    run("-m", "pytest", "-m", "gpu", "--durations=5", *side_by_side(), *files, *sys.argv[1:])
-    if (ROOT / "recipes" / "benchmark.py").exists():
-        # Whole passes at two lengths; everything takes half an hour.
-        run("-m", "nsa_hf.recipes.benchmark", "--tokens", "8192,65536", "--inputs", "random", "--no-parts")
+    run("-m", "pytest", "-m", "gpu", "--durations=5", *side_by_side(), *files)
+
+
+def operation() -> None:
+    """Training and prefill: whole passes and parts, every shape, 4k to 128k."""
+    run("-m", "nsa_hf.recipes.benchmark")
+
+
+def decode() -> None:
+    """One step of decoding."""
+    run("-m", "nsa_hf.recipes.benchmark_decode")
+
+
+def generate() -> None:
+    """A whole model; each system in a process of its own: memory and compiled graphs are not the next one's."""
+    for phase, systems in (
+        ("decode", ("dense-dynamic", "dense-cut", "dense-static", "nsa")),
+        ("first-token", ("dense-cudnn", "dense-flash", "nsa")),
+    ):
+        for system in systems:
+            run("-m", "nsa_hf.recipes.benchmark_generate", "--phase", phase, "--systems", system)
+
+
+STAGES = {stage.__name__: stage for stage in (tests, operation, decode, generate)}
+
+
+def main() -> None:
+    chosen = sys.argv[1:] or list(STAGES)
+    if unknown := [name for name in chosen if name not in STAGES]:
+        sys.exit(f"error: unknown stage {', '.join(unknown)}: choose of {', '.join(STAGES)}")
+    check_gpu()
+    make_tree(TREE)
+    for name in chosen:
+        STAGES[name]()
 
 
 if __name__ == "__main__":

@@ -52,7 +52,8 @@ def gate_values(logits: Tensor, kind: str, blend: float) -> Tensor:
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if kind == "sigmoid":
         return logits.sigmoid()
-    dense = logits.new_tensor([0.0, 1.0, 0.0])
+    # made on the device: a copy from the host would wait for it, at every layer and token
+    dense = (torch.arange(3, device=logits.device) == 1).to(logits.dtype)
     if kind == "residual":
         return dense + (logits / 2).tanh()
     return (1 - blend) * dense + blend * logits.sigmoid()
@@ -199,6 +200,7 @@ def nsa_attention_forward(
     k_win, v_win = (None, None) if window is None else (x.to(value.dtype).transpose(1, 2) for x in window)
     gates = gate_values(nsa.gate(nsa_hidden_states), config.nsa_gate, config.nsa_gate_blend)
     inputs = (*(x.transpose(1, 2) for x in (query, key, value)), *(x.to(value.dtype) for x in entries), gates)
+    sizes: dict[str, Any] = config.nsa_sizes.by_name()
     places: dict[str, Any] = {"starts": starts, "lengths": lengths, "cu_seqlens": cu_seqlens}
     places |= {"k_win": k_win, "v_win": v_win}
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -210,7 +212,7 @@ def nsa_attention_forward(
         )
     else:
         out, selection = nsa_attention(
-            *inputs, **vars(config.nsa_sizes), scale=scale, return_selection=True, **places,
+            *inputs, **sizes, scale=scale, return_selection=True, **places,
             backend=IMPLEMENTATIONS[config._attn_implementation],
         )  # fmt: skip
     if module.nsa_record is not None:

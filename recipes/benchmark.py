@@ -13,94 +13,36 @@ from __future__ import annotations
 
 import argparse
 import csv
-import subprocess
 import sys
-import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nsa_hf.kernels import MeanCompressor, Sizes, compress, nsa_attention
+from nsa_hf.kernels import nsa_attention
+
+from .benchmark_common import (
+    STAMP,
+    Cost,
+    Heads,
+    Times,
+    card_rates,
+    measure,
+    no_gpu,
+    relative_error,
+    stamp,
+    write_rows,
+)
+from .benchmark_parts import SIZES, Inputs, Stages, make_inputs
 
 CONFIGS = ("64:4:128", "32:8:128", "16:8:128", "64:4:192/128", "9:3:64")
 TOKENS = (4096, 8192, 16384, 32768, 65536, 131072)
 COLUMNS = (
-    "run_id", "gpu", "torch", "triton", "commit", "config", "tokens", "inputs", "system", "part", "median_ms", "p20_ms",
-    "p80_ms", "peak_mib", "flops", "bytes", "floor_ms",
+    *STAMP, "config", "tokens", "inputs", "system", "part", "median_ms", "p20_ms", "p80_ms", "peak_mib", "flops",
+    "bytes", "floor_ms",
 )  # fmt: skip
-SIZES = Sizes()
-Times = tuple[float, float, float]
-
-
-@dataclass(frozen=True)
-class Heads:
-    """`Hq:Hk:D` or `Hq:Hk:Dk/Dv`."""
-
-    name: str
-    query_heads: int
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-
-    @classmethod
-    def parse(cls, name: str) -> Heads:
-        query, kv, dims = name.split(":")
-        key_dim, _, value_dim = dims.partition("/")
-        return cls(name, int(query), int(kv), int(key_dim), int(value_dim or key_dim))
-
-
-class Inputs(NamedTuple):
-    """Arguments of `nsa_attention`, bf16, and a gradient of its output."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    k_cmp: Tensor
-    v_cmp: Tensor
-    gates: Tensor
-    dout: Tensor
-
-
-class Cost(NamedTuple):
-    """What a part must do at least."""
-
-    flops: float
-    bytes: float
-
-
-def make_inputs(heads: Heads, tokens: int, kind: str, device: str = "cuda", seed: int = 0) -> Inputs:
-    """Normal numbers; `realistic`: queries that turn slowly, so that neighbours choose much the same blocks."""
-    random = torch.Generator(device).manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=random, device=device).bfloat16()
-
-    q = normal(1, tokens, heads.query_heads, heads.key_dim)
-    if kind == "realistic":
-        knots = normal(1, tokens // 64 + 2, heads.query_heads, heads.key_dim)
-        place = torch.arange(tokens, device=device) / 64
-        left = place.long()
-        share = (place - left)[:, None, None].bfloat16()
-        q = (1 - share) * knots[:, left] + share * knots[:, left + 1] + 0.2 * q
-    k = normal(1, tokens, heads.kv_heads, heads.key_dim)
-    v = normal(1, tokens, heads.kv_heads, heads.value_dim)
-    mean_k = MeanCompressor(SIZES.kernel_size, heads.key_dim)
-    mean_v = MeanCompressor(SIZES.kernel_size, heads.value_dim)
-    gates = torch.rand(1, tokens, heads.query_heads, 3, generator=random, device=device).bfloat16()
-    return Inputs(
-        q, k, v, compress(k, mean_k, SIZES.kernel_stride).contiguous(),
-        compress(v, mean_v, SIZES.kernel_stride).contiguous(), gates,
-        normal(1, tokens, heads.query_heads, heads.value_dim),
-    )  # fmt: skip
-
-
-def relative_error(x: Tensor, truth: Tensor) -> float:
-    return float((x.detach().double() - truth).norm() / truth.norm().clamp(min=1e-30))
 
 
 def check(heads: Heads, tokens: int = 1536) -> list[str]:
@@ -128,14 +70,6 @@ def check(heads: Heads, tokens: int = 1536) -> list[str]:
     return wrong
 
 
-def measure(call: Callable[[], object], repeat_ms: int = 300) -> Times:
-    """Median, 20th and 80th percentile in milliseconds, by events, the cache emptied between calls."""
-    from triton.testing import do_bench
-
-    median, low, high = do_bench(call, warmup=50, rep=repeat_ms, quantiles=[0.5, 0.2, 0.8])
-    return median, low, high
-
-
 def peak_mib(call: Callable[[], object]) -> float:
     """Most memory allocated during the call, what was there before included."""
     torch.cuda.synchronize()
@@ -143,17 +77,6 @@ def peak_mib(call: Callable[[], object]) -> float:
     call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() / 2**20
-
-
-def card_rates() -> tuple[float, float, Iterator[tuple[str, Times, Cost]]]:
-    """FLOP/s of a bf16 matrix product and bytes/s of a copy (read and written), and the rows that say so."""
-    a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    product, copy = measure(lambda: a @ b), measure(lambda: target.copy_(source))
-    flops, moved = 2 * 8192.0**3, 2.0 * (1 << 30)
-    rows = [("matmul", product, Cost(flops, 6 * 8192.0**2)), ("copy", copy, Cost(0, moved))]
-    return flops / product[0] * 1e3, moved / copy[0] * 1e3, iter(rows)
 
 
 def costs(heads: Heads, tokens: int) -> dict[str, Cost]:
@@ -182,86 +105,6 @@ def costs(heads: Heads, tokens: int) -> dict[str, Cost]:
     dense = tokens * tokens / 2 * pair
     parts["dense forward"] = Cost(dense, attention)
     parts["dense backward"] = Cost(2.5 * dense, 2 * attention)
-    return parts
-
-
-def forward_parts(x: Inputs) -> dict[str, Callable[[], object]]:
-    """The stages of the forward pass, each callable by itself."""
-    from nsa_hf.kernels.triton_common import LOG2E
-    from nsa_hf.kernels.triton_gates import combine
-    from nsa_hf.kernels.triton_gather import count_slots
-    from nsa_hf.kernels.triton_interval import interval_forward
-    from nsa_hf.kernels.triton_op import layout_of
-    from nsa_hf.kernels.triton_query_major import query_major_forward, takes_query_major
-    from nsa_hf.kernels.triton_select import select
-    from nsa_hf.kernels.triton_selected import selected_forward
-
-    keys, scale = x.k.shape[1], x.q.shape[-1] ** -0.5 * LOG2E
-    layout = layout_of(x.q, x.k, x.v, SIZES, None, None, None)
-    mean_k, mean_v = (MeanCompressor(SIZES.kernel_size, tensor.shape[-1]) for tensor in (x.k, x.v))
-    cmp = (x.q, x.k_cmp, x.v_cmp, layout.cmp_low, layout.cmp_high, scale)
-    out_cmp, lse_cmp = interval_forward(*cmp, long_runs=True)
-    selection = select(x.q, x.k_cmp, lse_cmp, layout, SIZES, keys, scale)
-    window, local = layout.window(SIZES.window_size, 0), layout.local(SIZES)
-    out_win, _ = interval_forward(x.q, x.k, x.v, *window, scale)
-    slots = count_slots(SIZES, layout, keys)
-
-    def gathered() -> None:
-        out, lse = interval_forward(x.q, x.k, x.v, *local, scale)
-        if slots:
-            selected_forward(x.q, x.k, x.v, selection, layout, SIZES, slots, scale, out, lse)
-
-    def query_major() -> None:
-        query_major_forward(x.q, x.k, x.v, selection, layout, SIZES, scale)
-
-    return {
-        "compression": lambda: [
-            compress(tensor, mean, SIZES.kernel_stride) for tensor, mean in ((x.k, mean_k), (x.v, mean_v))
-        ],
-        "attention": lambda: interval_forward(*cmp, long_runs=True),
-        "scores + top-k": lambda: select(x.q, x.k_cmp, lse_cmp, layout, SIZES, keys, scale),
-        "selection": query_major if takes_query_major(x.q, x.k) else gathered,
-        "window": lambda: interval_forward(x.q, x.k, x.v, *window, scale),
-        "combination": lambda: combine(out_cmp, out_cmp, out_win, x.gates, layout.relative),
-    }
-
-
-def backward_parts(x: Inputs) -> dict[str, Callable[[], object]]:
-    """The stages of the backward pass, each callable by itself."""
-    from nsa_hf.kernels.triton_common import LOG2E
-    from nsa_hf.kernels.triton_gates import gate_gradient, rows_by_head
-    from nsa_hf.kernels.triton_gather import count_slots
-    from nsa_hf.kernels.triton_interval_backward import Second, interval_dkv, interval_dq
-    from nsa_hf.kernels.triton_op import CMP, SLC, WIN, forward_op, layout_of
-    from nsa_hf.kernels.triton_selected import selected_backward
-
-    scale = x.q.shape[-1] ** -0.5
-    scales = (scale, scale * LOG2E)
-    numbers = list(SIZES.__dict__.values())
-    none = (None,) * 5
-    _, selection, out_cmp, out_slc, out_win, *lses = forward_op(*x[:6], *none, numbers, scale)
-    layout = layout_of(x.q, x.k, x.v, SIZES, None, None, None)
-    outs = (out_cmp, out_slc, out_win, x.dout, x.gates, layout.relative)
-    _, correction = gate_gradient(*outs)
-    rows = rows_by_head(lses, x.gates, correction)
-    local_low, local_high = layout.local(SIZES)
-    cmp = (x.q, x.k_cmp, x.v_cmp, layout.cmp_low, layout.cmp_high, x.dout, rows[CMP], *scales)
-    win = (x.q, x.k, x.v, *layout.window(SIZES.window_size, 0), x.dout, rows[WIN], *scales)
-    local = (x.q, x.k, x.v, local_low, local_high, x.dout, rows[SLC], *scales)
-    dq, dq_out = torch.zeros_like(x.q, dtype=torch.float32), torch.empty_like(x.q)
-    bf16, second = torch.bfloat16, Second(local_low, rows[SLC])
-    parts: dict[str, Callable[[], object]] = {
-        "backward, gates": lambda: rows_by_head(lses, x.gates, gate_gradient(*outs)[1]),
-        "backward, compressed dq": lambda: interval_dq(*cmp, dq, add=False),
-        "backward, compressed dk dv": lambda: interval_dkv(*cmp, dtype=bf16, few_keys=True),
-        "backward, window and local blocks dq": lambda: interval_dq(*win, dq, add=True, second=second),
-        "backward, window dk dv": lambda: interval_dkv(*win, dtype=bf16),
-        "backward, local blocks dk dv": lambda: interval_dkv(*local, dtype=bf16),
-    }
-    if slots := count_slots(SIZES, layout, x.k.shape[1]):
-        parts["backward, selection"] = lambda: selected_backward(
-            x.q, x.k, x.v, selection, layout, SIZES, slots, x.dout, lses[SLC], x.gates, correction, *scales, dq, dq_out
-        )
     return parts
 
 
@@ -308,16 +151,6 @@ def measure_system(system: str, x: Inputs) -> Iterator[tuple[str, Times, float]]
     yield "backward", times, peak_mib(lambda: torch.autograd.grad(forward(), leaves, dout))
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
 def draw(path: Path) -> Path | None:
     """Speed over length, beside FlashAttention-2 of the same run: `path` with `.png` for `.csv`; None without any."""
     import matplotlib
@@ -350,12 +183,6 @@ def draw(path: Path) -> Path | None:
     return picture
 
 
-def git_commit() -> str:
-    folder = Path(__file__).resolve().parent
-    result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)
-    return result.stdout.strip() or "unknown"
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", default=",".join(CONFIGS), help="Hq:Hk:D or Hq:Hk:Dk/Dv, separated by commas")
@@ -366,15 +193,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("recipes/results/benchmark.csv"), help="CSV to append to")
     parser.add_argument("--commit", default=None, help="what to write down as the commit; default: git's")
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        print("error: the benchmark needs a CUDA GPU", file=sys.stderr)
+    if no_gpu():
         return 2
-    import triton
-
-    stamp = {
-        "run_id": uuid.uuid4().hex[:8], "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "triton": triton.__version__, "commit": options.commit or git_commit(),
-    }  # fmt: skip
+    source = stamp(options.commit)
     flops, moved, card = card_rates()
 
     def row(
@@ -382,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
         cost: Cost | None,
     ) -> dict[str, object]:  # fmt: skip
         floor = max(cost.flops / flops, cost.bytes / moved) * 1e3 if cost else None
-        found = {**stamp, "config": config, "tokens": tokens, "inputs": inputs, "system": system, "part": part}
+        found = {**source, "config": config, "tokens": tokens, "inputs": inputs, "system": system, "part": part}
         median, low, high = (f"{time:.4f}" for time in times)
         found |= {"median_ms": median, "p20_ms": low, "p80_ms": high, "peak_mib": "" if peak is None else round(peak)}
         found |= {"flops": f"{cost.flops:.4g}", "bytes": f"{cost.bytes:.4g}"} if cost else {}
@@ -390,7 +211,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"  floor {floor:8.4f}" if floor else "", "" if peak is None else f"  peak {peak:.0f} MiB", flush=True)
         return found | ({"floor_ms": f"{floor:.4f}"} if floor else {})
 
-    write_rows(options.out, [row("", 0, "random", "card", part, times, None, cost) for part, times, cost in card])
+    write_rows(
+        options.out, COLUMNS, [row("", 0, "random", "card", part, times, None, cost) for part, times, cost in card]
+    )
     failed = False
     for heads in map(Heads.parse, options.configs.split(",")):
         if wrong := check(heads):
@@ -415,13 +238,15 @@ def main(arguments: list[str] | None = None) -> int:
                             raise
                         print(f"{heads.name} {tokens} {system}: not measured, {str(error).splitlines()[0]}", flush=True)
                         continue
-                    write_rows(options.out, rows)
+                    write_rows(options.out, COLUMNS, rows)
                 if not options.no_parts and "nsa" in options.systems.split(","):
-                    for stages in (forward_parts, backward_parts):
-                        for part, call in stages(x).items():
-                            times = measure(call, 100)
+                    stages = Stages(x)
+                    for parts in (stages.forward, stages.backward):
+                        for part, call in parts().items():
+                            times = measure(call, 60)
                             found = row(heads.name, tokens, kind, "nsa", part, times, None, least.get(part))
-                            write_rows(options.out, [found])
+                            write_rows(options.out, COLUMNS, [found])
+                    del stages, parts, call
                 del x
                 torch.cuda.empty_cache()
     try:

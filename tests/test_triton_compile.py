@@ -6,6 +6,8 @@ called with the same arguments for another card.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import torch
 from attention_inputs import Shape, Sizes, make_inputs
@@ -15,7 +17,10 @@ triton = pytest.importorskip("triton")
 # KiB of shared memory that a program may use, from the CUDA programming guide's table of compute capabilities.
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
 PAPER = Sizes(32, 16, 64, 16, 1, 2, 512)
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
+TYPES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int16: "i16", torch.int32: "i32",
+    torch.int64: "i64",
+}  # fmt: skip
 
 
 def signature_of(kernel, arguments: dict) -> tuple[dict, dict, dict]:
@@ -23,7 +28,7 @@ def signature_of(kernel, arguments: dict) -> tuple[dict, dict, dict]:
     types, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         x = arguments[parameter.name]
-        if parameter.is_constexpr or (type(x) is int and x == 1):
+        if parameter.is_constexpr or x is None or (type(x) is int and x == 1):
             types[parameter.name], constants[(index,)] = "constexpr", x
         elif isinstance(x, torch.Tensor):
             types[parameter.name], attributes[(index,)] = "*" + TYPES[x.dtype], [["tt.divisibility", 16]]
@@ -34,18 +39,9 @@ def signature_of(kernel, arguments: dict) -> tuple[dict, dict, dict]:
     return types, constants, attributes
 
 
-def compile_all(monkeypatch: pytest.MonkeyPatch, card: int, shape: Shape, dtype: torch.dtype) -> dict[str, int]:
-    """Shared memory in bytes of every kernel of a forward and a backward pass, by its name; the most, where several."""
-    from nsa_hf.kernels import (
-        triton_common,
-        triton_interval,
-        triton_interval_backward,
-        triton_op,
-        triton_query_major,
-        triton_select,
-        triton_selected,
-    )
-
+def compile_for(monkeypatch: pytest.MonkeyPatch, card: int, *modules: ModuleType) -> dict[str, int]:
+    """From now on a launch compiles, for that card; the shared memory in bytes of every kernel by its name is filled in
+    (the most, where several). `modules` ask for the card's shared memory."""
     found: dict[str, int] = {}
     done = set()
 
@@ -63,10 +59,27 @@ def compile_all(monkeypatch: pytest.MonkeyPatch, card: int, shape: Shape, dtype:
             found[name] = max(found.get(name, 0), compiled.metadata.shared)
 
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", compile_instead)
-    for module in (
-        triton_common, triton_interval, triton_interval_backward, triton_query_major, triton_select, triton_selected
-    ):  # fmt: skip
+    for module in modules:
         monkeypatch.setattr(module, "shared_memory", lambda device: SHARED_MEMORY[card] * 1024)
+    return found
+
+
+def compile_all(monkeypatch: pytest.MonkeyPatch, card: int, shape: Shape, dtype: torch.dtype) -> dict[str, int]:
+    """Shared memory in bytes of every kernel of a forward and a backward pass, by its name; the most, where several."""
+    from nsa_hf.kernels import (
+        triton_common,
+        triton_interval,
+        triton_interval_backward,
+        triton_op,
+        triton_query_major,
+        triton_select,
+        triton_selected,
+    )
+
+    found = compile_for(
+        monkeypatch, card, triton_common, triton_interval, triton_interval_backward, triton_query_major, triton_select,
+        triton_selected,
+    )  # fmt: skip
     # nothing is computed: indices that nobody wrote are the largest number, which no slot's block is
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -75,7 +88,7 @@ def compile_all(monkeypatch: pytest.MonkeyPatch, card: int, shape: Shape, dtype:
         tensors = [inputs[name] for name in ("q", "k", "v", "k_cmp", "v_cmp", "gates")] + [None] * 5
         numbers = list(shape.sizes.__dict__.values())
         out, selection, *saved = triton_op.forward_op._init_fn(*tensors, numbers, 0.1)
-        triton_op.backward_op._init_fn(out, *tensors, selection, saved, numbers, 0.1)
+        triton_op.backward_op._init_fn(out, *tensors[:8], False, selection, saved, numbers, 0.1)
     finally:
         torch.use_deterministic_algorithms(False)
     return found
@@ -84,7 +97,8 @@ def compile_all(monkeypatch: pytest.MonkeyPatch, card: int, shape: Shape, dtype:
 KERNELS = {
     "interval_forward_kernel", "interval_dq_kernel", "interval_dkv_kernel", "select_kernel", "selected_forward_kernel",
     "selected_backward_kernel", "merge_kernel", "sum_items_kernel", "sum_dq_kernel", "combine_kernel",
-    "gate_gradient_kernel",
+    "gate_gradient_kernel", "queries_kernel", "parts_kernel", "entry_keys_kernel", "offsets_kernel",
+    "count_items_kernel", "items_kernel", "borders_kernel", "sum_splits_kernel",
 }  # fmt: skip
 
 

@@ -50,6 +50,7 @@ CASES = {
     "each token in three blocks": Shape(WIDE, queries=50, keys=50, kv_heads=1),
     "large blocks": Shape(LARGE, queries=40, keys=350, kv_heads=1),
     "the last queries": Shape(queries=7, keys=40, kv_heads=1),
+    "enough queries to be split over programs": replace(SMALL, queries=72, keys=72),
     "decoding": Shape(batch=2, queries=1, keys=37),
     "own window keys": replace(SMALL, queries=6, own_window=26),
     "own window keys, the last few": replace(SMALL, queries=6, own_window=10),

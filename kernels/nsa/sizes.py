@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,15 @@ class Sizes:
         """Up to this many tokens the selection holds every block, so the selected branch is dense attention."""
         return self.topk * self.block_size
 
+    def by_name(self) -> dict[str, int]:
+        """The sizes as `nsa_attention` takes them."""
+        # written out: `torch.compile` traces this
+        return {
+            "kernel_size": self.kernel_size, "kernel_stride": self.kernel_stride, "block_size": self.block_size,
+            "topk": self.topk, "init_blocks": self.init_blocks, "local_blocks": self.local_blocks,
+            "window_size": self.window_size,
+        }  # fmt: skip
+
     def check(self, prefix: str = "") -> Sizes:
         """Returns itself if the sizes obey the rules.
 
@@ -42,7 +51,7 @@ class Sizes:
             TypeError: a size is not an int.
             ValueError: a size breaks a rule; names the field, the value and the rule.
         """
-        for name, value in asdict(self).items():
+        for name, value in self.by_name().items():
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{prefix}{name} must be an int, got {value!r}")
             least = 0 if name == "init_blocks" else 1

@@ -60,6 +60,25 @@ def finish_softmax(acc, top, total):
     return out, tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), 0.0)
 
 
+@triton.jit
+def lower_bound(values, count, x, STEPS):
+    """The smallest `i` with `values[i] >= x`, or `count`; `values` rise. STEPS: `search_steps(count)`."""
+    low = x * 0
+    high = low + count
+    for _ in tl.range(0, STEPS):
+        searching = low < high
+        middle = low + (high - low) // 2
+        less = tl.load(values + middle, mask=searching, other=0) < x
+        low = tl.where(searching & less, middle + 1, low)
+        high = tl.where(searching & less, high, middle)
+    return low
+
+
+def search_steps(count: int) -> int:
+    """Steps after which `lower_bound` has found its place among `count` values."""
+    return count.bit_length()
+
+
 def padded(dim: int) -> int:
     """The tile's width for a head of `dim` numbers: a power of two, at least what a matrix product needs."""
     return max(16, triton.next_power_of_2(dim))

@@ -13,9 +13,11 @@ from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from .sizes import Sizes
+from .triton_common import lower_bound, search_steps
 from .triton_layout import Layout
 
 
@@ -30,6 +32,18 @@ class WorkList(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Pieces:
+    """How the queries are cut: `count` runs of `tokens` queries, for each KV head of each row a group of its own."""
+
+    count: int
+    tokens: int
+    groups: int
+    parts: int
+    slots: int
+    entries: int
+
+
+@dataclass(frozen=True)
 class Gather:
     """The entries of all parts.
 
@@ -39,83 +53,134 @@ class Gather:
 
     order: Tensor
     offsets: Tensor
-    groups: int
-    parts: int
-    slots: int
-    pieces: int
-    piece_tokens: int
+    pieces: Pieces
 
     def work(self, most: int) -> WorkList:
         """The entries cut into pieces of at most `most`."""
-        count = self.offsets.diff().view(self.groups, self.parts)
-        chunks = (count + (most - 1)) // most
-        after = chunks.cumsum(1)
-        first = torch.nn.functional.pad(after, (1, 0))
+        groups, parts = self.pieces.groups, self.pieces.parts
         # a bound from shapes alone: every part may have one unfilled piece
-        items = self.parts + self.piece_tokens * self.slots // most
-        item = torch.arange(items, device=count.device).expand(self.groups, -1).contiguous()
-        part = torch.searchsorted(after, item, right=True)
-        chunk = item - first.gather(1, part)
-        return WorkList(part.to(torch.int32), chunk.to(torch.int32), first.to(torch.int32), most)
+        items = parts + self.pieces.tokens * self.pieces.slots // most
+        first = self.offsets.new_empty(groups, parts + 1)
+        part, chunk = self.offsets.new_empty(2, groups, items).unbind()
+        count_items_kernel[(groups,)](self.offsets, first, parts, most, BM=1024, num_warps=4)
+        items_kernel[(triton.cdiv(items, 256), groups)](
+            first, part, chunk, parts, items, search_steps(parts + 1), BM=256, num_warps=4
+        )
+        return WorkList(part, chunk, first, most)
 
 
-def count_slots(sizes: Sizes, layout: Layout, keys: int) -> int:
+@triton.jit
+def entry_keys_kernel(
+    selection, relative_ptr, part_base_ptr, keys, T, HK, TOPK, SLOTS, PIECE, PARTS, NONE,
+    BLOCK: tl.constexpr, LOCAL: tl.constexpr, PER_BLOCK: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """What entries are sorted by, `keys [B, Hk, T, SLOTS]`: `group * PARTS + part`; NONE for an unused slot."""
+    head = tl.program_id(1)
+    batch = head // HK
+    entry = tl.program_id(0) * BM + tl.arange(0, BM)
+    token, slot = entry // SLOTS, entry % SLOTS
+    exists = token < T
+    row = (batch * T + token).to(tl.int64) * HK + head % HK
+    block = tl.load(selection + row * TOPK + slot // PER_BLOCK, mask=exists, other=-1)
+    relative = tl.load(relative_ptr + batch * T + token, mask=exists, other=-1)
+    part = tl.load(part_base_ptr + batch * T + token, mask=exists, other=0) + block * PER_BLOCK + slot % PER_BLOCK
+    past = tl.where(relative < 0, -1, relative // BLOCK - LOCAL)
+    key = (token // PIECE * tl.num_programs(1) + head) * PARTS + part
+    tl.store(keys + head.to(tl.int64) * T * SLOTS + entry, tl.where((block >= 0) & (block <= past), key, NONE), exists)
+
+
+@triton.jit
+def offsets_kernel(ordered, order, entries, offsets, COUNT, HEAD, BORDERS, STEPS, BM: tl.constexpr):
+    """From the sorted keys: where each begins, `offsets [BORDERS]`, and the entries counted within their head."""
+    place = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    tl.store(entries + place, tl.load(order + place, mask=place < COUNT, other=0) % HEAD, mask=place < COUNT)
+    if tl.program_id(0) * BM < BORDERS:
+        border = tl.program_id(0) * BM + tl.arange(0, BM)
+        tl.store(offsets + border, lower_bound(ordered, COUNT, border, STEPS), mask=border < BORDERS)
+
+
+@triton.jit
+def count_items_kernel(offsets, first, PARTS, MOST, BM: tl.constexpr):
+    """Of one group: each part's first item, `first [groups, PARTS + 1]`."""
+    group = tl.program_id(0)
+    first += group.to(tl.int64) * (PARTS + 1)
+    before = 0
+    for p in tl.range(0, PARTS + 1, BM):
+        part = p + tl.arange(0, BM)
+        border = offsets + group * PARTS + part
+        count = tl.load(border + 1, mask=part < PARTS, other=0) - tl.load(border, mask=part < PARTS, other=0)
+        items = (count + (MOST - 1)) // MOST
+        upto = tl.cumsum(items, 0)
+        tl.store(first + part, before + upto - items, mask=part <= PARTS)
+        before += tl.sum(items, 0)
+
+
+@triton.jit
+def items_kernel(first, part_out, chunk_out, PARTS, ITEMS, STEPS, BM: tl.constexpr):
+    """Each item's part and which piece of it; PARTS where there is no such item."""
+    group = tl.program_id(1).to(tl.int64)
+    first += group * (PARTS + 1)
+    item = tl.program_id(0) * BM + tl.arange(0, BM)
+    part = lower_bound(first, PARTS + 1, item + 1, STEPS) - 1
+    tl.store(part_out + group * ITEMS + item, part, mask=item < ITEMS)
+    tl.store(chunk_out + group * ITEMS + item, item - tl.load(first + part), mask=item < ITEMS)
+
+
+def count_slots(sizes: Sizes, parts_a_block: int, keys: int) -> int:
     """Most entries of a query: parts that are not of a local block."""
     blocks = min(sizes.topk, (keys - 1) // sizes.block_size + 1)
-    return max(0, blocks - sizes.local_blocks) * layout.parts_a_block
+    return max(0, blocks - sizes.local_blocks) * parts_a_block
 
 
-def gather_queries(
-    selection: Tensor, layout: Layout, sizes: Sizes, slots: int, entry_bytes: int, budget: int
-) -> Gather:
-    """Turns the selection round.
+def cut_queries(
+    batch: int, tokens: int, kv_heads: int, parts: int, slots: int, entry_bytes: int, budget: int
+) -> Pieces:  # fmt: skip
+    """Pieces of the queries whose partial results, `entry_bytes` each, fit the budget for one KV head of one row.
 
-    Args:
-        selection: `[B, T, Hk, topk]` int32, ascending, -1 = unused.
-        slots: `count_slots(...)`, at least 1.
-        entry_bytes: memory that one entry's partial result takes.
-        budget: memory that the partial results of one group may take.
+    Raises:
+        ValueError: more (query, block) pairs than are counted.
     """
-    batch, tokens, kv_heads, _ = selection.shape
     pieces = min(tokens, max(1, -(-tokens * slots * entry_bytes // budget)))
     # a multiple of 64, so that few kinds of lengths are compiled for
     piece_tokens = -(-tokens // pieces)
     piece_tokens = min(tokens, -(-piece_tokens // 64) * 64)
     pieces = -(-tokens // piece_tokens)
-    parts, per_block = layout.part_first.shape[1], layout.parts_a_block
-    groups = pieces * batch * kv_heads
-    if tokens * slots >= 1 << 31 or groups * parts >= 1 << 31:
+    groups, entries = pieces * batch * kv_heads, batch * kv_heads * tokens * slots
+    if entries >= 1 << 31 or groups * parts >= (1 << 31) - 1:
         raise ValueError(
-            f"backend='triton' counts at most 2^31 (query, block) pairs of a head, got {tokens} queries and {slots} "
-            "blocks each: use fewer queries a call"
+            f"backend='triton' counts at most 2^31 (query, block) pairs, got {batch} rows of {tokens} queries, "
+            f"{kv_heads} heads and {slots} blocks each: use fewer queries a call"
         )
-    picked = selection[..., : slots // per_block]
-    past = layout.relative // sizes.block_size - sizes.local_blocks
-    valid = (picked >= 0) & (picked <= past[..., None, None])
-    part = layout.part_base[..., None, None] + picked * per_block
-    if per_block > 1:
-        piece_of_block = torch.arange(per_block, device=part.device, dtype=torch.int32)
-        part = (part[..., None] + piece_of_block).flatten(-2)
-        valid = valid.repeat_interleave(per_block, -1)
-    # [B, T, Hk, 1]
-    piece = torch.arange(tokens, device=part.device, dtype=torch.int32)[None, :, None, None] // piece_tokens
-    head = torch.arange(batch * kv_heads, device=part.device, dtype=torch.int32).view(batch, 1, kv_heads, 1)
-    key = torch.where(valid, (piece * (batch * kv_heads) + head) * parts + part, groups * parts)
-    ordered, order = key.to(torch.int32).transpose(1, 2).flatten().sort(stable=True)
-    border = torch.arange(groups * parts + 1, device=part.device, dtype=torch.int32)
-    offsets = torch.searchsorted(ordered, border, out_int32=True)
-    return Gather(
-        (order % (tokens * slots)).to(torch.int32), offsets, groups, parts, slots, pieces, piece_tokens
+    return Pieces(pieces, piece_tokens, groups, parts, slots, entries)
+
+
+def gather_queries(selection: Tensor, layout: Layout, sizes: Sizes, pieces: Pieces) -> Gather:
+    """Turns the selection `[B, T, Hk, topk]` (int32, ascending, -1 = unused) round."""
+    batch, tokens, kv_heads, topk = selection.shape
+    heads, a_head, count = batch * kv_heads, tokens * pieces.slots, pieces.entries
+    none = pieces.groups * pieces.parts
+    # half as many digits to sort by where that is enough
+    keys = selection.new_empty(count, dtype=torch.int16 if none < 1 << 15 else torch.int32)
+    entry_keys_kernel[(triton.cdiv(a_head, 1024), heads)](
+        selection, layout.relative, layout.part_base, keys, tokens, kv_heads, topk, pieces.slots, pieces.tokens,
+        pieces.parts, none, BLOCK=sizes.block_size, LOCAL=sizes.local_blocks, PER_BLOCK=layout.parts_a_block, BM=1024,
+        num_warps=4,
     )  # fmt: skip
+    ordered, order = keys.sort(stable=True)
+    entries, offsets = selection.new_empty(count), selection.new_empty(none + 1)
+    offsets_kernel[(triton.cdiv(max(count, none + 1), 1024),)](
+        ordered, order, entries, offsets, count, a_head, none + 1, search_steps(count), BM=1024, num_warps=4
+    )
+    return Gather(entries, offsets, pieces)
 
 
-def launches(gather: Gather, entry_bytes: int, budget: int) -> list[tuple[int, int]]:
+def launches(pieces: Pieces, entry_bytes: int, budget: int) -> list[tuple[int, int]]:
     """Runs of groups `(first, count)` whose partial results fit the budget together; none crosses a run of queries."""
-    heads = gather.groups // gather.pieces
-    at_once = max(1, min(heads, budget // (gather.piece_tokens * gather.slots * entry_bytes)))
+    heads = pieces.groups // pieces.count
+    at_once = max(1, min(heads, budget // (pieces.tokens * pieces.slots * entry_bytes)))
     return [
         (piece * heads + first, min(at_once, heads - first))
-        for piece in range(gather.pieces)
+        for piece in range(pieces.count)
         for first in range(0, heads, at_once)
     ]
 

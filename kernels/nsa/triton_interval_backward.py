@@ -13,8 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_common import SMALL_SHARED_MEMORY, bytes_a_row, load_tile, shared_memory, store_tile
+from .triton_common import (
+    SMALL_SHARED_MEMORY,
+    bytes_a_row,
+    load_tile,
+    lower_bound,
+    search_steps,
+    shared_memory,
+    store_tile,
+)
 from .triton_interval import border, tile_bounds, widths
+from .triton_layout import Layout
 
 
 @triton.jit
@@ -154,6 +163,7 @@ def dkv_step(
 @triton.jit
 def interval_dkv_kernel(
     q, k, v, low_ptr, high_ptr, borders, dout, rows, dk_in, dv_in, dk, dv, scale, scale_log2, T, N, HQ, HK, BATCH,
+    TILES,
     DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -168,7 +178,7 @@ def interval_dkv_kernel(
     index = tl.arange(0, BN)
     exists = start + index < N
     origin = (batch.to(tl.int64) * N + start) * HK + kv_head
-    borders += (batch * tl.num_programs(0) + tile) * 4
+    borders += (batch * TILES + tile) * 4
     first, middle = tl.load(borders), tl.load(borders + 1)
     middle_end, end = tl.load(borders + 2), tl.load(borders + 3)
     # what none of these queries sees may be anything, NaN too, and is not read
@@ -252,28 +262,75 @@ def interval_dq(
     )  # fmt: skip
 
 
-def find_borders(low: Tensor, high: Tensor, keys: int, bn: int, bm: int) -> Tensor:
-    """Of each tile of BN keys `[B, tiles, 4]` int32: the queries `[first, end)` that see any of them, and, a multiple
-    of BM, those `[middle, middle_end)` that see all. They stand together, since `low` and `high` only rise."""
-    start = torch.arange(0, keys, bn, device=low.device, dtype=torch.int32).expand(low.shape[0], -1)
-    ends = torch.searchsorted(high, torch.cat((start, start + (bn - 1)), 1), right=True, out_int32=True)
-    first, middle = ends.chunk(2, 1)
-    begins = torch.searchsorted(low, torch.cat((start + 1, start + bn), 1), out_int32=True)
-    middle_end, end = begins.chunk(2, 1)
-    end = torch.maximum(end, first)
-    middle = torch.minimum(middle, end)
-    middle_end = middle + (torch.minimum(middle_end, end) - middle).clamp(min=0) // bm * bm
-    return torch.stack((first, middle, middle_end, end), -1)
+@triton.jit
+def borders_kernel(
+    runs, borders, T, TILES, STEPS, BN: tl.constexpr, BM: tl.constexpr, AT_ONCE: tl.constexpr
+):  # fmt: skip
+    """Of the runs `[low, high)` in `runs [3, 2, B, T]` and each tile of BN keys, `borders [3, B, TILES, 4]`: the
+    queries `[first, end)` that see any of them, and, a multiple of BM, those `[middle, middle_end)` that see all. They
+    stand together, since `low` and `high` only rise."""
+    batch, branch = tl.program_id(1), tl.program_id(2)
+    tile = tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE)
+    low = runs + (branch * 2 * tl.num_programs(1) + batch) * T
+    high = low + tl.num_programs(1) * T
+    start = tile * BN
+    first = lower_bound(high, T, start + 1, STEPS)
+    middle = lower_bound(high, T, start + BN, STEPS)
+    middle_end = lower_bound(low, T, start + 1, STEPS)
+    end = tl.maximum(lower_bound(low, T, start + BN, STEPS), first)
+    middle = tl.minimum(middle, end)
+    middle_end = middle + tl.maximum(tl.minimum(middle_end, end) - middle, 0) // BM * BM
+    borders += ((branch * tl.num_programs(1) + batch) * TILES + tile) * 4
+    tl.store(borders, first, mask=tile < TILES)
+    tl.store(borders + 1, middle, mask=tile < TILES)
+    tl.store(borders + 2, middle_end, mask=tile < TILES)
+    tl.store(borders + 3, end, mask=tile < TILES)
+
+
+def find_borders(q: Tensor, v: Tensor, layout: Layout, keys: int) -> tuple[Tensor, ...]:
+    """Which queries see the tiles of keys that `interval_dkv` takes, for the layout's three kinds of runs.
+
+    Args:
+        keys: most keys of any.
+    """
+    tiles = backward_tiles(q, v, keys_outside=True)
+    batch, tokens = layout.relative.shape
+    count = triton.cdiv(keys, tiles["BN"])
+    borders = layout.runs.new_empty(3, batch, count, 4)
+    borders_kernel[(triton.cdiv(count, 64), batch, 3)](
+        layout.runs, borders, tokens, count, search_steps(tokens), BN=tiles["BN"], BM=tiles["BM"], AT_ONCE=64,
+        num_warps=2,
+    )  # fmt: skip
+    return borders.unbind()
+
+
+@triton.jit
+def sum_splits_kernel(partial, out, NUMBERS, SPLITS, BM: tl.constexpr):
+    """`out [NUMBERS]`, the sum of `partial [SPLITS, NUMBERS]` in order, rounded once."""
+    index = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    acc = tl.zeros([BM], tl.float32)
+    for _ in tl.range(0, SPLITS):
+        acc += tl.load(partial + index, mask=index < NUMBERS, other=0.0)
+        partial += NUMBERS
+    tl.store(out + index, acc.to(out.dtype.element_ty), mask=index < NUMBERS)
+
+
+def sum_splits(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    out = torch.empty_like(partial[0], dtype=dtype)
+    sum_splits_kernel[(triton.cdiv(out.numel(), 512),)](partial, out, out.numel(), len(partial), BM=512, num_warps=4)
+    return out
 
 
 def interval_dkv(
     q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, dout: Tensor, rows: Tensor, scale: float,
-    scale_log2: float, *, dtype: torch.dtype, add: tuple[Tensor, Tensor] | None = None, few_keys: bool = False,
+    scale_log2: float, borders: Tensor, *, dtype: torch.dtype, add: tuple[Tensor, Tensor] | None = None,
+    few_keys: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gradients of keys and values, `[B, N, Hk, *]` in `dtype`, plus `add` where given.
 
     Args:
         rows: as in `interval_dq`.
+        borders: as `find_borders` gives them for these runs, `[B, tiles, 4]` int32.
         few_keys: there are far fewer keys than queries and each is seen by many of these: the queries are split over
             several programs, whose float32 sums are added in a fixed order.
     """
@@ -283,7 +340,6 @@ def interval_dkv(
         return k.new_zeros(k.shape, dtype=dtype), v.new_zeros(v.shape, dtype=dtype)
     tiles = backward_tiles(q, v, keys_outside=True)
     count = triton.cdiv(keys, tiles["BN"])
-    borders = find_borders(low, high, keys, tiles["BN"], tiles["BM"])
     splits = 1
     if few_keys:
         splits = max(1, min(triton.cdiv(1024, count * batch * kv_heads), triton.cdiv(tokens, 4 * tiles["BM"])))
@@ -297,8 +353,8 @@ def interval_dkv(
     dk_in, dv_in = add if add is not None else (dk, dv)
     interval_dkv_kernel[(count, batch * kv_heads, splits)](
         q, k, v, low, high, borders, dout, rows, dk_in, dv_in, dk, dv, scale, scale_log2, tokens, keys, heads,
-        kv_heads, batch, ADD=add is not None, **widths(q, v), **tiles,
+        kv_heads, batch, borders.shape[1], ADD=add is not None, **widths(q, v), **tiles,
     )  # fmt: skip
     if splits > 1:
-        return dk.sum(0).to(dtype), dv.sum(0).to(dtype)
+        return sum_splits(dk, dtype), sum_splits(dv, dtype)
     return dk, dv

@@ -16,18 +16,28 @@ from torch import Tensor
 
 from .sizes import Sizes
 from .triton_common import SMALL_SHARED_MEMORY, bytes_a_row, load_tile, padded, shared_memory, store_tile
-from .triton_gather import entries_a_tile, gather_queries, launches
+from .triton_gather import Gather, Pieces, cut_queries, entries_a_tile, launches
 from .triton_interval import widths
 from .triton_interval_backward import weight_gradient
 from .triton_layout import Layout
 
-# Bytes of partial results that are held at once (more where a single query of one head needs more). Larger pieces are
-# faster; in the backward pass they count in the peak, so there they grow with the inputs.
-FORWARD_BYTES = 1 << 29
 
+def partial_bytes(q: Tensor) -> int:
+    """Bytes of partial results that are held at once (more where a single query of one head needs more).
 
-def backward_bytes(q: Tensor) -> int:
+    Larger pieces are faster, but they count in the backward pass's peak: so they grow with the inputs.
+    """
     return max(1 << 29, min(1 << 30, 8 * q.nbytes))
+
+
+def entry_bytes(q: Tensor, v: Tensor) -> int:
+    """What one (query, slot)'s partial result takes, of the output or of dq."""
+    return q.shape[2] // v.shape[2] * max(q.shape[-1], v.shape[-1]) * q.element_size()
+
+
+def find_pieces(q: Tensor, v: Tensor, parts: int, slots: int) -> Pieces:
+    """How the queries are cut, the same in both passes."""
+    return cut_queries(q.shape[0], q.shape[1], v.shape[2], parts, slots, entry_bytes(q, v), partial_bytes(q))
 
 
 @triton.jit
@@ -126,7 +136,7 @@ def merge_kernel(
 
 @triton.jit
 def selected_backward_kernel(
-    q, k, v, order, offsets, item_part, item_chunk, part_first, part_end, dout, lse, gates, correction,
+    q, k, v, order, offsets, item_part, item_chunk, part_first, part_end, dout, records,
     dq_partial, dk_partial, dv_partial, scale_log2, first_group, T, S, HQ, HK, BH, SLOTS, PARTS, PIECE, CHUNK,
     DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PART: tl.constexpr, PRECISION: tl.constexpr,
@@ -156,9 +166,9 @@ def selected_backward_kernel(
             )
             queries = load_tile(q, query, DK, exists, DK, DKP)
             douts = load_tile(dout, query, DV, exists, DV, DVP)
-            log_sum = tl.load(lse + query, mask=exists, other=float("inf"))  # of no weight
-            gate = tl.load(gates + query * 3 + 1, mask=exists, other=0.0).to(tl.float32)
-            correct = tl.load(correction + query * 3 + 1, mask=exists, other=0.0)
+            log_sum = tl.load(records + query * 3, mask=exists, other=float("inf"))  # of no weight
+            gate = tl.load(records + query * 3 + 1, mask=exists, other=0.0)
+            correct = tl.load(records + query * 3 + 2, mask=exists, other=0.0)
             # [BM, BN]: what belongs to a query is then one register a row, not one a column
             logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale_log2
             dots = tl.dot(douts, tl.trans(values), input_precision=PRECISION)
@@ -244,70 +254,68 @@ def merge_shape(sizes: Sizes, layout: Layout, keys: int) -> dict:
 
 
 def selected_forward(
-    q: Tensor, k: Tensor, v: Tensor, selection: Tensor, layout: Layout, sizes: Sizes, slots: int, scale_log2: float,
-    out: Tensor, lse: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, gather: Gather, layout: Layout, sizes: Sizes, scale_log2: float, out: Tensor,
+    lse: Tensor,
 ) -> None:  # fmt: skip
     """Adds the selected blocks that are not local to `out [B, T, Hq, Dv]` and `lse [B, T, Hq]`, which hold those."""
     heads, kv_heads, keys, value_dim = q.shape[2], k.shape[2], k.shape[1], v.shape[3]
-    group, tokens = heads // kv_heads, q.shape[1]
-    entry = group * value_dim * q.element_size()
-    gather = gather_queries(selection, layout, sizes, slots, entry, FORWARD_BYTES)
-    runs = launches(gather, entry, FORWARD_BYTES)
+    group, tokens, pieces = heads // kv_heads, q.shape[1], gather.pieces
+    runs = launches(pieces, entry_bytes(q, v), partial_bytes(q))
     tiles = gather_tiles(q, v, layout, backward=False)
     work = gather.work(entries_a_tile(4 * tiles["BM"], group))
-    results = max(count for _, count in runs) * gather.piece_tokens * slots * group
+    results = max(count for _, count in runs) * pieces.tokens * pieces.slots * group
     partial, partial_lse = q.new_empty(results, value_dim), q.new_empty(results, dtype=torch.float32)
     shape = {key: x for key, x in widths(q, v).items() if key.startswith("DV")}
     merge = merge_shape(sizes, layout, keys)
-    per_piece = gather.groups // gather.pieces
+    per_piece = pieces.groups // pieces.count
     for first, count in runs:
         selected_forward_kernel[(work.part.shape[1], count)](
             q, k, v, gather.order, gather.offsets, work.part, work.chunk, layout.part_first, layout.part_end,
-            partial, partial_lse, scale_log2, first, tokens, keys, heads, kv_heads, per_piece, slots, gather.parts,
-            gather.piece_tokens, work.most, **widths(q, v), **tiles,
+            partial, partial_lse, scale_log2, first, tokens, keys, heads, kv_heads, per_piece, pieces.slots,
+            pieces.parts, pieces.tokens, work.most, **widths(q, v), **tiles,
         )  # fmt: skip
-        merge_kernel[(triton.cdiv(gather.piece_tokens * group, merge["BM"]), count)](
-            partial, partial_lse, layout.relative, out, lse, first, tokens, heads, kv_heads, per_piece, slots,
-            gather.piece_tokens, **shape, **merge,
+        merge_kernel[(triton.cdiv(pieces.tokens * group, merge["BM"]), count)](
+            partial, partial_lse, layout.relative, out, lse, first, tokens, heads, kv_heads, per_piece, pieces.slots,
+            pieces.tokens, **shape, **merge,
         )  # fmt: skip
 
 
 def selected_backward(
-    q: Tensor, k: Tensor, v: Tensor, selection: Tensor, layout: Layout, sizes: Sizes, slots: int, dout: Tensor,
-    lse: Tensor, gates: Tensor, correction: Tensor, scale: float, scale_log2: float, dq_in: Tensor, dq: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, gather: Gather, layout: Layout, sizes: Sizes, dout: Tensor, records: Tensor,
+    scale: float, scale_log2: float, dq_in: Tensor, dq: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Writes `dq = dq_in +` its share, and returns its share of dk and dv, `[B, S, Hk, *]` float32."""
+    """Writes `dq = dq_in +` its share, and returns its share of dk and dv, `[B, S, Hk, *]` float32.
+
+    Args:
+        records: log2-sum-exp, gate and `dout . out` of each query, `[B, T, Hq, 3]` float32.
+    """
     heads, kv_heads, keys, key_dim, value_dim = q.shape[2], k.shape[2], k.shape[1], k.shape[3], v.shape[3]
-    group, tokens = heads // kv_heads, q.shape[1]
-    entry = group * key_dim * q.element_size()
-    budget = backward_bytes(q)
-    gather = gather_queries(selection, layout, sizes, slots, entry, budget)
-    runs = launches(gather, entry, budget)
+    group, tokens, pieces = heads // kv_heads, q.shape[1], gather.pieces
+    runs = launches(pieces, entry_bytes(q, v), partial_bytes(q))
     tiles = gather_tiles(q, v, layout, backward=True)
     work = gather.work(entries_a_tile(32 * tiles["BM"], group))
     at_once, items = max(count for _, count in runs), work.part.shape[1]
-    dq_partial = q.new_empty(at_once * gather.piece_tokens * slots * group, key_dim)
+    dq_partial = q.new_empty(at_once * pieces.tokens * pieces.slots * group, key_dim)
     dk_partial = q.new_empty(at_once, items, layout.part_size, key_dim, dtype=torch.float32)
     dv_partial = q.new_empty(at_once, items, layout.part_size, value_dim, dtype=torch.float32)
     dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
     merge = merge_shape(sizes, layout, keys)
-    per_piece = gather.groups // gather.pieces
+    per_piece = pieces.groups // pieces.count
     for first, count in runs:
         selected_backward_kernel[(items, count)](
             q, k, v, gather.order, gather.offsets, work.part, work.chunk, layout.part_first, layout.part_end, dout,
-            lse, gates, correction, dq_partial, dk_partial, dv_partial, scale_log2, first, tokens, keys, heads,
-            kv_heads, per_piece, slots, gather.parts, gather.piece_tokens, work.most, PART=layout.part_size,
-            **widths(q, v), **tiles,
+            records, dq_partial, dk_partial, dv_partial, scale_log2, first, tokens, keys, heads, kv_heads, per_piece,
+            pieces.slots, pieces.parts, pieces.tokens, work.most, PART=layout.part_size, **widths(q, v), **tiles,
         )  # fmt: skip
         for partial, total, factor in ((dk_partial, dk, scale), (dv_partial, dv, 1.0)):
             numbers = layout.part_size * total.shape[-1]
-            sum_items_kernel[(gather.parts, count, triton.cdiv(numbers, 512))](
+            sum_items_kernel[(pieces.parts, count, triton.cdiv(numbers, 512))](
                 partial, work.first, layout.part_first, layout.part_end, total, factor, first, items, keys,
-                kv_heads, per_piece, gather.parts, D=total.shape[-1], PART=layout.part_size, WIDTH=512, AT_ONCE=4,
+                kv_heads, per_piece, pieces.parts, D=total.shape[-1], PART=layout.part_size, WIDTH=512, AT_ONCE=4,
                 num_warps=4,
             )  # fmt: skip
-        sum_dq_kernel[(triton.cdiv(gather.piece_tokens * group, merge["BM"]), count)](
-            dq_partial, layout.relative, dq_in, dq, scale, first, tokens, heads, kv_heads, per_piece, slots,
-            gather.piece_tokens, DK=key_dim, DKP=padded(key_dim), **merge,
+        sum_dq_kernel[(triton.cdiv(pieces.tokens * group, merge["BM"]), count)](
+            dq_partial, layout.relative, dq_in, dq, scale, first, tokens, heads, kv_heads, per_piece, pieces.slots,
+            pieces.tokens, DK=key_dim, DKP=padded(key_dim), **merge,
         )  # fmt: skip
     return dk, dv

@@ -1,0 +1,172 @@
+"""Decoding: few queries a row over a long past, without gradients, in four launches (eqs. 5 and 7 to 12).
+
+    compressed   splits of the compressed branch, scores of blocks     triton_decode_compressed
+    selection    scores of all splits and heads, top-k                 triton_decode_select
+    selected     splits of the selected blocks and the window          triton_decode_selected
+    combination  all splits of all branches, gated                     here
+
+Nothing depends on a value on the host: how much of a cache is filled is read by the kernels, so that one CUDA graph
+serves every step. Keys and values are taken as they lie (any strides between tokens, rows and heads): a cache is never
+copied.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .sizes import Sizes
+from .triton_common import LOG2E, load_tile, padded
+from .triton_decode_compressed import GROWING, cell_shape, compressed_partials, compressed_tiles, row_place
+from .triton_decode_select import decode_select
+from .triton_decode_selected import most_pieces, selected_partials, selected_tiles
+from .triton_select import check_limits
+
+# Queries a row up to which splits of the keys beat the kernels that take many queries together.
+MOST_QUERIES = 16
+MOST_SPLITS = 64
+# Programs that a processor holds at a time, and what beginning one costs, in tiles.
+RESIDENT = 1
+START = 2.0
+
+
+@triton.jit
+def merge_splits(partial, lse, row, ROWS, SPLITS, D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr):
+    """The average `[DP]` over all splits of one branch and row; 0 where nothing was seen."""
+    split = tl.arange(0, BS)
+    acc, total = tl.zeros([DP], tl.float32), 0.0
+    top = float("-inf")
+    for first in tl.range(0, SPLITS, BS):
+        place = (first + split).to(tl.int64) * ROWS + row
+        lses = tl.load(lse + place, mask=first + split < SPLITS, other=float("-inf"))
+        new = tl.maximum(top, tl.max(lses, 0))
+        safe = tl.where(new == float("-inf"), 0.0, new)
+        weights, factor = tl.exp2(lses - safe), tl.exp2(top - safe)
+        x = load_tile(partial, place, D, lses > float("-inf"), D, DP)
+        acc = acc * factor + tl.sum(weights[:, None] * x, 0)
+        total = total * factor + tl.sum(weights, 0)
+        top = new
+    return acc / tl.where(total > 0, total, 1.0)
+
+
+@triton.jit(do_not_specialize=GROWING)
+def decode_combine_kernel(
+    partial, lse, gates, starts, lengths, out, T, S, HQ, CMP, SPLITS, D: tl.constexpr, DP: tl.constexpr,
+    BS_CMP: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """One program: one head of one query. `out = sum over the branches of gate * average`; 0 before the row's start."""
+    row = tl.program_id(0).to(tl.int64)
+    rows = tl.num_programs(0)
+    query = tl.program_id(0) // HQ
+    _, first_query = row_place(starts, lengths, query // T, T, S)
+    alive = first_query + query % T >= 0
+    gates += row * 3
+    acc = merge_splits(partial, lse, row, rows, CMP, D, DP, BS_CMP)
+    acc *= tl.load(gates, mask=alive, other=0.0).to(tl.float32)
+    for branch in tl.static_range(1, 3):
+        place = row + (CMP + (branch - 1) * SPLITS) * rows.to(tl.int64)
+        gate = tl.load(gates + branch, mask=alive, other=0.0).to(tl.float32)
+        acc += gate * merge_splits(partial, lse, place, rows, SPLITS, D, DP, BS)
+    cols = tl.arange(0, DP)
+    tl.store(out + row * D + cols, acc.to(out.dtype.element_ty), mask=cols < D)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the card; asked once a device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+def split_count(programs: int, pieces: int, device: torch.device) -> int:
+    """How many programs share the pieces of one: few rounds of full cards, and no more partial results than needed.
+
+    Args:
+        programs: what there is without splits.
+        pieces: tiles that each of them walks over, at most.
+    """
+    return fewest_rounds(programs, pieces, processors(device) * RESIDENT, MOST_SPLITS, START)
+
+
+@cache
+def fewest_rounds(programs: int, pieces: int, at_once: int, most: int, start: float) -> int:
+    candidates = range(1, max(1, min(pieces, most)) + 1)
+    return min(candidates, key=lambda n: -(-programs * n // at_once) * (-(-pieces // n) + start))
+
+
+def combine(
+    partial: Tensor, lse: Tensor, gates: Tensor, starts: Tensor | None, lengths: Tensor | None, keys: int, cmp: int,
+    splits: int, out: Tensor,
+) -> None:  # fmt: skip
+    """Fills `out [B, T, Hq, Dv]` from the partial results of the compressed (`cmp`), selected and window branch."""
+    _, batch, tokens, heads, dim = partial.shape
+    most = max(1, 4096 // padded(dim))
+    decode_combine_kernel[(batch * tokens * heads,)](
+        partial, lse, gates, starts, lengths, out, tokens, keys, heads, cmp, splits, D=dim, DP=padded(dim),
+        BS_CMP=min(most, triton.next_power_of_2(cmp)), BS=min(most, triton.next_power_of_2(splits)), num_warps=4,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("nsa_hf::decode", mutates_args=())
+def decode_op(
+    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, k_win: Tensor | None,
+    v_win: Tensor | None, starts: Tensor | None, lengths: Tensor | None, sizes: list[int], scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output `[B, T, Hq, Dv]` and selection `[B, T, Hk, topk]` int32; the last dimension of all tensors contiguous."""
+    size, scale_log2 = Sizes(*sizes), scale * LOG2E
+    (batch, tokens, heads, _), (keys, kv_heads), dim = q.shape, k.shape[1:3], v.shape[3]
+    check_limits(heads // kv_heads, keys, size)
+    q, gates = q.contiguous(), gates.contiguous()
+    blocks = (keys - 1) // size.block_size + 1
+    chooses = size.topk < blocks and size.topk > size.init_blocks + size.local_blocks
+
+    tiles = compressed_tiles(q, v, tokens * (heads // kv_heads))
+    cell, cells = cell_shape(size, tiles["BN"])
+    tile = tiles["BN"] // cell
+    row_tiles = triton.cdiv(tokens * (heads // kv_heads), tiles["BM"])
+    cmp = split_count(batch * kv_heads * row_tiles, triton.cdiv(blocks * cells, tile), q.device)
+    near = selected_tiles(q, v, heads // kv_heads, size)
+    head_tiles = triton.cdiv(heads // kv_heads, near["BM"])
+    pieces = most_pieces(size, near["BN"], keys, k_win is None)
+    splits = split_count(batch * tokens * kv_heads * head_tiles, pieces, q.device)
+
+    float32: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
+    partial = torch.empty(cmp + 2 * splits, batch, tokens, heads, dim, **float32)
+    lse = torch.empty(cmp + 2 * splits, batch, tokens, heads, **float32)
+    scores = None
+    if chooses:
+        # what a tile leaves is for a block further on
+        wide = (triton.cdiv(blocks * cells, 16) * 16, triton.cdiv(blocks * cells, tile) + cells)
+        scores = tuple(torch.empty(batch, tokens, heads, width, **float32) for width in wide)
+    selection = torch.empty(batch, tokens, kv_heads, size.topk, dtype=torch.int32, device=q.device)
+    out = q.new_empty(batch, tokens, heads, dim)
+
+    places = (starts, lengths)
+    compressed_partials(q, k_cmp, v_cmp, *places, keys, size, scale_log2, tiles, cmp, partial, lse, scores)
+    decode_select(lse, cmp, *places, keys, size, (cell, cells, tile), scores, selection)
+    selected_partials(
+        q, k, v, k_win, v_win, selection, *places, size, scale_log2, near, splits, partial[cmp:], lse[cmp:]
+    )
+    combine(partial, lse, gates, *places, keys, cmp, splits, out)
+    return out, selection
+
+
+@decode_op.register_fake
+def _(q, k, v, k_cmp, v_cmp, gates, k_win, v_win, starts, lengths, sizes, scale):
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    return out, q.new_empty(*q.shape[:2], k.shape[2], Sizes(*sizes).topk, dtype=torch.int32)
+
+
+def takes_decode(tensors: list[Tensor | None], tokens: int, cu_seqlens: Tensor | None) -> bool:
+    """Whether these kernels serve a call: few queries, rows that are not packed, no gradient wanted."""
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return cu_seqlens is None and tokens <= MOST_QUERIES and not wanted
+
+
+def last_contiguous(x: Tensor | None) -> Tensor | None:
+    """Itself, or a copy where the numbers of one head do not lie side by side (no cache has them so)."""
+    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

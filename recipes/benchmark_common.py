@@ -1,0 +1,139 @@
+"""What the benchmarks share: shapes, times, rates of the card, and a CSV that says where its numbers come from."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+# where a row comes from
+STAMP = ("run_id", "gpu", "torch", "triton", "commit")
+Times = tuple[float, float, float]
+# PyTorch's fused attentions
+DENSE_KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+@dataclass(frozen=True)
+class Heads:
+    """`Hq:Hk:D` or `Hq:Hk:Dk/Dv`."""
+
+    name: str
+    query_heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    @classmethod
+    def parse(cls, name: str) -> Heads:
+        query, kv, dims = name.split(":")
+        key_dim, _, value_dim = dims.partition("/")
+        return cls(name, int(query), int(kv), int(key_dim), int(value_dim or key_dim))
+
+
+class Cost(NamedTuple):
+    """What a part must do at least."""
+
+    flops: float
+    bytes: float
+
+
+def no_gpu() -> bool:
+    """Whether there is no CUDA GPU; says so."""
+    missing = not torch.cuda.is_available()
+    if missing:
+        print("error: the benchmark needs a CUDA GPU", file=sys.stderr)
+    return missing
+
+
+def stamp(commit: str | None = None) -> dict[str, str]:
+    """The columns `STAMP` of this run.
+
+    Args:
+        commit: what to write down as the commit; None: git's.
+    """
+    import triton
+
+    found = (uuid.uuid4().hex[:8], torch.cuda.get_device_name(), torch.__version__, triton.__version__)
+    return dict(zip(STAMP, (*found, commit or git_commit()), strict=True))
+
+
+def git_commit() -> str:
+    folder = Path(__file__).resolve().parent
+    result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)
+    return result.stdout.strip() or "unknown"
+
+
+def relative_error(x: Tensor, truth: Tensor) -> float:
+    return float((x.detach().double() - truth).norm() / truth.norm().clamp(min=1e-30))
+
+
+def measure(call: Callable[[], object], repeat_ms: int = 300) -> Times:
+    """Median, 20th and 80th percentile in milliseconds, by events, the cache emptied between calls.
+
+    At least three calls after the first, and otherwise as many as take `repeat_ms`.
+    """
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+
+    def timed() -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    timed()
+    once = timed()
+    count = max(3, min(100, round(repeat_ms / once)))
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+    for start, end in events:
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    times = torch.tensor([start.elapsed_time(end) for start, end in events])
+    median, low, high = times.quantile(torch.tensor([0.5, 0.2, 0.8])).tolist()
+    return median, low, high
+
+
+def card_rates() -> tuple[float, float, Iterator[tuple[str, Times, Cost]]]:
+    """FLOP/s of a bf16 matrix product and bytes/s of a copy (read and written), and the rows that say so."""
+    a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    product, copy = measure(lambda: a @ b), measure(lambda: target.copy_(source))
+    flops, moved = 2 * 8192.0**3, 2.0 * (1 << 30)
+    rows = [("matmul", product, Cost(flops, 6 * 8192.0**2)), ("copy", copy, Cost(0, moved))]
+    return flops / product[0] * 1e3, moved / copy[0] * 1e3, iter(rows)
+
+
+def write_rows(path: Path, columns: Sequence[str], rows: list[dict]) -> None:
+    """Appends rows to a CSV, which is made with its header when it is not there.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    if not new and (found := path.open().readline().strip()) != ",".join(columns):
+        raise ValueError(f"{path} must have the columns {','.join(columns)}, got {found}: name another file (--out)")
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)

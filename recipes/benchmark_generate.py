@@ -1,0 +1,268 @@
+"""`generate()` and the time to the first token of a whole model, sparse beside dense, on one GPU.
+
+    python -m nsa_hf.recipes.benchmark_generate --phase decode --systems nsa                    a minute and compiling
+    python -m nsa_hf.recipes.benchmark_generate --phase first-token --systems nsa,dense-cudnn   two minutes
+
+The model has random weights, the same in every system, and by default the shape of an 8B model: 15 GB, and 39 GB of
+keys and values at 64k tokens and batch 4. Rows are appended to a CSV as they come; `times_dense` is the fastest dense
+time of the same shape in the CSV over the row's own.
+
+decode: the prompt is read once, in one row, and copied to the others. Then `generate()` continues it from this cache,
+once to compile and once to be timed, from step to step. Systems:
+
+    nsa             static cache, which Transformers compiles into CUDA graphs; its logits are first compared with
+                    those of the PyTorch reference
+    nsa-dynamic     the cache that `generate()` makes by itself
+    dense-dynamic   the same of the dense model, SDPA
+    dense-static    static cache, compiled, SDPA with a mask
+    dense-flex      static cache, compiled, flex attention
+    dense-cut       static buffers cut on the host: no mask and no copies, a cache that Transformers does not have
+
+first-token: one forward over the prompt that fills a cache. Systems: nsa, dense-flash, dense-cudnn, dense-efficient.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from torch.nn.attention import sdpa_kernel
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import Cache
+
+from .benchmark_common import DENSE_KERNELS, STAMP, Heads, no_gpu, relative_error, stamp, write_rows
+from .benchmark_model import Shape, cut_back, filled_cache, make_model
+
+COLUMNS = (
+    *STAMP, "transformers", "model", "config", "tokens", "batch", "phase", "system", "median_ms", "p20_ms", "p80_ms",
+    "tokens_per_s", "warm_up_s", "peak_mib", "times_dense",
+)  # fmt: skip
+SYSTEMS = {
+    "decode": ("nsa", "nsa-dynamic", "dense-dynamic", "dense-static", "dense-flex", "dense-cut"),
+    "first-token": ("nsa", *(f"dense-{kernel}" for kernel in DENSE_KERNELS)),
+}
+# steps before those that are timed, and steps that are compared
+WARM_UP, COMPARED = 8, 4
+# bf16 has 8 bits, and the error of a logit is that of some dozen layers
+WRONG = 0.1
+DEVICE = "cuda"
+
+
+def wait(device: str) -> float:
+    """The time when everything is done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def check(model: Any, ids: Tensor, cache: Cache) -> float:
+    """How far logits of `generate()` from a cache are off those of the reference attention, as a share of their norm.
+
+    The cache holds at least all of `ids [B, n]` but the last. Only as much of it is used as the selection attends to
+    whole: with random weights many blocks are as good as others, and which are chosen is decided by rounding. Every
+    step is done anew without compiling; the keys and values of these steps stay in the cache.
+    """
+    held = min(ids.shape[1], model.config.nsa_sizes.exact_tokens - COMPARED) - 1
+    options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    cut_back(cache, held)
+    found = model.generate(ids[:, : held + 1], past_key_values=cache, max_new_tokens=COMPARED, **options)
+    cut_back(cache, held)
+    model.set_attn_implementation("eager")
+    new = found.sequences[:, held:-1]
+    truth = [model(token, past_key_values=cache, use_cache=True).logits[:, -1] for token in new.split(1, dim=1)]
+    model.set_attn_implementation("nsa")
+    return relative_error(torch.stack(found.logits), torch.stack(truth).double())
+
+
+class Stamps(StoppingCriteria):
+    """Stops nothing, and keeps when each step was done on the host, which waits for the one before."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def decode(model: Any, ids: Tensor, system: str, new: int) -> tuple[list[float], float]:
+    """Seconds of each step of `generate()`, and those of what came before, which compiles.
+
+    Args:
+        ids: `[B, n]`, the same in every row.
+        new: steps that are timed.
+
+    Raises:
+        ArithmeticError: the sparse model's result is wrong.
+    """
+    held, begin = ids.shape[1] - 1, time.perf_counter()
+    cache = filled_cache(model, ids[:, :held], system, ids.shape[1] + WARM_UP + new)
+    if system == "dense-flex":
+        model.set_attn_implementation("flex_attention")
+    if system == "nsa":
+        error = check(model, ids, cache)
+        print(f"{system}: logits off those of the reference by {error:.3f} of their norm", flush=True)
+        if not error <= WRONG:
+            raise ArithmeticError(f"the logits are off by {error:.3f} of their norm")
+        cut_back(cache, held)
+    options: dict[str, Any] = {"past_key_values": cache, "do_sample": False}
+    model.generate(ids, max_new_tokens=WARM_UP, **options)
+    cut_back(cache, held)
+    stamps = Stamps()
+    start = time.perf_counter()
+    model.generate(ids, max_new_tokens=WARM_UP + new, stopping_criteria=StoppingCriteriaList([stamps]), **options)
+    times = stamps.times[WARM_UP - 1 :]
+    return [b - a for a, b in zip(times[:-1], times[1:], strict=True)], start - begin
+
+
+def first_token(model: Any, ids: Tensor, system: str, repeats: int = 2) -> tuple[list[float], float]:
+    """Seconds from the prompt `[B, n]` to the first token, each time anew, and those of the first call."""
+    kernel = DENSE_KERNELS.get(system.removeprefix("dense-"))
+    times = []
+    for _ in range(repeats + 1):
+        cache, start = DynamicCache(config=model.config), wait(ids.device.type)
+        with sdpa_kernel(kernel) if kernel else nullcontext():
+            model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+        times.append(wait(ids.device.type) - start)
+        del cache
+    return times[1:], times[0]
+
+
+def graphs() -> str:
+    """What `torch.compile` made since the last call: without graph breaks and skips a step is one launch."""
+    from torch._dynamo.utils import counters
+
+    made, skipped = counters["stats"]["unique_graphs"], counters["inductor"]["cudagraph_skips"]
+    text = f"{made} graphs compiled, {sum(counters['graph_break'].values())} breaks, {skipped} CUDA graphs skipped"
+    counters.clear()
+    return text
+
+
+def measure(shape: Shape, tokens: int, batch: int, phase: str, system: str, new: int, device: str) -> dict[str, Any]:
+    """A row of the CSV but for its stamp: one system at one length."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    model = make_model(shape, tokens + WARM_UP + new, system.startswith("nsa"), device)
+    torch.manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (1, tokens), device=device).expand(batch, -1)
+    with torch.no_grad():
+        times, warm_up = decode(model, ids, system, new) if phase == "decode" else first_token(model, ids, system)
+    del model
+    gc.collect()
+    median, low, high = torch.tensor(times).quantile(torch.tensor([0.5, 0.2, 0.8])).tolist()
+    return {
+        "transformers": transformers.__version__, "model": shape.name, "config": shape.heads.name, "tokens": tokens,
+        "batch": batch, "phase": phase, "system": system, "median_ms": f"{median * 1e3:.3f}",
+        "p20_ms": f"{low * 1e3:.3f}", "p80_ms": f"{high * 1e3:.3f}",
+        "tokens_per_s": f"{batch * len(times) / sum(times):.2f}" if phase == "decode" else "",
+        "warm_up_s": f"{warm_up:.1f}",
+        "peak_mib": round(torch.cuda.max_memory_allocated() / 2**20) if device == "cuda" else "",
+    }  # fmt: skip
+
+
+def fastest_dense(path: Path, row: dict[str, Any]) -> float | None:
+    """The least milliseconds of a dense system in the CSV for a row's GPU and shape."""
+    same = ("gpu", "torch", "model", "config", "tokens", "batch", "phase")
+    times = []
+    if path.exists():
+        with path.open(newline="") as file:
+            for other in csv.DictReader(file):
+                if other["system"].startswith("dense") and all(other[name] == str(row[name]) for name in same):
+                    times.append(float(other["median_ms"]))
+    return min(times, default=None)
+
+
+def draw(path: Path) -> Path | None:
+    """Seconds to the first token over the prompt's length, the latest of each: `path` with `.png` for `.csv`.
+
+    None with a single length: there is nothing to see.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    times: dict[str, dict[int, float]] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row["phase"] == "first-token":
+                name = f"{row['model']} {row['config']}, {row['system']}"
+                times.setdefault(name, {})[int(row["tokens"])] = float(row["median_ms"]) / 1e3
+    if len({tokens for lengths in times.values() for tokens in lengths}) < 2:
+        return None
+    figure, axis = pyplot.subplots(figsize=(6, 4))
+    for name, lengths in sorted(times.items()):
+        found = sorted(lengths.items())
+        axis.plot([tokens / 1024 for tokens, _ in found], [seconds for _, seconds in found], marker="o", label=name)
+    axis.set(xlabel="tokens of the prompt (thousands)", ylabel="seconds to the first token", ylim=(0, None))
+    axis.legend(fontsize="small")
+    figure.tight_layout()
+    picture = path.with_suffix(".png")
+    figure.savefig(picture, dpi=120)
+    return picture
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--phase", choices=SYSTEMS, required=True)
+    parser.add_argument("--systems", help="separated by commas; default: all of the phase")
+    parser.add_argument("--tokens", help="lengths of the prompt; default: 65536, and 131072 too to the first token")
+    parser.add_argument("--batch", type=int, help="default: 4, and 1 to the first token")
+    parser.add_argument("--new", type=int, default=64, help="tokens that are timed")
+    parser.add_argument("--config", default="32:8:128", help="Hq:Hk:D")
+    parser.add_argument("--model", default="qwen3:36:4096:12288:32000", help="family:layers:hidden:intermediate:vocab")
+    parser.add_argument("--out", type=Path, default=Path("recipes/results/generate.csv"), help="CSV to append to")
+    parser.add_argument("--commit", default=None, help="what to write down as the commit; default: git's")
+    options = parser.parse_args(arguments)
+    decoding = options.phase == "decode"
+    systems = options.systems.split(",") if options.systems else SYSTEMS[options.phase]
+    if unknown := set(systems) - set(SYSTEMS[options.phase]):
+        parser.error(f"--systems of {options.phase} are {', '.join(SYSTEMS[options.phase])}, got {', '.join(unknown)}")
+    if no_gpu():
+        return 2
+    source, shape = stamp(options.commit), Shape(options.model, Heads.parse(options.config))
+    failed = False
+    for tokens in map(int, (options.tokens or ("65536" if decoding else "65536,131072")).split(",")):
+        # the dense ones first, so that the sparse one stands beside them
+        for system in sorted(systems):
+            given = (tokens, options.batch or (4 if decoding else 1), options.phase, system, options.new)
+            try:
+                row = source | measure(shape, *given, DEVICE)
+            except (ArithmeticError, RuntimeError) as error:
+                failed = True
+                print(f"error: {system}, {tokens} tokens: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+                continue
+            finally:
+                torch._dynamo.reset()
+                gc.collect()
+                torch.cuda.empty_cache()
+            least = fastest_dense(options.out, row)
+            if system.startswith("nsa") and least:
+                row["times_dense"] = f"{least / float(row['median_ms']):.2f}"
+            write_rows(options.out, COLUMNS, [row])
+            rate = f", {row['tokens_per_s']} tokens/s" if decoding else ""
+            beside = f", {row['times_dense']} times as fast as dense" if "times_dense" in row else ""
+            print(
+                f"{options.phase} {system:15} {tokens:7} tokens, batch {row['batch']}: {row['median_ms']} ms "
+                f"({row['p20_ms']} to {row['p80_ms']}){rate}{beside}; before {row['warm_up_s']} s, {graphs()}, "
+                f"peak {row['peak_mib']} MiB", flush=True,
+            )  # fmt: skip
+    if options.out.exists():
+        try:
+            print(f"{options.out}, {draw(options.out) or 'no picture of a single length'}")
+        except ImportError:
+            print(f"{options.out}; no picture, since matplotlib is not installed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

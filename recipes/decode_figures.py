@@ -1,0 +1,146 @@
+"""The bytes that a decoding step reads, and what `benchmark_decode` writes, says and draws of its time."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from nsa_hf.kernels import Sizes, n_blocks
+
+from .benchmark_common import STAMP, Heads, Times
+
+COLUMNS = (
+    *STAMP, "config", "tokens", "batch", "queries", "system", "part", "median_ms", "p20_ms", "p80_ms", "bytes",
+    "bytes_once", "gb_s", "share_of_card", "times_dense", "ceiling", "share_of_ceiling",
+)  # fmt: skip
+SIZES = Sizes()
+FULL = 4 << 30
+
+
+def token_bytes(heads: Heads) -> int:
+    """Keys and values of one token in bf16."""
+    return 2 * heads.kv_heads * (heads.key_dim + heads.value_dim)
+
+
+def full_batch(heads: Heads, tokens: int) -> int:
+    """The batch whose keys and values take 4 GiB."""
+    return max(1, FULL // (tokens * token_bytes(heads)))
+
+
+def tokens_read(tokens: int, queries: int = 1, *, once: bool = False) -> int:
+    """Tokens and compressed entries that one row of a step reads, of a text of `tokens`.
+
+    With several queries the forced blocks are read for all together, the others as if each query chose its own.
+
+    Args:
+        once: count the local blocks' tokens that lie in the window once.
+    """
+    s = SIZES
+    entries = n_blocks(tokens, s.kernel_size, s.kernel_stride)
+    forced = s.init_blocks + s.local_blocks
+    chosen = min((forced + queries * (s.topk - forced)) * s.block_size, tokens)
+    window = min(s.window_size + queries - 1, tokens)
+    local = tokens - max(0, (tokens - 1) // s.block_size - s.local_blocks + 1) * s.block_size
+    return entries + chosen + window - (min(local, window) if once else 0)
+
+
+def figures(
+    heads: Heads, tokens: int, batch: int, queries: int, system: str, times: Times, dense_ms: float | None, rate: float
+) -> dict[str, object]:
+    """A row of the CSV but for its stamp.
+
+    Args:
+        dense_ms: the fastest dense time, of a sparse step.
+        rate: bytes a second that the card copies.
+    """
+    row = batch * token_bytes(heads)
+    whole = read = once = tokens * row
+    if system == "nsa":
+        read, once = (tokens_read(tokens, queries, once=x) * row for x in (False, True))
+    gb_s = once / times[0] * 1e-6
+    found: dict[str, object] = {
+        "config": heads.name, "tokens": tokens, "batch": batch, "queries": queries, "system": system, "part": "step",
+        "bytes": read, "bytes_once": once, "gb_s": f"{gb_s:.0f}", "share_of_card": f"{gb_s * 1e9 / rate:.3f}",
+    }  # fmt: skip
+    found |= zip(("median_ms", "p20_ms", "p80_ms"), (f"{time:.5f}" for time in times), strict=True)
+    if dense_ms is not None:
+        faster, ceiling = dense_ms / times[0], whole / read
+        found |= {"times_dense": f"{faster:.2f}", "ceiling": f"{ceiling:.2f}"}
+        found["share_of_ceiling"] = f"{faster / ceiling:.3f}"
+    return found
+
+
+def printed(row: dict[str, object]) -> str:
+    beside = ""
+    if "ceiling" in row:
+        beside = (
+            f"  {row['times_dense']:>6} times dense, of {row['ceiling']}; {row['bytes']} bytes by the paper's count"
+        )
+    return (
+        f"{row['config']:9} {row['tokens']:7} batch {row['batch']:4} queries {row['queries']:2} {row['system']:18} "
+        f"{row['median_ms']:>9} ms  {row['bytes_once']:>11} bytes  {row['gb_s']:>5} GB/s, {row['share_of_card']} of "
+        f"the card's{beside}"
+    )
+
+
+Curves = dict[tuple[str, str, str], dict[int, float]]
+
+
+def read_curves(path: Path) -> Curves:
+    """Microseconds a row by length, of (`full` or `batch 1`, config, `dense` or `nsa`): the latest with one query."""
+    curves: Curves = {}
+    fastest: dict[tuple, float] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row["queries"] != "1" or row["part"] != "step":
+                continue
+            tokens, batch, time = int(row["tokens"]), int(row["batch"]), float(row["median_ms"])
+            full = full_batch(Heads.parse(row["config"]), tokens)
+            if batch not in (full, 1):
+                continue
+            kind, system = "full" if batch == full else "batch 1", "nsa" if row["system"] == "nsa" else "dense"
+            if system == "dense":
+                shape = (row["run_id"], kind, row["config"], tokens)
+                time = fastest[shape] = min(time, fastest.get(shape, time))
+            curves.setdefault((kind, row["config"], system), {})[tokens] = time / batch * 1e3
+    return curves
+
+
+def growth(curves: Curves) -> list[str]:
+    """How much more a token costs at the longest length than at the shortest, beside the bytes that it reads."""
+    lines = []
+    for (kind, config, system), times in sorted(curves.items()):
+        first, last = min(times), max(times)
+        if first < last:
+            read = tokens_read(last) / tokens_read(first) if system == "nsa" else last / first
+            grown = times[last] / times[first]
+            lines.append(f"{config} {kind}, {system}: {grown:.2f} times from {first} to {last}, bytes {read:.2f}")
+    return lines
+
+
+def draw(path: Path) -> Path:
+    """Time of a token over length, sparse and the fastest dense: `path` with `.png` for `.csv`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    curves = read_curves(path)
+    configs = sorted({config for _, config, _ in curves})
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4))
+    titles = {"full": "4 GiB of keys and values", "batch 1": "batch 1"}
+    for axis, (kind, title) in zip(axes, titles.items(), strict=True):
+        axis.set(title=title, xlabel="tokens (thousands)", xscale="log", yscale="log")
+        ticks = sorted({tokens / 1024 for key, times in curves.items() if key[0] == kind for tokens in times})
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.set_xticks([], minor=True)
+        for (_, config, system), times in sorted(x for x in curves.items() if x[0][0] == kind):
+            lengths, costs = zip(*sorted(times.items()), strict=True)
+            style = {"color": f"C{configs.index(config)}", "linestyle": "-" if system == "nsa" else "--"}
+            axis.plot([n / 1024 for n in lengths], costs, marker="o", label=f"{config}, {system}", **style)
+            axis.legend()
+    axes[0].set_ylabel("microseconds a row and layer")
+    figure.tight_layout()
+    picture = path.with_suffix(".png")
+    figure.savefig(picture, dpi=120)
+    return picture

@@ -1,0 +1,157 @@
+"""The generate benchmark on a CPU, with a tiny model: what it measures, refuses and draws."""
+
+from __future__ import annotations
+
+import csv
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CompileConfig, DynamicCache
+
+from nsa_hf.recipes import benchmark_generate
+from nsa_hf.recipes.benchmark_common import STAMP, Heads, write_rows
+from nsa_hf.recipes.benchmark_generate import COLUMNS, check, decode, draw, fastest_dense, first_token, graphs, main
+from nsa_hf.recipes.benchmark_model import Shape, filled_cache, make_model
+
+MODEL, HEADS, TOKENS = "qwen3:2:48:64:256", Heads.parse("6:2:16"), 300
+
+
+@pytest.fixture(scope="module", params=["nsa", "dense"])
+def model(request: pytest.FixtureRequest):
+    return request.param, make_model(Shape(MODEL, HEADS), 512, request.param == "nsa", "cpu")
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.randint(256, (1, TOKENS)).expand(2, -1)
+
+
+@torch.no_grad()
+def test_steps_are_timed_one_by_one(model, ids: torch.Tensor) -> None:
+    name, made = model
+    system = "nsa" if name == "nsa" else "dense-static"
+    shapes, started = [], time.perf_counter()
+    hook = made.model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    times, before = decode(made, ids, system, 5)
+    whole = time.perf_counter() - started
+    hook.remove()
+    assert len(times) == 5 and min(times) > 0 and before > 0
+    assert sum(times) + before <= whole
+    # the prompt but for one token is read once, in one row
+    assert shapes[0] == (1, TOKENS - 1) and set(shapes[1:]) == {(2, 1)}
+    compared = 2 * benchmark_generate.COMPARED if name == "nsa" else 0
+    assert len(shapes) == 1 + compared + 2 * benchmark_generate.WARM_UP + 5
+
+
+@torch.no_grad()
+def test_the_timed_steps_are_compiled_before(ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where Transformers compiles by itself: one graph, the same for all steps and all calls."""
+    made = make_model(Shape(MODEL, HEADS), 512, True, "cpu")
+    compiled = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
+    compiled._compile_all_devices = True
+    monkeypatch.setattr(made.generation_config, "compile_config", compiled)
+    torch._dynamo.reset()
+    graphs()
+    times, before = decode(made, ids, "nsa", 3)
+    assert graphs() == "1 graphs compiled, 0 breaks, 0 CUDA graphs skipped"
+    assert max(times) < before / 5, "compiling is not among the steps"
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_first_token(model, ids: torch.Tensor) -> None:
+    name, made = model
+    times, before = first_token(made, ids, "nsa" if name == "nsa" else "dense-flash", repeats=3)
+    assert len(times) == 3 and min(times) > 0 and before > 0
+
+
+@torch.no_grad()
+def test_a_wrong_step_is_not_timed(model, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, made = model
+    if name == "dense":
+        return
+    cache = filled_cache(made, ids[:, :-1], "nsa", TOKENS + 16)
+    assert check(made, ids, cache) < 0.01
+    forward = made.model.forward
+
+    def spoiled(*args, **kwargs):
+        result = forward(*args, **kwargs)
+        if made.config._attn_implementation == "nsa":
+            result.last_hidden_state.mul_(1.5)
+        return result
+
+    monkeypatch.setattr(made.model, "forward", spoiled)
+    with pytest.raises(ArithmeticError, match=r"the logits are off by 0\.5"):
+        decode(made, ids, "nsa", 2)
+
+
+def row(**changes) -> dict:
+    same = dict.fromkeys(STAMP, "x") | {"model": MODEL, "config": "6:2:16", "batch": 1, "phase": "first-token"}
+    return same | {"tokens": 64, "system": "nsa", "median_ms": "5.0"} | changes
+
+
+def test_the_fastest_dense_of_the_same_shape(tmp_path: Path) -> None:
+    path = tmp_path / "generate.csv"
+    assert fastest_dense(path, row()) is None
+    others = [row(system="dense-a", median_ms="1", **change) for change in ({"tokens": 128}, {"gpu": "y"})]
+    ours = [row(system="dense-a", median_ms="9.5"), row(system="dense-b", median_ms="8.5"), row(median_ms="2")]
+    write_rows(path, COLUMNS, [*others, *ours])
+    assert fastest_dense(path, row()) == 8.5
+
+
+def test_picture(tmp_path: Path) -> None:
+    path = tmp_path / "generate.csv"
+    write_rows(path, COLUMNS, [row(), row(phase="decode", tokens=32)])
+    assert draw(path) is None
+    write_rows(path, COLUMNS, [row(tokens=128), row(tokens=128, system="dense-flash")])
+    assert draw(path) == tmp_path / "generate.png" and (tmp_path / "generate.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["--phase", "decode"]) == 2
+    assert "needs a CUDA GPU" in capsys.readouterr().err
+
+
+def test_an_unknown_system(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["--phase", "first-token", "--systems", "dense-static"])
+    assert "--systems of first-token are nsa, dense-flash, dense-cudnn, dense-efficient, got dense-static" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(benchmark_generate, "no_gpu", lambda: False)
+    monkeypatch.setattr(benchmark_generate, "stamp", lambda commit: dict.fromkeys(STAMP, "x"))
+    monkeypatch.setattr(benchmark_generate, "DEVICE", "cpu")
+    out = tmp_path / "generate.csv"
+    shape = ["--config", "6:2:16", "--model", MODEL, "--out", str(out)]
+    decoding = ["--phase", "decode", "--systems", "nsa,dense-dynamic", "--tokens", "300", "--batch", "2", "--new", "3"]
+    assert main(shape + decoding) == 0
+    reading = ["--phase", "first-token", "--systems", "nsa,dense-flash", "--tokens", "64,300"]
+    assert main(shape + reading) == 0
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["phase"], r["system"], r["tokens"], r["batch"]) for r in rows] == [
+        ("decode", "dense-dynamic", "300", "2"), ("decode", "nsa", "300", "2"),
+        ("first-token", "dense-flash", "64", "1"), ("first-token", "nsa", "64", "1"),
+        ("first-token", "dense-flash", "300", "1"), ("first-token", "nsa", "300", "1"),
+    ]  # fmt: skip
+    for dense, sparse in zip(rows[::2], rows[1::2], strict=True):
+        beside = float(dense["median_ms"]) / float(sparse["median_ms"])
+        assert dense["times_dense"] == "" and float(sparse["times_dense"]) == pytest.approx(beside, abs=0.01)
+        for r in (dense, sparse):
+            assert 0 < float(r["p20_ms"]) <= float(r["median_ms"]) <= float(r["p80_ms"])
+            assert (float(r["tokens_per_s"] or 0) > 0) == (r["phase"] == "decode")
+    assert out.with_suffix(".png").exists()
+    # a system that fails: the others are measured, and the exit code says so
+    monkeypatch.setattr(DynamicCache, "batch_repeat_interleave", lambda *_: 1 / 0)
+    assert main(shape + decoding) == 1
+    assert "error: dense-dynamic, 300 tokens: division by zero" in capsys.readouterr().err
+    assert len(out.read_text().splitlines()) == 1 + len(rows) + 1
