@@ -83,7 +83,7 @@ def relative_error(x: Tensor, truth: Tensor) -> float:
 def measure(call: Callable[[], object], repeat_ms: int = 300) -> Times:
     """Median, 20th and 80th percentile in milliseconds, by events, the cache emptied between calls.
 
-    At least three calls after the first, and otherwise as many as take `repeat_ms`.
+    At least three calls after the first, and otherwise about as many as take `repeat_ms`, at most 100.
     """
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
 
@@ -98,15 +98,15 @@ def measure(call: Callable[[], object], repeat_ms: int = 300) -> Times:
 
     timed()
     once = timed()
-    count = max(3, min(100, round(repeat_ms / once)))
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+    more = max(2, min(99, round(repeat_ms / once)))
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(more)]
     for start, end in events:
         flush.zero_()
         start.record()
         call()
         end.record()
     torch.cuda.synchronize()
-    times = torch.tensor([start.elapsed_time(end) for start, end in events])
+    times = torch.tensor([once, *(start.elapsed_time(end) for start, end in events)])
     median, low, high = times.quantile(torch.tensor([0.5, 0.2, 0.8])).tolist()
     return median, low, high
 

@@ -37,6 +37,14 @@ TINY_LLAMA = {
 }
 
 
+@pytest.fixture(autouse=True)
+def gpu_memory_given_back(request: pytest.FixtureRequest):
+    """Several processes test on one GPU: none keeps what its last test had."""
+    yield
+    if request.node.get_closest_marker("gpu") is not None:
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture(scope="session")
 def tiny_config_kwargs() -> dict:
     """Fields of a tiny `LlamaConfig`; the vocabulary is the 256 bytes."""
