@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from attention_inputs import Shape, Sizes, make_inputs, with_gradients
+from torch.utils.checkpoint import checkpoint
 from triton_cases import CASES, SMALL, interpreter
 
 from nsa_hf.kernels import nsa_attention
@@ -84,12 +85,15 @@ def test_queries_before_the_first_token_are_not_read(process: ProcessPoolExecuto
     assert len(gradients) == 8 and all(bool(x.isfinite().all()) for x in gradients)
 
 
-def compiled() -> tuple[torch.Tensor, ...]:
+def done_in_other_ways() -> tuple[torch.Tensor, ...]:
     def double(q: torch.Tensor, **rest) -> torch.Tensor:
         return 2 * nsa_attention(q, **rest, backend="triton")
 
+    def checkpointed(q: torch.Tensor, **rest) -> torch.Tensor:
+        return checkpoint(lambda x: double(x, **rest), q, use_reentrant=False)
+
     found = []
-    for function in (double, torch.compile(double, fullgraph=True, backend="aot_eager")):
+    for function in (double, torch.compile(double, fullgraph=True, backend="aot_eager"), checkpointed):
         inputs = with_gradients(make_inputs(replace(SMALL, queries=9, keys=9), dtype=torch.float32))
         out = function(**inputs)
         out.sum().backward()
@@ -97,9 +101,10 @@ def compiled() -> tuple[torch.Tensor, ...]:
     return tuple(found)
 
 
-def test_compiled_into_one_graph(process: ProcessPoolExecutor) -> None:
-    found = process.submit(compiled).result()
-    assert all(torch.equal(a, b) for a, b in zip(found[:3], found[3:], strict=True))
+def test_compiled_into_one_graph_and_checkpointed(process: ProcessPoolExecutor) -> None:
+    found = process.submit(done_in_other_ways).result()
+    for other in (found[3:6], found[6:]):
+        assert all(torch.equal(a, b) for a, b in zip(found[:3], other, strict=True))
 
 
 def call(shape: Shape, dtype: torch.dtype) -> None:

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .sizes import Sizes
-from .triton_common import LOG2E, load_tile, padded
+from .triton_common import LOG2E, padded
 from .triton_decode_compressed import GROWING, cell_shape, compressed_partials, compressed_tiles, row_place
 from .triton_decode_select import decode_select
 from .triton_decode_selected import most_pieces, selected_partials, selected_tiles
@@ -36,44 +36,47 @@ START = 2.0
 
 
 @triton.jit
-def merge_splits(partial, lse, row, ROWS, SPLITS, D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr):
-    """The average `[DP]` over all splits of one branch and row; 0 where nothing was seen."""
-    split = tl.arange(0, BS)
-    acc, total = tl.zeros([DP], tl.float32), 0.0
-    top = float("-inf")
-    for first in tl.range(0, SPLITS, BS):
-        place = (first + split).to(tl.int64) * ROWS + row
-        lses = tl.load(lse + place, mask=first + split < SPLITS, other=float("-inf"))
-        new = tl.maximum(top, tl.max(lses, 0))
-        safe = tl.where(new == float("-inf"), 0.0, new)
-        weights, factor = tl.exp2(lses - safe), tl.exp2(top - safe)
-        x = load_tile(partial, place, D, lses > float("-inf"), D, DP)
-        acc = acc * factor + tl.sum(weights[:, None] * x, 0)
-        total = total * factor + tl.sum(weights, 0)
-        top = new
-    return acc / tl.where(total > 0, total, 1.0)
+def branch_weights(lses, mine, gate):
+    """What each of a branch's partial results counts, gate included; 0 for those of others and that saw nothing."""
+    lses = tl.where(mine, lses, float("-inf"))
+    top = tl.max(lses, 0)
+    weights = tl.exp2(lses - tl.where(top == float("-inf"), 0.0, top))
+    total = tl.sum(weights, 0)
+    return weights * (gate / tl.where(total > 0, total, 1.0))
 
 
 @triton.jit(do_not_specialize=GROWING)
 def decode_combine_kernel(
     partial, lse, gates, starts, lengths, out, T, S, HQ, CMP, SPLITS, D: tl.constexpr, DP: tl.constexpr,
-    BS_CMP: tl.constexpr, BS: tl.constexpr,
+    PP: tl.constexpr, DC: tl.constexpr,
 ):  # fmt: skip
-    """One program: one head of one query. `out = sum over the branches of gate * average`; 0 before the row's start."""
+    """One program: one head of one query. `out = sum over the branches of gate * average`; 0 before the row's start.
+
+    The partial results of the compressed, the selected and the window branch stand one behind another.
+    """
     row = tl.program_id(0).to(tl.int64)
-    rows = tl.num_programs(0)
+    index, cols = tl.arange(0, PP), tl.arange(0, DC)
+    exists, place = index < CMP + 2 * SPLITS, index.to(tl.int64) * tl.num_programs(0) + row
+    source = partial + place[:, None] * D + cols[None, :]
+    # asked for before the weights, on which nothing of it depends
+    x = tl.load(source, mask=exists[:, None] & (cols < D)[None, :], other=0.0)
+    lses = tl.load(lse + place, mask=exists, other=float("-inf"))
+    gates += row * 3
+    gate_cmp, gate_slc, gate_win = tl.load(gates), tl.load(gates + 1), tl.load(gates + 2)
     query = tl.program_id(0) // HQ
     _, first_query = row_place(starts, lengths, query // T, T, S)
     alive = first_query + query % T >= 0
-    gates += row * 3
-    acc = merge_splits(partial, lse, row, rows, CMP, D, DP, BS_CMP)
-    acc *= tl.load(gates, mask=alive, other=0.0).to(tl.float32)
-    for branch in tl.static_range(1, 3):
-        place = row + (CMP + (branch - 1) * SPLITS) * rows.to(tl.int64)
-        gate = tl.load(gates + branch, mask=alive, other=0.0).to(tl.float32)
-        acc += gate * merge_splits(partial, lse, place, rows, SPLITS, D, DP, BS)
-    cols = tl.arange(0, DP)
-    tl.store(out + row * D + cols, acc.to(out.dtype.element_ty), mask=cols < D)
+
+    selected = (index >= CMP) & (index < CMP + SPLITS)
+    weights = branch_weights(lses, index < CMP, gate_cmp.to(tl.float32))
+    weights += branch_weights(lses, selected, gate_slc.to(tl.float32))
+    weights += branch_weights(lses, index >= CMP + SPLITS, gate_win.to(tl.float32))
+    seen = (lses > float("-inf")) & alive
+    for first in tl.static_range(0, DP, DC):
+        if first > 0:
+            x = tl.load(source + first, mask=exists[:, None] & (first + cols < D)[None, :], other=0.0)
+        acc = tl.sum(tl.where(seen[:, None], weights[:, None] * x, 0.0), 0)
+        tl.store(out + row * D + first + cols, acc.to(out.dtype.element_ty), mask=first + cols < D)
 
 
 @cache
@@ -104,10 +107,10 @@ def combine(
 ) -> None:  # fmt: skip
     """Fills `out [B, T, Hq, Dv]` from the partial results of the compressed (`cmp`), selected and window branch."""
     _, batch, tokens, heads, dim = partial.shape
-    most = max(1, 4096 // padded(dim))
+    results = triton.next_power_of_2(cmp + 2 * splits)
     decode_combine_kernel[(batch * tokens * heads,)](
-        partial, lse, gates, starts, lengths, out, tokens, keys, heads, cmp, splits, D=dim, DP=padded(dim),
-        BS_CMP=min(most, triton.next_power_of_2(cmp)), BS=min(most, triton.next_power_of_2(splits)), num_warps=4,
+        partial, lse, gates, starts, lengths, out, tokens, keys, heads, cmp, splits, D=dim, DP=padded(dim), PP=results,
+        DC=max(16, min(padded(dim), 8192 // results)), num_warps=4,
     )  # fmt: skip
 
 

@@ -164,10 +164,10 @@ def setup_context(ctx, inputs, output) -> None:
 
 
 def backward(ctx, grads):
-    *tensors, selection = ctx.saved_tensors[:9]
-    saved = list(ctx.saved_tensors[9:])
     if grads[0] is None:
         return (None,) * 13
+    q, k, v, k_cmp, v_cmp, gates, k_win, v_win, selection, *saved = ctx.saved_tensors  # unpacked once, or recomputed
+    tensors = (q, k, v, k_cmp, v_cmp, gates, k_win, v_win)
     dout = grads[0].contiguous()
     found = backward_op(dout, *tensors, ctx.packed, selection, saved, ctx.sizes, ctx.scale)
     own_window = found[6:] if len(found) > 6 else [None, None]
