@@ -11,10 +11,8 @@ complete file when it is started again (see staging.py).
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,7 @@ from nsa_hf.branches import dense_twin
 from nsa_hf.families import initial_nsa_state
 
 from . import manifest
-from .checkpoint import CheckpointError, Piece, TensorInfo, byte_view, pieces_of
+from .checkpoint import HASH, HASHES, CheckpointError, Piece, TensorInfo, byte_view, pieces_of
 from .layout import Layout, dtype_name, layout_of, nsa_options, parse_dtype, target_config
 from .loading import reading, transformers_progress
 from .shards import ShardWriter, check_space
@@ -91,7 +89,7 @@ def convert(
         check_output(out, overwrite, keep=(source.folder,))
         with reading(source.folder / "config.json"):
             config = target_config(source.config, options, as_dtype)
-            layout = layout_of(config)
+            layout = layout_of(config).as_stored(source.table)
         names = layout.check(source.table, str(src))
         refuse_integers(source, names)
         with resumable_folder(out, _job(source, config, asked), overwrite) as stage:
@@ -123,6 +121,7 @@ def _job(source: Source, config: PreTrainedConfig, asked: Mapping[str, Any]) -> 
         "config": config.to_json_string(use_diff=False),
         "asked": dict(asked),
         "versions": manifest.versions(),
+        "hash": HASH,
     }
 
 
@@ -154,7 +153,7 @@ def _write(
     config.save_pretrained(stage.folder)
     companions = source.save_companions(stage.folder)
     tensors = {
-        name: manifest.entry(info, "source" if name in kept else "nsa", writer.sha256[name])
+        name: manifest.entry(info, "source" if name in kept else "nsa", writer.hashes[name])
         | ({"source": manifest.entry(source.table[name], "source", done.sources[name])} if name in done.sources else {})
         for name, info in table.items()
     }
@@ -172,7 +171,7 @@ class Done:
     """What is done of a conversion, noted in its stage.
 
     Attributes:
-        sources: sha256 of the source's tensors that are not written as they are, by name: cast to another dtype, or
+        sources: hashes of the source's tensors that are not written as they are, by name: cast to another dtype, or
             left out (copies of a tied tensor, and what the family ignores).
     """
 
@@ -192,9 +191,8 @@ class Done:
 
     def add_file(self, file: str) -> None:
         """Notes that a file is complete."""
-        self.files[file] = {name: self.writer.sha256[name] for name in self.writer.split.filename_to_tensors[file]}
-        # a copy of `sources`, to which another thread adds
-        self.stage.save_progress({"files": self.files, "sources": dict(self.sources)})
+        self.files[file] = {name: self.writer.hashes[name] for name in self.writer.split.filename_to_tensors[file]}
+        self.stage.save_progress({"files": self.files, "sources": self.sources})
 
 
 def carry(
@@ -211,39 +209,36 @@ def carry(
         CheckpointError: NaN or infinity in a tensor, or a stored copy of a tied tensor that differs from the original.
     """
     ties = {copy: original for copy, original in layout.tied.items() if copy in source.table}
-    # what is written as it is has its hash taken by the writer
+    # the writer takes the hash of what is written as it is
     others = {
         name
         for name, info in source.table.items()
         if (name not in kept or kept[name].dtype != info.dtype) and name not in done.sources
     }
     needed = {name for name in kept if writer.is_needed(name)}
-    digests: dict[str, Any] = {name: hashlib.sha256() for name in others}
+    digests = {name: HASHES[HASH]() for name in others}
     bad, cause = 0, ""
-    with ThreadPoolExecutor(1, "hash-others") as hashing:
-        for piece in source.pieces(needed | others):
-            name = piece.name
-            if name in others:
-                piece.uses.append(hashing.submit(digests[name].update, byte_view(piece.values).numpy().data))
-                if piece.last:
-                    piece.uses.append(hashing.submit(_note, done.sources, name, digests[name]))
-            if name not in needed:
-                continue
-            values = piece.values.to(kept[name].dtype)
-            if count := count_not_finite(values):
-                bad += count
-                cause = _cause(piece.values, kept[name].dtype)
-            if bad and piece.last:
-                raise CheckpointError(
-                    f"{source.name}: {name} {cause} {bad} NaN or infinite values of {piece.start + len(values)}"
-                )
-            piece.uses += writer.put(name, piece.start, values)
-            advance(piece)
-    if ties:
-        writer.settle()
-    sha256 = {**writer.sha256, **done.sources}
+    for piece in source.pieces(needed | others):
+        name = piece.name
+        if name in others:
+            digests[name].update(byte_view(piece.values).numpy().data)
+            if piece.last:
+                done.sources[name] = digests[name].hexdigest()
+        if name not in needed:
+            continue
+        values = piece.values.to(kept[name].dtype)
+        if count := count_not_finite(values):
+            bad += count
+            cause = _cause(piece.values, kept[name].dtype)
+        if bad and piece.last:
+            raise CheckpointError(
+                f"{source.name}: {name} {cause} {bad} NaN or infinite values of {piece.start + len(values)}"
+            )
+        piece.uses.append(writer.put(name, piece.start, values))
+        advance(piece)
+    hashes = {**writer.hashes, **done.sources}
     for copy, original in ties.items():
-        if sha256[copy] != sha256[original] or source.table[copy] != source.table[original]:
+        if hashes[copy] != hashes[original] or source.table[copy] != source.table[original]:
             raise CheckpointError(
                 f"{source.name}: the config ties {copy} to {original}, but the file holds two different tensors: "
                 "set tie_word_embeddings to false in its config.json, or drop one"
@@ -262,7 +257,7 @@ def copy_twins(
         return
     for piece in source.pieces(copies):
         for name in copies[piece.name]:
-            piece.uses += writer.put(name, piece.start, piece.values.to(dtype))
+            piece.uses.append(writer.put(name, piece.start, piece.values.to(dtype)))
             advance(piece)
 
 
@@ -279,10 +274,6 @@ def count_not_finite(values: Tensor) -> int:
 
 def _cause(stored: Tensor, target: torch.dtype) -> str:
     return "holds" if count_not_finite(stored) else f"does not fit {dtype_name(target)}: it would hold"
-
-
-def _note(sha256: dict[str, str], name: str, digest: Any) -> None:
-    sha256[name] = digest.hexdigest()
 
 
 def _target(stored: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:

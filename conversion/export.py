@@ -68,17 +68,22 @@ def export_dense(
             config = AutoConfig.from_pretrained(src)
         if not config.model_type.startswith(PREFIX):
             raise NsaError(f"{src} is a {config.model_type} model, expected one that `nsa-hf convert` wrote")
-        checkpoint, layout = SafetensorsCheckpoint(src), layout_of(config)
+        checkpoint = SafetensorsCheckpoint(src)
+        layout = layout_of(config).as_stored(checkpoint.table)
         table = {name: info for name, info in checkpoint.table.items() if name in layout.dense}
         lacking = sorted(layout.dense.keys() - table.keys())
         if lacking:
             raise CheckpointError(f"{src} lacks {len(lacking)} tensors that its config asks for, {lacking[0]} for one")
-        with staged_folder(out, overwrite) as stage, ShardWriter(stage, table, max_shard_size) as writer:
+        kind = manifests.hash_kind(manifest)
+        with (
+            staged_folder(out, overwrite) as stage,
+            ShardWriter(stage, table, max_shard_size, hash_kind=kind) as writer,
+        ):
             check_space(stage, writer.bytes_to_come)
             for piece in checkpoint.pieces(table):
-                piece.uses += writer.put(piece.name, piece.start, piece.values)
+                piece.uses.append(writer.put(piece.name, piece.start, piece.values))
             writer.finish()
-            report = _report(src, manifest, config.model_type, writer.sha256)
+            report = _report(src, manifest, config.model_type, writer.hashes)
             report["dropped"] = sum(torch.Size(shape).numel() for shape in layout.added.values())
             dense_config_of(config).save_pretrained(stage)
             for name in manifest.get("companions", []):
@@ -88,20 +93,20 @@ def export_dense(
     return report
 
 
-def _report(src: Path, manifest: dict[str, Any], model_type: str, sha256: dict[str, str]) -> dict[str, Any]:
-    said = {name: manifest["tensors"].get(name, {}) for name in sha256}
+def _report(src: Path, manifest: dict[str, Any], model_type: str, hashes: dict[str, str]) -> dict[str, Any]:
+    said, kind = {name: manifest["tensors"].get(name, {}) for name in hashes}, manifests.hash_kind(manifest)
     if not manifest["trained"]:
-        changed = sorted(name for name in sha256 if said[name].get("sha256") != sha256[name])
+        changed = sorted(name for name in hashes if said[name].get(kind) != hashes[name])
         if changed:
             raise CheckpointError(
                 f"{src}: {len(changed)} tensors are not what its manifest says, {changed[0]} for one: convert again"
             )
     # what the source held is the entry itself, or where it was cast or trained the one inside it
-    kept = sum(said[name].get("source", said[name]).get("sha256") == sha256[name] for name in sha256)
+    kept = sum(said[name].get("source", said[name]).get(kind) == hashes[name] for name in hashes)
     report = {
         "model_type": model_type.removeprefix(PREFIX),
         "trained": manifest["trained"],
-        "tensors": len(sha256),
+        "tensors": len(hashes),
         "as_in_source": kept,
     }
     return {**report, "perplexity": _perplexity(src)} if manifest["trained"] else report

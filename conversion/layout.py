@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -41,16 +41,23 @@ class Layout:
     """The tensors of an NSA checkpoint.
 
     Attributes:
-        dense: shape of every tensor that the dense source must hold, by name.
+        dense: shape of every tensor that the dense source must hold, by name; experts one by one, as published.
+        fused: the same as the model itself holds them, all experts of a layer in one tensor; some are saved like that.
         added: shape of every new parameter, by name; all have `.nsa.` in it.
         tied: name to the name whose tensor it shares; stored once, under the latter.
         ignored: patterns of stored tensors that the family does not read.
     """
 
     dense: Mapping[str, tuple[int, ...]]
+    fused: Mapping[str, tuple[int, ...]]
     added: Mapping[str, tuple[int, ...]]
     tied: Mapping[str, str]
     ignored: tuple[re.Pattern[str], ...]
+
+    def as_stored(self, table: Mapping[str, TensorInfo]) -> Layout:
+        """This layout under the names that a checkpoint has: its own, or `fused` where a name says so."""
+        is_fused = any(name in self.fused and name not in self.dense for name in table)
+        return replace(self, dense=self.fused) if is_fused else self
 
     def check(self, table: Mapping[str, TensorInfo], source: str) -> list[str]:
         """The names to carry over, in the source's order: everything but tied copies and what the family ignores.
@@ -92,11 +99,12 @@ def layout_of(config: PreTrainedConfig) -> Layout:
     tied = dict(model.all_tied_weights_keys)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     # experts and their like are stored one by one, and put together in the model
-    dense = {name: tensor for name, tensor in model.state_dict().items() if ".nsa." not in name}
-    stored = {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, dense).items()}
+    fused = {name: tensor for name, tensor in model.state_dict().items() if ".nsa." not in name}
+    stored = {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, fused).items()}
     patterns = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     return Layout(
         dense={name: shape for name, shape in stored.items() if name not in tied},
+        fused={name: shapes[name] for name in fused if name not in tied},
         added={name: shape for name, shape in shapes.items() if ".nsa." in name},
         tied=tied,
         ignored=(IGNORED, *patterns),

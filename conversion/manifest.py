@@ -15,12 +15,12 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from .checkpoint import CheckpointError, TensorInfo, describe_file, tensor_sha256
+from .checkpoint import HASH, HASHES, CheckpointError, TensorInfo, describe_file, hash_tensor
 from .layout import dtype_name
 from .staging import write_json
 
 NAME = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 PACKAGES = ("nsa-hf", "torch", "transformers", "safetensors", "huggingface_hub", "gguf")
 
 
@@ -35,14 +35,19 @@ def versions() -> dict[str, str]:
     return found
 
 
-def describe(tensor: Tensor, origin: str) -> dict[str, Any]:
-    """One tensor's entry: dtype, shape, origin (`source` or `nsa`) and sha256 of its bytes."""
-    return entry(TensorInfo(tuple(tensor.shape), tensor.dtype), origin, tensor_sha256(tensor))
+def hash_kind(manifest: Mapping[str, Any]) -> str:
+    """What its tensors are hashed with: one of HASHES, and the name of the hash in each tensor's entry."""
+    return manifest.get("hash", "sha256")
 
 
-def entry(info: TensorInfo, origin: str, sha256: str) -> dict[str, Any]:
+def describe(tensor: Tensor, origin: str, kind: str = HASH) -> dict[str, Any]:
+    """One tensor's entry: dtype, shape, origin (`source` or `nsa`) and the hash of its bytes."""
+    return entry(TensorInfo(tuple(tensor.shape), tensor.dtype), origin, hash_tensor(tensor, kind), kind)
+
+
+def entry(info: TensorInfo, origin: str, digest: str, kind: str = HASH) -> dict[str, Any]:
     """As `describe`, for a tensor whose hash is known."""
-    return {"dtype": dtype_name(info.dtype), "shape": list(info.shape), "from": origin, "sha256": sha256}
+    return {"dtype": dtype_name(info.dtype), "shape": list(info.shape), "from": origin, kind: digest}
 
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
@@ -59,7 +64,7 @@ def describe_trained(tensor: Tensor, name: str, converted: Mapping[str, Any]) ->
         converted: the manifest of the conversion.
     """
     before = converted["tensors"].get(name, {"from": "nsa"})
-    after = describe(tensor, before["from"])
+    after = describe(tensor, before["from"], hash_kind(converted))
     return after if before["from"] == "nsa" else {**after, "source": before.get("source", before)}
 
 
@@ -83,6 +88,7 @@ def build(
     """
     return {
         "format": FORMAT,
+        "hash": HASH,
         "trained": False,
         "exact_up_to": config.nsa_topk * config.nsa_block_size,
         "source": dict(source),
@@ -121,16 +127,21 @@ def read(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged ({error!r}): convert again") from error
     if written > FORMAT:
         raise CheckpointError(f"{path} has format {written} and this version reads up to {FORMAT}: update nsa-hf")
+    if hash_kind(manifest) not in HASHES:
+        raise CheckpointError(
+            f"{path} has tensors hashed with {hash_kind(manifest)!r}, and this version knows {', '.join(HASHES)}: "
+            "update nsa-hf"
+        )
     return manifest
 
 
 def differences(manifest: Mapping[str, Any], tensors: Iterator[tuple[str, Tensor]]) -> list[str]:
     """Names of tensors that are not what the manifest says: changed in a single bit, lost, or new."""
-    expected = dict(manifest["tensors"])
+    expected, kind = dict(manifest["tensors"]), hash_kind(manifest)
     wrong = []
     for name, tensor in tensors:
         said = expected.pop(name, None)
-        if said is None or describe(tensor, said["from"]) != {key: said[key] for key in said if key != "source"}:
+        if said is None or describe(tensor, said["from"], kind) != {key: said[key] for key in said if key != "source"}:
             wrong.append(name)
     return sorted([*wrong, *expected])
 

@@ -66,7 +66,7 @@ def plan(
         config = target_config(source.config, options, parse_dtype(dtype))
         layout = layout_of(config)
         if isinstance(source, SafetensorsSource) and source.has_weights:
-            layout.check(source.table, str(src))
+            layout.as_stored(source.table).check(source.table, str(src))
     dense, added = (sum(map(_numel, shapes.values())) for shapes in (layout.dense, layout.added))
     layers = [_layer(config, layout, index) for index in range(config.num_hidden_layers)]
     return {

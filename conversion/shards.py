@@ -1,23 +1,22 @@
-"""Safetensors files written piece by piece, hashed as they are written, several at once if need be.
+"""Safetensors files written piece by piece, hashed on the way, several at once if need be.
 
     with ShardWriter(folder, table, "2GB") as writer:
         for piece in ...: writer.put(piece.name, piece.start, piece.values)
-        writer.finish()                  # the index; every hash is in writer.sha256 then
+        writer.finish()                  # the index; every hash is in writer.hashes then
 
 Names and split are those of Transformers' `save_pretrained`. Every file's header is known before its first tensor
-comes, so that no tensor has to be held: memory does not grow with the shards or the tensors. Hashing and writing run
-in threads of their own beside whoever reads.
+comes, so that no tensor has to be held: memory does not grow with the shards or the tensors. Writing runs in a
+thread of its own beside whoever reads; on a fast disk it is what takes longest.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,7 +26,17 @@ from torch import Tensor
 
 from nsa_hf.errors import NsaError
 
-from .checkpoint import BUFFERS, DTYPES, INDEX, SafetensorsCheckpoint, TensorInfo, byte_view, tensor_positions
+from .checkpoint import (
+    BUFFERS,
+    DTYPES,
+    HASH,
+    HASHES,
+    INDEX,
+    SafetensorsCheckpoint,
+    TensorInfo,
+    byte_view,
+    tensor_positions,
+)
 from .staging import OutputError, write_json
 
 # Bytes of one call that writes. Given two megabytes, Linux looks for page cache in huge pages: seen to be five times
@@ -44,11 +53,12 @@ class ShardWriter:
         folder: where the files go.
         table: shape and dtype of every tensor to come, by name.
         max_shard_size: of one file, in bytes or like "2GB"; a larger tensor has a file to itself.
-        on_file: called, in the thread that writes, whenever a file is complete.
+        on_file: called whenever a file is complete.
+        hash_kind: what tensors are hashed with, one of HASHES.
 
     Attributes:
         split: huggingface_hub's: which tensor goes where.
-        sha256: hash of every tensor's bytes that is written, by name.
+        hashes: of every tensor's bytes that came whole, by name.
 
     Raises:
         NsaError: a size that cannot be read.
@@ -60,8 +70,9 @@ class ShardWriter:
         table: Mapping[str, TensorInfo],
         max_shard_size: str | int,
         on_file: Callable[[str], None] = lambda name: None,
+        hash_kind: str = HASH,
     ):
-        self.folder, self.table, self.on_file = folder, table, on_file
+        self.folder, self.table, self.on_file, self._new_hash = folder, table, on_file, HASHES[hash_kind]
         try:
             self.split = split_state_dict_into_shards_factory(
                 dict(table),
@@ -73,13 +84,12 @@ class ShardWriter:
             raise NsaError(f"max_shard_size must be a number of bytes or like '2GB', got {max_shard_size!r}") from error
         self.file_of: dict[str, str] = dict(self.split.tensor_to_filename)
         self.lacking: dict[str, set[str]] = {file: set(names) for file, names in self.split.filename_to_tensors.items()}
-        self.sha256: dict[str, str] = {}
+        self.hashes: dict[str, str] = {}
         self._begin: dict[str, int] = {}
         self._files: dict[str, int] = {}
         self._passing: dict[str, tuple[Any, int]] = {}  # name: running hash, bytes so far
-        self._complete: deque[tuple[str, list[Future]]] = deque()
-        self._recent: deque[Future] = deque()
-        self._hashing, self._writing = ThreadPoolExecutor(1, "hash"), ThreadPoolExecutor(1, "write")
+        self._on_the_way: deque[tuple[Future[None], str, bool]] = deque()  # of a tensor, whether it ends there
+        self._writing = ThreadPoolExecutor(1, "write")
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -87,8 +97,7 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for pool in (self._hashing, self._writing):
-            pool.shutdown(wait=True, cancel_futures=True)
+        self._writing.shutdown(wait=True, cancel_futures=True)
         for handle in self._files.values():
             os.close(handle)
 
@@ -100,29 +109,29 @@ class ShardWriter:
         """Whether a tensor is still to come."""
         return name in self.lacking[self.file_of[name]]
 
-    def adopt(self, file: str, sha256: Mapping[str, str]) -> bool:
+    def adopt(self, file: str, hashes: Mapping[str, str]) -> bool:
         """Takes a file that an earlier process completed, if it is what that process said.
 
         Args:
             file: its name.
-            sha256: the hashes of its tensors.
+            hashes: of its tensors, as `self.hashes` had them.
         """
         try:
-            sound = sha256.keys() == self.lacking[file] and hash_tensors(self.folder, file, self.table) == dict(sha256)
+            sound = hashes.keys() == self.lacking[file] and self._hashes_in(file) == dict(hashes)
         except (KeyError, NsaError, OSError):
             return False
         if sound:
-            self.sha256.update(sha256)
+            self.hashes.update(hashes)
             self.lacking[file] = set()
         return sound
 
-    def put(self, name: str, start: int, values: Tensor) -> list[Future]:
-        """Writes a part of a tensor, in other threads.
+    def put(self, name: str, start: int, values: Tensor) -> Future[None]:
+        """Hashes a part of a tensor, and writes it in another thread.
 
         Args:
             name: of a tensor of the table; its parts come in order and without gaps.
             start: index of the first value in the flattened tensor.
-            values: `[n]`, on the CPU, of the table's dtype; must stay as they are until all that is returned is done.
+            values: `[n]`, on the CPU, of the table's dtype; must stay as they are until what is returned is done.
 
         Raises:
             OutputError: something that was put before could not be written.
@@ -131,32 +140,20 @@ class ShardWriter:
         assert values.dtype == info.dtype, f"{name} came as {values.dtype}, expected {info.dtype}"
         if file not in self._files:
             self._files[file] = self._open(file)
-        digest, so_far = self._passing.pop(name, None) or (hashlib.sha256(), 0)
+        digest, so_far = self._passing.pop(name) if name in self._passing else (self._new_hash(), 0)
         assert start * info.dtype.itemsize == so_far, f"{name}: bytes from {so_far} on were expected"
         data = byte_view(values).numpy().data
-        uses = [
-            self._hashing.submit(digest.update, data),
-            self._writing.submit(_write, self._files[file], data, self._begin[name] + so_far),
-        ]
-        # so that what was read cannot pile up in front of a slow disk
-        self._recent.append(uses[-1])
-        if len(self._recent) > BUFFERS:
-            wait([self._recent.popleft()])
+        written = self._writing.submit(_write, self._files[file], data, self._begin[name] + so_far)
+        digest.update(data)
         so_far += data.nbytes
         if so_far < info.nbytes:
             self._passing[name] = digest, so_far
         else:
-            self._complete.append((name, [*uses, self._hashing.submit(self._note, name, digest)]))
-        self._settle()
-        return uses
-
-    def settle(self) -> None:
-        """Waits until everything that was put is written and hashed.
-
-        Raises:
-            OutputError: something could not be written.
-        """
-        self._settle(all_of_it=True)
+            self.hashes[name] = digest.hexdigest()
+        self._on_the_way.append((written, name, so_far == info.nbytes))
+        # so that what was read cannot pile up in front of a slow disk
+        self._settle(BUFFERS)
+        return written
 
     def finish(self) -> None:
         """Waits for everything, and writes the index when there are several files.
@@ -164,14 +161,26 @@ class ShardWriter:
         Raises:
             OutputError: something could not be written.
         """
-        self.settle()
+        self._settle(0)
         late = [name for names in self.lacking.values() for name in names]
         assert not late, f"never came: {sorted(late)}"
         if self.split.is_sharded:
             write_json(self.folder / INDEX, {"metadata": self.split.metadata, "weight_map": self.file_of})
 
-    def _note(self, name: str, digest: Any) -> None:
-        self.sha256[name] = digest.hexdigest()
+    def _hashes_in(self, file: str) -> dict[str, str]:
+        """Of the tensors in a file, which must hold what `file_header` says and nothing behind it; else none.
+
+        Raises:
+            CheckpointError: the file is damaged or incomplete.
+        """
+        checkpoint = SafetensorsCheckpoint(self.folder, only=file)
+        expected = {name: self.table[name] for name in checkpoint.table if name in self.table}
+        if checkpoint.table != expected or tensor_positions(self.folder / file) != file_header(expected)[1]:
+            return {}
+        digests = {name: self._new_hash() for name in expected}
+        for piece in checkpoint.pieces(expected):
+            digests[piece.name].update(byte_view(piece.values).numpy().data)
+        return {name: digest.hexdigest() for name, digest in digests.items()}
 
     def _open(self, file: str) -> int:
         header, positions = file_header({name: self.table[name] for name in self.split.filename_to_tensors[file]})
@@ -183,14 +192,15 @@ class ShardWriter:
         except OSError as error:
             raise self._failed(file, error) from error
 
-    def _settle(self, all_of_it: bool = False) -> None:
-        """Does what follows when tensors are wholly hashed and written; the first may be, while later ones are not."""
-        while self._complete and (all_of_it or all(use.done() for use in self._complete[0][1])):
-            name, uses = self._complete.popleft()
+    def _settle(self, parts: int) -> None:
+        """Does what follows when parts are written; waits while more than `parts` are not."""
+        while self._on_the_way and (len(self._on_the_way) > parts or self._on_the_way[0][0].done()):
+            written, name, last = self._on_the_way.popleft()
             file = self.file_of[name]
             try:
-                for use in uses:
-                    use.result()
+                written.result()
+                if not last:
+                    continue
                 self.lacking[file].remove(name)
                 if not self.lacking[file]:
                     os.close(self._files.pop(file))
@@ -235,22 +245,6 @@ def file_header(table: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, {name: 8 + len(text) + place for name, place in begin.items()}
-
-
-def hash_tensors(folder: Path, file: str, table: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """sha256 of each tensor of a safetensors file, which must hold what `file_header` says and nothing behind it.
-
-    Raises:
-        CheckpointError: the file is damaged or incomplete.
-    """
-    checkpoint = SafetensorsCheckpoint(folder, only=file)
-    expected = {name: table[name] for name in checkpoint.table if name in table}
-    if checkpoint.table != expected or tensor_positions(folder / file) != file_header(expected)[1]:
-        return {}
-    digests: dict[str, Any] = {}
-    for piece in checkpoint.pieces(expected):
-        digests.setdefault(piece.name, hashlib.sha256()).update(byte_view(piece.values).numpy().data)
-    return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
 def _write(handle: int, data: memoryview, position: int) -> None:

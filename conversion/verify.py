@@ -24,7 +24,7 @@ from transformers import AutoConfig
 from nsa_hf.errors import NsaError
 
 from . import manifest as manifests
-from .checkpoint import SafetensorsCheckpoint, same_bits, tensor_sha256
+from .checkpoint import SafetensorsCheckpoint, hash_tensor, same_bits
 from .compare import compare_logits, final_hidden, has_tokenizer, next_tokens, token_windows
 from .layout import dtype_name
 from .loading import load_whole, reading, transformers_progress
@@ -172,9 +172,9 @@ def matches_manifest(source: Source, manifest: dict[str, Any]) -> bool:
     """Whether the source's files and tensors are those that the manifest was written of."""
     if source.identity()["files"] != manifest["source"]["files"]:
         return False
-    tensors = {**manifest["tensors"], **manifest["source"].get("left_out", {})}
-    hashes = {name: said.get("source", said)["sha256"] for name, said in tensors.items() if said["from"] == "source"}
-    return all(hashes.get(name) == tensor_sha256(tensor) for name, tensor in source.tensors())
+    tensors, kind = {**manifest["tensors"], **manifest["source"].get("left_out", {})}, manifests.hash_kind(manifest)
+    hashes = {name: said.get("source", said)[kind] for name, said in tensors.items() if said["from"] == "source"}
+    return all(hashes.get(name) == hash_tensor(tensor, kind) for name, tensor in source.tensors())
 
 
 def judge(

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import nsa_hf
+from nsa_hf.conversion import checkpoint as checkpoints
 from nsa_hf.conversion import convert, manifest
 from nsa_hf.conversion.checkpoint import CheckpointError, SafetensorsCheckpoint, same_bits
 from nsa_hf.conversion.shards import ShardWriter
@@ -256,6 +257,25 @@ def test_a_full_disk_while_writing_shards_is_a_clear_error(tiny_dense_dir, tmp_p
 
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(OutputError, match=r"cannot write model.* of the new model: No space left.*nothing was left"):
+        convert(tiny_dense_dir, tmp_path / "out", max_shard_size="50KB")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("fails_at", [0, 3, 40])
+def test_one_write_that_fails_is_not_forgotten_when_the_next_ones_succeed(
+    tiny_dense_dir, tmp_path, monkeypatch, fails_at
+):
+    write, calls = os.pwrite, []
+
+    def fail_once(handle, data, position):
+        calls.append(position)
+        if len(calls) == fails_at + 1:
+            raise OSError(errno.EIO, "Input/output error")
+        return write(handle, data, position)
+
+    monkeypatch.setattr(checkpoints, "PIECE", 1024)
+    monkeypatch.setattr(os, "pwrite", fail_once)
+    with pytest.raises(OutputError, match=r"cannot write model.* of the new model: Input/output error"):
         convert(tiny_dense_dir, tmp_path / "out", max_shard_size="50KB")
     assert list(tmp_path.iterdir()) == []
 

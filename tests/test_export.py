@@ -10,7 +10,7 @@ import torch
 from conftest import byte_tokenizer
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from test_families import SIZES, tokens
+from test_families import SIZES, check_converted_and_exported, tokens
 from tiny_families import tiny_dense
 from tiny_runs import tiny_run, write_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -103,6 +103,20 @@ def test_the_command(converted, tmp_path, capsys):
     assert cli.run(["export-dense", str(converted), str(tmp_path / "dense")]) == cli.WRONG_INPUT
     assert cli.run(["export-dense", str(converted), str(tmp_path / "dense"), "--overwrite", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["model_type"] == "llama"
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
+def test_experts_that_were_saved_fused_stay_fused(model_type, tmp_path):
+    """As Transformers holds them in memory, and saves them with `save_original_format=False`."""
+    check_converted_and_exported(tiny_dense(model_type).eval(), tmp_path, save_original_format=False)
+    names = SafetensorsCheckpoint(tmp_path / "nsa").table.keys()
+    assert "model.layers.1.mlp.experts.gate_up_proj" in names and not any(".experts.0." in name for name in names)
+    # experts of one layer are lacking: said under the names that the source has
+    weights = load_file(tmp_path / "dense" / "model.safetensors")
+    del weights["model.layers.1.mlp.experts.gate_up_proj"]
+    save_file(weights, tmp_path / "dense" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"1 missing tensors \(model.layers.1.mlp.experts.gate_up_proj\)$"):
+        convert(tmp_path / "dense", tmp_path / "other")
 
 
 @pytest.mark.parametrize("model_type", ["gemma3_text", "qwen3_moe"])

@@ -174,9 +174,9 @@ def check_saved_and_loaded(model: PreTrainedModel, folder: Path) -> None:
     assert type(pickle.loads(pickle.dumps(model.config))) is type(model.config)
 
 
-def check_converted_and_exported(dense: PreTrainedModel, folder: Path) -> None:
-    """As stored, and back: every tensor bit for bit, experts and fused projections as the family stores them."""
-    dense.save_pretrained(folder / "dense")
+def check_converted_and_exported(dense: PreTrainedModel, folder: Path, **saving) -> None:
+    """As stored, and back: every tensor bit for bit, experts and fused projections as the source stores them."""
+    dense.save_pretrained(folder / "dense", **saving)
     convert(folder / "dense", folder / "nsa", **SIZES)
     model = AutoModelForCausalLM.from_pretrained(folder / "nsa")
     with torch.no_grad():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nsa_hf.conversion import convert, manifest
-from nsa_hf.conversion.checkpoint import CheckpointError, SafetensorsCheckpoint, tensor_sha256
+from nsa_hf.conversion.checkpoint import CheckpointError, SafetensorsCheckpoint, hash_tensor
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def converted(tiny_dense_dir, tiny_sizes, tmp_path_factory):
 
 def test_it_says_what_was_made_from_what(converted, tiny_dense_dir, tiny_sizes):
     record = manifest.read(converted)
-    assert record["trained"] is False
+    assert (record["hash"], record["trained"]) == ("xxh3_128", False)
     assert record["exact_up_to"] == 64
     assert record["model_type"] == "nsa_llama"
     assert record["options"] == {
@@ -36,7 +36,7 @@ def test_every_written_tensor_has_its_hash_and_origin(converted):
     assert record["tensors"].keys() == checkpoint.table.keys()
     for name, tensor in checkpoint.tensors():
         entry = record["tensors"][name]
-        assert entry["sha256"] == tensor_sha256(tensor)
+        assert entry["xxh3_128"] == hash_tensor(tensor)
         assert (entry["shape"], entry["dtype"]) == (list(tensor.shape), "float32")
         assert entry["from"] == ("nsa" if ".nsa." in name else "source")
     assert manifest.differences(record, checkpoint.tensors()) == []
@@ -66,6 +66,10 @@ def test_differences_finds_a_single_bit_a_lost_and_a_new_tensor(converted):
         ("[]", "is damaged"),
         ("{}", "is damaged"),
         ('{"format": 1, "trained": false}', "lacks exact_up_to, source, tensors"),
+        (
+            '{"format": 2, "hash": "crc99", "trained": false, "exact_up_to": 1, "source": {}, "tensors": {}}',
+            "hashed with 'crc99', and this version knows xxh3_128, sha256: update nsa-hf",
+        ),
         ('{"format": 99, "trained": false, "exact_up_to": 1, "source": {}, "tensors": {}}', "format 99.*update nsa-hf"),
     ],
 )

@@ -16,8 +16,8 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nsa_hf.conversion import convert, manifest, render_verify, verify
-from nsa_hf.conversion.checkpoint import CheckpointError
+from nsa_hf.conversion import convert, export_dense, manifest, render_verify, verify
+from nsa_hf.conversion.checkpoint import CheckpointError, SafetensorsCheckpoint, hash_tensor
 from nsa_hf.conversion.verify import judge
 from nsa_hf.errors import NsaError
 
@@ -140,6 +140,30 @@ def test_a_single_flipped_bit_of_any_other_file_is_found(tiny_dense_dir, copy, m
     except NsaError:  # it cannot be read at all
         found = [False, [name], True]
     assert found == [False, [name], True]
+
+
+def with_earlier_hashes(folder: Path) -> Path:
+    """The folder as versions before xxh3_128 wrote it: format 1, sha256 in every entry, no word of a kind of hash."""
+    tensors = dict(SafetensorsCheckpoint(folder).tensors())
+
+    def change(record):
+        del record["hash"]
+        record["format"] = 1
+        for name, said in record["tensors"].items():
+            del said["xxh3_128"]
+            said["sha256"] = hash_tensor(tensors[name], "sha256")
+
+    edit_manifest(folder, change)
+    return folder
+
+
+def test_a_manifest_of_earlier_hashes_is_still_a_proof(tiny_dense_dir, copy, tmp_path):
+    result = verify(tiny_dense_dir, with_earlier_hashes(copy), length=100, documents=1)
+    assert (result["exact"], result["source_matches_manifest"]) == (True, True)
+    assert export_dense(copy, tmp_path / "dense")["as_in_source"] == 29
+    name = "model.layers.0.self_attn.nsa.compress_k.position"
+    flip_bit(copy, name)
+    assert verify(tiny_dense_dir, copy, length=100, documents=1)["tensors"]["unlike_manifest"] == [name]
 
 
 def test_a_changed_weight_is_found_even_if_the_manifest_was_changed_too(tiny_dense_dir, copy):
