@@ -27,6 +27,7 @@ from nsa_hf.branches import dense_twin
 from nsa_hf.families import initial_nsa_state
 
 from . import manifest
+from .casts import Casts
 from .checkpoint import HASH, HASHES, CheckpointError, Piece, TensorInfo, byte_view, pieces_of
 from .layout import Layout, dtype_name, layout_of, nsa_options, parse_dtype, target_config
 from .loading import reading, transformers_progress
@@ -217,7 +218,7 @@ def carry(
     }
     needed = {name for name in kept if writer.is_needed(name)}
     digests = {name: HASHES[HASH]() for name in others}
-    bad, cause = 0, ""
+    casts, bad, cause = Casts(), 0, ""
     for piece in source.pieces(needed | others):
         name = piece.name
         if name in others:
@@ -226,7 +227,7 @@ def carry(
                 done.sources[name] = digests[name].hexdigest()
         if name not in needed:
             continue
-        values = piece.values.to(kept[name].dtype)
+        values, uses = casts.to(piece, kept[name].dtype)
         if count := count_not_finite(values):
             bad += count
             cause = _cause(piece.values, kept[name].dtype)
@@ -234,7 +235,7 @@ def carry(
             raise CheckpointError(
                 f"{source.name}: {name} {cause} {bad} NaN or infinite values of {piece.start + len(values)}"
             )
-        piece.uses.append(writer.put(name, piece.start, values))
+        uses.append(writer.put(name, piece.start, values))
         advance(piece)
     hashes = {**writer.hashes, **done.sources}
     for copy, original in ties.items():
@@ -255,9 +256,11 @@ def copy_twins(
             copies.setdefault(twin, []).append(name)
     if not copies:
         return
+    casts = Casts()
     for piece in source.pieces(copies):
+        values, uses = casts.to(piece, dtype)
         for name in copies[piece.name]:
-            piece.uses.append(writer.put(name, piece.start, piece.values.to(dtype)))
+            uses.append(writer.put(name, piece.start, values))
             advance(piece)
 
 

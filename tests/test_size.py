@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
+from statistics import median
 
 import pytest
 from big_checkpoint import Cost, cost_of, write_big_llama
@@ -48,12 +49,13 @@ def test_a_sharded_checkpoint_takes_little_memory_and_at_most_half_as_long_again
     size = write_big_llama(tmp_path / "src", 9, 2_500_000_000)
     assert size > 6e9
     copies, conversions = [], []
-    # in turn, since other work on the machine slows both down
-    for _ in range(3):
+    # in turn, since other work on the machine slows both down; the first time memory is touched that a host had taken
+    # back, which takes longer than everything else
+    for _ in range(6):
         copies.append(cost_of(["cp", "-r", str(tmp_path / "src"), str(tmp_path / "copy")]).seconds)
         shutil.rmtree(tmp_path / "copy")
         cost, seconds = convert_alone(tmp_path / "src", tmp_path / "out", options)
         conversions.append(seconds)
         assert cost.memory < 3 * 2**30
     print(f"{size / 1e9:.2f} GB: copies {copies} s, conversions {conversions} s, {cost.memory / 2**30:.2f} GiB")
-    assert sorted(conversions)[1] <= 1.5 * sorted(copies)[1], (conversions, copies)
+    assert median(conversions[1:]) <= 1.5 * median(copies[1:]), (conversions, copies)

@@ -79,9 +79,19 @@ def search_steps(count: int) -> int:
     return count.bit_length()
 
 
+# Triton's own, which kernels may call too, take some microseconds each.
+def cdiv(count: int, size: int) -> int:
+    """How many pieces of at most `size` there are in `count`."""
+    return -(-count // size)
+
+
+def next_power_of_2(count: int) -> int:
+    return 1 << max(0, count - 1).bit_length()
+
+
 def padded(dim: int) -> int:
     """The tile's width for a head of `dim` numbers: a power of two, at least what a matrix product needs."""
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, next_power_of_2(dim))
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .sizes import Sizes
-from .triton_common import LOG2E, padded
+from .triton_common import LOG2E, cdiv, next_power_of_2, padded
 from .triton_decode_compressed import GROWING, cell_shape, compressed_partials, compressed_tiles, row_place
 from .triton_decode_select import decode_select
 from .triton_decode_selected import most_pieces, selected_partials, selected_tiles
@@ -107,7 +107,7 @@ def combine(
 ) -> None:  # fmt: skip
     """Fills `out [B, T, Hq, Dv]` from the partial results of the compressed (`cmp`), selected and window branch."""
     _, batch, tokens, heads, dim = partial.shape
-    results = triton.next_power_of_2(cmp + 2 * splits)
+    results = next_power_of_2(cmp + 2 * splits)
     decode_combine_kernel[(batch * tokens * heads,)](
         partial, lse, gates, starts, lengths, out, tokens, keys, heads, cmp, splits, D=dim, DP=padded(dim), PP=results,
         DC=max(16, min(padded(dim), 8192 // results)), num_warps=4,
@@ -130,10 +130,10 @@ def decode_op(
     tiles = compressed_tiles(q, v, tokens * (heads // kv_heads))
     cell, cells = cell_shape(size, tiles["BN"])
     tile = tiles["BN"] // cell
-    row_tiles = triton.cdiv(tokens * (heads // kv_heads), tiles["BM"])
-    cmp = split_count(batch * kv_heads * row_tiles, triton.cdiv(blocks * cells, tile), q.device)
+    row_tiles = cdiv(tokens * (heads // kv_heads), tiles["BM"])
+    cmp = split_count(batch * kv_heads * row_tiles, cdiv(blocks * cells, tile), q.device)
     near = selected_tiles(q, v, heads // kv_heads, size)
-    head_tiles = triton.cdiv(heads // kv_heads, near["BM"])
+    head_tiles = cdiv(heads // kv_heads, near["BM"])
     pieces = most_pieces(size, near["BN"], keys, k_win is None)
     splits = split_count(batch * tokens * kv_heads * head_tiles, pieces, q.device)
 
@@ -143,7 +143,7 @@ def decode_op(
     scores = None
     if chooses:
         # what a tile leaves is for a block further on
-        wide = (triton.cdiv(blocks * cells, 16) * 16, triton.cdiv(blocks * cells, tile) + cells)
+        wide = (cdiv(blocks * cells, 16) * 16, cdiv(blocks * cells, tile) + cells)
         scores = tuple(torch.empty(batch, tokens, heads, width, **float32) for width in wide)
     selection = torch.empty(batch, tokens, kv_heads, size.topk, dtype=torch.int32, device=q.device)
     out = q.new_empty(batch, tokens, heads, dim)

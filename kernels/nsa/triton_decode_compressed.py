@@ -16,7 +16,9 @@ from .sizes import Sizes
 from .triton_common import (
     SMALL_SHARED_MEMORY,
     bytes_a_row,
+    cdiv,
     load_tile,
+    next_power_of_2,
     online_softmax_update,
     padded,
     precision,
@@ -129,7 +131,7 @@ def compressed_kernel(
 def compressed_tiles(q: Tensor, v: Tensor, rows: int) -> dict[str, int]:
     """Rows and entries of a program at a time: 64 entries of 256 bytes are in flight twice."""
     row, small = bytes_a_row(q, v.shape[-1]), shared_memory(q.device) < SMALL_SHARED_MEMORY
-    most = max(16, triton.next_power_of_2(rows))
+    most = max(16, next_power_of_2(rows))
     if q.dtype == torch.float32:
         tiles = {"BM": 16, "BN": 32 if row <= 256 else 16, "num_warps": 4 if row <= 256 else 8, "num_stages": 2}
     elif row <= 256:
@@ -142,7 +144,7 @@ def compressed_tiles(q: Tensor, v: Tensor, rows: int) -> dict[str, int]:
 def cell_shape(sizes: Sizes, places: int) -> tuple[int, int]:
     """Entries of a cell (a power of two) and cells of a block, where a tile has that many places."""
     ratio = sizes.block_size // sizes.kernel_stride
-    cell = min(triton.next_power_of_2(ratio), places)
+    cell = min(next_power_of_2(ratio), places)
     return cell, -(-ratio // cell)
 
 
@@ -165,7 +167,7 @@ def compressed_partials(
     kv_heads, value_dim = k_cmp.shape[2], v_cmp.shape[3]
     cell, cells = cell_shape(sizes, tiles["BN"])
     sums, carried = scores or (partial_lse, partial_lse)
-    programs = splits * batch * kv_heads * triton.cdiv(tokens * (heads // kv_heads), tiles["BM"])
+    programs = splits * batch * kv_heads * cdiv(tokens * (heads // kv_heads), tiles["BM"])
     compressed_kernel[(programs,)](
         q, k_cmp, v_cmp, starts, lengths, partial, partial_lse, sums, carried, scale_log2, tokens, keys, heads,
         kv_heads, batch * tokens * heads, sums.shape[-1], carried.shape[-1], splits, *strides(k_cmp), *strides(v_cmp),

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .sizes import Sizes
+from .triton_common import next_power_of_2
 from .triton_decode_compressed import GROWING, row_place
 
 # Blocks that are sorted at once; a program takes that many after another.
@@ -108,9 +109,9 @@ def decode_select_kernel(
 
 def select_shape(heads: int, chosen: int, blocks: int, tile: int) -> dict[str, int]:
     """How many blocks and heads a program takes at a time."""
-    kept = max(2, triton.next_power_of_2(chosen))
-    at_once = max(16, tile, kept, min(AT_ONCE, triton.next_power_of_2(blocks)))
-    together = max(1, min(triton.next_power_of_2(heads), 8192 // at_once))
+    kept = max(2, next_power_of_2(chosen))
+    at_once = max(16, tile, kept, min(AT_ONCE, next_power_of_2(blocks)))
+    together = max(1, min(next_power_of_2(heads), 8192 // at_once))
     return {
         "KP": kept,
         "BJ": at_once,
@@ -139,7 +140,7 @@ def decode_select(
         sums, carried, partial_lse, starts, lengths, selection, splits, tokens, keys, heads, kv_heads,
         batch * tokens * heads, sums.shape[-1], carried.shape[-1], sizes.topk,
         KERNEL=sizes.kernel_size, STRIDE=sizes.kernel_stride, BLOCK=sizes.block_size, INIT=sizes.init_blocks,
-        LOCAL=sizes.local_blocks, TOPK=sizes.topk, SLOTSP=triton.next_power_of_2(sizes.topk), CELL=cell[0],
-        CELLS=cell[1], TILE=cell[2], SPLITSP=triton.next_power_of_2(splits), SCORES=scores is not None,
+        LOCAL=sizes.local_blocks, TOPK=sizes.topk, SLOTSP=next_power_of_2(sizes.topk), CELL=cell[0],
+        CELLS=cell[1], TILE=cell[2], SPLITSP=next_power_of_2(splits), SCORES=scores is not None,
         ONCE=blocks <= shape["BJ"], **shape,
     )  # fmt: skip

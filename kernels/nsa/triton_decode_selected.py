@@ -11,7 +11,9 @@ from .sizes import Sizes
 from .triton_common import (
     SMALL_SHARED_MEMORY,
     bytes_a_row,
+    cdiv,
     load_tile,
+    next_power_of_2,
     online_softmax_update,
     padded,
     precision,
@@ -134,7 +136,7 @@ def decode_selected_kernel(
 def selected_tiles(q: Tensor, v: Tensor, group: int, sizes: Sizes) -> dict[str, int]:
     """Heads and tokens of a program at a time; there are two sums of values [BM, Dv] in registers."""
     row, small = bytes_a_row(q, v.shape[-1]), shared_memory(q.device) < SMALL_SHARED_MEMORY
-    block = max(16, triton.next_power_of_2(sizes.block_size))
+    block = max(16, next_power_of_2(sizes.block_size))
     if q.dtype == torch.float32:
         tiles = {"BM": 16, "BN": 32 if row <= 256 else 16, "num_warps": 4 if row <= 256 else 8, "num_stages": 2}
     elif row <= 256:
@@ -162,11 +164,11 @@ def selected_partials(
     batch, tokens, heads, key_dim = q.shape
     keys, kv_heads, value_dim = k.shape[1], k.shape[2], v.shape[3]
     near_k, near_v = (k, v) if k_win is None or v_win is None else (k_win, v_win)
-    programs = splits * batch * tokens * kv_heads * triton.cdiv(heads // kv_heads, tiles["BM"])
+    programs = splits * batch * tokens * kv_heads * cdiv(heads // kv_heads, tiles["BM"])
     decode_selected_kernel[(programs,)](
         q, k, v, near_k, near_v, selection, starts, lengths, partial, partial_lse, scale_log2, tokens, keys,
         near_k.shape[1], heads, kv_heads, batch * tokens * heads, sizes.topk, sizes.window_size, splits, *strides(k),
         *strides(v), *strides(near_k), *strides(near_v), DK=key_dim, DKP=padded(key_dim), DV=value_dim,
-        DVP=padded(value_dim), BLOCK=sizes.block_size, SLOTSP=triton.next_power_of_2(sizes.topk), SHARED=k_win is None,
+        DVP=padded(value_dim), BLOCK=sizes.block_size, SLOTSP=next_power_of_2(sizes.topk), SHARED=k_win is None,
         PRECISION=precision(q.dtype), **tiles,
     )  # fmt: skip

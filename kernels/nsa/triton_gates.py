@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_common import load_tile, padded, store_tile
+from .triton_common import cdiv, load_tile, padded, store_tile
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def gate_gradient_kernel(
 def combine(out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, gates: Tensor, relative: Tensor) -> Tensor:
     """`[B, T, Hq, Dv]`; `relative [B, T]` is negative for queries that are not real."""
     out, rows, dim = torch.empty_like(out_cmp), out_cmp.shape[:3].numel(), out_cmp.shape[3]
-    combine_kernel[(triton.cdiv(rows, 32),)](
+    combine_kernel[(cdiv(rows, 32),)](
         out_cmp, out_slc, out_win, gates, relative, out, rows, out.shape[2], D=dim, DP=padded(dim), BM=32, num_warps=4
     )
     return out
@@ -87,7 +87,7 @@ def gate_gradient(
     batch, tokens, heads, dim = dout.shape
     dgates, records = torch.empty_like(gates), torch.empty_like(gates, dtype=torch.float32)
     rows = records.new_empty(3, batch, heads, 3, tokens)
-    gate_gradient_kernel[(triton.cdiv(tokens, 32), batch * heads)](
+    gate_gradient_kernel[(cdiv(tokens, 32), batch * heads)](
         *outs, *lses, dout, gates, relative, dgates, rows, records, tokens, heads, D=dim, DP=padded(dim), BM=32,
         num_warps=4,
     )  # fmt: skip

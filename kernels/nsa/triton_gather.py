@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .sizes import Sizes
-from .triton_common import lower_bound, search_steps
+from .triton_common import cdiv, lower_bound, search_steps
 from .triton_layout import Layout
 
 
@@ -63,7 +63,7 @@ class Gather:
         first = self.offsets.new_empty(groups, parts + 1)
         part, chunk = self.offsets.new_empty(2, groups, items).unbind()
         count_items_kernel[(groups,)](self.offsets, first, parts, most, BM=1024, num_warps=4)
-        items_kernel[(triton.cdiv(items, 256), groups)](
+        items_kernel[(cdiv(items, 256), groups)](
             first, part, chunk, parts, items, search_steps(parts + 1), BM=256, num_warps=4
         )
         return WorkList(part, chunk, first, most)
@@ -161,14 +161,14 @@ def gather_queries(selection: Tensor, layout: Layout, sizes: Sizes, pieces: Piec
     none = pieces.groups * pieces.parts
     # half as many digits to sort by where that is enough
     keys = selection.new_empty(count, dtype=torch.int16 if none < 1 << 15 else torch.int32)
-    entry_keys_kernel[(triton.cdiv(a_head, 1024), heads)](
+    entry_keys_kernel[(cdiv(a_head, 1024), heads)](
         selection, layout.relative, layout.part_base, keys, tokens, kv_heads, topk, pieces.slots, pieces.tokens,
         pieces.parts, none, BLOCK=sizes.block_size, LOCAL=sizes.local_blocks, PER_BLOCK=layout.parts_a_block, BM=1024,
         num_warps=4,
     )  # fmt: skip
     ordered, order = keys.sort(stable=True)
     entries, offsets = selection.new_empty(count), selection.new_empty(none + 1)
-    offsets_kernel[(triton.cdiv(max(count, none + 1), 1024),)](
+    offsets_kernel[(cdiv(max(count, none + 1), 1024),)](
         ordered, order, entries, offsets, count, a_head, none + 1, search_steps(count), BM=1024, num_warps=4
     )
     return Gather(entries, offsets, pieces)
@@ -187,4 +187,4 @@ def launches(pieces: Pieces, entry_bytes: int, budget: int) -> list[tuple[int, i
 
 def entries_a_tile(rows: int, group: int) -> int:
     """Entries whose heads fill about `rows` rows."""
-    return max(1, triton.cdiv(rows, group))
+    return max(1, cdiv(rows, group))

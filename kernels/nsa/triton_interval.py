@@ -15,8 +15,10 @@ from torch import Tensor
 from .triton_common import (
     SMALL_SHARED_MEMORY,
     bytes_a_row,
+    cdiv,
     finish_softmax,
     load_tile,
+    next_power_of_2,
     online_softmax_update,
     padded,
     precision,
@@ -124,7 +126,7 @@ def forward_tiles(q: Tensor, v: Tensor, long_runs: bool) -> dict:
         tiles = {"BM": 128 if row <= 128 else 64, "BN": 64, "num_warps": 4, "num_stages": 2 if small else 3}
     else:
         tiles = {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 2}
-    return {**tiles, "BM": max(16, min(tiles["BM"], triton.next_power_of_2(q.shape[1])))}
+    return {**tiles, "BM": max(16, min(tiles["BM"], next_power_of_2(q.shape[1])))}
 
 
 def interval_forward(
@@ -139,7 +141,7 @@ def interval_forward(
     out = q.new_empty(batch, tokens, heads, v.shape[-1])
     lse = q.new_empty(batch, tokens, heads, dtype=torch.float32)
     tiles = forward_tiles(q, v, long_runs and tokens >= 1024)
-    grid = (triton.cdiv(tokens, tiles["BM"]), batch * heads)
+    grid = (cdiv(tokens, tiles["BM"]), batch * heads)
     interval_forward_kernel[grid](
         q, k, v, low, high, out, lse, scale_log2, tokens, k.shape[1], heads, k.shape[2], **widths(q, v), **tiles
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 from .triton_common import (
     SMALL_SHARED_MEMORY,
     bytes_a_row,
+    cdiv,
     load_tile,
     lower_bound,
     search_steps,
@@ -254,7 +255,7 @@ def interval_dq(
     """
     batch, tokens, heads, _ = q.shape
     tiles = backward_tiles(q, v, keys_outside=False)
-    grid = (triton.cdiv(tokens, tiles["BM"]), batch * heads)
+    grid = (cdiv(tokens, tiles["BM"]), batch * heads)
     low2, rows2 = second or (low, rows)
     interval_dq_kernel[grid](
         q, k, v, low, high, low2, dout, rows, rows2, dq, scale, scale_log2, tokens, k.shape[1], heads, k.shape[2],
@@ -295,9 +296,9 @@ def find_borders(q: Tensor, v: Tensor, layout: Layout, keys: int) -> tuple[Tenso
     """
     tiles = backward_tiles(q, v, keys_outside=True)
     batch, tokens = layout.relative.shape
-    count = triton.cdiv(keys, tiles["BN"])
+    count = cdiv(keys, tiles["BN"])
     borders = layout.runs.new_empty(3, batch, count, 4)
-    borders_kernel[(triton.cdiv(count, 64), batch, 3)](
+    borders_kernel[(cdiv(count, 64), batch, 3)](
         layout.runs, borders, tokens, count, search_steps(tokens), BN=tiles["BN"], BM=tiles["BM"], AT_ONCE=64,
         num_warps=2,
     )  # fmt: skip
@@ -317,7 +318,7 @@ def sum_splits_kernel(partial, out, NUMBERS, SPLITS, BM: tl.constexpr):
 
 def sum_splits(partial: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty_like(partial[0], dtype=dtype)
-    sum_splits_kernel[(triton.cdiv(out.numel(), 512),)](partial, out, out.numel(), len(partial), BM=512, num_warps=4)
+    sum_splits_kernel[(cdiv(out.numel(), 512),)](partial, out, out.numel(), len(partial), BM=512, num_warps=4)
     return out
 
 
@@ -339,10 +340,10 @@ def interval_dkv(
     if keys == 0:
         return k.new_zeros(k.shape, dtype=dtype), v.new_zeros(v.shape, dtype=dtype)
     tiles = backward_tiles(q, v, keys_outside=True)
-    count = triton.cdiv(keys, tiles["BN"])
+    count = cdiv(keys, tiles["BN"])
     splits = 1
     if few_keys:
-        splits = max(1, min(triton.cdiv(1024, count * batch * kv_heads), triton.cdiv(tokens, 4 * tiles["BM"])))
+        splits = max(1, min(cdiv(1024, count * batch * kv_heads), cdiv(tokens, 4 * tiles["BM"])))
     shape = (batch, keys, kv_heads)
     if splits > 1:
         assert add is None

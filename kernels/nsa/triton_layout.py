@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .sizes import Sizes
-from .triton_common import largest_part, lower_bound, search_steps
+from .triton_common import cdiv, largest_part, lower_bound, search_steps
 
 Run = tuple[Tensor, Tensor]
 
@@ -161,12 +161,12 @@ def find_layout(
         number = torch.arange(documents, dtype=torch.int32, device=q.device)
         part_bases = (starts // sizes.block_size + number) * pieces
     shape = {"BLOCK": sizes.block_size, "PACKED": documents > 0, "BM": 256, "num_warps": 4}
-    queries_kernel[(triton.cdiv(tokens, 256), batch)](
+    queries_kernel[(cdiv(tokens, 256), batch)](
         starts, ends, cmp_bases, part_bases, queries, tokens, keys - window_keys, sizes.window_size, documents,
         search_steps(documents), KERNEL=sizes.kernel_size, STRIDE=sizes.kernel_stride, LOCAL=sizes.local_blocks,
         **shape,
     )  # fmt: skip
-    parts_kernel[(triton.cdiv(parts_count, 256), batch)](
+    parts_kernel[(cdiv(parts_count, 256), batch)](
         starts, ends, part_bases, parts, parts_count, documents, search_steps(documents), pieces, part, **shape
     )
     return queries, parts

@@ -17,6 +17,7 @@ from .triton_common import (
     SMALL_SHARED_MEMORY,
     finish_softmax,
     load_tile,
+    next_power_of_2,
     online_softmax_update,
     shared_memory,
     store_tile,
@@ -108,8 +109,8 @@ def query_major_forward(
     small = shared_memory(q.device) < SMALL_SHARED_MEMORY
     query_major_kernel[(tokens, batch * kv_heads)](
         q, k, v, selection, layout.relative, layout.document, out, lse, scale_log2, tokens, k.shape[1], heads,
-        kv_heads, selection.shape[-1], GP=max(16, triton.next_power_of_2(heads // kv_heads)),
-        BN=max(16, min(32, triton.next_power_of_2(sizes.block_size))), BLOCK=sizes.block_size, **shape,
+        kv_heads, selection.shape[-1], GP=max(16, next_power_of_2(heads // kv_heads)),
+        BN=max(16, min(32, next_power_of_2(sizes.block_size))), BLOCK=sizes.block_size, **shape,
         num_warps=4 if wide else 2, num_stages=2 if wide or small else 3,
     )  # fmt: skip
     return out, lse

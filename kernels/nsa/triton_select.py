@@ -12,7 +12,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .sizes import Sizes
-from .triton_common import SMALL_SHARED_MEMORY, bytes_a_row, load_tile, padded, precision, shared_memory
+from .triton_common import (
+    SMALL_SHARED_MEMORY,
+    bytes_a_row,
+    cdiv,
+    load_tile,
+    next_power_of_2,
+    padded,
+    precision,
+    shared_memory,
+)
 from .triton_layout import Layout
 
 MOST_CHOSEN = 256
@@ -229,20 +238,20 @@ def select(q: Tensor, k_cmp: Tensor, lse: Tensor, layout: Layout, sizes: Sizes, 
         selection = q.new_full((batch, tokens, kv_heads, sizes.topk), -1, dtype=torch.int32)
     else:
         selection = q.new_empty(batch, tokens, kv_heads, sizes.topk, dtype=torch.int32)
-    width = triton.next_power_of_2(heads // kv_heads)
-    kept = 2 if every else max(2, triton.next_power_of_2(chosen))
+    width = next_power_of_2(heads // kv_heads)
+    kept = 2 if every else max(2, next_power_of_2(chosen))
     tiles = select_tiles(q, width)
     rows = max(tiles["rows"], width)
-    columns = max(1, tiles["columns"] // triton.next_power_of_2(sizes.block_size // sizes.kernel_stride))
+    columns = max(1, tiles["columns"] // next_power_of_2(sizes.block_size // sizes.kernel_stride))
     bt = max(1, rows // width)
     if every:
         bt = 16
-    select_kernel[(triton.cdiv(tokens, bt), batch * kv_heads)](
+    select_kernel[(cdiv(tokens, bt), batch * kv_heads)](
         q, k_cmp, lse, layout.relative, layout.document, layout.compressed[0], selection, scale_log2, tokens,
         k_cmp.shape[1], heads, kv_heads, sizes.topk,
         DK=key_dim, DKP=padded(key_dim), GP=width, BT=bt, BJ=columns, KERNEL=sizes.kernel_size,
         STRIDE=sizes.kernel_stride, BLOCK=sizes.block_size, INIT=sizes.init_blocks, LOCAL=sizes.local_blocks,
-        CHOSEN=chosen, KP=kept, TOPK=topk, TOPKP=triton.next_power_of_2(topk), EVERY=every, PACKED=layout.packed,
+        CHOSEN=chosen, KP=kept, TOPK=topk, TOPKP=next_power_of_2(topk), EVERY=every, PACKED=layout.packed,
         PRECISION=precision(q.dtype), num_warps=tiles["num_warps"], num_stages=tiles["num_stages"],
     )  # fmt: skip
     return selection

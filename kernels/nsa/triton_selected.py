@@ -15,7 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .sizes import Sizes
-from .triton_common import SMALL_SHARED_MEMORY, bytes_a_row, load_tile, padded, shared_memory, store_tile
+from .triton_common import (
+    SMALL_SHARED_MEMORY,
+    bytes_a_row,
+    cdiv,
+    load_tile,
+    next_power_of_2,
+    padded,
+    shared_memory,
+    store_tile,
+)
 from .triton_gather import Gather, Pieces, cut_queries, entries_a_tile, launches
 from .triton_interval import widths
 from .triton_interval_backward import weight_gradient
@@ -243,7 +252,7 @@ def gather_tiles(q: Tensor, v: Tensor, layout: Layout, backward: bool) -> dict:
         tiles = {"BM": 64, "num_warps": 4, "num_stages": 3 if backward and row <= 128 and not small else 1}
     else:
         tiles = {"BM": 16 if small else 32, "num_warps": 8 if backward else 4, "num_stages": 1}
-    return {**tiles, "BN": max(16, triton.next_power_of_2(layout.part_size))}
+    return {**tiles, "BN": max(16, next_power_of_2(layout.part_size))}
 
 
 def merge_shape(sizes: Sizes, layout: Layout, keys: int) -> dict:
@@ -274,7 +283,7 @@ def selected_forward(
             partial, partial_lse, scale_log2, first, tokens, keys, heads, kv_heads, per_piece, pieces.slots,
             pieces.parts, pieces.tokens, work.most, **widths(q, v), **tiles,
         )  # fmt: skip
-        merge_kernel[(triton.cdiv(pieces.tokens * group, merge["BM"]), count)](
+        merge_kernel[(cdiv(pieces.tokens * group, merge["BM"]), count)](
             partial, partial_lse, layout.relative, out, lse, first, tokens, heads, kv_heads, per_piece, pieces.slots,
             pieces.tokens, **shape, **merge,
         )  # fmt: skip
@@ -309,12 +318,12 @@ def selected_backward(
         )  # fmt: skip
         for partial, total, factor in ((dk_partial, dk, scale), (dv_partial, dv, 1.0)):
             numbers = layout.part_size * total.shape[-1]
-            sum_items_kernel[(pieces.parts, count, triton.cdiv(numbers, 512))](
+            sum_items_kernel[(pieces.parts, count, cdiv(numbers, 512))](
                 partial, work.first, layout.part_first, layout.part_end, total, factor, first, items, keys,
                 kv_heads, per_piece, pieces.parts, D=total.shape[-1], PART=layout.part_size, WIDTH=512, AT_ONCE=4,
                 num_warps=4,
             )  # fmt: skip
-        sum_dq_kernel[(triton.cdiv(pieces.tokens * group, merge["BM"]), count)](
+        sum_dq_kernel[(cdiv(pieces.tokens * group, merge["BM"]), count)](
             dq_partial, layout.relative, dq_in, dq, scale, first, tokens, heads, kv_heads, per_piece, pieces.slots,
             pieces.tokens, DK=key_dim, DKP=padded(key_dim), **merge,
         )  # fmt: skip
