@@ -1,6 +1,6 @@
 """Everything that needs a CUDA GPU: the tests marked `gpu`, and when they are green the benchmarks. `make gpu` runs it.
 
-    python .ci/gpu.py                       all of it, about 25 minutes on an H100
+    python .ci/gpu.py                       all of it
     python .ci/gpu.py tests decode          only these stages: tests, operation, decode, generate
 
 Needs PyTorch, Transformers and pytest, and no installation: the package is imported from a tree of links.

@@ -1,6 +1,6 @@
 """One decoding step of the operation in a CUDA graph, beside every attention of PyTorch, in one run on one GPU.
 
-    python -m nsa_hf.recipes.benchmark_decode                                  two shapes, 8k to 128k: three minutes
+    python -m nsa_hf.recipes.benchmark_decode                                  two shapes, 8k to 128k
     python -m nsa_hf.recipes.benchmark_decode --configs 9:3:64 --queries 1,4   another shape; four tokens at a time
 
 Keys and values lie as in a static cache. "full" is the batch whose keys and values take 4 GiB. A graph walks over as

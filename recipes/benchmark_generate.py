@@ -1,7 +1,7 @@
 """`generate()` and the time to the first token of a whole model, sparse beside dense, on one GPU.
 
-    python -m nsa_hf.recipes.benchmark_generate --phase decode --systems nsa                    a minute and compiling
-    python -m nsa_hf.recipes.benchmark_generate --phase first-token --systems nsa,dense-cudnn   two minutes
+    python -m nsa_hf.recipes.benchmark_generate --phase decode --systems nsa
+    python -m nsa_hf.recipes.benchmark_generate --phase first-token --systems nsa,dense-cudnn
 
 The model has random weights, the same in every system, and by default the shape of an 8B model: 15 GB, and 39 GB of
 keys and values at 64k tokens and batch 4. Rows are appended to a CSV as they come; `times_dense` is the fastest dense
