@@ -1,6 +1,6 @@
 """Speed and memory of the operation and its parts on one GPU, beside FlashAttention-2 and cuDNN, in one run.
 
-    python -m nsa_hf.recipes.benchmark                                     every shape, 4k to 128k: five minutes once compiled
+    python -m nsa_hf.recipes.benchmark                                     every shape, 4k to 128k: five minutes
     python -m nsa_hf.recipes.benchmark --configs 9:3:64 --tokens 8192      one shape, a minute
 
 Forward and backward are compared with the float64 reference first; a configuration that is wrong is not timed and the
