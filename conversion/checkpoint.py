@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -43,6 +44,10 @@ DTYPES = {
 # Bytes read at a time, and how many such buffers are on their way: together they bound what streaming keeps in memory.
 # Smaller ones cost more time in Python, where threads wait for each other.
 PIECE, BUFFERS = 8 << 20, 8
+# How many of them are read before they are asked for; with the one in hand, fewer than there are buffers.
+AHEAD = 4
+# Bytes of one call that has Linux fetch from the disk; of a longer one it takes a part only.
+FETCH = 512 << 10
 
 
 # What tensors are hashed with, and what earlier versions did: sha256 of 16 GB takes longer than copying them. xxh3_128
@@ -196,16 +201,16 @@ class SafetensorsCheckpoint:
                     yield name, file.get_tensor(name)
 
     def pieces(self, wanted: Container[str]) -> Iterator[Piece]:
-        """The tensors in `wanted`, in the order of `table`, each byte read once, one piece ahead in another thread.
+        """The tensors in `wanted`, in the order of `table`, each byte read once, AHEAD pieces ahead in another thread.
 
         Raises:
             CheckpointError: a file ends early.
         """
         pieces = self._pieces(wanted)
         with ThreadPoolExecutor(1, "read") as reader:
-            ahead = reader.submit(next, pieces, None)
-            while piece := ahead.result():
-                ahead = reader.submit(next, pieces, None)
+            ahead = deque(reader.submit(next, pieces, None) for _ in range(AHEAD))
+            while piece := ahead.popleft().result():
+                ahead.append(reader.submit(next, pieces, None))
                 yield piece
 
     def _pieces(self, wanted: Container[str]) -> Iterator[Piece]:
@@ -213,22 +218,24 @@ class SafetensorsCheckpoint:
         uses: list[list[Future]] = [[] for _ in range(BUFFERS)]
         turn = 0
         for path in dict.fromkeys(self.file_of.values()):
+            parts = [
+                (name, done, min(PIECE, info.nbytes - done))
+                for name, info in self.table.items()
+                if self.file_of[name] == path and name in wanted
+                for done in range(0, max(1, info.nbytes), PIECE)
+            ]
             with path.open("rb", buffering=0) as file:
-                if hasattr(os, "posix_fadvise"):
-                    # read further ahead
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-                for name, info in self.table.items():
-                    if self.file_of[name] != path or name not in wanted:
-                        continue
-                    file.seek(self.begin[name])
-                    for done in range(0, max(1, info.nbytes), PIECE):
-                        turn = (turn + 1) % BUFFERS
-                        wait(uses[turn])
-                        uses[turn] = []
-                        buffer = buffers[turn][: min(PIECE, info.nbytes - done)]
-                        _read_into(file, buffer, path)
-                        last = done + len(buffer) == info.nbytes
-                        yield Piece(name, done // info.dtype.itemsize, buffer.view(info.dtype), last, uses[turn])
+                for number, (name, done, size) in enumerate(parts):
+                    for later, start, length in parts[number + AHEAD : number + AHEAD + 1]:
+                        _fetch(file, self.begin[later] + start, length)
+                    turn = (turn + 1) % BUFFERS
+                    wait(uses[turn])
+                    uses[turn] = []
+                    buffer, info = buffers[turn][:size], self.table[name]
+                    file.seek(self.begin[name] + done)
+                    _read_into(file, buffer, path)
+                    last = done + size == info.nbytes
+                    yield Piece(name, done // info.dtype.itemsize, buffer.view(info.dtype), last, uses[turn])
 
 
 def tensor_positions(path: Path) -> dict[str, int]:
@@ -237,6 +244,13 @@ def tensor_positions(path: Path) -> dict[str, int]:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
     return {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+
+
+def _fetch(file: io.RawIOBase, start: int, length: int) -> None:
+    """Has the system bring a part of a file into its cache meanwhile, where a system can be asked to."""
+    if hasattr(os, "posix_fadvise"):
+        for at in range(start, start + length, FETCH):
+            os.posix_fadvise(file.fileno(), at, min(FETCH, start + length - at), os.POSIX_FADV_WILLNEED)
 
 
 def _read_into(file: io.RawIOBase, buffer: Tensor, path: Path) -> None:

@@ -187,20 +187,24 @@ def test_splits_fill_the_card() -> None:
         assert triton_decode.split_count(1, 0, cpu) == 1
 
 
-def select_equal(name: str) -> list[torch.Tensor]:
+def select_equal(name: str, at_once: int) -> list[torch.Tensor]:
+    from nsa_hf.kernels import triton_decode_select
+
     sizes = Sizes(8, 1, 8, 2, 0, 1) if name == "no importance" else replace(Sizes(), topk=6)
-    inputs = make_inputs(Shape(sizes, queries=9, keys=60, kv_heads=1), dtype=torch.float32)
+    keys = 180 if name == "no importance" else 60
+    inputs = make_inputs(Shape(sizes, queries=9, keys=keys, kv_heads=1), dtype=torch.float32)
     if name == "no importance":
         inputs["k_cmp"] *= 1e4  # one probability is 1, all others underflow to exactly 0
     else:
         inputs["q"] = (4 * inputs["q"]).round()
         inputs["k_cmp"] = (4 * inputs["k_cmp"][:, :1]).round().expand_as(inputs["k_cmp"])
-    return [nsa_attention(**inputs, backend=name, return_selection=True)[1] for name in ("triton", "reference")]
+    with mock.patch.object(triton_decode_select, "AT_ONCE", at_once):
+        return [nsa_attention(**inputs, backend=name, return_selection=True)[1] for name in ("triton", "reference")]
 
 
-@pytest.mark.parametrize("name", ["equal keys", "no importance"])
-def test_of_equal_blocks_the_first_is_taken(process: ProcessPoolExecutor, name: str) -> None:
-    got, expected = process.submit(select_equal, name).result()
+@pytest.mark.parametrize(("name", "at_once"), [("equal keys", 16), ("no importance", 16), ("no importance", 64)])
+def test_of_equal_blocks_the_first_is_taken(process: ProcessPoolExecutor, name: str, at_once: int) -> None:
+    got, expected = process.submit(select_equal, name, at_once).result()
     assert torch.equal(got, expected)
 
 

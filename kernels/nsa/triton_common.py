@@ -99,6 +99,31 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
+@triton.jit
+def begin_next(OVERLAP: tl.constexpr):
+    """Lets the next launch begin when every program of this one has come here; it must `wait_for_previous`."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous(OVERLAP: tl.constexpr):
+    """Until the launch before this one has ended, and what it wrote is there."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+
+
+@cache
+def overlaps(device: torch.device) -> bool:
+    """Whether a launch can begin while the one before it ends: programmatic dependent launch, from 9.0 on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def following(device: torch.device) -> dict[str, bool]:
+    """Options of a launch whose kernel waits for the previous one itself."""
+    return {"OVERLAP": True, "launch_pdl": True} if overlaps(device) else {"OVERLAP": False}
+
+
 @cache
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory a program may use; asked once a device, at the first call."""

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .sizes import Sizes
-from .triton_common import LOG2E, cdiv, next_power_of_2, padded
+from .triton_common import LOG2E, cdiv, following, next_power_of_2, padded, wait_for_previous
 from .triton_decode_compressed import GROWING, cell_shape, compressed_partials, compressed_tiles, row_place
 from .triton_decode_select import decode_select
 from .triton_decode_selected import most_pieces, selected_partials, selected_tiles
@@ -48,25 +48,26 @@ def branch_weights(lses, mine, gate):
 @triton.jit(do_not_specialize=GROWING)
 def decode_combine_kernel(
     partial, lse, gates, starts, lengths, out, T, S, HQ, CMP, SPLITS, D: tl.constexpr, DP: tl.constexpr,
-    PP: tl.constexpr, DC: tl.constexpr,
+    PP: tl.constexpr, DC: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program: one head of one query. `out = sum over the branches of gate * average`; 0 before the row's start.
 
     The partial results of the compressed, the selected and the window branch stand one behind another.
     """
     row = tl.program_id(0).to(tl.int64)
-    index, cols = tl.arange(0, PP), tl.arange(0, DC)
-    exists, place = index < CMP + 2 * SPLITS, index.to(tl.int64) * tl.num_programs(0) + row
-    source = partial + place[:, None] * D + cols[None, :]
-    # asked for before the weights, on which nothing of it depends
-    x = tl.load(source, mask=exists[:, None] & (cols < D)[None, :], other=0.0)
-    lses = tl.load(lse + place, mask=exists, other=float("-inf"))
     gates += row * 3
     gate_cmp, gate_slc, gate_win = tl.load(gates), tl.load(gates + 1), tl.load(gates + 2)
     query = tl.program_id(0) // HQ
     _, first_query = row_place(starts, lengths, query // T, T, S)
     alive = first_query + query % T >= 0
 
+    wait_for_previous(OVERLAP)
+    index, cols = tl.arange(0, PP), tl.arange(0, DC)
+    exists, place = index < CMP + 2 * SPLITS, index.to(tl.int64) * tl.num_programs(0) + row
+    source = partial + place[:, None] * D + cols[None, :]
+    # asked for before the weights, on which nothing of it depends
+    x = tl.load(source, mask=exists[:, None] & (cols < D)[None, :], other=0.0)
+    lses = tl.load(lse + place, mask=exists, other=float("-inf"))
     selected = (index >= CMP) & (index < CMP + SPLITS)
     weights = branch_weights(lses, index < CMP, gate_cmp.to(tl.float32))
     weights += branch_weights(lses, selected, gate_slc.to(tl.float32))
@@ -108,9 +109,10 @@ def combine(
     """Fills `out [B, T, Hq, Dv]` from the partial results of the compressed (`cmp`), selected and window branch."""
     _, batch, tokens, heads, dim = partial.shape
     results = next_power_of_2(cmp + 2 * splits)
+    columns = max(16, min(padded(dim), 8192 // results))
     decode_combine_kernel[(batch * tokens * heads,)](
         partial, lse, gates, starts, lengths, out, tokens, keys, heads, cmp, splits, D=dim, DP=padded(dim), PP=results,
-        DC=max(16, min(padded(dim), 8192 // results)), num_warps=4,
+        DC=columns, num_warps=max(1, min(4, results * columns // 1024)), **following(out.device),
     )  # fmt: skip
 
 
@@ -142,9 +144,10 @@ def decode_op(
     lse = torch.empty(cmp + 2 * splits, batch, tokens, heads, **float32)
     scores = None
     if chooses:
+        all_tiles, rows = cdiv(blocks * cells, tile), tokens * (heads // kv_heads)
         # what a tile leaves is for a block further on
-        wide = (cdiv(blocks * cells, 16) * 16, cdiv(blocks * cells, tile) + cells)
-        scores = tuple(torch.empty(batch, tokens, heads, width, **float32) for width in wide)
+        shapes = ((all_tiles, rows, tile), (all_tiles + cells, rows))
+        scores = tuple(torch.empty(batch * kv_heads, *shape, **float32) for shape in shapes)
     selection = torch.empty(batch, tokens, kv_heads, size.topk, dtype=torch.int32, device=q.device)
     out = q.new_empty(batch, tokens, heads, dim)
 

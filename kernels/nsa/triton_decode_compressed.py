@@ -15,11 +15,13 @@ from torch import Tensor
 from .sizes import Sizes
 from .triton_common import (
     SMALL_SHARED_MEMORY,
+    begin_next,
     bytes_a_row,
     cdiv,
     load_tile,
     next_power_of_2,
     online_softmax_update,
+    overlaps,
     padded,
     precision,
     shared_memory,
@@ -27,7 +29,7 @@ from .triton_common import (
 )
 
 # What differs from step to step of a growing cache: nothing is compiled anew for it.
-GROWING = ["S", "SW", "SPLITS", "CMP", "ROWS"]
+GROWING = ["S", "SW", "SPLITS", "CMP", "ROWS", "TILES"]
 
 
 @triton.jit
@@ -53,19 +55,21 @@ def store_partial(partial, partial_lse, row, exists, acc, top, total, DV: tl.con
 
 @triton.jit(do_not_specialize=GROWING)
 def compressed_kernel(
-    q, k, v, starts, lengths, partial, partial_lse, sums, carried, scale_log2, T, S, HQ, HK, ROWS, WIDTH,
-    CARRIED, SPLITS, k_batch, k_token, k_head, v_batch, v_token, v_head,
+    q, k, v, starts, lengths, partial, partial_lse, sums, carried, scale_log2, T, S, HQ, HK, ROWS, TILES,
+    SPLITS, k_batch, k_token, k_head, v_batch, v_token, v_head,
     DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, CELL: tl.constexpr, CELLS: tl.constexpr,
-    SCORES: tl.constexpr, PRECISION: tl.constexpr,
+    SCORES: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program: a split of one KV head's entries, for BM of the rows (query t, head g) at `t * G + g`.
 
     A cell is the run of at most CELL entries that begin in one selection block, or one of the CELLS runs of a block
-    that holds more; a tile of BN places takes whole cells. `sums [B * T * Hq, WIDTH]` float32: for each cell, log2 of
-    the sum of `exp2(logit) * overlap / d` over its entries and, within the tile, over those that reach into it from
-    the block before. `carried [B * T * Hq, CARRIED]`: what a tile leaves for the block after its last one.
+    that holds more; a tile of BN places takes whole cells. `sums [B * Hk, TILES, T * G, cells of a tile]` float32: for
+    each cell, log2 of the sum of `exp2(logit) * overlap / d` over its entries and, within the tile, over those that
+    reach into it from the block before. `carried [B * Hk, TILES + CELLS, T * G]`: what a tile leaves for the block
+    after its last one. What a program writes at a time lies together: scattered writes slow the reads down.
     """
+    begin_next(OVERLAP)
     RATIO: tl.constexpr = BLOCK // STRIDE
     REACH: tl.constexpr = KERNEL // STRIDE
     TILE: tl.constexpr = BN // CELL
@@ -120,10 +124,10 @@ def compressed_kernel(
                 left = tl.gather(other, tl.maximum(place - 1, 0)[None, :] + tl.zeros([BM, 1], tl.int32), 1)
                 mine += tl.where(place > 0, left, 0.0)
                 rest = tl.sum(tl.where(place == TILE - 1, other, 0.0), 1)
-                tl.store(carried + row * CARRIED + tile + CELLS, tl.log2(rest) + safe, mask=exists)
-            cell_of = tile * TILE + place
-            target = row[:, None] * WIDTH + cell_of[None, :]
-            tl.store(sums + target, tl.log2(mine) + safe[:, None], mask=exists[:, None] & (cell_of < WIDTH)[None, :])
+                target = (pair.to(tl.int64) * (TILES + CELLS) + tile + CELLS) * (T * group) + r
+                tl.store(carried + target, tl.log2(rest) + safe, mask=exists)
+            target = ((pair.to(tl.int64) * TILES + tile) * (T * group) + r)[:, None] * TILE + place[None, :]
+            tl.store(sums + target, tl.log2(mine) + safe[:, None], mask=exists[:, None])
     origin = split.to(tl.int64) * ROWS
     store_partial(partial + origin * DV, partial_lse + origin, row, exists, acc, top, total, DV, DVP)
 
@@ -161,7 +165,7 @@ def compressed_partials(
     """Writes splits 0 to `splits - 1` of `partial [splits.., B, T, Hq, Dv]` and `partial_lse`, and `scores`.
 
     Args:
-        scores: the kernel's `sums` and `carried`, `[B, T, Hq, *]` float32; None where they choose nothing.
+        scores: the kernel's `sums` and `carried`; None where they choose nothing.
     """
     batch, tokens, heads, key_dim = q.shape
     kv_heads, value_dim = k_cmp.shape[2], v_cmp.shape[3]
@@ -170,8 +174,8 @@ def compressed_partials(
     programs = splits * batch * kv_heads * cdiv(tokens * (heads // kv_heads), tiles["BM"])
     compressed_kernel[(programs,)](
         q, k_cmp, v_cmp, starts, lengths, partial, partial_lse, sums, carried, scale_log2, tokens, keys, heads,
-        kv_heads, batch * tokens * heads, sums.shape[-1], carried.shape[-1], splits, *strides(k_cmp), *strides(v_cmp),
+        kv_heads, batch * tokens * heads, sums.shape[1], splits, *strides(k_cmp), *strides(v_cmp),
         DK=key_dim, DKP=padded(key_dim), DV=value_dim, DVP=padded(value_dim), KERNEL=sizes.kernel_size,
         STRIDE=sizes.kernel_stride, BLOCK=sizes.block_size, CELL=cell, CELLS=cells, SCORES=scores is not None,
-        PRECISION=precision(q.dtype), **tiles,
+        PRECISION=precision(q.dtype), OVERLAP=overlaps(q.device), **tiles,
     )  # fmt: skip

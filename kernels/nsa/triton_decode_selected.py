@@ -10,14 +10,17 @@ from torch import Tensor
 from .sizes import Sizes
 from .triton_common import (
     SMALL_SHARED_MEMORY,
+    begin_next,
     bytes_a_row,
     cdiv,
+    following,
     load_tile,
     next_power_of_2,
     online_softmax_update,
     padded,
     precision,
     shared_memory,
+    wait_for_previous,
 )
 from .triton_decode_compressed import GROWING, row_place, store_partial, strides
 
@@ -48,13 +51,15 @@ def decode_selected_kernel(
     SLOTS, WINDOW, SPLITS, k_batch, k_token, k_head, v_batch, v_token, v_head,
     kw_batch, kw_token, kw_head, vw_batch, vw_token, vw_head,
     DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BLOCK: tl.constexpr, SLOTSP: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, LOCAL: tl.constexpr, SLOTSP: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program: a split of one query's pieces (BN tokens of a block), for BM heads of the group.
 
-    SHARED: first the blocks that the window touches, for both branches, then the selected ones before them. Otherwise
-    the selected blocks from `k`, then the window's own run of keys from `k_win`.
+    First the window, which needs no selection: its own run of keys from `k_win`, or, if SHARED, the blocks that it
+    touches, of which the local ones are for both branches. Then the other selected blocks.
     """
+    begin_next(OVERLAP)
     PIECES: tl.constexpr = (BLOCK + BN - 1) // BN
     group = HQ // HK
     head_tiles = (group + BM - 1) // BM
@@ -69,38 +74,32 @@ def decode_selected_kernel(
     queries = load_tile(q, row, DK, seeing, DK, DKP)
     k += batch.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head + start.to(tl.int64) * k_token
     v += batch.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head + start.to(tl.int64) * v_token
-    selection += place.to(tl.int64) * SLOTS
-    slot = tl.arange(0, SLOTSP)
-    picked = tl.load(selection + slot, mask=slot < SLOTS, other=-1)
-
     alive = relative >= 0
     own = tl.maximum(relative, 0) // BLOCK
     low = tl.maximum(relative - (WINDOW - 1), 0)
     if SHARED:
         first_block = low // BLOCK
+        both = tl.maximum(first_block, own - (LOCAL - 1))  # from here on
         near = tl.where(alive, (own - first_block + 1) * PIECES, 0)
-        others = tl.sum(((picked >= 0) & (picked < first_block)).to(tl.int32), 0) * PIECES
     else:
-        first_block = own + 1
+        both = own + 1
         near = tl.where(alive, (relative - low) // BN + 1, 0)
-        others = tl.sum((picked >= 0).to(tl.int32), 0) * PIECES
-    share = (near + others + SPLITS - 1) // SPLITS
+    share = (near + SPLITS - 1) // SPLITS
     begin = split * share
-    end = tl.minimum(begin + share, near + others)
+    end = tl.minimum(begin + share, near)
 
     index = tl.arange(0, BN)
     acc_slc, acc_win = tl.zeros([BM, DVP], tl.float32), tl.zeros([BM, DVP], tl.float32)
     top_slc, top_win = tl.full([BM], float("-inf"), tl.float32), tl.full([BM], float("-inf"), tl.float32)
     total_slc, total_win = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
     if SHARED:
-        for piece in tl.range(begin, tl.minimum(end, near)):
+        for piece in tl.range(begin, end):
             block = first_block + piece // PIECES
             offset = piece % PIECES * BN
             token = block * BLOCK + offset + index
-            taken = tl.max((picked == block).to(tl.int32), 0)
             inside = (offset + index < BLOCK) & (token <= relative)
             in_window = inside & (token >= low)
-            inside = inside & (index < taken * BN)
+            inside = inside & (token >= both * BLOCK)
             keys, values = load_keys_values(
                 k, v, block * BLOCK + offset, index, inside | in_window, k_token, v_token, DK, DKP, DV, DVP
             )
@@ -111,7 +110,7 @@ def decode_selected_kernel(
         k_win += batch.to(tl.int64) * kw_batch + kv_head.to(tl.int64) * kw_head
         v_win += batch.to(tl.int64) * vw_batch + kv_head.to(tl.int64) * vw_head
         missing = start - (S - SW)  # of the first token, its place in k_win
-        for piece in tl.range(begin, tl.minimum(end, near)):
+        for piece in tl.range(begin, end):
             first = low + piece * BN
             inside = first + index <= relative
             keys, values = load_keys_values(
@@ -119,9 +118,16 @@ def decode_selected_kernel(
             )
             logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale_log2
             acc_win, top_win, total_win = add_values(acc_win, top_win, total_win, logits, inside, values, PRECISION)
-    for piece in tl.range(tl.maximum(begin, near), end):
-        offset = (piece - near) % PIECES * BN
-        first = tl.load(selection + (piece - near) // PIECES) * BLOCK + offset
+
+    wait_for_previous(OVERLAP)
+    selection += place.to(tl.int64) * SLOTS
+    slot = tl.arange(0, SLOTSP)
+    picked = tl.load(selection + slot, mask=slot < SLOTS, other=-1)
+    far = tl.sum(((picked >= 0) & (picked < both)).to(tl.int32), 0) * PIECES
+    far_share = (far + SPLITS - 1) // SPLITS
+    for piece in tl.range(split * far_share, tl.minimum((split + 1) * far_share, far)):
+        offset = piece % PIECES * BN
+        first = tl.load(selection + piece // PIECES) * BLOCK + offset
         inside = (offset + index < BLOCK) & (first + index <= relative)
         keys, values = load_keys_values(k, v, first, index, inside, k_token, v_token, DK, DKP, DV, DVP)
         logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale_log2
@@ -152,7 +158,8 @@ def most_pieces(sizes: Sizes, places: int, keys: int, shared: bool) -> int:
     window = min(sizes.window_size, keys)
     if not shared:
         return min(sizes.topk, blocks) * pieces + (window - 1) // places + 1
-    return min(blocks, sizes.topk + (window - 1) // sizes.block_size + 2 - sizes.local_blocks) * pieces
+    near = min(blocks, (window - 1) // sizes.block_size + 2)
+    return (near + min(blocks, sizes.topk)) * pieces
 
 
 def selected_partials(
@@ -169,6 +176,6 @@ def selected_partials(
         q, k, v, near_k, near_v, selection, starts, lengths, partial, partial_lse, scale_log2, tokens, keys,
         near_k.shape[1], heads, kv_heads, batch * tokens * heads, sizes.topk, sizes.window_size, splits, *strides(k),
         *strides(v), *strides(near_k), *strides(near_v), DK=key_dim, DKP=padded(key_dim), DV=value_dim,
-        DVP=padded(value_dim), BLOCK=sizes.block_size, SLOTSP=next_power_of_2(sizes.topk), SHARED=k_win is None,
-        PRECISION=precision(q.dtype), **tiles,
+        DVP=padded(value_dim), BLOCK=sizes.block_size, LOCAL=sizes.local_blocks, SLOTSP=next_power_of_2(sizes.topk),
+        SHARED=k_win is None, PRECISION=precision(q.dtype), **tiles, **following(q.device),
     )  # fmt: skip
