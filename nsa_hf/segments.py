@@ -159,8 +159,8 @@ def row_starts(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     real = attention_mask != 0
     begins = real.long().diff(dim=-1, prepend=real.new_zeros(batch, 1).long()) == 1
     # a row without any real token starts behind its end
-    starts = torch.where(begins.any(-1), begins.long().argmax(-1), keys)
-    return starts.to(torch.int32), begins.sum(-1).to(torch.int32)
+    position = torch.arange(keys, dtype=torch.int32, device=attention_mask.device)
+    return torch.where(real, position, keys).amin(-1), begins.sum(-1).to(torch.int32)
 
 
 def refuse_holes(most_begins: int) -> None:

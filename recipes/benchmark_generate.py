@@ -11,7 +11,7 @@ decode: the prompt is read once, in one row, and copied to the others. Then `gen
 once to compile and once to be timed, from step to step. Systems:
 
     nsa             static cache, which Transformers compiles into CUDA graphs; its logits are first compared with
-                    those of the PyTorch reference
+                    those of the same steps without compiling, and these with the PyTorch reference's
     nsa-dynamic     the cache that `generate()` makes by itself
     dense-dynamic   the same of the dense model, SDPA
     dense-static    static cache, compiled, SDPA with a mask
@@ -28,6 +28,7 @@ import csv
 import gc
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import Cache
 
 from .benchmark_common import DENSE_KERNELS, STAMP, Heads, no_gpu, relative_error, stamp, write_rows
-from .benchmark_model import Shape, cut_back, filled_cache, make_model
+from .benchmark_model import Shape, cut_back, filled_cache, make_model, select_these
 
 COLUMNS = (
     *STAMP, "transformers", "model", "config", "tokens", "batch", "phase", "system", "median_ms", "p20_ms", "p80_ms",
@@ -52,8 +53,9 @@ SYSTEMS = {
 }
 # steps before those that are timed, and steps that are compared
 WARM_UP, COMPARED = 8, 4
-# bf16 has 8 bits, and the error of a logit is that of some dozen layers
-WRONG = 0.1
+# bf16 has 8 bits, and the error of a logit is that of some dozen layers: .05 in 36 of them where the same blocks are
+# selected. With random weights many blocks are as good as others; where rounding chooses, it was .08.
+WRONG = 0.15
 DEVICE = "cuda"
 
 
@@ -64,23 +66,40 @@ def wait(device: str) -> float:
     return time.perf_counter()
 
 
-def check(model: Any, ids: Tensor, cache: Cache) -> float:
-    """How far logits of `generate()` from a cache are off those of the reference attention, as a share of their norm.
+def check(model: Any, ids: Tensor, cache: Cache) -> tuple[float, float]:
+    """How far logits from a cache are off at the worst step, as a share of their norm.
 
-    The cache holds at least all of `ids [B, n]` but the last. Only as much of it is used as the selection attends to
-    whole: with random weights many blocks are as good as others, and which are chosen is decided by rounding. Every
-    step is done anew without compiling; the keys and values of these steps stay in the cache.
+    The cache holds at least all of `ids [B, n]` but the last; the keys and values of these steps stay in it.
+
+    Returns:
+        `generate()`, which compiles, beside the same steps without compiling; and these beside the reference attention,
+        which is given the blocks that the kernels selected.
     """
-    held = min(ids.shape[1], model.config.nsa_sizes.exact_tokens - COMPARED) - 1
+    held = ids.shape[1] - 1
     options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     cut_back(cache, held)
-    found = model.generate(ids[:, : held + 1], past_key_values=cache, max_new_tokens=COMPARED, **options)
+    found = model.generate(ids, past_key_values=cache, max_new_tokens=COMPARED, **options)
+    new = found.sequences[:, held:-1].split(1, dim=1)
+
+    def logits(token: Tensor) -> Tensor:
+        return model(token, past_key_values=cache, use_cache=True).logits[:, -1]
+
+    cut_back(cache, held)
+    plain, selected = [], []
+    for token in new:
+        with model.record_selection() as record:
+            plain.append(logits(token))
+        selected += [record[layer] for layer in sorted(record)]
     cut_back(cache, held)
     model.set_attn_implementation("eager")
-    new = found.sequences[:, held:-1]
-    truth = [model(token, past_key_values=cache, use_cache=True).logits[:, -1] for token in new.split(1, dim=1)]
+    with select_these(selected):
+        truth = [logits(token) for token in new]
     model.set_attn_implementation("nsa")
-    return relative_error(torch.stack(found.logits), torch.stack(truth).double())
+    return worst(found.logits, plain), worst(plain, truth)
+
+
+def worst(steps: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    return max(relative_error(*pair) for pair in zip(steps, (x.double() for x in expected), strict=True))
 
 
 class Stamps(StoppingCriteria):
@@ -109,10 +128,11 @@ def decode(model: Any, ids: Tensor, system: str, new: int) -> tuple[list[float],
     if system == "dense-flex":
         model.set_attn_implementation("flex_attention")
     if system == "nsa":
-        error = check(model, ids, cache)
-        print(f"{system}: logits off those of the reference by {error:.3f} of their norm", flush=True)
-        if not error <= WRONG:
-            raise ArithmeticError(f"the logits are off by {error:.3f} of their norm")
+        compiled, kernels = check(model, ids, cache)
+        errors = f"{compiled:.3f} of their norm by compiling, {kernels:.3f} by the kernels"
+        print(f"{system}: logits are off by {errors}", flush=True)
+        if not max(compiled, kernels) <= WRONG:
+            raise ArithmeticError(f"the logits are off by {errors}")
         cut_back(cache, held)
     options: dict[str, Any] = {"past_key_values": cache, "do_sample": False}
     model.generate(ids, max_new_tokens=WARM_UP, **options)

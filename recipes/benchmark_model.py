@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticC
 from transformers.cache_utils import Cache, StaticLayer
 
 from nsa_hf.families import nsa_config_from_dense
+from nsa_hf.kernels import reference
 
 from .benchmark_common import Heads
 
@@ -97,3 +100,18 @@ def cut_back(cache: Cache, tokens: int) -> None:
                 layer.held = tokens
         elif (more := layer.get_seq_length() - tokens) > 0:
             layer.crop(-more)
+
+
+@contextmanager
+def select_these(blocks: Iterable[Tensor]) -> Iterator[None]:
+    """Makes the reference attention take these blocks in the place of its own choice.
+
+    Args:
+        blocks: int32 `[B, T, Hk, topk]`, one a call.
+    """
+    own, ahead = reference.select_blocks, iter(blocks)
+    reference.select_blocks = lambda *_: next(ahead).transpose(1, 2).long()
+    try:
+        yield
+    finally:
+        reference.select_blocks = own

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ import torch
 import xxhash
 from safetensors.torch import save_file
 
+from nsa_hf.conversion import checkpoint as checkpoints
 from nsa_hf.conversion.checkpoint import (
+    BUFFERS,
     INDEX,
     CheckpointError,
     SafetensorsCheckpoint,
@@ -123,3 +127,22 @@ def test_hashes_are_those_of_the_bytes(tmp_path):
     assert describe_file(tmp_path / "f.safetensors") == {
         "bytes": len(data), "header_sha256": hashlib.sha256(header).hexdigest(),
     }  # fmt: skip
+
+
+def test_a_piece_stays_as_it_is_while_it_is_in_hand_or_something_still_reads_it(tmp_path, monkeypatch):
+    """Others are read ahead meanwhile, in another thread."""
+    monkeypatch.setattr(checkpoints, "PIECE", 1024)
+    tensor = torch.arange(10 * BUFFERS * 256, dtype=torch.int32)
+    save_file({"a": tensor}, tmp_path / "model.safetensors")
+    pieces = SafetensorsCheckpoint(tmp_path).pieces({"a"})
+    reading: Future[None] = Future()
+    first = next(pieces)
+    first.uses.append(reading)
+    for piece in (first, *(next(pieces) for _ in range(BUFFERS - 1))):
+        assert torch.equal(piece.values, tensor[piece.start : piece.start + 256])
+    time.sleep(0.05)  # as long as the other thread wants to read on
+    assert torch.equal(first.values, tensor[:256])
+    reading.set_result(None)
+    for piece in pieces:
+        time.sleep(0.002)
+        assert torch.equal(piece.values, tensor[piece.start : piece.start + 256])
