@@ -11,7 +11,6 @@ the two times they take at the rates that this card was measured to give at the 
 
 from __future__ import annotations
 
-import argparse
 import csv
 import sys
 from collections.abc import Callable, Iterator
@@ -29,9 +28,14 @@ from .benchmark_common import (
     Heads,
     Times,
     card_rates,
+    draw_and_say,
+    lengths_below,
+    make_axes,
+    make_parser,
     measure,
     no_gpu,
     relative_error,
+    save_figure,
     stamp,
     write_rows,
 )
@@ -153,11 +157,6 @@ def measure_system(system: str, x: Inputs) -> Iterator[tuple[str, Times, float]]
 
 def draw(path: Path) -> Path | None:
     """Speed over length, beside FlashAttention-2 of the same run: `path` with `.png` for `.csv`; None without any."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     times: dict[tuple, float] = {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -166,7 +165,7 @@ def draw(path: Path) -> Path | None:
                 times[key] = float(row["median_ms"])
     if not any(system == "fa2" and (part, config, "nsa", n) in times for part, config, system, n in times):
         return None
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True)
+    figure, axes = make_axes(2, sharey=True)
     for axis, part in zip(axes, ("forward", "backward"), strict=True):
         for config in sorted({key[1] for key in times}):
             lengths = sorted({n for p, c, s, n in times if p == part and c == config and s == "nsa"})
@@ -174,28 +173,21 @@ def draw(path: Path) -> Path | None:
             ratio = [times[part, config, "fa2", n] / times[part, config, "nsa", n] for n in lengths]
             axis.plot([n // 1024 for n in lengths], ratio, marker="o", label=config)
         axis.axhline(1, color="grey", linewidth=0.8)
-        axis.set(title=part, xlabel="tokens (thousands)", xscale="log", yscale="log")
-        ticks = sorted({key[3] // 1024 for key in times})
-        axis.set_xticks(ticks, labels=map(str, ticks))
-        axis.set_xticks([], minor=True)
+        axis.set(title=part, yscale="log")
+        lengths_below(axis, (key[3] for key in times))
         axis.set_yticks((0.1, 0.2, 0.5, 1, 2, 5, 10), labels=("0.1", "0.2", "0.5", "1", "2", "5", "10"))
     axes[0].set_ylabel("times as fast as FlashAttention-2")
     axes[0].legend()
-    figure.tight_layout()
-    picture = path.with_suffix(".png")
-    figure.savefig(picture, dpi=120)
-    return picture
+    return save_figure(figure, path)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, "recipes/results/benchmark.csv")
     parser.add_argument("--configs", default=",".join(CONFIGS), help="Hq:Hk:D or Hq:Hk:Dk/Dv, separated by commas")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="lengths, separated by commas")
     parser.add_argument("--inputs", default="random,realistic", help="random, realistic or both")
     parser.add_argument("--systems", default="nsa,fa2,cudnn", help="which of nsa, fa2, cudnn")
     parser.add_argument("--no-parts", action="store_true", help="only whole passes")
-    parser.add_argument("--out", type=Path, default=Path("recipes/results/benchmark.csv"), help="CSV to append to")
-    parser.add_argument("--commit", default=None, help="what to write down as the commit; default: git's")
     options = parser.parse_args(arguments)
     if no_gpu():
         return 2
@@ -253,11 +245,7 @@ def main(arguments: list[str] | None = None) -> int:
                     del stages, parts, call
                 del x
                 torch.cuda.empty_cache()
-    try:
-        picture = draw(options.out)
-        print(f"{options.out}, {picture or 'no picture, since nothing was timed beside FlashAttention-2'}")
-    except ImportError:
-        print(f"{options.out}; no picture, since matplotlib is not installed")
+    draw_and_say(options.out, draw)
     return 1 if failed else 0
 
 

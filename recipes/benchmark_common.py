@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -137,3 +138,47 @@ def write_rows(path: Path, columns: Sequence[str], rows: list[dict]) -> None:
         if new:
             writer.writeheader()
         writer.writerows(rows)
+
+
+def make_parser(description: str | None, out: str) -> argparse.ArgumentParser:
+    """A parser with the options of every benchmark; `out` is the default of `--out`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(out), help="CSV to append to")
+    parser.add_argument("--commit", default=None, help="what to write down as the commit; default: git's")
+    return parser
+
+
+def make_axes(panels: int, **options: Any) -> tuple[Any, Any]:
+    """A figure and its axes side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(1, panels, figsize=(0.5 + 5.5 * panels, 4), **options)
+
+
+def lengths_below(axis: Any, lengths: Iterable[int]) -> None:
+    """Labels a logarithmic axis with lengths in thousands of tokens."""
+    ticks = sorted({tokens / 1024 for tokens in lengths})
+    axis.set(xlabel="tokens (thousands)", xscale="log")
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_xticks([], minor=True)
+
+
+def save_figure(figure: Any, path: Path) -> Path:
+    """Saves a picture of the CSV at `path` beside it, with `.png` for `.csv`."""
+    figure.tight_layout()
+    picture = path.with_suffix(".png")
+    figure.savefig(picture, dpi=120)
+    return picture
+
+
+def draw_and_say(path: Path, draw: Callable[[Path], Path | None]) -> None:
+    """Says where the CSV and its picture are, where something was measured."""
+    if not path.exists():
+        return
+    try:
+        print(f"{path}, {draw(path) or 'no picture: there is too little to compare'}")
+    except ImportError:
+        print(f"{path}; no picture, since matplotlib is not installed")

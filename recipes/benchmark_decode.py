@@ -15,11 +15,9 @@ Rows are appended to a CSV as they come, the dense ones of a shape first.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +27,18 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from nsa_hf.kernels import n_blocks, nsa_attention
 
-from .benchmark_common import DENSE_KERNELS, Heads, Times, card_rates, no_gpu, relative_error, stamp, write_rows
+from .benchmark_common import (
+    DENSE_KERNELS,
+    Heads,
+    Times,
+    card_rates,
+    draw_and_say,
+    make_parser,
+    no_gpu,
+    relative_error,
+    stamp,
+    write_rows,
+)
 from .decode_figures import (
     COLUMNS,
     SIZES,
@@ -193,13 +202,11 @@ def measure_shape(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, "recipes/results/decode.csv")
     parser.add_argument("--configs", default=",".join(CONFIGS), help="Hq:Hk:D or Hq:Hk:Dk/Dv, separated by commas")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="lengths, separated by commas")
     parser.add_argument("--batches", default="full,1", help="numbers, or full: 4 GiB of keys and values")
     parser.add_argument("--queries", default="1", help="tokens of a step, separated by commas")
-    parser.add_argument("--out", type=Path, default=Path("recipes/results/decode.csv"), help="CSV to append to")
-    parser.add_argument("--commit", default=None, help="what to write down as the commit; default: git's")
     options = parser.parse_args(arguments)
     if no_gpu():
         return 2
@@ -231,10 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
                 torch.cuda.empty_cache()
     if options.out.exists():
         print("\n".join(growth(read_curves(options.out))))
-        try:
-            print(f"{options.out}, {draw(options.out)}")
-        except ImportError:
-            print(f"{options.out}; no picture, since matplotlib is not installed")
+    draw_and_say(options.out, draw)
     return 1 if failed else 0
 
 

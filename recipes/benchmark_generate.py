@@ -23,7 +23,6 @@ first-token: one forward over the prompt that fills a cache. Systems: nsa, dense
 
 from __future__ import annotations
 
-import argparse
 import csv
 import gc
 import sys
@@ -40,7 +39,19 @@ from torch.nn.attention import sdpa_kernel
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import Cache
 
-from .benchmark_common import DENSE_KERNELS, STAMP, Heads, no_gpu, relative_error, stamp, write_rows
+from .benchmark_common import (
+    DENSE_KERNELS,
+    STAMP,
+    Heads,
+    draw_and_say,
+    make_axes,
+    make_parser,
+    no_gpu,
+    relative_error,
+    save_figure,
+    stamp,
+    write_rows,
+)
 from .benchmark_model import Shape, cut_back, filled_cache, make_model, select_these
 
 COLUMNS = (
@@ -206,11 +217,6 @@ def draw(path: Path) -> Path | None:
 
     None with a single length: there is nothing to see.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     times: dict[str, dict[int, float]] = {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -219,20 +225,17 @@ def draw(path: Path) -> Path | None:
                 times.setdefault(name, {})[int(row["tokens"])] = float(row["median_ms"]) / 1e3
     if len({tokens for lengths in times.values() for tokens in lengths}) < 2:
         return None
-    figure, axis = pyplot.subplots(figsize=(6, 4))
+    figure, axis = make_axes(1)
     for name, lengths in sorted(times.items()):
         found = sorted(lengths.items())
         axis.plot([tokens / 1024 for tokens, _ in found], [seconds for _, seconds in found], marker="o", label=name)
     axis.set(xlabel="tokens of the prompt (thousands)", ylabel="seconds to the first token", ylim=(0, None))
     axis.legend(fontsize="small")
-    figure.tight_layout()
-    picture = path.with_suffix(".png")
-    figure.savefig(picture, dpi=120)
-    return picture
+    return save_figure(figure, path)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, "recipes/results/generate.csv")
     parser.add_argument("--phase", choices=SYSTEMS, required=True)
     parser.add_argument("--systems", help="separated by commas; default: all of the phase")
     parser.add_argument("--tokens", help="lengths of the prompt; default: 65536, and 131072 too to the first token")
@@ -240,8 +243,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--new", type=int, default=64, help="tokens that are timed")
     parser.add_argument("--config", default="32:8:128", help="Hq:Hk:D")
     parser.add_argument("--model", default="qwen3:36:4096:12288:32000", help="family:layers:hidden:intermediate:vocab")
-    parser.add_argument("--out", type=Path, default=Path("recipes/results/generate.csv"), help="CSV to append to")
-    parser.add_argument("--commit", default=None, help="what to write down as the commit; default: git's")
     options = parser.parse_args(arguments)
     decoding = options.phase == "decode"
     systems = options.systems.split(",") if options.systems else SYSTEMS[options.phase]
@@ -276,11 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
                 f"({row['p20_ms']} to {row['p80_ms']}){rate}{beside}; before {row['warm_up_s']} s, {graphs()}, "
                 f"peak {row['peak_mib']} MiB", flush=True,
             )  # fmt: skip
-    if options.out.exists():
-        try:
-            print(f"{options.out}, {draw(options.out) or 'no picture of a single length'}")
-        except ImportError:
-            print(f"{options.out}; no picture, since matplotlib is not installed")
+    draw_and_say(options.out, draw)
     return 1 if failed else 0
 
 

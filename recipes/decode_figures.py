@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nsa_hf.kernels import Sizes, n_blocks
 
-from .benchmark_common import STAMP, Heads, Times
+from .benchmark_common import STAMP, Heads, Times, lengths_below, make_axes, save_figure
 
 COLUMNS = (
     *STAMP, "config", "tokens", "batch", "queries", "system", "part", "median_ms", "p20_ms", "p80_ms", "bytes",
@@ -120,27 +120,17 @@ def growth(curves: Curves) -> list[str]:
 
 def draw(path: Path) -> Path:
     """Time of a token over length, sparse and the fastest dense: `path` with `.png` for `.csv`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     curves = read_curves(path)
     configs = sorted({config for _, config, _ in curves})
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4))
+    figure, axes = make_axes(2)
     titles = {"full": "4 GiB of keys and values", "batch 1": "batch 1"}
     for axis, (kind, title) in zip(axes, titles.items(), strict=True):
-        axis.set(title=title, xlabel="tokens (thousands)", xscale="log", yscale="log")
-        ticks = sorted({tokens / 1024 for key, times in curves.items() if key[0] == kind for tokens in times})
-        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axis.set_xticks([], minor=True)
+        axis.set(title=title, yscale="log")
+        lengths_below(axis, (tokens for key, times in curves.items() if key[0] == kind for tokens in times))
         for (_, config, system), times in sorted(x for x in curves.items() if x[0][0] == kind):
             lengths, costs = zip(*sorted(times.items()), strict=True)
             style = {"color": f"C{configs.index(config)}", "linestyle": "-" if system == "nsa" else "--"}
             axis.plot([n / 1024 for n in lengths], costs, marker="o", label=f"{config}, {system}", **style)
             axis.legend()
     axes[0].set_ylabel("microseconds a row and layer")
-    figure.tight_layout()
-    picture = path.with_suffix(".png")
-    figure.savefig(picture, dpi=120)
-    return picture
+    return save_figure(figure, path)
