@@ -40,8 +40,8 @@ from .checkpoint import (
 from .staging import OutputError, write_json
 
 # Bytes of one call that writes. Linux looks for page cache in pieces as large as the call: of 512 KiB they take a fifth
-# longer to come by on ext4 than of 128, of two megabytes several times as long when memory is short or in pieces. Many
-# smaller calls wait for each other's thread in Python.
+# longer to come by on ext4 than of 128, of two megabytes several times as long when memory is short or in pieces. Of
+# still smaller ones there would be so many that Python's threads wait for each other.
 AT_ONCE = 128 << 10
 
 NAME_OF = {dtype: name for name, dtype in DTYPES.items()}

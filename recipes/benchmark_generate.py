@@ -5,7 +5,8 @@
 
 The model has random weights, the same in every system, and by default the shape of an 8B model: 15 GB, and 39 GB of
 keys and values at 64k tokens and batch 4. Rows are appended to a CSV as they come; `times_dense` is the fastest dense
-time of the same shape in the CSV over the row's own.
+time of the same shape in the CSV over the row's own, `peak_mib` the most memory while the steps are timed, or all of
+the passes over the prompt.
 
 decode: the prompt is read once, in one row, and copied to the others. Then `generate()` continues it from this cache,
 once to compile and once to be timed, from step to step. Systems:
@@ -63,10 +64,10 @@ SYSTEMS = {
     "first-token": ("nsa", *(f"dense-{kernel}" for kernel in DENSE_KERNELS)),
 }
 # steps before those that are timed, and steps that are compared
-WARM_UP, COMPARED = 8, 4
-# bf16 has 8 bits, and the error of a logit is that of some dozen layers: .05 in 36 of them where the same blocks are
-# selected. With random weights many blocks are as good as others; where rounding chooses, it was .08.
-WRONG = 0.15
+WARM_UP, COMPARED = 8, 6
+# bf16 has 8 bits, and the error of a logit is that of some dozen layers: of 36 it was .05 where the same blocks are
+# selected. With random weights many blocks are as good as others; where rounding chose among them, it was .08.
+KERNELS_WRONG, COMPILED_WRONG = 0.1, 0.15
 DEVICE = "cuda"
 
 
@@ -78,7 +79,7 @@ def wait(device: str) -> float:
 
 
 def check(model: Any, ids: Tensor, cache: Cache) -> tuple[float, float]:
-    """How far logits from a cache are off at the worst step, as a share of their norm.
+    """How far logits from a cache are off in the worst row of the worst step, as a share of their norm.
 
     The cache holds at least all of `ids [B, n]` but the last; the keys and values of these steps stay in it.
 
@@ -102,15 +103,18 @@ def check(model: Any, ids: Tensor, cache: Cache) -> tuple[float, float]:
             plain.append(logits(token))
         selected += [record[layer] for layer in sorted(record)]
     cut_back(cache, held)
-    model.set_attn_implementation("eager")
-    with select_these(selected):
-        truth = [logits(token) for token in new]
-    model.set_attn_implementation("nsa")
+    try:
+        model.set_attn_implementation("eager")
+        with select_these(selected):
+            truth = [logits(token) for token in new]
+    finally:
+        model.set_attn_implementation("nsa")
     return worst(found.logits, plain), worst(plain, truth)
 
 
 def worst(steps: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    return max(relative_error(*pair) for pair in zip(steps, (x.double() for x in expected), strict=True))
+    pairs = (pair for step in zip(steps, expected, strict=True) for pair in zip(*step, strict=True))
+    return max(relative_error(row, truth.double()) for row, truth in pairs)
 
 
 class Stamps(StoppingCriteria):
@@ -142,13 +146,15 @@ def decode(model: Any, ids: Tensor, system: str, new: int) -> tuple[list[float],
         compiled, kernels = check(model, ids, cache)
         errors = f"{compiled:.3f} of their norm by compiling, {kernels:.3f} by the kernels"
         print(f"{system}: logits are off by {errors}", flush=True)
-        if not max(compiled, kernels) <= WRONG:
+        if not (compiled <= COMPILED_WRONG and kernels <= KERNELS_WRONG):
             raise ArithmeticError(f"the logits are off by {errors}")
         cut_back(cache, held)
     options: dict[str, Any] = {"past_key_values": cache, "do_sample": False}
     model.generate(ids, max_new_tokens=WARM_UP, **options)
     cut_back(cache, held)
     stamps = Stamps()
+    if ids.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     model.generate(ids, max_new_tokens=WARM_UP + new, stopping_criteria=StoppingCriteriaList([stamps]), **options)
     times = stamps.times[WARM_UP - 1 :]

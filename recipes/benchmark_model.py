@@ -107,11 +107,12 @@ def select_these(blocks: Iterable[Tensor]) -> Iterator[None]:
     """Makes the reference attention take these blocks in the place of its own choice.
 
     Args:
-        blocks: int32 `[B, T, Hk, topk]`, one a call.
+        blocks: int32 `[B, 1, Hk, topk]`, one for each call with a single query, no more and no fewer.
     """
     own, ahead = reference.select_blocks, iter(blocks)
     reference.select_blocks = lambda *_: next(ahead).transpose(1, 2).long()
     try:
         yield
+        assert next(ahead, None) is None, "blocks are left over"
     finally:
         reference.select_blocks = own

@@ -138,11 +138,13 @@ def test_a_piece_stays_as_it_is_while_it_is_in_hand_or_something_still_reads_it(
     reading: Future[None] = Future()
     first = next(pieces)
     first.uses.append(reading)
-    for piece in (first, *(next(pieces) for _ in range(BUFFERS - 1))):
-        assert torch.equal(piece.values, tensor[piece.start : piece.start + 256])
-    time.sleep(0.05)  # as long as the other thread wants to read on
-    assert torch.equal(first.values, tensor[:256])
-    reading.set_result(None)
+    try:
+        for piece in (first, *(next(pieces) for _ in range(BUFFERS - 1))):
+            assert torch.equal(piece.values, tensor[piece.start : piece.start + 256])
+        time.sleep(0.05)  # as long as the other thread wants to read on
+        assert torch.equal(first.values, tensor[:256])
+    finally:
+        reading.set_result(None)
     for piece in pieces:
         time.sleep(0.002)
         assert torch.equal(piece.values, tensor[piece.start : piece.start + 256])

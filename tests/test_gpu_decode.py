@@ -12,7 +12,7 @@ from transformers import StaticCache
 from nsa_hf.kernels import n_blocks, nsa_attention
 from nsa_hf.recipes import benchmark_model
 from nsa_hf.recipes.benchmark_common import Heads
-from nsa_hf.recipes.benchmark_generate import check
+from nsa_hf.recipes.benchmark_generate import check, graphs
 
 pytestmark = pytest.mark.gpu
 
@@ -162,11 +162,14 @@ def test_a_models_step_with_a_static_cache_waits_for_nothing() -> None:
 
 
 def test_generate_compiles_steps_over_a_long_static_cache() -> None:
-    """Compiled steps were wrong once, at this length and batch and at no smaller ones that were tried."""
+    """Compiled steps were seen wrong at this length and batch, and right at half the batch."""
     tokens, shape = 65536, benchmark_model.Shape("qwen3:2:512:1024:256", Heads.parse("32:8:128"))
     model = benchmark_model.make_model(shape, tokens + 64, True, "cuda")
     ids = torch.randint(256, (1, tokens), device="cuda").expand(4, -1)
+    torch._dynamo.reset()
+    graphs()
     with torch.no_grad():
         cache = benchmark_model.filled_cache(model, ids[:, :-1], "nsa", tokens + 64)
         compiled, kernels = check(model, ids, cache)
-    assert compiled < 0.05 and kernels < 0.05
+    assert graphs() == "1 graphs compiled, 0 breaks, 0 CUDA graphs skipped"
+    assert compiled < 0.1 and kernels < 0.05

@@ -208,6 +208,28 @@ def test_of_equal_blocks_the_first_is_taken(process: ProcessPoolExecutor, name: 
     assert torch.equal(got, expected)
 
 
+def select_given(at_once: int) -> tuple[list[int], list[int]]:
+    """Sums of 60 blocks, of which many are equal: what is selected of them, and what should be."""
+    from nsa_hf.kernels import triton_decode_select
+
+    sizes = Sizes(4, 4, 16, 9, 1, 1, 5)
+    sums = torch.randint(3, (60,), generator=torch.Generator().manual_seed(0)).float()
+    selection = torch.full((1, 1, 1, 9), -2, dtype=torch.int32)
+    lse, nowhere = torch.zeros(1, 1, 1, 1), torch.full((1, 16, 1), float("nan"))
+    with mock.patch.object(triton_decode_select, "AT_ONCE", at_once):
+        triton_decode_select.decode_select(
+            lse, 1, None, None, 960, sizes, (4, 1, 4), (sums.reshape(1, 15, 1, 4), nowhere), selection
+        )
+    ranked = sorted(range(1, 59), key=lambda block: (-sums[block], block))
+    return selection.flatten().tolist(), sorted([0, *ranked[:7], 59])
+
+
+@pytest.mark.parametrize("at_once", [16, 32, 64])
+def test_of_equal_sums_the_first_are_taken(process: ProcessPoolExecutor, at_once: int) -> None:
+    got, expected = process.submit(select_given, at_once).result()
+    assert got == expected
+
+
 class Operations(TorchDispatchMode):
     """Names of the operations whose result is at least as large as a cache."""
 

@@ -14,7 +14,7 @@ KERNELS = {"compressed_kernel", "decode_select_kernel", "decode_selected_kernel"
 
 def compile_step(
     monkeypatch: pytest.MonkeyPatch, card: int, group: int, queries: int, dims: tuple[int, int], dtype: torch.dtype,
-    sizes: Sizes = PAPER, own_window: bool = False,
+    sizes: Sizes = PAPER, own_window: bool = False, capacity: int = 8192,
 ) -> dict[str, int]:  # fmt: skip
     from nsa_hf.kernels import triton_common, triton_decode_compressed, triton_decode_selected
     from nsa_hf.kernels.triton_decode import decode_op
@@ -22,7 +22,7 @@ def compile_step(
     found = compile_for(monkeypatch, card, triton_common, triton_decode_compressed, triton_decode_selected)
     for module in (triton_common, triton_decode_compressed):
         monkeypatch.setattr(module, "overlaps", lambda device: card >= 90)
-    capacity, kv_heads, (key_dim, value_dim) = 8192, 2, dims
+    kv_heads, (key_dim, value_dim) = 2, dims
     entries = (capacity - sizes.kernel_size) // sizes.kernel_stride + 1
 
     def empty(length: int, dim: int) -> torch.Tensor:
@@ -66,3 +66,9 @@ def test_other_sizes_and_own_window_keys_compile_ahead(monkeypatch: pytest.Monke
     found = compile_step(monkeypatch, 86, 3, 2, (64, 64), torch.bfloat16, sizes, own_window=True)
     assert set(found) == KERNELS
     assert all(shared <= SHARED_MEMORY[86] * 1024 for shared in found.values()), found
+
+
+def test_more_blocks_than_are_looked_at_together_compile_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = compile_step(monkeypatch, 90, 4, 1, (64, 64), torch.bfloat16, capacity=262144)
+    assert set(found) == KERNELS
+    assert all(shared <= SHARED_MEMORY[90] * 1024 for shared in found.values()), found

@@ -101,7 +101,11 @@ def precision(dtype: torch.dtype) -> str:
 
 @triton.jit
 def begin_next(OVERLAP: tl.constexpr):
-    """Lets the next launch begin when every program of this one has come here; it must `wait_for_previous`."""
+    """Lets the next launch begin when every program of this one has come here.
+
+    Every kernel of such a chain must `wait_for_previous`, whatever it reads: the last one may read what the first one
+    wrote, and knows only of the one before it.
+    """
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
 
@@ -116,7 +120,8 @@ def wait_for_previous(OVERLAP: tl.constexpr):
 @cache
 def overlaps(device: torch.device) -> bool:
     """Whether a launch can begin while the one before it ends: programmatic dependent launch, from 9.0 on."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def following(device: torch.device) -> dict[str, bool]:

@@ -5,9 +5,10 @@
     selected     splits of the selected blocks and the window          triton_decode_selected
     combination  all splits of all branches, gated                     here
 
-Nothing depends on a value on the host: how much of a cache is filled is read by the kernels, so that one CUDA graph
-serves every step. Keys and values are taken as they lie (any strides between tokens, rows and heads): a cache is never
-copied.
+Each launch may begin while the one before it ends (see `begin_next`): nothing else is launched between them, and what
+they share is held until the last one. Nothing depends on a value on the host: how much of a cache is filled is read by
+the kernels, so that one CUDA graph serves every step. Keys and values are taken as they lie (any strides between
+tokens, rows and heads): a cache is never copied.
 """
 
 from __future__ import annotations

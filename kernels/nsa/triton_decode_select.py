@@ -10,7 +10,7 @@ from .sizes import Sizes
 from .triton_common import begin_next, following, next_power_of_2, wait_for_previous
 from .triton_decode_compressed import GROWING, row_place
 
-# Blocks that are sorted at once; a program takes that many after another.
+# Blocks that are looked at together; a program takes that many after another.
 AT_ONCE = 2048
 
 
@@ -21,8 +21,8 @@ def head_importance(
 ):  # fmt: skip
     """The importance `[BJ]` of the blocks `first + i`, summed over the heads that are `real`.
 
-    The pointers are those of head 0. `cells` were written, in whole tiles; the first block of a tile has more of its
-    sum in `carried`.
+    The pointers are those of head 0. `cells`: how many hold something, written in whole tiles. The first block of a
+    tile has more of its sum in `carried`, so that equal sums are equal up to rounding only.
     """
     split = tl.arange(0, SPLITSP)
     mask = (split < SPLITS)[None, :] & real[:, None]
@@ -70,18 +70,23 @@ def block_keys(
 
 
 @triton.jit
-def store_chosen(selection, keys, first, least, equal, above_before, equal_before, BJ: tl.constexpr):
+def store_chosen(
+    selection, keys, first, least, equal, above_before, equal_before, FREE: tl.constexpr, BJ: tl.constexpr
+):
     """Stores which of the blocks `first + i` have a key above `least`, or are among the first `equal` that have it.
+
+    No more than FREE are stored, even if keys came out otherwise than when `least` was found.
 
     Returns how many of each there are, with those of earlier blocks.
     """
     is_above, is_equal = (keys > least).to(tl.int32), (keys == least).to(tl.int32)
-    # both counts in one number: there are fewer than 2^16 blocks
+    # both counts in one number: BJ is less than 2^16
     count = is_above + (is_equal << 16)
     before = tl.cumsum(count, 0) - count
     above, same = above_before + (before & 0xFFFF), equal_before + (before >> 16)
     chosen = (keys > least) | ((keys == least) & (same < equal))
-    tl.store(selection + above + tl.minimum(same, equal), first + tl.arange(0, BJ), mask=chosen)
+    place = above + tl.minimum(same, equal)
+    tl.store(selection + place, first + tl.arange(0, BJ), mask=chosen & (place < FREE))
     return above_before + tl.sum(is_above, 0), equal_before + tl.sum(is_equal, 0)
 
 
@@ -140,7 +145,7 @@ def decode_select_kernel(
             least = tl.min(tl.where(among, best, 0x7FFFFFFF), 0)
             equal = FREE - tl.sum((among & (best > least)).to(tl.int32), 0)
             if ONCE:
-                store_chosen(selection + INIT, keys, 0, least, equal, 0, 0, BJ)
+                store_chosen(selection + INIT, keys, 0, least, equal, 0, 0, FREE, BJ)
             else:
                 above_before, equal_before = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
                 for first in tl.range(0, end, BJ):
@@ -150,7 +155,7 @@ def decode_select_kernel(
                         REACH, GC, BJ,
                     )  # fmt: skip
                     above_before, equal_before = store_chosen(
-                        selection + INIT, again, first, least, equal, above_before, equal_before, BJ
+                        selection + INIT, again, first, least, equal, above_before, equal_before, FREE, BJ
                     )
             forced = (slot < INIT) | (slot >= TOPK - LOCAL)
     # the first blocks and the local ones; all there are, where those are not more than may be selected
