@@ -7,6 +7,7 @@ Forward and backward are compared with the float64 reference first; a configurat
 exit code is 1. Rows are appended to a CSV, one for each (config, tokens, inputs, system, part), so that a run that was
 cut off leaves what it measured. `flops` and `bytes` are what the part has to do at least; `floor_ms` is the larger of
 the two times they take at the rates that this card was measured to give at the start of the run (system `card`).
+`tflop_s` and `gb_s` are what of them was done a second, and `share_of_card` the floor's share of the time.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from .benchmark_common import (
     Cost,
     Heads,
     Times,
+    achieved,
     card_rates,
     draw_and_say,
     lengths_below,
@@ -45,7 +47,7 @@ CONFIGS = ("64:4:128", "32:8:128", "16:8:128", "64:4:192/128", "9:3:64")
 TOKENS = (4096, 8192, 16384, 32768, 65536, 131072)
 COLUMNS = (
     *STAMP, "config", "tokens", "inputs", "system", "part", "median_ms", "p20_ms", "p80_ms", "peak_mib", "flops",
-    "bytes", "floor_ms",
+    "bytes", "floor_ms", "tflop_s", "gb_s", "share_of_card",
 )  # fmt: skip
 
 
@@ -198,14 +200,17 @@ def main(arguments: list[str] | None = None) -> int:
         config: str, tokens: int, inputs: str, system: str, part: str, times: Times, peak: float | None,
         cost: Cost | None,
     ) -> dict[str, object]:  # fmt: skip
-        floor = max(cost.flops / flops, cost.bytes / moved) * 1e3 if cost else None
         found = {**source, "config": config, "tokens": tokens, "inputs": inputs, "system": system, "part": part}
         median, low, high = (f"{time:.4f}" for time in times)
         found |= {"median_ms": median, "p20_ms": low, "p80_ms": high, "peak_mib": "" if peak is None else round(peak)}
-        found |= {"flops": f"{cost.flops:.4g}", "bytes": f"{cost.bytes:.4g}"} if cost else {}
+        found |= achieved(cost, times[0], flops, moved) if cost else {}
         print(f"{config:13} {tokens:7} {inputs:9} {system:5} {part:32} {median:>9} ms", end="")
-        print(f"  floor {floor:8.4f}" if floor else "", "" if peak is None else f"  peak {peak:.0f} MiB", flush=True)
-        return found | ({"floor_ms": f"{floor:.4f}"} if floor else {})
+        print(
+            f"  floor {found['floor_ms']:>8}" if cost else "",
+            "" if peak is None else f"  peak {peak:.0f} MiB",
+            flush=True,
+        )
+        return found
 
     write_rows(
         options.out, COLUMNS, [row("", 0, "random", "card", part, times, None, cost) for part, times, cost in card]

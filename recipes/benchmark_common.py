@@ -51,6 +51,20 @@ class Cost(NamedTuple):
     bytes: float
 
 
+def achieved(cost: Cost, median_ms: float, flops: float, moved: float) -> dict[str, str]:
+    """Columns of what a part must do at least, and what of it was done a second.
+
+    Args:
+        flops, moved: FLOP/s and bytes/s that the card was measured to give.
+    """
+    floor_ms = max(cost.flops / flops, cost.bytes / moved) * 1e3
+    return {
+        "flops": f"{cost.flops:.4g}", "bytes": f"{cost.bytes:.4g}", "floor_ms": f"{floor_ms:.4f}",
+        "tflop_s": f"{cost.flops / median_ms * 1e-9:.4g}", "gb_s": f"{cost.bytes / median_ms * 1e-6:.4g}",
+        "share_of_card": f"{floor_ms / median_ms:.3f}",
+    }  # fmt: skip
+
+
 def no_gpu() -> bool:
     """Whether there is no CUDA GPU; says so."""
     missing = not torch.cuda.is_available()
