@@ -1,7 +1,7 @@
 """Speed and memory of the operation and its parts on one GPU, beside FlashAttention-2 and cuDNN, in one run.
 
-    python -m nsa_hf.recipes.benchmark                                     every shape, 4k to 128k: five minutes
-    python -m nsa_hf.recipes.benchmark --configs 9:3:64 --tokens 8192      one shape, a minute
+    python -m nsa_hf.recipes.benchmark                                     every shape, 4k to 128k
+    python -m nsa_hf.recipes.benchmark --configs 9:3:64 --tokens 8192      one shape
 
 Forward and backward are compared with the float64 reference first; a configuration that is wrong is not timed and the
 exit code is 1. Rows are appended to a CSV, one for each (config, tokens, inputs, system, part), so that a run that was
