@@ -2,6 +2,7 @@
 
     python .ci/gpu.py                       all of it
     python .ci/gpu.py tests decode          only these stages: tests, operation, decode, generate
+    python .ci/gpu.py sanitize              every kernel under NVIDIA's compute-sanitizer, which CUDA's toolkit brings
 
 Needs PyTorch, Transformers and pytest, and no installation: the package is imported from a tree of links.
 """
@@ -9,8 +10,10 @@ Needs PyTorch, Transformers and pytest, and no installation: the package is impo
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 from linktree import ROOT, make_tree
@@ -34,11 +37,16 @@ def check_gpu() -> None:
     )
 
 
-def run(*arguments: str) -> None:
-    """Run a Python command in the repository's root with the package in sight; a failure ends everything."""
+def run(*arguments: str, under: Sequence[str] = (), **variables: str) -> None:
+    """Run a Python command in the repository's root with the package in sight; a failure ends everything.
+
+    Args:
+        under: a command that runs it.
+        variables: more of the environment.
+    """
     path = os.pathsep.join([str(TREE), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONSAFEPATH": "1", "PYTHONPATH": path}
-    code = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment).returncode
+    environment = os.environ | {"PYTHONSAFEPATH": "1", "PYTHONPATH": path} | variables
+    code = subprocess.run([*under, sys.executable, *arguments], cwd=ROOT, env=environment).returncode
     if code != 0:
         sys.exit(code)
 
@@ -77,17 +85,30 @@ def generate() -> None:
             run("-m", "nsa_hf.recipes.benchmark_generate", "--phase", phase, "--systems", system)
 
 
+def sanitize() -> None:
+    """No access outside of what was allocated, one allocation per tensor; no race within a program."""
+    if (sanitizer := shutil.which("compute-sanitizer")) is None:
+        sys.exit("error: compute-sanitizer is not on the PATH: it comes with CUDA's toolkit")
+    script = str(ROOT / ".ci" / "every_kernel.py")
+    run(script)  # compiles them; by itself that is much faster
+    for tool in ("memcheck", "racecheck"):
+        watched = (sanitizer, "--tool", tool, "--error-exitcode", "1")
+        run(script, under=watched, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
+
 STAGES = {stage.__name__: stage for stage in (tests, operation, decode, generate)}
+ON_DEMAND = {"sanitize": sanitize}
 
 
 def main() -> None:
     chosen = sys.argv[1:] or list(STAGES)
-    if unknown := [name for name in chosen if name not in STAGES]:
-        sys.exit(f"error: unknown stage {', '.join(unknown)}: choose of {', '.join(STAGES)}")
+    known = STAGES | ON_DEMAND
+    if unknown := [name for name in chosen if name not in known]:
+        sys.exit(f"error: unknown stage {', '.join(unknown)}: choose of {', '.join(known)}")
     check_gpu()
     make_tree(TREE)
     for name in chosen:
-        STAGES[name]()
+        known[name]()
 
 
 if __name__ == "__main__":
