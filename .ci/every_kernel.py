@@ -33,7 +33,8 @@ BOUNDS: dict[str, dict[str, Any]] = {
     "own window keys": {"queries": 500, "own_window": 1100},
 }
 SHORT = {
-    name: replace(shape, **{"queries": TOKENS, "keys": TOKENS} | BOUNDS.get(name, {})) for name, shape in REAL.items()
+    name: replace(shape, **{"kv_heads": 1, "queries": TOKENS, "keys": TOKENS} | BOUNDS.get(name, {}))
+    for name, shape in REAL.items()
 }
 
 
