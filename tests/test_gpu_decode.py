@@ -12,7 +12,7 @@ from transformers import StaticCache
 from nsa_hf.kernels import n_blocks, nsa_attention
 from nsa_hf.recipes import benchmark_model
 from nsa_hf.recipes.benchmark_common import Heads
-from nsa_hf.recipes.benchmark_generate import check, graphs
+from nsa_hf.recipes.benchmark_generate import check, graphs, rounded_as_uncompiled
 
 pytestmark = pytest.mark.gpu
 
@@ -162,14 +162,15 @@ def test_a_models_step_with_a_static_cache_waits_for_nothing() -> None:
 
 
 def test_generate_compiles_steps_over_a_long_static_cache() -> None:
-    """Compiled steps were seen wrong at this length and batch, and right at half the batch."""
-    tokens, shape = 65536, benchmark_model.Shape("qwen3:2:512:1024:256", Heads.parse("32:8:128"))
+    """Where they round alike, compiled steps give what the same steps without compiling do, at full length and batch;
+    a rounding elsewhere chooses a few other blocks, which random weights turn into other logits."""
+    tokens, shape = 65536, benchmark_model.Shape("qwen3:2:4096:12288:32000", Heads.parse("32:8:128"))
     model = benchmark_model.make_model(shape, tokens + 64, True, "cuda")
-    ids = torch.randint(256, (1, tokens), device="cuda").expand(4, -1)
+    ids = torch.randint(32000, (1, tokens), device="cuda").expand(4, -1)
     torch._dynamo.reset()
     graphs()
-    with torch.no_grad():
+    with torch.no_grad(), rounded_as_uncompiled():
         cache = benchmark_model.filled_cache(model, ids[:, :-1], "nsa", tokens + 64)
         compiled, kernels = check(model, ids, cache)
     assert graphs() == "1 graphs compiled, 0 breaks, 0 CUDA graphs skipped"
-    assert compiled < 0.1 and kernels < 0.05
+    assert compiled < 0.005 and kernels < 0.05
