@@ -18,6 +18,7 @@ once to compile and once to be timed, from step to step. Systems:
     dense-static    static cache, compiled, SDPA with a mask
     dense-flex      static cache, compiled, flex attention
     dense-cut       static buffers cut on the host: no mask and no copies, a cache that Transformers does not have
+    dense-cut-cudnn the same with cuDNN's attention
 
 What is compiled rounds where PyTorch's own operators do (Inductor's `emulate_precision_casts`). By default it rounds
 less often, which changes a bf16 query by a few thousandths, and the choice between blocks that are about as good: with
@@ -64,7 +65,7 @@ COLUMNS = (
     "tokens_per_s", "warm_up_s", "peak_mib", "times_dense",
 )  # fmt: skip
 SYSTEMS = {
-    "decode": ("nsa", "nsa-dynamic", "dense-dynamic", "dense-static", "dense-flex", "dense-cut"),
+    "decode": ("nsa", "nsa-dynamic", "dense-dynamic", "dense-static", "dense-flex", "dense-cut", "dense-cut-cudnn"),
     "first-token": ("nsa", *(f"dense-{kernel}" for kernel in DENSE_KERNELS)),
 }
 # steps before those that are timed, and steps that are compared
@@ -149,6 +150,7 @@ def decode(model: Any, ids: Tensor, system: str, new: int) -> tuple[list[float],
     """
     held, begin = ids.shape[1] - 1, time.perf_counter()
     cache = filled_cache(model, ids[:, :held], system, ids.shape[1] + WARM_UP + new)
+    kernel = DENSE_KERNELS.get(system.removeprefix("dense-cut-"))
     if system == "dense-flex":
         model.set_attn_implementation("flex_attention")
     if system == "nsa":
@@ -159,13 +161,14 @@ def decode(model: Any, ids: Tensor, system: str, new: int) -> tuple[list[float],
             raise ArithmeticError(f"the logits are off by {errors}")
         cut_back(cache, held)
     options: dict[str, Any] = {"past_key_values": cache, "do_sample": False}
-    model.generate(ids, max_new_tokens=WARM_UP, **options)
-    cut_back(cache, held)
     stamps = Stamps()
-    if ids.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    model.generate(ids, max_new_tokens=WARM_UP + new, stopping_criteria=StoppingCriteriaList([stamps]), **options)
+    with sdpa_kernel(kernel) if kernel else nullcontext():
+        model.generate(ids, max_new_tokens=WARM_UP, **options)
+        cut_back(cache, held)
+        if ids.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        model.generate(ids, max_new_tokens=WARM_UP + new, stopping_criteria=StoppingCriteriaList([stamps]), **options)
     times = stamps.times[WARM_UP - 1 :]
     return [b - a for a, b in zip(times[:-1], times[1:], strict=True)], start - begin
 
