@@ -215,10 +215,10 @@ def select_given(at_once: int) -> tuple[list[int], list[int]]:
     sizes = Sizes(4, 4, 16, 9, 1, 1, 5)
     sums = torch.randint(3, (60,), generator=torch.Generator().manual_seed(0)).float()
     selection = torch.full((1, 1, 1, 9), -2, dtype=torch.int32)
-    lse, tops, nowhere = torch.zeros(1, 1, 1, 1), torch.zeros(1, 15, 1), torch.full((1, 15, 1), float("nan"))
+    lse, nowhere = torch.zeros(1, 1, 1, 1), torch.full((1, 16, 1), float("nan"))
     with mock.patch.object(triton_decode_select, "AT_ONCE", at_once):
         triton_decode_select.decode_select(
-            lse, 1, None, None, 960, sizes, (4, 1, 4), (sums.reshape(1, 15, 1, 4), tops, nowhere), selection
+            lse, 1, None, None, 960, sizes, (4, 1, 4), (sums.reshape(1, 15, 1, 4), nowhere), selection
         )
     ranked = sorted(range(1, 59), key=lambda block: (-sums[block], block))
     return selection.flatten().tolist(), sorted([0, *ranked[:7], 59])

@@ -145,8 +145,10 @@ def decode_op(
     lse = torch.empty(cmp + 2 * splits, batch, tokens, heads, **float32)
     scores = None
     if chooses:
-        written = (batch * kv_heads, cdiv(blocks * cells, tile), tokens * (heads // kv_heads))
-        scores = tuple(torch.empty(*shape, **float32) for shape in ((*written, tile), written, written))
+        all_tiles, rows = cdiv(blocks * cells, tile), tokens * (heads // kv_heads)
+        # what a tile leaves is for a block further on
+        shapes = ((all_tiles, rows, tile), (all_tiles + cells, rows))
+        scores = tuple(torch.empty(batch * kv_heads, *shape, **float32) for shape in shapes)
     selection = torch.empty(batch, tokens, kv_heads, size.topk, dtype=torch.int32, device=q.device)
     out = q.new_empty(batch, tokens, heads, dim)
 

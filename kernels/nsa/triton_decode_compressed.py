@@ -2,7 +2,7 @@
 
 A split is a share of the entries that a row sees, the same for all splits whatever the row's fill. Compressed block `i`
 overlaps the selection block in which it begins, and at most the next one (l <= l'), so the logits need not be kept: per
-query, head and block a sum of weights remains, beside the largest logit so far: their softmax is not known yet.
+query, head and block a sum of weights remains, as a logarithm, since the softmax it belongs to is not known yet.
 """
 
 from __future__ import annotations
@@ -53,48 +53,21 @@ def store_partial(partial, partial_lse, row, exists, acc, top, total, DV: tl.con
     tl.store(partial_lse + row, lse, mask=exists)
 
 
-@triton.jit
-def overlaps_of(
-    index, inner, RATIO: tl.constexpr, REACH: tl.constexpr, CELL: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
-    """int32 `[BN, COLUMNS]`: the strides that a tile's entry shares with the block of a cell; in the column behind the
-    last cell those that it shares with the block after the tile.
-
-    Args:
-        index, inner: `[BN]`, the entry's place in the tile and after its block's first.
-    """
-    behind = tl.arange(0, COLUMNS)[None, :] - index[:, None] // CELL
-    mine, other = tl.minimum(RATIO - inner, REACH)[:, None], tl.maximum(inner + REACH - RATIO, 0)[:, None]
-    return tl.where(behind == 0, mine, tl.where(behind == 1, other, 0))
-
-
-@triton.jit
-def weighted_sums(weights, counts, PRECISION: tl.constexpr):
-    """`weights [BM, BN] @ counts [BN, COLUMNS]`, on tensor cores with 22 bits of the weights, in two parts."""
-    counts = counts.to(tl.float32)
-    if PRECISION == "ieee":
-        return tl.dot(weights, counts, input_precision="ieee")
-    # TF32 has 11 bits, and the rest has no more of them that matter
-    first = (weights.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-    return tl.dot(weights - first, counts, tl.dot(first, counts, input_precision="tf32"), input_precision="tf32")
-
-
 @triton.jit(do_not_specialize=GROWING)
 def compressed_kernel(
-    q, k, v, starts, lengths, partial, partial_lse, sums, tops, carried, scale_log2, T, S, HQ, HK, ROWS, TILES,
+    q, k, v, starts, lengths, partial, partial_lse, sums, carried, scale_log2, T, S, HQ, HK, ROWS, TILES,
     SPLITS, k_batch, k_token, k_head, v_batch, v_token, v_head,
     DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, CELL: tl.constexpr, CELLS: tl.constexpr,
-    COLUMNS: tl.constexpr, SCORES: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    SCORES: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program: a split of one KV head's entries, for BM of the rows (query t, head g) at `t * G + g`.
 
     A cell is the run of at most CELL entries that begin in one selection block, or one of the CELLS runs of a block
     that holds more; a tile of BN places takes whole cells. `sums [B * Hk, TILES, T * G, cells of a tile]` float32: for
-    each cell, the sum of `exp2(logit - top) * overlap / d` over its entries and, within the tile, over those that reach
-    into it from the block before. `tops [B * Hk, TILES, T * G]`: the largest logit of the split up to there.
-    `carried`, as large: what a tile leaves for the block after its last one. What a program writes at a time lies
-    together: scattered writes slow the reads down.
+    each cell, log2 of the sum of `exp2(logit) * overlap / d` over its entries and, within the tile, over those that
+    reach into it from the block before. `carried [B * Hk, TILES + CELLS, T * G]`: what a tile leaves for the block
+    after its last one. What a program writes at a time lies together: scattered writes slow the reads down.
     """
     begin_next(OVERLAP)
     RATIO: tl.constexpr = BLOCK // STRIDE
@@ -121,9 +94,7 @@ def compressed_kernel(
     tiles = (cells + TILE - 1) // TILE
     share = (tiles + SPLITS - 1) // SPLITS
     begin = split * share
-    index, column = tl.arange(0, BN), tl.arange(0, COLUMNS)
-    if SCORES and RATIO == CELL:
-        counts = overlaps_of(index, index % CELL, RATIO, REACH, CELL, COLUMNS)
+    index, place = tl.arange(0, BN), tl.arange(0, TILE)
     acc = tl.zeros([BM, DVP], tl.float32)
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
@@ -144,17 +115,19 @@ def compressed_kernel(
         values = load_tile(v + first.to(tl.int64) * v_token, entry, v_token, inside, DV, DVP)
         acc = tl.dot(weights.to(values.dtype), values, acc * factor[:, None], input_precision=PRECISION)
         if SCORES:
-            if RATIO != CELL:
-                counts = overlaps_of(index, inner, RATIO, REACH, CELL, COLUMNS)
-            found = weighted_sums(weights, counts, PRECISION)
-            target = (pair.to(tl.int64) * TILES + tile) * (T * group) + r
-            tl.store(tops + target, top, mask=exists)
-            tl.store(
-                sums + target[:, None] * TILE + column[None, :], found, mask=exists[:, None] & (column < TILE)[None, :]
-            )
+            safe = tl.where(top == float("-inf"), 0.0, top)
+            mine = weights * tl.minimum(RATIO - inner, REACH).to(tl.float32)[None, :]
+            mine = tl.sum(tl.reshape(mine, [BM, TILE, CELL]), 2)
             if REACH > 1:
-                target = target[:, None] + tl.zeros([1, COLUMNS], tl.int64)
-                tl.store(carried + target, found, mask=exists[:, None] & (column == TILE)[None, :])
+                other = weights * tl.maximum(inner + REACH - RATIO, 0).to(tl.float32)[None, :]
+                other = tl.sum(tl.reshape(other, [BM, TILE, CELL]), 2)
+                left = tl.gather(other, tl.maximum(place - 1, 0)[None, :] + tl.zeros([BM, 1], tl.int32), 1)
+                mine += tl.where(place > 0, left, 0.0)
+                rest = tl.sum(tl.where(place == TILE - 1, other, 0.0), 1)
+                target = (pair.to(tl.int64) * (TILES + CELLS) + tile + CELLS) * (T * group) + r
+                tl.store(carried + target, tl.log2(rest) + safe, mask=exists)
+            target = ((pair.to(tl.int64) * TILES + tile) * (T * group) + r)[:, None] * TILE + place[None, :]
+            tl.store(sums + target, tl.log2(mine) + safe[:, None], mask=exists[:, None])
     origin = split.to(tl.int64) * ROWS
     store_partial(partial + origin * DV, partial_lse + origin, row, exists, acc, top, total, DV, DVP)
 
@@ -192,18 +165,17 @@ def compressed_partials(
     """Writes splits 0 to `splits - 1` of `partial [splits.., B, T, Hq, Dv]` and `partial_lse`, and `scores`.
 
     Args:
-        scores: the kernel's `sums`, `tops` and `carried`; None where they choose nothing.
+        scores: the kernel's `sums` and `carried`; None where they choose nothing.
     """
     batch, tokens, heads, key_dim = q.shape
     kv_heads, value_dim = k_cmp.shape[2], v_cmp.shape[3]
     cell, cells = cell_shape(sizes, tiles["BN"])
-    sums, tops, carried = scores or (partial_lse,) * 3
-    columns = max(16, next_power_of_2(tiles["BN"] // cell + 1))
+    sums, carried = scores or (partial_lse, partial_lse)
     programs = splits * batch * kv_heads * cdiv(tokens * (heads // kv_heads), tiles["BM"])
     compressed_kernel[(programs,)](
-        q, k_cmp, v_cmp, starts, lengths, partial, partial_lse, sums, tops, carried, scale_log2, tokens, keys, heads,
+        q, k_cmp, v_cmp, starts, lengths, partial, partial_lse, sums, carried, scale_log2, tokens, keys, heads,
         kv_heads, batch * tokens * heads, sums.shape[1], splits, *strides(k_cmp), *strides(v_cmp),
         DK=key_dim, DKP=padded(key_dim), DV=value_dim, DVP=padded(value_dim), KERNEL=sizes.kernel_size,
-        STRIDE=sizes.kernel_stride, BLOCK=sizes.block_size, CELL=cell, CELLS=cells, COLUMNS=columns,
-        SCORES=scores is not None, PRECISION=precision(q.dtype), OVERLAP=overlaps(q.device), **tiles,
+        STRIDE=sizes.kernel_stride, BLOCK=sizes.block_size, CELL=cell, CELLS=cells, SCORES=scores is not None,
+        PRECISION=precision(q.dtype), OVERLAP=overlaps(q.device), **tiles,
     )  # fmt: skip

@@ -16,7 +16,7 @@ AT_ONCE = 2048
 
 @triton.jit
 def head_importance(
-    sums, tops, carried, lse, head, real, cells, first, SPLITS, ROWS, R, CELLS: tl.constexpr, TILE: tl.constexpr,
+    sums, carried, lse, head, real, cells, first, SPLITS, ROWS, R, CELLS: tl.constexpr, TILE: tl.constexpr,
     SPLITSP: tl.constexpr, REACH: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
     """The importance `[BJ]` of the blocks `first + i`, summed over the heads that are `real`.
@@ -24,37 +24,38 @@ def head_importance(
     The pointers are those of head 0. `cells`: how many hold something, written in whole tiles. The first block of a
     tile has more of its sum in `carried`, so that equal sums are equal up to rounding only.
     """
-    split, column = tl.arange(0, SPLITSP), tl.arange(0, TILE)
+    split = tl.arange(0, SPLITSP)
     mask = (split < SPLITS)[None, :] & real[:, None]
     lses = tl.load(lse + head[:, None] + split[None, :].to(tl.int64) * ROWS, mask=mask, other=float("-inf"))
-    importance = tl.zeros([BJ // TILE, TILE], tl.float32)
+    importance = tl.zeros([BJ], tl.float32)
     for s in tl.static_range(CELLS):
-        tile = (first + tl.arange(0, BJ // TILE) * TILE) * CELLS // TILE + s
-        # whole tiles, so that neighbours are read together; asked for before the logarithms are summed
-        mask = real[:, None] & (tile * TILE < cells)[None, :]
-        place = head[:, None] + (tile * R)[None, :]
-        mine = tl.load(sums + place[:, :, None] * TILE + column[None, None, :], mask=mask[:, :, None], other=0.0)
-        top = tl.load(tops + place, mask=mask, other=float("-inf"))
-        if REACH > 1:
-            mask = real[:, None] & ((tile >= CELLS) & ((tile - CELLS) * TILE < cells))[None, :]
-            other = tl.load(carried + place - CELLS * R, mask=mask, other=0.0)
-            other_top = tl.load(tops + place - CELLS * R, mask=mask, other=float("-inf"))
+        cell = (first + tl.arange(0, BJ)) * CELLS + s
+        # whole tiles, so that neighbours are read together
+        mask = real[:, None] & (cell // TILE * TILE < cells)[None, :]
+        # asked for before the logarithms are summed
+        place = (cell // TILE * R * TILE + cell % TILE)[None, :]
+        mine = tl.load(sums + head[:, None] * TILE + place, mask=mask, other=float("-inf"))
         if s == 0:
-            most = tl.max(lses, 1)
-            safe = tl.where(most == float("-inf"), 0.0, most)
+            top = tl.max(lses, 1)
+            safe = tl.where(top == float("-inf"), 0.0, top)
             total = tl.sum(tl.exp2(lses - safe[:, None]), 1)
             # of a head that sees nothing, every weight is 0
             log_sum = tl.where(total > 0, safe + tl.log2(tl.where(total > 0, total, 1.0)), float("inf"))
-        importance += tl.sum(mine * tl.exp2(top - log_sum[:, None])[:, :, None], 0)
+        importance += tl.sum(tl.exp2(mine - log_sum[:, None]), 0)
         if REACH > 1:
-            more = tl.sum(other * tl.exp2(other_top - log_sum[:, None]), 0)
-            importance += tl.where((column == 0)[None, :], more[:, None], 0.0)
-    return tl.reshape(importance, [BJ])
+            j = first + tl.arange(0, BJ // TILE) * TILE
+            tile = (j * CELLS + s) // TILE
+            mask = real[:, None] & ((j > 0) & ((tile - CELLS) * TILE < cells))[None, :]
+            other = tl.load(carried + head[:, None] + (tile * R)[None, :], mask=mask, other=float("-inf"))
+            more = tl.sum(tl.exp2(other - log_sum[:, None]), 0)
+            begins = (tl.arange(0, TILE) == 0)[None, :]
+            importance += tl.reshape(tl.where(begins, more[:, None], 0.0), [BJ])
+    return importance
 
 
 @triton.jit
 def block_keys(
-    sums, tops, carried, lse, group, cells, first, low, high, SPLITS, ROWS, R, CELLS: tl.constexpr,
+    sums, carried, lse, group, cells, first, low, high, SPLITS, ROWS, R, CELLS: tl.constexpr,
     TILE: tl.constexpr, SPLITSP: tl.constexpr, REACH: tl.constexpr, GC: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
     """The importance of the blocks `first + i` as int32 `[BJ]` in the same order; -1 outside `[low, high)`."""
@@ -62,7 +63,7 @@ def block_keys(
     for g in tl.range(0, group, GC):
         head = g + tl.arange(0, GC)
         importance += head_importance(
-            sums, tops, carried, lse, head, head < group, cells, first, SPLITS, ROWS, R, CELLS, TILE, SPLITSP, REACH, BJ
+            sums, carried, lse, head, head < group, cells, first, SPLITS, ROWS, R, CELLS, TILE, SPLITSP, REACH, BJ
         )  # fmt: skip
     j = first + tl.arange(0, BJ)
     return tl.where((j >= low) & (j < high), importance.to(tl.int32, bitcast=True), -1)
@@ -91,7 +92,7 @@ def store_chosen(
 
 @triton.jit(do_not_specialize=GROWING)
 def decode_select_kernel(
-    sums, tops, carried, lse, starts, lengths, selection, SPLITS, T, S, HQ, HK, ROWS, TILES, SLOTS,
+    sums, carried, lse, starts, lengths, selection, SPLITS, T, S, HQ, HK, ROWS, TILES, SLOTS,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
     TOPK: tl.constexpr, SLOTSP: tl.constexpr, KP: tl.constexpr, BJ: tl.constexpr, GC: tl.constexpr,
     CELL: tl.constexpr, CELLS: tl.constexpr, TILE: tl.constexpr, SPLITSP: tl.constexpr,
@@ -121,22 +122,23 @@ def decode_select_kernel(
             # how many were written
             cells = tl.where(relative >= KERNEL - 1, last // RATIO * CELLS + last % RATIO // CELL + 1, 0)
             rows, row = T * group, query % T * group
-            place = (batch * HK + kv_head).to(tl.int64) * TILES * rows + row
-            sums, tops, carried = sums + place * TILE, tops + place, carried + place
+            tiles = (batch * HK + kv_head).to(tl.int64) * TILES
+            sums += (tiles * rows + row) * TILE
+            carried += (tiles + (batch * HK + kv_head) * CELLS) * rows + row
             lse += query.to(tl.int64) * HQ + kv_head * group
             end = blocks - LOCAL
             if ONCE:
                 keys = block_keys(
-                    sums, tops, carried, lse, group, cells, 0, INIT, end, SPLITS, ROWS, rows, CELLS, TILE, SPLITSP,
-                    REACH, GC, BJ,
+                    sums, carried, lse, group, cells, 0, INIT, end, SPLITS, ROWS, rows, CELLS, TILE, SPLITSP, REACH,
+                    GC, BJ,
                 )  # fmt: skip
                 best = tl.topk(keys, KP)
             else:
                 best = tl.full([KP], -1, tl.int32)
                 for first in tl.range(0, end, BJ):
                     some = block_keys(
-                        sums, tops, carried, lse, group, cells, first, INIT, end, SPLITS, ROWS, rows, CELLS, TILE,
-                        SPLITSP, REACH, GC, BJ,
+                        sums, carried, lse, group, cells, first, INIT, end, SPLITS, ROWS, rows, CELLS, TILE, SPLITSP,
+                        REACH, GC, BJ,
                     )  # fmt: skip
                     best = tl.topk(tl.reshape(tl.join(best, tl.topk(some, KP)), [2 * KP]), KP)
             among = tl.arange(0, KP) < FREE
@@ -149,8 +151,8 @@ def decode_select_kernel(
                 for first in tl.range(0, end, BJ):
                     # once more, instead of keeping them
                     again = block_keys(
-                        sums, tops, carried, lse, group, cells, first, INIT, end, SPLITS, ROWS, rows, CELLS, TILE,
-                        SPLITSP, REACH, GC, BJ,
+                        sums, carried, lse, group, cells, first, INIT, end, SPLITS, ROWS, rows, CELLS, TILE, SPLITSP,
+                        REACH, GC, BJ,
                     )  # fmt: skip
                     above_before, equal_before = store_chosen(
                         selection + INIT, again, first, least, equal, above_before, equal_before, FREE, BJ
@@ -187,11 +189,11 @@ def decode_select(
     _, batch, tokens, heads = partial_lse.shape
     kv_heads = selection.shape[2]
     blocks = (keys - 1) // sizes.block_size + 1
-    sums, tops, carried = scores or (partial_lse,) * 3
+    sums, carried = scores or (partial_lse, partial_lse)
     chosen = 0 if scores is None else sizes.topk - sizes.init_blocks - sizes.local_blocks
     shape = select_shape(heads // kv_heads, chosen, blocks, cell[2])
     decode_select_kernel[(batch * tokens * kv_heads,)](
-        sums, tops, carried, partial_lse, starts, lengths, selection, splits, tokens, keys, heads, kv_heads,
+        sums, carried, partial_lse, starts, lengths, selection, splits, tokens, keys, heads, kv_heads,
         batch * tokens * heads, sums.shape[1], sizes.topk,
         KERNEL=sizes.kernel_size, STRIDE=sizes.kernel_stride, BLOCK=sizes.block_size, INIT=sizes.init_blocks,
         LOCAL=sizes.local_blocks, TOPK=sizes.topk, SLOTSP=next_power_of_2(sizes.topk), CELL=cell[0],
