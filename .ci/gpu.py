@@ -78,7 +78,7 @@ def decode() -> None:
 def generate() -> None:
     """A whole model; each system in a process of its own: memory and compiled graphs are not the next one's."""
     for phase, systems in (
-        ("decode", ("dense-dynamic", "dense-cut", "dense-static", "nsa")),
+        ("decode", ("dense-dynamic", "dense-cut", "dense-static", "dense-flex", "nsa")),
         ("first-token", ("dense-cudnn", "dense-flash", "nsa")),
     ):
         for system in systems:

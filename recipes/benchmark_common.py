@@ -184,7 +184,7 @@ def save_figure(figure: Any, path: Path) -> Path:
     """Saves a picture of the CSV at `path` beside it, with `.png` for `.csv`."""
     figure.tight_layout()
     picture = path.with_suffix(".png")
-    figure.savefig(picture, dpi=120)
+    figure.savefig(picture, dpi=120, bbox_inches="tight")
     return picture
 
 

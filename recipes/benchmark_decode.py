@@ -2,9 +2,11 @@
 
     python -m nsa_hf.recipes.benchmark_decode                                  two shapes, 8k to 128k
     python -m nsa_hf.recipes.benchmark_decode --configs 9:3:64 --queries 1,4   another shape; four tokens at a time
+    python -m nsa_hf.recipes.benchmark_decode --batches 32GiB --tokens 8192,131072   growth where the card is full
 
-Keys and values lie as in a static cache. "full" is the batch whose keys and values take 4 GiB. A graph walks over as
-many caches as it takes that none is still in the GPU's own cache when its turn comes; times are those of one step.
+Keys and values lie as in a static cache. A batch of "4GiB" is the one whose keys and values take so much. A graph walks
+over as many caches as it takes that none is still in the GPU's own cache when its turn comes; times are those of one
+step.
 
 Before a shape is timed, rows of its result are compared with the float64 reference; a wrong one is not timed and the
 exit code is 1. `bytes` are the keys, values and compressed entries that a step reads by the paper's count: the
@@ -205,7 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = make_parser(__doc__, "recipes/results/decode.csv")
     parser.add_argument("--configs", default=",".join(CONFIGS), help="Hq:Hk:D or Hq:Hk:Dk/Dv, separated by commas")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="lengths, separated by commas")
-    parser.add_argument("--batches", default="full,1", help="numbers, or full: 4 GiB of keys and values")
+    parser.add_argument("--batches", default="4GiB,1", help="numbers, or GiB of keys and values: 4GiB")
     parser.add_argument("--queries", default="1", help="tokens of a step, separated by commas")
     options = parser.parse_args(arguments)
     if no_gpu():
@@ -217,7 +219,8 @@ def main(arguments: list[str] | None = None) -> int:
     lengths, counts = ([int(x) for x in text.split(",")] for text in (options.tokens, options.queries))
     for heads in map(Heads.parse, options.configs.split(",")):
         for tokens, size in ((tokens, size) for tokens in lengths for size in options.batches.split(",")):
-            batch = full_batch(heads, tokens) if size == "full" else int(size)
+            gib = size.removesuffix("GiB")
+            batch = int(size) if gib == size else full_batch(heads, tokens, int(gib))
             for queries in counts:
                 fastest: float | None = None
                 try:

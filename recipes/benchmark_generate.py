@@ -50,6 +50,7 @@ from .benchmark_common import (
     STAMP,
     Heads,
     draw_and_say,
+    lengths_below,
     make_axes,
     make_parser,
     no_gpu,
@@ -231,24 +232,37 @@ def fastest_dense(path: Path, row: dict[str, Any]) -> float | None:
 
 
 def draw(path: Path) -> Path | None:
-    """Seconds to the first token over the prompt's length, the latest of each: `path` with `.png` for `.csv`.
-
-    None with a single length: there is nothing to see.
-    """
+    """Tokens a second of each system, and seconds to the first token over the prompt's length, the latest of each:
+    `path` with `.png` for `.csv`. None with a single bar and a single length: there is nothing to see."""
+    rates: dict[str, float] = {}
     times: dict[str, dict[int, float]] = {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
+            model = f"{row['model']} {row['config']}"
             if row["phase"] == "first-token":
-                name = f"{row['model']} {row['config']}, {row['system']}"
-                times.setdefault(name, {})[int(row["tokens"])] = float(row["median_ms"]) / 1e3
-    if len({tokens for lengths in times.values() for tokens in lengths}) < 2:
+                found = times.setdefault(f"{model}, {row['system']}", {})
+                found[int(row["tokens"])] = float(row["median_ms"]) / 1e3
+            else:
+                bar = f"{row['system']}\n{row['model']}\n{row['config']}, {row['tokens']} tokens, batch {row['batch']}"
+                rates[bar] = float(row["tokens_per_s"])
+    bars = len(rates) > 1
+    lengths = sorted({tokens for found in times.values() for tokens in found})
+    if not bars and len(lengths) < 2:
         return None
-    figure, axis = make_axes(1)
-    for name, lengths in sorted(times.items()):
-        found = sorted(lengths.items())
-        axis.plot([tokens / 1024 for tokens, _ in found], [seconds for _, seconds in found], marker="o", label=name)
-    axis.set(xlabel="tokens of the prompt (thousands)", ylabel="seconds to the first token", ylim=(0, None))
-    axis.legend(fontsize="small")
+    figure, axes = make_axes(bars + (len(lengths) > 1), squeeze=False)
+    if bars:
+        named = sorted(rates.items(), key=lambda bar: bar[1])
+        drawn = axes[0][0].barh([name for name, _ in named], [rate for _, rate in named])
+        axes[0][0].bar_label(drawn, fmt="%.0f", padding=2)
+        axes[0][0].tick_params("y", labelsize="x-small")
+        axes[0][0].set(xlabel="tokens per second", xlim=(0, 1.15 * max(rates.values())))
+    if len(lengths) > 1:
+        axis = axes[0][-1]
+        for name, found in sorted(times.items()):
+            axis.plot([tokens / 1024 for tokens in sorted(found)], [found[n] for n in sorted(found)], "o-", label=name)
+        lengths_below(axis, lengths)
+        axis.set(xlabel="tokens of the prompt (thousands)", ylabel="seconds to the first token", ylim=(0, None))
+        axis.legend(fontsize="small")
     return save_figure(figure, path)
 
 

@@ -14,7 +14,8 @@ COLUMNS = (
     "bytes_once", "gb_s", "share_of_card", "times_dense", "ceiling", "share_of_ceiling",
 )  # fmt: skip
 SIZES = Sizes()
-FULL = 4 << 30
+# Full batches: GiB of keys and values.
+FULL = (4, 32)
 
 
 def token_bytes(heads: Heads) -> int:
@@ -22,9 +23,9 @@ def token_bytes(heads: Heads) -> int:
     return 2 * heads.kv_heads * (heads.key_dim + heads.value_dim)
 
 
-def full_batch(heads: Heads, tokens: int) -> int:
-    """The batch whose keys and values take 4 GiB."""
-    return max(1, FULL // (tokens * token_bytes(heads)))
+def full_batch(heads: Heads, tokens: int, gib: int) -> int:
+    """The batch whose keys and values take so many GiB."""
+    return max(1, (gib << 30) // (tokens * token_bytes(heads)))
 
 
 def tokens_read(tokens: int, queries: int = 1, *, once: bool = False) -> int:
@@ -87,7 +88,8 @@ Curves = dict[tuple[str, str, str], dict[int, float]]
 
 
 def read_curves(path: Path) -> Curves:
-    """Microseconds a row by length, of (`full` or `batch 1`, config, `dense` or `nsa`): the latest with one query."""
+    """Microseconds a row by length, of (`4 GiB`, `32 GiB` or `batch 1`, config, `dense` or `nsa`): the latest with one
+    query."""
     curves: Curves = {}
     fastest: dict[tuple, float] = {}
     with path.open(newline="") as file:
@@ -95,10 +97,10 @@ def read_curves(path: Path) -> Curves:
             if row["queries"] != "1" or row["part"] != "step":
                 continue
             tokens, batch, time = int(row["tokens"]), int(row["batch"]), float(row["median_ms"])
-            full = full_batch(Heads.parse(row["config"]), tokens)
-            if batch not in (full, 1):
+            heads, system = Heads.parse(row["config"]), "nsa" if row["system"] == "nsa" else "dense"
+            kinds = {1: "batch 1"} | {full_batch(heads, tokens, gib): f"{gib} GiB" for gib in reversed(FULL)}
+            if (kind := kinds.get(batch)) is None:
                 continue
-            kind, system = "full" if batch == full else "batch 1", "nsa" if row["system"] == "nsa" else "dense"
             if system == "dense":
                 shape = (row["run_id"], kind, row["config"], tokens)
                 time = fastest[shape] = min(time, fastest.get(shape, time))
@@ -112,25 +114,29 @@ def growth(curves: Curves) -> list[str]:
     for (kind, config, system), times in sorted(curves.items()):
         first, last = min(times), max(times)
         if first < last:
-            read = tokens_read(last) / tokens_read(first) if system == "nsa" else last / first
-            grown = times[last] / times[first]
-            lines.append(f"{config} {kind}, {system}: {grown:.2f} times from {first} to {last}, bytes {read:.2f}")
+            grown, read = times[last] / times[first], f"{last / first:.2f}"
+            if system == "nsa":
+                paper, once = (tokens_read(last, once=x) / tokens_read(first, once=x) for x in (False, True))
+                read = f"{paper:.2f}, those of the window once {once:.2f}"
+            lines.append(f"{config} {kind}, {system}: {grown:.2f} times from {first} to {last}, bytes {read}")
     return lines
 
 
-def draw(path: Path) -> Path:
-    """Time of a token over length, sparse and the fastest dense: `path` with `.png` for `.csv`."""
-    curves = read_curves(path)
+def draw(path: Path) -> Path | None:
+    """Time of a token over length, sparse and the fastest dense: `path` with `.png` for `.csv`; None without any."""
+    if not (curves := read_curves(path)):
+        return None
     configs = sorted({config for _, config, _ in curves})
-    figure, axes = make_axes(2)
-    titles = {"full": "4 GiB of keys and values", "batch 1": "batch 1"}
-    for axis, (kind, title) in zip(axes, titles.items(), strict=True):
-        axis.set(title=title, yscale="log")
+    titles = {f"{gib} GiB": f"{gib} GiB of keys and values" for gib in FULL} | {"batch 1": "batch 1"}
+    drawn = [kind for kind in titles if any(kind == key[0] for key in curves)]
+    figure, axes = make_axes(len(drawn), squeeze=False)
+    for axis, kind in zip(axes[0], drawn, strict=True):
+        axis.set(title=titles[kind], yscale="log")
         lengths_below(axis, (tokens for key, times in curves.items() if key[0] == kind for tokens in times))
         for (_, config, system), times in sorted(x for x in curves.items() if x[0][0] == kind):
             lengths, costs = zip(*sorted(times.items()), strict=True)
             style = {"color": f"C{configs.index(config)}", "linestyle": "-" if system == "nsa" else "--"}
             axis.plot([n / 1024 for n in lengths], costs, marker="o", label=f"{config}, {system}", **style)
             axis.legend()
-    axes[0].set_ylabel("microseconds a row and layer")
+    axes[0][0].set_ylabel("microseconds a row and layer")
     return save_figure(figure, path)

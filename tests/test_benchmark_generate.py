@@ -139,10 +139,16 @@ def test_the_fastest_dense_of_the_same_shape(tmp_path: Path) -> None:
 
 def test_picture(tmp_path: Path) -> None:
     path = tmp_path / "generate.csv"
-    write_rows(path, COLUMNS, [row(), row(phase="decode", tokens=32)])
+    write_rows(path, COLUMNS, [row(), row(phase="decode", tokens=32, tokens_per_s="9.5")])
     assert draw(path) is None
     write_rows(path, COLUMNS, [row(tokens=128), row(tokens=128, system="dense-flash")])
     assert draw(path) == tmp_path / "generate.png" and (tmp_path / "generate.png").read_bytes()[:4] == b"\x89PNG"
+    (tmp_path / "generate.png").unlink()
+    write_rows(path, COLUMNS, [row(phase="decode", tokens=32, system="dense-static", tokens_per_s="3")])
+    assert draw(path) == tmp_path / "generate.png" and (tmp_path / "generate.png").exists()
+    bars = tmp_path / "bars.csv"
+    write_rows(bars, COLUMNS, [row(phase="decode", system=system, tokens_per_s="3") for system in ("nsa", "dense-cut")])
+    assert draw(bars) == tmp_path / "bars.png" and (tmp_path / "bars.png").exists()
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

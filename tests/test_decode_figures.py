@@ -45,9 +45,8 @@ def test_a_short_text_is_read_once_a_branch() -> None:
 
 def test_full_batches() -> None:
     assert (token_bytes(PAPER), token_bytes(LLAMA), token_bytes(SMALL)) == (2048, 4096, 768)
-    assert (full_batch(PAPER, 65536), full_batch(LLAMA, 65536), full_batch(LLAMA, 131072)) == (32, 16, 8)
-    assert (full_batch(PAPER, 8192), full_batch(SMALL, 65536)) == (256, 85)
-    assert full_batch(LLAMA, 1 << 24) == 1
+    assert [full_batch(LLAMA, tokens, 4) for tokens in (65536, 131072, 1 << 24)] == [16, 8, 1]
+    assert (full_batch(PAPER, 8192, 4), full_batch(PAPER, 65536, 32), full_batch(SMALL, 65536, 4)) == (256, 256, 85)
 
 
 def test_a_row() -> None:
@@ -83,14 +82,17 @@ def test_curves_and_picture(tmp_path: Path) -> None:
             ("new", PAPER, 131072, 7, 1, "nsa", 8.0),
             ("new", PAPER, 65536, 32, 1, "flash", 1.6),
             ("new", PAPER, 65536, 32, 1, "nsa", 0.16),
+            ("new", PAPER, 65536, 256, 1, "nsa", 1.024),
         ],
     )
     curves = read_curves(path)
     assert curves["batch 1", "64:4:128", "dense"] == {8192: pytest.approx(20)}
     assert curves["batch 1", "64:4:128", "nsa"] == {8192: pytest.approx(10), 131072: pytest.approx(15)}
-    assert curves["full", "64:4:128", "dense"] == {65536: pytest.approx(50)}
-    assert curves["full", "64:4:128", "nsa"] == {65536: pytest.approx(5)}
-    assert growth(curves) == ["64:4:128 batch 1, nsa: 1.50 times from 8192 to 131072, bytes 4.75"]
+    assert curves["4 GiB", "64:4:128", "dense"] == {65536: pytest.approx(50)}
+    assert curves["4 GiB", "64:4:128", "nsa"] == {65536: pytest.approx(5)}
+    assert curves["32 GiB", "64:4:128", "nsa"] == {65536: pytest.approx(4)}
+    bytes_read = "bytes 4.75, those of the window once 5.00"
+    assert growth(curves) == [f"64:4:128 batch 1, nsa: 1.50 times from 8192 to 131072, {bytes_read}"]
     picture = draw(path)
     assert picture == tmp_path / "decode.png" and picture.read_bytes()[:4] == b"\x89PNG"
 
