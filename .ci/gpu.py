@@ -38,7 +38,13 @@ def check_gpu() -> None:
 
 
 def run(*arguments: str, under: Sequence[str] = (), **variables: str) -> None:
-    """Run a Python command in the repository's root with the package in sight; a failure ends everything.
+    """`exit_code`; a failure ends everything."""
+    if (code := exit_code(*arguments, under=under, **variables)) != 0:
+        sys.exit(code)
+
+
+def exit_code(*arguments: str, under: Sequence[str] = (), **variables: str) -> int:
+    """Run a Python command in the repository's root with the package in sight.
 
     Args:
         under: a command that runs it.
@@ -46,9 +52,7 @@ def run(*arguments: str, under: Sequence[str] = (), **variables: str) -> None:
     """
     path = os.pathsep.join([str(TREE), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONSAFEPATH": "1", "PYTHONPATH": path} | variables
-    code = subprocess.run([*under, sys.executable, *arguments], cwd=ROOT, env=environment).returncode
-    if code != 0:
-        sys.exit(code)
+    return subprocess.run([*under, sys.executable, *arguments], cwd=ROOT, env=environment).returncode
 
 
 def side_by_side() -> list[str]:
@@ -76,17 +80,23 @@ def decode() -> None:
 
 
 def generate() -> None:
-    """A whole model; each system in a process of its own: memory and compiled graphs are not the next one's."""
+    """A whole model; each system in a process of its own: memory and compiled graphs are not the next one's, and where
+    one fails the others are measured."""
+    failed = []
     for phase, systems in (
         ("decode", ("dense-dynamic", "dense-cut", "dense-static", "dense-flex", "nsa")),
         ("first-token", ("dense-cudnn", "dense-flash", "nsa")),
     ):
         for system in systems:
-            run("-m", "nsa_hf.recipes.benchmark_generate", "--phase", phase, "--systems", system)
+            given = ("--phase", phase, "--systems", system)
+            if exit_code("-m", "nsa_hf.recipes.benchmark_generate", *given) != 0:
+                failed.append(f"{phase} {system}")
+    if failed:
+        sys.exit(f"error: not measured: {', '.join(failed)}")
 
 
 def sanitize() -> None:
-    """No access outside of what was allocated, one allocation per tensor; no race within a program."""
+    """No access outside of what was allocated, one allocation per tensor; no race in a program's shared memory."""
     if (sanitizer := shutil.which("compute-sanitizer")) is None:
         sys.exit("error: compute-sanitizer is not on the PATH: it comes with CUDA's toolkit")
     script = str(ROOT / ".ci" / "every_kernel.py")

@@ -18,6 +18,7 @@ Rows are appended to a CSV as they come, the dense ones of a shape first.
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -43,6 +44,7 @@ from .benchmark_common import (
 )
 from .decode_figures import (
     COLUMNS,
+    FULL,
     SIZES,
     draw,
     figures,
@@ -203,11 +205,31 @@ def measure_shape(
     yield "nsa", times
 
 
+def batch_sizes(text: str) -> list[tuple[int, str]]:
+    """Numbers of `rows` or `GiB`, of `--batches`.
+
+    Raises:
+        argparse.ArgumentTypeError: what is wanted and what came.
+    """
+    found = []
+    for size in text.split(","):
+        number = size.removesuffix("GiB")
+        if not number.isdecimal() or int(number) < 1:
+            raise ArgumentTypeError(f"whole numbers of rows or of GiB, as in 4GiB,1, got {size}")
+        found.append((int(number), "rows" if number == size else "GiB"))
+    return found
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser(__doc__, "recipes/results/decode.csv")
     parser.add_argument("--configs", default=",".join(CONFIGS), help="Hq:Hk:D or Hq:Hk:Dk/Dv, separated by commas")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="lengths, separated by commas")
-    parser.add_argument("--batches", default="4GiB,1", help="numbers, or GiB of keys and values: 4GiB")
+    parser.add_argument(
+        "--batches",
+        type=batch_sizes,
+        default="4GiB,1",
+        help=f"rows, or GiB of keys and values ({FULL} are drawn): 4GiB,1",
+    )
     parser.add_argument("--queries", default="1", help="tokens of a step, separated by commas")
     options = parser.parse_args(arguments)
     if no_gpu():
@@ -218,9 +240,8 @@ def main(arguments: list[str] | None = None) -> int:
     failed = False
     lengths, counts = ([int(x) for x in text.split(",")] for text in (options.tokens, options.queries))
     for heads in map(Heads.parse, options.configs.split(",")):
-        for tokens, size in ((tokens, size) for tokens in lengths for size in options.batches.split(",")):
-            gib = size.removesuffix("GiB")
-            batch = int(size) if gib == size else full_batch(heads, tokens, int(gib))
+        for tokens, size in ((tokens, size) for tokens in lengths for size in options.batches):
+            batch = size[0] if size[1] == "rows" else full_batch(heads, tokens, size[0])
             for queries in counts:
                 fastest: float | None = None
                 try:

@@ -18,7 +18,6 @@ once to compile and once to be timed, from step to step. Systems:
     dense-static    static cache, compiled, SDPA with a mask
     dense-flex      static cache, compiled, flex attention
     dense-cut       static buffers cut on the host: no mask and no copies, a cache that Transformers does not have
-    dense-cut-cudnn the same with cuDNN's attention
 
 What is compiled rounds where PyTorch's own operators do (Inductor's `emulate_precision_casts`). By default it rounds
 less often, which changes a bf16 query by a few thousandths, and the choice between blocks that are about as good: with
@@ -66,9 +65,10 @@ COLUMNS = (
     "tokens_per_s", "warm_up_s", "peak_mib", "times_dense",
 )  # fmt: skip
 SYSTEMS = {
-    "decode": ("nsa", "nsa-dynamic", "dense-dynamic", "dense-static", "dense-flex", "dense-cut", "dense-cut-cudnn"),
+    "decode": ("nsa", "nsa-dynamic", "dense-dynamic", "dense-static", "dense-flex", "dense-cut"),
     "first-token": ("nsa", *(f"dense-{kernel}" for kernel in DENSE_KERNELS)),
 }
+COMPILED = ("nsa", "dense-static", "dense-flex")
 # steps before those that are timed, and steps that are compared
 WARM_UP, COMPARED = 8, 6
 # bf16 has 8 bits, and the error of a logit is that of some dozen layers: of 36 it was .05 where the same blocks are
@@ -152,7 +152,6 @@ def decode(model: Any, ids: Tensor, system: str, new: int) -> tuple[list[float],
     """
     held, begin = ids.shape[1] - 1, time.perf_counter()
     cache = filled_cache(model, ids[:, :held], system, ids.shape[1] + WARM_UP + new)
-    kernel = DENSE_KERNELS.get(system.removeprefix("dense-cut-"))
     if system == "dense-flex":
         model.set_attn_implementation("flex_attention")
     if system == "nsa":
@@ -163,14 +162,13 @@ def decode(model: Any, ids: Tensor, system: str, new: int) -> tuple[list[float],
             raise ArithmeticError(f"the logits are off by {errors}")
         cut_back(cache, held)
     options: dict[str, Any] = {"past_key_values": cache, "do_sample": False}
+    model.generate(ids, max_new_tokens=WARM_UP, **options)
+    cut_back(cache, held)
     stamps = Stamps()
-    with sdpa_kernel(kernel) if kernel else nullcontext():
-        model.generate(ids, max_new_tokens=WARM_UP, **options)
-        cut_back(cache, held)
-        if ids.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
-        model.generate(ids, max_new_tokens=WARM_UP + new, stopping_criteria=StoppingCriteriaList([stamps]), **options)
+    if ids.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    model.generate(ids, max_new_tokens=WARM_UP + new, stopping_criteria=StoppingCriteriaList([stamps]), **options)
     times = stamps.times[WARM_UP - 1 :]
     return [b - a for a, b in zip(times[:-1], times[1:], strict=True)], start - begin
 
@@ -221,15 +219,18 @@ def measure(shape: Shape, tokens: int, batch: int, phase: str, system: str, new:
 
 
 def fastest_dense(path: Path, row: dict[str, Any]) -> float | None:
-    """The least milliseconds of a dense system in the CSV for a row's GPU and shape."""
+    """The least milliseconds of a dense system in the CSV for a row's GPU and shape; None where decoding was measured
+    without compiling only, since then much of a dense step may be the host's."""
     same = ("gpu", "torch", "model", "config", "tokens", "batch", "phase")
-    times = []
+    times: list[tuple[float, str]] = []
     if path.exists():
         with path.open(newline="") as file:
             for other in csv.DictReader(file):
                 if other["system"].startswith("dense") and all(other[name] == str(row[name]) for name in same):
-                    times.append(float(other["median_ms"]))
-    return min(times, default=None)
+                    times.append((float(other["median_ms"]), other["system"]))
+    if row["phase"] == "decode" and not any(system in COMPILED for _, system in times):
+        return None
+    return min(times)[0] if times else None
 
 
 def draw(path: Path) -> Path | None:
@@ -244,20 +245,21 @@ def draw(path: Path) -> Path | None:
                 found = times.setdefault(f"{model}, {row['system']}", {})
                 found[int(row["tokens"])] = float(row["median_ms"]) / 1e3
             else:
-                bar = f"{row['system']}\n{row['model']}\n{row['config']}, {row['tokens']} tokens, batch {row['batch']}"
-                rates[bar] = float(row["tokens_per_s"])
-    bars = len(rates) > 1
+                how = "compiled" if row["system"] in COMPILED else "not compiled"
+                shape = f"{row['config']}, {row['tokens']} tokens, batch {row['batch']}"
+                rates[f"{row['system']}, {how}\n{row['model']}\n{shape}"] = float(row["tokens_per_s"])
     lengths = sorted({tokens for found in times.values() for tokens in found})
-    if not bars and len(lengths) < 2:
+    panels = [name for name, shown in (("rates", len(rates) > 1), ("times", len(lengths) > 1)) if shown]
+    if not panels:
         return None
-    figure, axes = make_axes(bars + (len(lengths) > 1), squeeze=False)
-    if bars:
+    figure, axes = make_axes(len(panels), squeeze=False)
+    if "rates" in panels:
         named = sorted(rates.items(), key=lambda bar: bar[1])
         drawn = axes[0][0].barh([name for name, _ in named], [rate for _, rate in named])
         axes[0][0].bar_label(drawn, fmt="%.0f", padding=2)
         axes[0][0].tick_params("y", labelsize="x-small")
         axes[0][0].set(xlabel="tokens per second", xlim=(0, 1.15 * max(rates.values())))
-    if len(lengths) > 1:
+    if "times" in panels:
         axis = axes[0][-1]
         for name, found in sorted(times.items()):
             axis.plot([tokens / 1024 for tokens in sorted(found)], [found[n] for n in sorted(found)], "o-", label=name)

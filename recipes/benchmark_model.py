@@ -80,7 +80,7 @@ def filled_cache(model: Any, ids: Tensor, system: str, room: int) -> Cache:
         row.batch_repeat_interleave(batch)
         return row
     cache = StaticCache(config=model.config, max_cache_len=room)
-    if system.startswith("dense-cut"):
+    if system == "dense-cut":
         cache.layers = [CutLayer(room) for _ in cache.layers]
     for layer in cache.layers:
         held = row.layers.pop(0)  # one after the other: the memory is needed

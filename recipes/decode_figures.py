@@ -98,7 +98,7 @@ def read_curves(path: Path) -> Curves:
                 continue
             tokens, batch, time = int(row["tokens"]), int(row["batch"]), float(row["median_ms"])
             heads, system = Heads.parse(row["config"]), "nsa" if row["system"] == "nsa" else "dense"
-            kinds = {1: "batch 1"} | {full_batch(heads, tokens, gib): f"{gib} GiB" for gib in reversed(FULL)}
+            kinds = {full_batch(heads, tokens, gib): f"{gib} GiB" for gib in FULL} | {1: "batch 1"}
             if (kind := kinds.get(batch)) is None:
                 continue
             if system == "dense":
@@ -137,6 +137,6 @@ def draw(path: Path) -> Path | None:
             lengths, costs = zip(*sorted(times.items()), strict=True)
             style = {"color": f"C{configs.index(config)}", "linestyle": "-" if system == "nsa" else "--"}
             axis.plot([n / 1024 for n in lengths], costs, marker="o", label=f"{config}, {system}", **style)
-            axis.legend()
+        axis.legend()
     axes[0][0].set_ylabel("microseconds a row and layer")
     return save_figure(figure, path)

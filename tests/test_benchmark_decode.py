@@ -102,3 +102,11 @@ def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     text = capsys.readouterr().out
     assert "cudnn: not measured" in text and "6:2:16 batch 1, nsa: " in text
     assert out.with_suffix(".png").exists()
+
+
+def test_batches_by_rows_or_size(capsys: pytest.CaptureFixture) -> None:
+    assert benchmark_decode.batch_sizes("4GiB,1") == [(4, "GiB"), (1, "rows")]
+    for wrong in ("full", "4gib", "0.5GiB", "0", "1,"):
+        with pytest.raises(SystemExit):
+            benchmark_decode.main(["--batches", wrong])
+        assert "whole numbers of rows or of GiB, as in 4GiB,1, got " in capsys.readouterr().err

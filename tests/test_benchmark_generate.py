@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import CompileConfig, DynamicCache
 
 from nsa_hf.kernels import nsa_attention
 from nsa_hf.recipes import benchmark_generate
-from nsa_hf.recipes.benchmark_common import STAMP, Heads, write_rows
+from nsa_hf.recipes.benchmark_common import STAMP, Heads, save_figure, write_rows
 from nsa_hf.recipes.benchmark_generate import COLUMNS, check, decode, draw, fastest_dense, first_token, graphs, main
 from nsa_hf.recipes.benchmark_model import Shape, filled_cache, make_model, select_these
 
@@ -137,18 +138,36 @@ def test_the_fastest_dense_of_the_same_shape(tmp_path: Path) -> None:
     assert fastest_dense(path, row()) == 8.5
 
 
-def test_picture(tmp_path: Path) -> None:
+def test_decoding_is_held_against_compiled_dense_steps(tmp_path: Path) -> None:
+    path, step = tmp_path / "generate.csv", row(phase="decode")
+    write_rows(path, COLUMNS, [row(phase="decode", system="dense-cut", median_ms="3")])
+    assert fastest_dense(path, step) is None
+    write_rows(path, COLUMNS, [row(phase="decode", system="dense-flex", median_ms="4")])
+    assert fastest_dense(path, step) == 3
+
+
+def test_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(
+        benchmark_generate, "save_figure", lambda figure, path: drawn.append(figure) or save_figure(figure, path)
+    )
     path = tmp_path / "generate.csv"
     write_rows(path, COLUMNS, [row(), row(phase="decode", tokens=32, tokens_per_s="9.5")])
-    assert draw(path) is None
-    write_rows(path, COLUMNS, [row(tokens=128), row(tokens=128, system="dense-flash")])
+    assert draw(path) is None and not drawn
+    write_rows(path, COLUMNS, [row(tokens=128), row(tokens=128, system="dense-flash", median_ms="8000")])
     assert draw(path) == tmp_path / "generate.png" and (tmp_path / "generate.png").read_bytes()[:4] == b"\x89PNG"
-    (tmp_path / "generate.png").unlink()
-    write_rows(path, COLUMNS, [row(phase="decode", tokens=32, system="dense-static", tokens_per_s="3")])
-    assert draw(path) == tmp_path / "generate.png" and (tmp_path / "generate.png").exists()
-    bars = tmp_path / "bars.csv"
-    write_rows(bars, COLUMNS, [row(phase="decode", system=system, tokens_per_s="3") for system in ("nsa", "dense-cut")])
-    assert draw(bars) == tmp_path / "bars.png" and (tmp_path / "bars.png").exists()
+    (lines,) = drawn[-1].axes
+    curves = {line.get_label(): line.get_xydata().tolist() for line in lines.get_lines()}
+    assert curves == {
+        f"{MODEL} 6:2:16, dense-flash": [[0.125, 8]],
+        f"{MODEL} 6:2:16, nsa": [[0.0625, 0.005], [0.125, 0.005]],
+    }
+    write_rows(path, COLUMNS, [row(phase="decode", tokens=32, system="dense-cut", tokens_per_s="3")])
+    assert draw(path) == tmp_path / "generate.png"
+    bars, lines = drawn[-1].axes
+    assert [bar.get_width() for bar in bars.patches] == [3, 9.5] and lines.get_lines()
+    labels = [label.get_text().splitlines()[0] for label in bars.get_yticklabels()]
+    assert labels == ["dense-cut, not compiled", "nsa, compiled"]
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -169,7 +188,13 @@ def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     monkeypatch.setattr(benchmark_generate, "no_gpu", lambda: False)
     monkeypatch.setattr(benchmark_generate, "stamp", lambda commit: dict.fromkeys(STAMP, "x"))
     monkeypatch.setattr(benchmark_generate, "DEVICE", "cpu")
-    out = tmp_path / "generate.csv"
+    out, rounding = tmp_path / "generate.csv", []
+
+    def spied(*given):
+        rounding.append(torch._inductor.config.emulate_precision_casts)
+        return decode(*given)
+
+    monkeypatch.setattr(benchmark_generate, "decode", spied)
     shape = ["--config", "6:2:16", "--model", MODEL, "--out", str(out)]
     decoding = ["--phase", "decode", "--systems", "nsa,dense-dynamic", "--tokens", "300", "--batch", "2", "--new", "3"]
     assert main(shape + decoding) == 0
@@ -182,9 +207,14 @@ def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         ("first-token", "dense-flash", "64", "1"), ("first-token", "nsa", "64", "1"),
         ("first-token", "dense-flash", "300", "1"), ("first-token", "nsa", "300", "1"),
     ]  # fmt: skip
+    assert rounding == [True, True] and not torch._inductor.config.emulate_precision_casts
     for dense, sparse in zip(rows[::2], rows[1::2], strict=True):
         beside = float(dense["median_ms"]) / float(sparse["median_ms"])
-        assert dense["times_dense"] == "" and float(sparse["times_dense"]) == pytest.approx(beside, abs=0.01)
+        assert dense["times_dense"] == ""
+        if dense["phase"] == "decode":  # nothing dense was compiled
+            assert sparse["times_dense"] == ""
+        else:
+            assert float(sparse["times_dense"]) == pytest.approx(beside, abs=0.01)
         for r in (dense, sparse):
             assert 0 < float(r["p20_ms"]) <= float(r["median_ms"]) <= float(r["p80_ms"])
             assert (float(r["tokens_per_s"] or 0) > 0) == (r["phase"] == "decode")

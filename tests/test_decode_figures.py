@@ -93,6 +93,8 @@ def test_curves_and_picture(tmp_path: Path) -> None:
     assert curves["32 GiB", "64:4:128", "nsa"] == {65536: pytest.approx(4)}
     bytes_read = "bytes 4.75, those of the window once 5.00"
     assert growth(curves) == [f"64:4:128 batch 1, nsa: 1.50 times from 8192 to 131072, {bytes_read}"]
+    write(tmp_path / "other.csv", [("new", PAPER, 131072, 7, 1, "nsa", 8.0)])
+    assert draw(tmp_path / "other.csv") is None
     picture = draw(path)
     assert picture == tmp_path / "decode.png" and picture.read_bytes()[:4] == b"\x89PNG"
 
