@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from nsa_hf.errors import NsaError
 from nsa_hf.recipes.cli import run
 from nsa_hf.recipes.generate import generate, prompt_ids
+from nsa_hf.recipes.load import load_nsa_model
 
 PROMPT = "the words of it are as they were, " * 4  # beyond the exact range of 64 tokens
 
@@ -85,16 +86,26 @@ def test_the_command_prints_text_as_it_comes_and_tokens_per_second(nsa_dir, tmp_
     (tmp_path / "prompt.txt").write_text(PROMPT)
     # a token is a word here: text is printed up to the last space
     monkeypatch.setattr(PreTrainedTokenizerFast, "decode", lambda self, ids, **_: "word " * len(ids))
-    printed = []
+    passes, printed, after = [], [], []
+
+    def watched(*args):
+        model = load_nsa_model(*args)
+        model.register_forward_hook(lambda *_: passes.append(None))
+        return model
 
     class Screen(io.StringIO):
         def write(self, text: str) -> int:
             printed.append(text)
+            if text == "word ":
+                after.append(len(passes))
             return len(text)
 
+    monkeypatch.setattr("nsa_hf.recipes.generate.load_nsa_model", watched)
     monkeypatch.setattr("sys.stdout", Screen())
     arguments = ["--prompt-file", tmp_path / "prompt.txt", "--max-new-tokens", 9, "--device", "cpu"]
     assert run(["generate", *map(str, [nsa_dir, *arguments])]) == 0
     assert printed.count("word ") == 9, "one by one, not at once"
+    assert after == list(range(1, 10)), "each as soon as the pass that gave it was over, none held back to the end"
+    assert len(passes) == 9
     line = rf"\[{len(PROMPT)} prompt tokens read in [\d.]+ s, then [\d.]+ tokens/s, 9 new\]"
     assert re.search(line, "".join(printed))

@@ -9,6 +9,10 @@ from generation_steps import BORDERS, GREEDY, LENGTH, in_steps, left_padded, rel
 from transformers import DynamicCache
 
 from nsa_hf import NsaError
+from nsa_hf.dynamic_cache import NsaDynamicLayer
+
+# Where the texts of samples and beams start, and by how much they grow: together across every border.
+SAMPLED, NEW = (5, 18, 60, 70), 16
 
 
 @pytest.mark.parametrize("compression", ["mean", "linear", "mlp"])
@@ -94,14 +98,18 @@ def test_greedy_of_a_left_padded_batch_is_that_of_each_row_alone(starts, tiny_ns
     ],
 )
 @pytest.mark.parametrize("padded", [False, True])
-def test_sampling_and_beams_with_the_cache_equal_those_without(options, padded, tiny_nsa_model):
-    model, x = tiny_nsa_model(), tokens(2, 70)
-    mask = left_padded(x, [0, 29])["attention_mask"] if padded else torch.ones_like(x)
+@pytest.mark.parametrize("prompt", SAMPLED)
+def test_sampling_and_beams_with_the_cache_equal_those_without(options, padded, prompt, tiny_nsa_model):
+    model, x = tiny_nsa_model(), tokens(2, prompt)
+    mask = (
+        left_padded(x, [0, {5: 2, 18: 5, 60: 21, 70: 29}[prompt]])["attention_mask"] if padded else torch.ones_like(x)
+    )
     out = []
     for use_cache in (True, False):
         torch.manual_seed(0)
-        out.append(model.generate(x, attention_mask=mask, max_new_tokens=16, use_cache=use_cache, **options))
+        out.append(model.generate(x, attention_mask=mask, max_new_tokens=NEW, use_cache=use_cache, **options))
     assert torch.equal(out[0], out[1])
+    assert out[0].shape[1] == prompt + NEW, "ended before the borders"
 
 
 @pytest.mark.parametrize("prompt", [23, 64, 120])
@@ -122,6 +130,36 @@ def test_assisted_decoding_gives_the_same_tokens(prompt, assistant, tiny_nsa_mod
     }[assistant]()
     options = {"max_new_tokens": 24, "attention_mask": torch.ones_like(x), **GREEDY}
     assert torch.equal(model.generate(x, assistant_model=helper, **options), model.generate(x, **options))
+
+
+@pytest.mark.parametrize("prompt", [7, 18, 62, 100])
+@pytest.mark.parametrize("assistant", ["dense", "sparse"])
+def test_several_rejected_drafts_are_cropped_at_once(prompt, assistant, tiny_nsa_model, monkeypatch):
+    model, x = tiny_nsa_model(), tokens(1, prompt)
+    helper = tiny_dense_model() if assistant == "dense" else tiny_nsa_model(nsa_topk=2, nsa_window_size=9)
+    helper.generation_config.assistant_confidence_threshold = 0  # else it stops at the first doubtful token
+    helper.generation_config.num_assistant_tokens = 6
+    helper.generation_config.num_assistant_tokens_schedule = "constant"
+    dropped: dict[NsaDynamicLayer, list[tuple[int, int]]] = {}
+    crop = NsaDynamicLayer.crop
+
+    def held(layer: NsaDynamicLayer) -> torch.Tensor:
+        return torch.tensor([layer.get_seq_length(), layer.compressed_keys.shape[1]])
+
+    def spy(layer: NsaDynamicLayer, *args) -> None:
+        before = held(layer)
+        crop(layer, *args)
+        dropped.setdefault(layer, []).append(tuple((before - held(layer)).tolist()))
+
+    monkeypatch.setattr(NsaDynamicLayer, "crop", spy)
+    options = {"max_new_tokens": 24, "attention_mask": torch.ones_like(x), **GREEDY}
+    assisted = model.generate(x, assistant_model=helper, **options)
+    # of the model and, where it is sparse, the assistant: every layer lost several tokens, and compressed entries
+    assert len(dropped) == model.config.num_hidden_layers * (1 if assistant == "dense" else 2)
+    for crops in dropped.values():
+        assert max(lost for lost, _ in crops) >= 2
+        assert max(entries for _, entries in crops) >= 1
+    assert torch.equal(assisted, model.generate(x, use_cache=False, **options))
 
 
 @pytest.mark.parametrize("prompt", [6, 63, 90])
@@ -155,6 +193,39 @@ def test_a_conversation_continues_from_its_cache(tiny_nsa_model):
     assert torch.equal(second, model.generate(turn, attention_mask=torch.ones_like(turn), **options))
 
 
+@pytest.mark.parametrize("prompt, starts", [(12, [0, 7]), (20, [9, 0]), (50, [0, 29])])
+def test_a_conversation_of_two_padded_rows_continued_twice_equals_passes_without_a_cache(
+    prompt, starts, tiny_nsa_model
+):
+    model, cache, said = tiny_nsa_model(), DynamicCache(), tokens(2)
+    text, written = said[:, :prompt], []
+    for turn in (12, 9, 0):
+        mask = left_padded(text, starts)["attention_mask"]
+        written.append(text.shape[1])
+        text = model.generate(text, attention_mask=mask, past_key_values=cache, max_new_tokens=10, **GREEDY)
+        # the last token's keys are not computed before the next turn
+        assert cache.get_seq_length() == text.shape[1] - 1
+        text = torch.cat([text, said[:, prompt : prompt + turn]], dim=1)
+    for row, start in enumerate(starts):
+        greedy = rescored(model, text[row : row + 1, start:], 1)[0]
+        for first in written:
+            assert torch.equal(text[row, first : first + 10], greedy[first - start - 1 :][:10])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("prompt", [1, 7, 16, 24, 60, 64])
+def test_a_users_own_cache_gives_what_generate_gives_by_itself(prompt, padded, tiny_nsa_model):
+    model, x = tiny_nsa_model(), tokens(2, prompt)
+    mask = left_padded(x, [0, prompt // 3])["attention_mask"] if padded else torch.ones_like(x)
+    cache = DynamicCache(config=model.config)
+    options = {"attention_mask": mask, "max_new_tokens": 10, **GREEDY}
+    out = model.generate(x, past_key_values=cache, **options)
+    assert cache.get_seq_length() == prompt + 9, "used"
+    assert all(isinstance(layer, NsaDynamicLayer) for layer in cache.layers)
+    assert torch.equal(out, model.generate(x, **options))
+    assert torch.equal(out, model.generate(x, use_cache=False, **options))
+
+
 @pytest.mark.parametrize(
     "kind, message",
     [
@@ -186,4 +257,7 @@ def test_a_packed_cache_is_refused_after_the_first_pass(tiny_nsa_model):
 
 def test_the_sizes_cross_every_border_here():
     sizes = {name.removeprefix("nsa_"): value for name, value in TINY_SIZES.items()}
-    assert 2 * sizes["topk"] * sizes["block_size"] < LENGTH
+    selected = sizes["topk"] * sizes["block_size"]
+    assert 2 * selected < LENGTH
+    for border in (sizes["kernel_size"], sizes["block_size"], sizes["window_size"], selected):
+        assert any(prompt < border < prompt + NEW - 1 for prompt in SAMPLED)

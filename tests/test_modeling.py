@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from conftest import TINY_SIZES, tiny_dense_model
+from generation_steps import BORDERS
 from transformers import AutoModel, AutoModelForCausalLM, DataCollatorWithFlattening
 
 import nsa_hf
@@ -91,10 +92,11 @@ def test_right_padding_changes_nothing(tiny_nsa_model):
         torch.testing.assert_close(model(x, attention_mask=mask).logits[1, :90], model(x[1:, :90]).logits[0])
 
 
+@pytest.mark.parametrize("lengths", [(70, 5, 90), (*BORDERS, 1, 1), BORDERS[::-1]], ids=["few", "borders", "falling"])
 @pytest.mark.parametrize("flash_kwargs", [False, True])
-def test_packed_documents_do_not_see_each_other(flash_kwargs, tiny_nsa_model):
+def test_packed_documents_do_not_see_each_other(flash_kwargs, lengths, tiny_nsa_model):
     model = tiny_nsa_model()
-    documents = [tokens(1, length, seed)[0] for seed, length in enumerate((70, 5, 90))]
+    documents = [tokens(1, length, seed)[0] for seed, length in enumerate(lengths)]
     collate = DataCollatorWithFlattening(return_flash_attn_kwargs=flash_kwargs)
     packed = collate([{"input_ids": document.tolist()} for document in documents])
     packed.pop("labels")
