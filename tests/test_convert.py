@@ -7,7 +7,6 @@ import importlib
 import json
 import os
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -163,7 +162,6 @@ def test_from_python_by_the_short_name(tiny_dense_dir, tmp_path):
     assert manifest.read(nsa_hf.convert(str(tiny_dense_dir), str(tmp_path / "out"), topk=5))["options"]["nsa_topk"] == 5
 
 
-@pytest.mark.skipif(find_spec("gguf") is None or find_spec("accelerate") is None, reason="needs gguf")
 def test_a_gguf_source(tmp_path):
     write_gguf(tmp_path / "tiny.gguf")
     out = convert(tmp_path / "tiny.gguf", tmp_path / "out")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,15 +15,12 @@ from nsa_hf.conversion.checkpoint import CheckpointError, same_bits
 from nsa_hf.conversion.gguf_source import GgufSource
 from nsa_hf.conversion.source import open_source
 
-needs_gguf = pytest.mark.skipif(find_spec("gguf") is None or find_spec("accelerate") is None, reason="needs gguf")
-
 
 @pytest.fixture(scope="module")
 def gguf_file(tmp_path_factory) -> Path:
     return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
 
 
-@needs_gguf
 def test_a_gguf_is_what_transformers_loads_from_it_in_float32(gguf_file, tmp_path):
     for src in (gguf_file, gguf_file.parent):
         source = open_source(src)
@@ -56,7 +52,6 @@ def test_a_gguf_is_what_transformers_loads_from_it_in_float32(gguf_file, tmp_pat
     }  # fmt: skip
 
 
-@needs_gguf
 def test_a_gguf_source_hands_its_weights_over_and_reads_them_again_when_asked(gguf_file):
     source = open_source(gguf_file)
     before = dict(source.tensors())
@@ -67,7 +62,6 @@ def test_a_gguf_source_hands_its_weights_over_and_reads_them_again_when_asked(gg
     assert source.load_model(torch.bfloat16).dtype == torch.bfloat16
 
 
-@needs_gguf
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

