@@ -6,7 +6,7 @@
 The model has random weights, the same in every system, and by default the shape of an 8B model: 15 GB, and 39 GB of
 keys and values at 64k tokens and batch 4. Rows are appended to a CSV as they come; `times_dense` is the fastest dense
 time of the same shape in the CSV over the row's own, `peak_mib` the most memory while the steps are timed, or all of
-the passes over the prompt.
+the passes over the prompt. `compiled_error` and `kernels_error` are `check`'s.
 
 decode: the prompt is read once, in one row, and copied to the others. Then `generate()` continues it from this cache,
 once to compile and once to be timed, from step to step. Systems:
@@ -62,7 +62,7 @@ from .benchmark_model import Shape, cut_back, filled_cache, make_model, select_t
 
 COLUMNS = (
     *STAMP, "transformers", "model", "config", "tokens", "batch", "phase", "system", "median_ms", "p20_ms", "p80_ms",
-    "tokens_per_s", "warm_up_s", "peak_mib", "times_dense",
+    "tokens_per_s", "warm_up_s", "peak_mib", "times_dense", "compiled_error", "kernels_error",
 )  # fmt: skip
 SYSTEMS = {
     "decode": ("nsa", "nsa-dynamic", "dense-dynamic", "dense-static", "dense-flex", "dense-cut"),
@@ -140,8 +140,8 @@ class Stamps(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def decode(model: Any, ids: Tensor, system: str, new: int) -> tuple[list[float], float]:
-    """Seconds of each step of `generate()`, and those of what came before, which compiles.
+def decode(model: Any, ids: Tensor, system: str, new: int) -> tuple[list[float], float, dict[str, str]]:
+    """Seconds of each step of `generate()`, those of what came before, which compiles, and the errors of `nsa`.
 
     Args:
         ids: `[B, n]`, the same in every row.
@@ -151,15 +151,17 @@ def decode(model: Any, ids: Tensor, system: str, new: int) -> tuple[list[float],
         ArithmeticError: the sparse model's result is wrong.
     """
     held, begin = ids.shape[1] - 1, time.perf_counter()
+    errors = {}
     cache = filled_cache(model, ids[:, :held], system, ids.shape[1] + WARM_UP + new)
     if system == "dense-flex":
         model.set_attn_implementation("flex_attention")
     if system == "nsa":
         compiled, kernels = check(model, ids, cache)
-        errors = f"{compiled:.3f} of their norm by compiling, {kernels:.3f} by the kernels"
-        print(f"{system}: logits are off by {errors}", flush=True)
+        found = f"the logits are off by {compiled:.3f} of their norm by compiling, {kernels:.3f} by the kernels"
+        print(f"{system}: {found}", flush=True)
         if not (compiled <= COMPILED_WRONG and kernels <= KERNELS_WRONG):
-            raise ArithmeticError(f"the logits are off by {errors}")
+            raise ArithmeticError(found)
+        errors = {"compiled_error": f"{compiled:.3f}", "kernels_error": f"{kernels:.3f}"}
         cut_back(cache, held)
     options: dict[str, Any] = {"past_key_values": cache, "do_sample": False}
     model.generate(ids, max_new_tokens=WARM_UP, **options)
@@ -170,7 +172,7 @@ def decode(model: Any, ids: Tensor, system: str, new: int) -> tuple[list[float],
     start = time.perf_counter()
     model.generate(ids, max_new_tokens=WARM_UP + new, stopping_criteria=StoppingCriteriaList([stamps]), **options)
     times = stamps.times[WARM_UP - 1 :]
-    return [b - a for a, b in zip(times[:-1], times[1:], strict=True)], start - begin
+    return [b - a for a, b in zip(times[:-1], times[1:], strict=True)], start - begin, errors
 
 
 def first_token(model: Any, ids: Tensor, system: str, repeats: int = 2) -> tuple[list[float], float]:
@@ -204,7 +206,10 @@ def measure(shape: Shape, tokens: int, batch: int, phase: str, system: str, new:
     torch.manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (1, tokens), device=device).expand(batch, -1)
     with torch.no_grad(), rounded_as_uncompiled():
-        times, warm_up = decode(model, ids, system, new) if phase == "decode" else first_token(model, ids, system)
+        if phase == "decode":
+            times, warm_up, errors = decode(model, ids, system, new)
+        else:
+            (times, warm_up), errors = first_token(model, ids, system), {}
     del model
     gc.collect()
     median, low, high = torch.tensor(times).quantile(torch.tensor([0.5, 0.2, 0.8])).tolist()
@@ -214,7 +219,7 @@ def measure(shape: Shape, tokens: int, batch: int, phase: str, system: str, new:
         "p20_ms": f"{low * 1e3:.3f}", "p80_ms": f"{high * 1e3:.3f}",
         "tokens_per_s": f"{batch * len(times) / sum(times):.2f}" if phase == "decode" else "",
         "warm_up_s": f"{warm_up:.1f}",
-        "peak_mib": round(torch.cuda.max_memory_allocated() / 2**20) if device == "cuda" else "",
+        "peak_mib": round(torch.cuda.max_memory_allocated() / 2**20) if device == "cuda" else "", **errors,
     }  # fmt: skip
 
 

@@ -41,10 +41,11 @@ def test_steps_are_timed_one_by_one(model, ids: torch.Tensor) -> None:
     hook = made.model.register_forward_pre_hook(
         lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    times, before = decode(made, ids, system, 5)
+    times, before, errors = decode(made, ids, system, 5)
     whole = time.perf_counter() - started
     hook.remove()
     assert len(times) == 5 and min(times) > 0 and before > 0
+    assert set(errors) == ({"compiled_error", "kernels_error"} if name == "nsa" else set())
     assert sum(times) + before <= whole
     # the prompt but for one token is read once, in one row
     assert shapes[0] == (1, TOKENS - 1) and set(shapes[1:]) == {(2, 1)}
@@ -61,7 +62,7 @@ def test_the_timed_steps_are_compiled_before(ids: torch.Tensor, monkeypatch: pyt
     monkeypatch.setattr(made.generation_config, "compile_config", compiled)
     torch._dynamo.reset()
     graphs()
-    times, before = decode(made, ids, "nsa", 3)
+    times, before, _ = decode(made, ids, "nsa", 3)
     assert graphs() == "1 graphs compiled, 0 breaks, 0 CUDA graphs skipped"
     assert max(times) < before / 5, "compiling is not among the steps"
     torch._dynamo.reset()
@@ -218,6 +219,8 @@ def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         for r in (dense, sparse):
             assert 0 < float(r["p20_ms"]) <= float(r["median_ms"]) <= float(r["p80_ms"])
             assert (float(r["tokens_per_s"] or 0) > 0) == (r["phase"] == "decode")
+            checked = r["phase"] == "decode" and r["system"] == "nsa"
+            assert [r["compiled_error"], r["kernels_error"]] == (["0.000", "0.000"] if checked else ["", ""])
     assert out.with_suffix(".png").exists()
     # a system that fails: the others are measured, and the exit code says so
     monkeypatch.setattr(DynamicCache, "batch_repeat_interleave", lambda *_: 1 / 0)
