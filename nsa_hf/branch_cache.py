@@ -87,6 +87,7 @@ class NsaIndependentLayer(NsaDynamicLayer):
 
     def first_pending(self, length: int) -> int:
         """The first token of `length` that a block not complete yet may need."""
+        assert self.block is not None
         size, stride = self.block
         # rows that begin at different tokens have different unfinished blocks: none is longer than this
         return max(0, length - size + 1) if self.padded else n_blocks(length, size, stride) * stride

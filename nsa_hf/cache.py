@@ -15,6 +15,11 @@ from .static_cache import OFFLOADED_STATIC, NsaStaticLayer
 
 OFFLOADED_ON_CPU = "an offloaded cache waits in CPU memory for the GPU, and this model is on the CPU: do without"
 
+UNUSABLE = (
+    "sparse attention cannot use a {}: it would give wrong tokens. Use DynamicCache(), which generate() makes by "
+    "itself when cache_implementation is not set, or StaticCache (cache_implementation='static')"
+)
+
 
 def nsa_cache_layer(
     cache: Cache, layer_idx: int, sizes: Sizes, device: torch.device, independent: bool = False
@@ -30,6 +35,10 @@ def nsa_cache_layer(
     Raises:
         NsaError: the cache is of a kind that sparse attention cannot use; names it and what to use instead.
     """
+    if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
+        raise NsaError(UNUSABLE.format(type(cache).__name__))
+    if cache.offloading and any(type(layer) is StaticLayer for layer in cache.layers):
+        raise NsaError(OFFLOADED_STATIC)
     if cache.offloading and device.type == "cpu":
         raise NsaError(f"{type(cache).__name__}(offloading=True) cannot be used: {OFFLOADED_ON_CPU}")
     if cache.layer_class_to_replicate is DynamicLayer:
@@ -39,8 +48,6 @@ def nsa_cache_layer(
     if type(layer) is DynamicLayer:
         layer = cache.layers[layer_idx] = (NsaIndependentLayer if independent else NsaDynamicLayer).adopt(layer)
     if type(layer) is StaticLayer:
-        if cache.offloading:
-            raise NsaError(OFFLOADED_STATIC)
         if independent:
             raise NsaError(
                 "a model with nsa_branch_kv='independent' does not support the static cache yet: use DynamicCache(), "
@@ -51,9 +58,12 @@ def nsa_cache_layer(
         raise NsaError(FILLED_BY_ANOTHER)
     if not isinstance(layer, NsaDynamicLayer | NsaStaticLayer):
         kind = type(cache).__name__ if layer is None else f"{type(cache).__name__} ({type(layer).__name__})"
+        raise NsaError(UNUSABLE.format(kind))
+    wanted = (sizes.kernel_size, sizes.kernel_stride)
+    if layer.block not in (None, wanted):
         raise NsaError(
-            f"sparse attention cannot use a {kind}: it would give wrong tokens. Use DynamicCache(), which generate() "
-            "makes by itself when cache_implementation is not set, or StaticCache (cache_implementation='static')"
+            f"this cache holds entries of nsa_kernel_size and nsa_kernel_stride {layer.block}, and the model's are "
+            f"{wanted}: start with a new cache"
         )
     return layer
 

@@ -32,7 +32,8 @@ class NsaDynamicLayer(DynamicLayer):
         self.compressed_keys: Tensor | None = None
         self.compressed_values: Tensor | None = None
         self.compressed_length = 0
-        self.block = (1, 1)
+        # of the entries held: kernel_size and kernel_stride
+        self.block: tuple[int, int] | None = None
         self.packed = False
         self.offloaded = False
 
@@ -139,7 +140,7 @@ class NsaDynamicLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
-        if self.keys is not None:
+        if self.keys is not None and self.block is not None:
             self.compressed_length = min(self.compressed_length, self.keys.shape[-2])
             entries = n_blocks(self.compressed_length, *self.block)
             self.each_extra(lambda held: held[:, :entries], COMPRESSED)
@@ -150,7 +151,7 @@ class NsaDynamicLayer(DynamicLayer):
         self.is_initialized = False
         super().reset()
         self.compressed_keys = self.compressed_values = None
-        self.compressed_length, self.packed = 0, False
+        self.compressed_length, self.packed, self.block = 0, False, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 from transformers import Cache
 
 from .cache import OFFLOADED_ON_CPU, nsa_cache_layer, static_length
 from .errors import NsaError
-from .segments import static_mask
+from .segments import refuse_right_padding, row_starts, static_mask
 from .static_cache import OFFLOADED_STATIC
 
 REFUSED = {
@@ -35,6 +36,10 @@ class NsaGenerationMixin:
             raise NsaError(f"cache_implementation={kind!r} cannot be used: {REFUSED[kind]}")
         if kind == "offloaded" and self.device.type == "cpu":
             raise NsaError(f"cache_implementation={kind!r} cannot be used: {OFFLOADED_ON_CPU}")
+        mask = model_kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            # once, on the host: a compiled step cannot look at it
+            refuse_right_padding(mask)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
@@ -44,6 +49,26 @@ class NsaGenerationMixin:
                 nsa_cache_layer(cache, layer, self.config.nsa_sizes, self.device, independent)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
+
+    def _prepare_attention_mask_for_generation(
+        self, inputs_tensor: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
+    ) -> Tensor:
+        """The mask where none was given: what Transformers infers from padding tokens, but only those on the left.
+
+        An assistant takes any others for text: it is given no mask where nothing is padded, and what it proposes is
+        verified.
+        """
+        mask = super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
+        starts, _ = row_starts(mask)
+        left = (torch.arange(mask.shape[1], device=mask.device) >= starts[:, None]).to(mask.dtype)
+        if not generation_config.is_assistant and not torch.equal(mask, left):
+            pad = int(generation_config._pad_token_tensor)
+            raise NsaError(
+                f"no attention_mask was given, and pad_token_id {pad} stands behind other tokens, which Transformers "
+                "takes for padding: give attention_mask=torch.ones_like(input_ids) "
+                "where it is text, and pad prompts on the left (tokenizer.padding_side='left')"
+            )
+        return left
 
     @staticmethod
     def create_masks_for_generate(

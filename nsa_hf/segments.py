@@ -103,8 +103,8 @@ def static_segments(
         attention_mask: `[B, past + T]`, or `[B, room]` filled up with zeros, which has the same shape at every step.
 
     Raises:
-        NsaError: packed documents; a mask that is wrong as in `find_segments`. Its values are looked at when that does
-            not stall a decoding step: on the CPU, or when several tokens come at once.
+        NsaError: packed documents; a mask that is wrong as in `find_segments`, or padded on the right. Its values are
+            looked at when that does not stall a decoding step: on the CPU, or when several tokens come at once.
     """
     look = not torch.compiler.is_compiling() and (tokens > 1 or device.type == "cpu")
     restarts = look and tokens > 1 and attention_mask is None and position_ids is not None
@@ -117,10 +117,9 @@ def static_segments(
     if attention_mask is None:
         return Segments(lengths=lengths)
     check_mask(attention_mask, batch, {int(past) + tokens, room} if look else None)
-    starts, begins = row_starts(attention_mask)
     if look:
-        refuse_holes(int(begins.max()))
-    return Segments(starts=starts, lengths=lengths)
+        refuse_right_padding(attention_mask[:, : int(past) + tokens])
+    return Segments(starts=row_starts(attention_mask)[0], lengths=lengths)
 
 
 def static_mask(attention_mask: Tensor | None, room: int) -> Tensor | None:
@@ -163,9 +162,19 @@ def row_starts(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(real, position, keys).amin(-1), begins.sum(-1).to(torch.int32)
 
 
+def refuse_right_padding(attention_mask: Tensor) -> None:
+    """Refuses rows to which tokens cannot be added: these would follow a hole.
+
+    Raises:
+        NsaError: a row of the mask `[B, tokens]` has holes, or ends with padding.
+    """
+    refuse_holes(int(row_starts(torch.nn.functional.pad(attention_mask, (0, 1), value=1))[1].max()))
+
+
 def refuse_holes(most_begins: int) -> None:
     if most_begins > 1:
         raise NsaError(
-            "attention_mask has holes (a row is 1, then 0, then 1 again): sparse attention supports padding on the "
-            "left and on the right; pad generation prompts on the left (tokenizer.padding_side='left')"
+            "attention_mask has holes (a row is 1, then 0, then 1 again, or ends with 0 and is to be continued): "
+            "sparse attention supports padding on the left, and on the right where no token comes behind; pad "
+            "generation prompts on the left (tokenizer.padding_side='left')"
         )

@@ -31,7 +31,7 @@ class NsaStaticLayer(StaticLayer):
 
     def __init__(self, max_cache_len: int, kernel_size: int, kernel_stride: int) -> None:
         super().__init__(max_cache_len)
-        self.kernel_size, self.kernel_stride = kernel_size, kernel_stride
+        self.block = self.kernel_size, self.kernel_stride = kernel_size, kernel_stride
         self.compressed_keys: Tensor | None = None
         self.compressed_values: Tensor | None = None
         # how many tokens came last, and whether some came before whose blocks have not been compressed

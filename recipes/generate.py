@@ -37,6 +37,7 @@ def generate(
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    top_k: int = 0,
     seed: int = 0,
     device: str = "cpu",
     dtype: str = "float32",
@@ -45,9 +46,10 @@ def generate(
     """Generates with the cache from `prompt` and prints it; the result, also written to `save`.
 
     `chat` puts the prompt into the tokenizer's chat template as a user's turn. `prompt_tokens` takes that many tokens
-    of the prompt only. Temperature 0 is greedy. NsaError when the settings or the folder are wrong.
+    of the prompt only. Temperature 0 is greedy; `top_p` 1 and `top_k` 0 leave no token out. NsaError when the settings
+    or the folder are wrong.
     """
-    check_settings(max_new_tokens, temperature, top_p, prompt_tokens, dtype)
+    check_settings(max_new_tokens, temperature, top_p, top_k, prompt_tokens, dtype)
     tokenizer = load_tokenizer(out)
     ids = prompt_ids(tokenizer, prompt, chat)[:, :prompt_tokens]
     if ids.shape[1] == 0:
@@ -59,7 +61,10 @@ def generate(
             f"{ids.shape[1]} prompt tokens and {max_new_tokens} new ones do not fit the model's {limit}: "
             "shorten one of them (--prompt-tokens, --max-new-tokens)"
         )
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature:
+        # all of them: what is not given would be the checkpoint's, or Transformers' top_k of 50
+        sampling = {"do_sample": True, "temperature": float(temperature), "top_p": top_p, "top_k": top_k}
     torch.manual_seed(seed)
     streamer = TimedStreamer(tokenizer)
     ids = ids.to(device)
@@ -108,11 +113,15 @@ def prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
     ).input_ids
 
 
-def check_settings(new: int, temperature: float, top_p: float, prompt_tokens: int | None, dtype: str) -> None:
+def check_settings(
+    new: int, temperature: float, top_p: float, top_k: int, prompt_tokens: int | None, dtype: str
+) -> None:
     if new < 1 or (prompt_tokens is not None and prompt_tokens < 1):
         raise NsaError(f"--max-new-tokens and --prompt-tokens must be at least 1, got {new} and {prompt_tokens}")
     if temperature < 0 or not 0 < top_p <= 1:
         raise NsaError(f"temperature must be at least 0 and top_p in (0, 1], got {temperature} and {top_p}")
+    if top_k < 0:
+        raise NsaError(f"top_k must be at least 0 (all tokens), got {top_k}")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise NsaError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from nsa_hf import NsaError
@@ -42,9 +42,25 @@ def test_other_caches_are_refused_by_name(tiny_nsa_model):
         nsa_cache_layer(quantized, 0, Sizes(), CPU)
     with pytest.raises(NsaError, match=r"DynamicCache\(offloading=True\) cannot be used: .* do without"):
         nsa_cache_layer(DynamicCache(offloading=True), 0, Sizes(), CPU)
+    with pytest.raises(NsaError, match=r"cannot use a EncoderDecoderCache: .*Use DynamicCache"):
+        nsa_cache_layer(EncoderDecoderCache(DynamicCache(), DynamicCache()), 0, Sizes(), CPU)
     offloaded = StaticCache(tiny_nsa_model().config, max_cache_len=8, offloading=True)
     with pytest.raises(NsaError, match=r"does not support an offloaded static cache: use .*'offloaded'"):
-        nsa_cache_layer(offloaded, 0, Sizes(), torch.device("cuda"))
+        nsa_cache_layer(offloaded, 0, Sizes(), CPU)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_cache_is_of_one_compression_only(kind, tiny_nsa_model):
+    model, x = tiny_nsa_model(), torch.arange(60)[None]
+    cache = DynamicCache() if kind == "dynamic" else StaticCache(model.config, max_cache_len=80)
+    with torch.no_grad():
+        model(x, past_key_values=cache)
+        other = tiny_nsa_model(nsa_kernel_size=4, nsa_kernel_stride=4)
+        with pytest.raises(NsaError, match=r"kernel_stride \(8, 4\), and the model's are \(4, 4\): start with a new"):
+            other(x[:, :1], past_key_values=cache)
+        if kind == "dynamic":
+            cache.reset()
+            assert torch.equal(other(x, past_key_values=cache).logits, other(x).logits)
 
 
 def test_a_static_layer_is_adopted_with_room_for_its_entries(tiny_nsa_model):

@@ -142,7 +142,10 @@ def test_an_offloaded_layer_moves_its_compressed_entries_too(compressors, monkey
     monkeypatch.setattr(torch.Tensor, "to", to)
     for step in (20, 1, 1, 9):
         given = states(2, step)
+        moved.clear()
         layer.prefetch()
+        held = [x.shape for x in (layer.compressed_keys, layer.compressed_values) if x is not None]
+        assert all((layer.device, shape) in moved for shape in held)
         # as an offloaded `Cache.update` does: the layer is sent away before its entries are extended
         held = layer.update(*given)
         layer.offload()

@@ -1,6 +1,8 @@
 import io
+import itertools
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,6 +53,35 @@ def test_sampling_repeats_with_its_seed(nsa_dir):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_tokens_per_second_count_what_comes_after_the_first(nsa_dir, monkeypatch):
+    """A clock that goes on by a second whenever it is read: once for the prompt, and once for each token."""
+    clock = SimpleNamespace(perf_counter=itertools.count(5.0).__next__)
+    monkeypatch.setattr("nsa_hf.recipes.generate.time", clock)
+    result = generate(nsa_dir, PROMPT, max_new_tokens=7)
+    assert (result["seconds_to_first_token"], result["tokens_per_second"]) == (1, 1)
+    clock.perf_counter = itertools.count(0, 0.25).__next__
+    assert generate(nsa_dir, PROMPT, max_new_tokens=7)["tokens_per_second"] == 4
+
+
+@pytest.mark.parametrize(("option", "greedy"), [("top_p", 1e-6), ("top_k", 1), ("temperature", 1e-4)])
+def test_each_setting_of_sampling_counts(nsa_dir, option, greedy):
+    free = {"temperature": 5.0, "max_new_tokens": 12}
+    expected = generate(nsa_dir, PROMPT, max_new_tokens=12)["text"]
+    assert generate(nsa_dir, PROMPT, **free)["text"] != expected
+    result = generate(nsa_dir, PROMPT, **free | {option: greedy})
+    assert result["text"] == expected and result[option] == greedy
+
+
+def test_without_top_k_every_token_may_come(nsa_dir):
+    """Transformers by itself would leave out all but 50 of the 256."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(nsa_dir).eval(), AutoTokenizer.from_pretrained(nsa_dir)
+    with torch.no_grad():
+        logits = model(tokenizer(PROMPT, return_tensors="pt").input_ids).logits[0, -1]
+    likely = {tokenizer.decode([token]) for token in logits.topk(50).indices.tolist()} | {""}
+    first = {generate(nsa_dir, PROMPT, temperature=100, seed=seed, max_new_tokens=1)["text"] for seed in range(12)}
+    assert first - likely
+
+
 def test_a_chat_turn_goes_through_the_template(nsa_dir):
     tokenizer = AutoTokenizer.from_pretrained(nsa_dir)
     assert tokenizer.decode(prompt_ids(tokenizer, "hello", chat=True)[0]) == "user: hello\nassistant: "
@@ -68,6 +99,7 @@ def test_a_chat_turn_goes_through_the_template(nsa_dir):
         ({"prompt_tokens": 0}, "at least 1"),
         ({"temperature": -1.0}, "temperature must be at least 0"),
         ({"top_p": 0.0}, "top_p in"),
+        ({"top_k": -1}, "top_k must be at least 0"),
         ({"dtype": "int8"}, "dtype must be float32"),
         ({"max_new_tokens": 4000}, "do not fit the model's 4096"),
     ],

@@ -132,6 +132,38 @@ def test_assisted_decoding_gives_the_same_tokens(prompt, assistant, tiny_nsa_mod
     assert torch.equal(model.generate(x, assistant_model=helper, **options), model.generate(x, **options))
 
 
+@pytest.mark.parametrize("target", ["dense", "sparse"])
+def test_an_assistant_takes_padding_tokens_in_the_text_for_text(target, tiny_nsa_model):
+    """It is given no mask, and Transformers would infer one with holes."""
+    model, x = tiny_dense_model() if target == "dense" else tiny_nsa_model(), tokens(1, 70)
+    x[0, [5, 40]] = model.config.pad_token_id
+    options = {"max_new_tokens": 24, "attention_mask": torch.ones_like(x), **GREEDY}
+    helper = tiny_nsa_model(nsa_topk=2, nsa_window_size=9)
+    assert torch.equal(model.generate(x, assistant_model=helper, **options), model.generate(x, **options))
+
+
+def test_the_mask_that_is_inferred_where_none_is_given(tiny_nsa_model):
+    model, x = tiny_nsa_model(), tokens(2, 70)
+    x[1, :20] = model.config.pad_token_id
+    mask = torch.ones_like(x)
+    mask[1, :20] = 0
+    options = {"max_new_tokens": 8, **GREEDY}
+    assert torch.equal(model.generate(x, **options), model.generate(x, attention_mask=mask, **options))
+    x[1, 30] = model.config.pad_token_id
+    with pytest.raises(NsaError, match="no attention_mask was given, and pad_token_id 2 stands behind other tokens"):
+        model.generate(x, **options)
+
+
+@pytest.mark.parametrize("kind", [None, "static"])
+def test_rows_padded_on_the_right_are_not_continued(kind, tiny_nsa_model):
+    """Before anything is compiled: a compiled step cannot look at its mask."""
+    model, x = tiny_nsa_model(), tokens(2, 40)
+    mask = torch.ones_like(x)
+    mask[1, 30:] = 0
+    with pytest.raises(NsaError, match="ends with 0 and is to be continued"):
+        model.generate(x, attention_mask=mask, max_new_tokens=1, cache_implementation=kind, **GREEDY)
+
+
 @pytest.mark.parametrize("prompt", [7, 18, 62, 100])
 @pytest.mark.parametrize("assistant", ["dense", "sparse"])
 def test_several_rejected_drafts_are_cropped_at_once(prompt, assistant, tiny_nsa_model, monkeypatch):

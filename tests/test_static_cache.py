@@ -286,3 +286,8 @@ def test_packed_documents_and_wrong_masks_are_refused(tiny_nsa_model):
     holes[0, 5] = 0
     with pytest.raises(NsaError, match="attention_mask has holes"):
         pass_with(attention_mask=holes)
+    for width in (20, 30):
+        mask = torch.zeros(1, width)
+        mask[0, :19] = 1
+        with pytest.raises(NsaError, match="ends with 0 and is to be continued"):
+            pass_with(attention_mask=mask)
