@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import TINY_SIZES, tiny_dense_model
 from generation_steps import BORDERS, GREEDY, LENGTH, in_steps, left_padded, relative, tokens
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from nsa_hf import NsaError
 from nsa_hf.dynamic_cache import NsaDynamicLayer
@@ -225,18 +225,20 @@ def test_a_conversation_continues_from_its_cache(tiny_nsa_model):
     assert torch.equal(second, model.generate(turn, attention_mask=torch.ones_like(turn), **options))
 
 
+@pytest.mark.parametrize("kind", ["shared", "independent", "static"])
 @pytest.mark.parametrize("prompt, starts", [(12, [0, 7]), (20, [9, 0]), (50, [0, 29])])
 def test_a_conversation_of_two_padded_rows_continued_twice_equals_passes_without_a_cache(
-    prompt, starts, tiny_nsa_model
+    kind, prompt, starts, tiny_nsa_model
 ):
-    model, cache, said = tiny_nsa_model(), DynamicCache(), tokens(2)
+    model, said = tiny_nsa_model(nsa_branch_kv="independent" if kind == "independent" else "shared"), tokens(2)
+    cache = StaticCache(model.config, max_cache_len=LENGTH) if kind == "static" else DynamicCache()
     text, written = said[:, :prompt], []
     for turn in (12, 9, 0):
         mask = left_padded(text, starts)["attention_mask"]
         written.append(text.shape[1])
         text = model.generate(text, attention_mask=mask, past_key_values=cache, max_new_tokens=10, **GREEDY)
         # the last token's keys are not computed before the next turn
-        assert cache.get_seq_length() == text.shape[1] - 1
+        assert int(cache.get_seq_length()) == text.shape[1] - 1
         text = torch.cat([text, said[:, prompt : prompt + turn]], dim=1)
     for row, start in enumerate(starts):
         greedy = rescored(model, text[row : row + 1, start:], 1)[0]
