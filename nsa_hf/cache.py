@@ -33,7 +33,8 @@ def nsa_cache_layer(
         independent: whether the branches have keys and values of their own.
 
     Raises:
-        NsaError: the cache is of a kind that sparse attention cannot use; names it and what to use instead.
+        NsaError: the cache is of a kind that sparse attention cannot use, or holds what a model of other sizes or
+            branches left there; names it and what to use instead.
     """
     if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
         raise NsaError(UNUSABLE.format(type(cache).__name__))
