@@ -48,7 +48,7 @@ def train(name: str, dtype: torch.dtype) -> bool:
 
 
 def decode(heads: str, batch: int, queries: int, fill: int) -> bool:
-    """One step; beyond 131,072 tokens blocks are looked at in several turns."""
+    """One step; beyond 32,768 tokens several programs share the blocks of a query."""
     return bool(step(cached_inputs(heads, batch, queries, max(4096, fill), fill))[0].isfinite().all())
 
 

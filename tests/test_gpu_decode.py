@@ -93,6 +93,19 @@ def test_more_blocks_than_are_sorted_at_once() -> None:
     assert_as_good_as_the_reference(cached_inputs("9:3:64", 1, 2, 262144, 262000))
 
 
+def test_whichever_program_is_the_last_the_selection_is_the_same() -> None:
+    """131,072 tokens are four programs a query, of which the last one joins what all of them found. Two inputs in turn:
+    what a program reads too early is of the other one."""
+    one = cached_inputs("64:4:128", 16, 1, 131072, 131072)
+    other = {**one, "q": -one["q"].flip(0)}
+    expected = [step(inputs) for inputs in (one, other)]
+    assert_as_good_as_the_reference({name: x[:1] for name, x in one.items()})
+    for _ in range(100):
+        for inputs, (out, selection) in zip((one, other), expected, strict=True):
+            again, selection_again = step(inputs)
+            assert torch.equal(selection, selection_again) and torch.equal(out, again)
+
+
 @pytest.mark.parametrize("fill", [1, 31, 32, 33, 64, 511, 513, 1024, 1025, 1090])
 def test_at_the_borders(fill: int) -> None:
     assert_as_good_as_the_reference(cached_inputs("32:8:128", 2, 1, 2048, fill))
@@ -109,13 +122,13 @@ def test_starts_and_own_window_keys() -> None:
 
 
 def test_one_graph_serves_every_fill() -> None:
-    inputs = cached_inputs("64:4:128", 2, 1, 16384, 16384)
+    inputs = cached_inputs("64:4:128", 2, 1, 131072, 131072)
     inputs = {name: x.nan_to_num() if name in TENSORS else x for name, x in inputs.items()}
     step(inputs)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out, selection = step(inputs)
-    for fill in (16384, 9000, 700, 33, 1):
+    for fill in (131072, 40000, 33000, 32768, 9000, 700, 33, 1):
         inputs["lengths"].fill_(fill)
         graph.replay()
         expected, expected_selection = step(inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -158,21 +159,60 @@ def test_any_step(process: ProcessPoolExecutor) -> None:
         assert same and error <= 2e-6, shape
 
 
-def with_splits(splits: int, at_once: int) -> list[tuple[float, bool]]:
+def with_splits(splits: int, at_once: int, groups: int, candidates: int) -> list[tuple[float, bool]]:
     from nsa_hf.kernels import triton_decode, triton_decode_select
 
-    shapes = [replace(STEP, batch=2, keys=150, lengths=(150, 7), kv_heads=1), replace(STEP, own_window=61, kv_heads=1)]
+    shapes = [
+        replace(STEP, batch=2, keys=150, lengths=(150, 7), kv_heads=1),
+        replace(STEP, own_window=61, kv_heads=1),
+        # several rows, queries and KV heads with several chunks each, of which more than one candidate is kept
+        replace(STEP, sizes=replace(Sizes(), topk=9), batch=2, queries=2, keys=200, lengths=(200, 150)),
+    ]
     with (
         mock.patch.object(triton_decode, "split_count", return_value=splits),
         mock.patch.object(triton_decode_select, "AT_ONCE", at_once),
+        mock.patch.object(triton_decode_select, "GROUPS", groups),
+        mock.patch.object(triton_decode_select, "CANDIDATES", candidates),
     ):
         return [compare(shape) for shape in shapes]
 
 
-@pytest.mark.parametrize(("splits", "at_once"), [(1, 16), (5, 32), (64, 1024)])
-def test_any_split_and_any_number_of_blocks_at_once(process: ProcessPoolExecutor, splits: int, at_once: int) -> None:
+@pytest.mark.parametrize(
+    ("splits", "at_once", "groups", "candidates"), [(1, 16, 2, 1), (1, 16, 2, 16), (5, 16, 256, 1024), (64, 1024, 2, 1)]
+)
+def test_any_split_and_any_number_of_blocks_at_once(
+    process: ProcessPoolExecutor, splits: int, at_once: int, groups: int, candidates: int
+) -> None:
     """64 splits are more than there are pieces: most of them have nothing to do."""
-    for found in process.submit(with_splits, splits, at_once).result():
+    for found in process.submit(with_splits, splits, at_once, groups, candidates).result():
+        check(found)
+
+
+def in_any_order() -> list[tuple[float, bool]]:
+    """The interpreter runs programs one after another: here shuffled, so that any of a query's may be the last."""
+    from triton.runtime import interpreter as of_triton
+
+    from nsa_hf.kernels import triton_decode_select
+
+    def shuffled(*bounds: int) -> list[int] | range:
+        if sys._getframe(1).f_code.co_name != "__call__":
+            return range(*bounds)
+        order.append(choose.sample(range(*bounds), len(range(*bounds))))
+        return order[-1]
+
+    choose, order = random.Random(3), []
+    shape = replace(STEP, sizes=replace(Sizes(), topk=9), batch=2, queries=2, keys=200, lengths=(200, 150))
+    with (
+        mock.patch.object(triton_decode_select, "AT_ONCE", 16),
+        mock.patch.object(of_triton, "range", shuffled, create=True),
+    ):
+        found = [compare(shape) for _ in range(3)]
+    assert any(some != sorted(some) for some in order)
+    return found
+
+
+def test_whichever_program_is_the_last(process: ProcessPoolExecutor) -> None:
+    for found in process.submit(in_any_order).result():
         check(found)
 
 
@@ -215,11 +255,15 @@ def select_given(at_once: int) -> tuple[list[int], list[int]]:
     sizes = Sizes(4, 4, 16, 9, 1, 1, 5)
     sums = torch.randint(3, (60,), generator=torch.Generator().manual_seed(0)).float()
     selection = torch.full((1, 1, 1, 9), -2, dtype=torch.int32)
-    lse, nowhere = torch.zeros(1, 1, 1, 1), torch.full((1, 16, 1), float("nan"))
+    arrived = torch.zeros(1, 1, 1, dtype=torch.int32)
+    lse, tops, nowhere = torch.zeros(1, 1, 1, 1), torch.zeros(1, 15, 1), torch.full((1, 15, 1), float("nan"))
     with mock.patch.object(triton_decode_select, "AT_ONCE", at_once):
+        chosen = triton_decode_select.select_shape(1, 7, 60, 4)
+        importance = torch.empty(1, 1, 1, -(-60 // chosen["BJ"]), chosen["BJ"], dtype=torch.int32)
         triton_decode_select.decode_select(
-            lse, 1, None, None, 960, sizes, (4, 1, 4), (sums.reshape(1, 15, 1, 4), nowhere), selection
-        )
+            lse, 1, None, None, 960, sizes, (4, 1, 4), (sums.reshape(1, 15, 1, 4), nowhere, tops), chosen,
+            importance, arrived, selection,
+        )  # fmt: skip
     ranked = sorted(range(1, 59), key=lambda block: (-sums[block], block))
     return selection.flatten().tolist(), sorted([0, *ranked[:7], 59])
 

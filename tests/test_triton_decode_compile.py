@@ -61,14 +61,16 @@ def test_compiles_ahead(
     assert all(shared <= SHARED_MEMORY[card] * 1024 for shared in found.values()), found
 
 
-@pytest.mark.parametrize("sizes", [Sizes(2, 1, 256, 6, 2, 1, 300), Sizes(48, 16, 80, 300, 1, 1, 2000)], ids=str)
+@pytest.mark.parametrize("sizes", [Sizes(2, 1, 256, 6, 2, 1, 300), Sizes(48, 16, 80, 250, 1, 1, 2000)], ids=str)
 def test_other_sizes_and_own_window_keys_compile_ahead(monkeypatch: pytest.MonkeyPatch, sizes: Sizes) -> None:
-    found = compile_step(monkeypatch, 86, 3, 2, (64, 64), torch.bfloat16, sizes, own_window=True)
+    found = compile_step(monkeypatch, 86, 3, 2, (64, 64), torch.bfloat16, sizes, own_window=True, capacity=32768)
     assert set(found) == KERNELS
     assert all(shared <= SHARED_MEMORY[86] * 1024 for shared in found.values()), found
 
 
-def test_more_blocks_than_are_looked_at_together_compile_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = compile_step(monkeypatch, 90, 4, 1, (64, 64), torch.bfloat16, capacity=262144)
+@pytest.mark.parametrize("chosen", [13, 256])
+def test_more_blocks_than_are_looked_at_together_compile_ahead(monkeypatch: pytest.MonkeyPatch, chosen: int) -> None:
+    sizes = Sizes(32, 16, 64, chosen + 3, 1, 2, 512)
+    found = compile_step(monkeypatch, 90, 4, 1, (64, 64), torch.bfloat16, sizes, capacity=524288)
     assert set(found) == KERNELS
     assert all(shared <= SHARED_MEMORY[90] * 1024 for shared in found.values()), found

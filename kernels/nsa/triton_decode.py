@@ -24,7 +24,7 @@ from torch import Tensor
 from .sizes import Sizes
 from .triton_common import LOG2E, cdiv, following, next_power_of_2, padded, wait_for_previous
 from .triton_decode_compressed import GROWING, cell_shape, compressed_partials, compressed_tiles, row_place
-from .triton_decode_select import decode_select
+from .triton_decode_select import decode_select, select_shape
 from .triton_decode_selected import most_pieces, selected_partials, selected_tiles
 from .triton_select import check_limits
 
@@ -143,22 +143,26 @@ def decode_op(
     float32: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
     partial = torch.empty(cmp + 2 * splits, batch, tokens, heads, dim, **float32)
     lse = torch.empty(cmp + 2 * splits, batch, tokens, heads, **float32)
+    chosen = size.topk - size.init_blocks - size.local_blocks if chooses else 0
+    shape = select_shape(heads // kv_heads, chosen, blocks, tile)
+    chunks = cdiv(blocks, shape["BJ"]) if chooses else 1
+    places = (batch, tokens, kv_heads)
+    importance = torch.empty(*places, chunks, shape["BJ"], dtype=torch.int32, device=q.device)
+    selection = torch.empty(*places, size.topk, dtype=torch.int32, device=q.device)
+    arrived = torch.empty(places, dtype=torch.int32, device=q.device)
     scores = None
     if chooses:
         all_tiles, rows = cdiv(blocks * cells, tile), tokens * (heads // kv_heads)
-        # what a tile leaves is for a block further on
-        shapes = ((all_tiles, rows, tile), (all_tiles + cells, rows))
+        shapes = ((all_tiles, rows, tile), (all_tiles, rows), (all_tiles, rows))
         scores = tuple(torch.empty(batch * kv_heads, *shape, **float32) for shape in shapes)
-    selection = torch.empty(batch, tokens, kv_heads, size.topk, dtype=torch.int32, device=q.device)
     out = q.new_empty(batch, tokens, heads, dim)
 
-    places = (starts, lengths)
-    compressed_partials(q, k_cmp, v_cmp, *places, keys, size, scale_log2, tiles, cmp, partial, lse, scores)
-    decode_select(lse, cmp, *places, keys, size, (cell, cells, tile), scores, selection)
-    selected_partials(
-        q, k, v, k_win, v_win, selection, *places, size, scale_log2, near, splits, partial[cmp:], lse[cmp:]
-    )
-    combine(partial, lse, gates, *places, keys, cmp, splits, out)
+    ends = (starts, lengths)
+    compressed_partials(q, k_cmp, v_cmp, *ends, keys, size, scale_log2, tiles, cmp, partial, lse, scores, arrived)
+    cell_sizes = (cell, cells, tile)
+    decode_select(lse, cmp, *ends, keys, size, cell_sizes, scores, shape, importance, arrived, selection)
+    selected_partials(q, k, v, k_win, v_win, selection, *ends, size, scale_log2, near, splits, partial[cmp:], lse[cmp:])
+    combine(partial, lse, gates, *ends, keys, cmp, splits, out)
     return out, selection
 
 

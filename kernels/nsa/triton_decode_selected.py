@@ -16,20 +16,19 @@ from .triton_common import (
     following,
     load_tile,
     next_power_of_2,
-    online_softmax_update,
     padded,
     precision,
     shared_memory,
     wait_for_previous,
 )
-from .triton_decode_compressed import GROWING, row_place, store_partial, strides
+from .triton_decode_compressed import GROWING, row_place, softmax_step, store_partial, strides
 
 
 @triton.jit
 def add_values(acc, top, total, logits, seen, values, PRECISION: tl.constexpr):
     """The online softmax over the keys that are `seen [BN]`, and their values."""
     logits = tl.where(seen[None, :], logits, float("-inf"))
-    weights, factor, top, total = online_softmax_update(top, total, logits)
+    weights, factor, top, total = softmax_step(top, total, logits)
     acc = tl.dot(weights.to(values.dtype), values, acc * factor[:, None], input_precision=PRECISION)
     return acc, top, total
 
@@ -91,7 +90,7 @@ def decode_selected_kernel(
     index = tl.arange(0, BN)
     acc_slc, acc_win = tl.zeros([BM, DVP], tl.float32), tl.zeros([BM, DVP], tl.float32)
     top_slc, top_win = tl.full([BM], float("-inf"), tl.float32), tl.full([BM], float("-inf"), tl.float32)
-    total_slc, total_win = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
+    total_slc, total_win = tl.zeros([BM, BN], tl.float32), tl.zeros([BM, BN], tl.float32)
     if SHARED:
         for piece in tl.range(begin, end):
             block = first_block + piece // PIECES
