@@ -16,7 +16,18 @@ from transformers import CompileConfig, DynamicCache
 from nsa_hf.kernels import nsa_attention
 from nsa_hf.recipes import benchmark_generate
 from nsa_hf.recipes.benchmark_common import STAMP, Heads, save_figure, write_rows
-from nsa_hf.recipes.benchmark_generate import COLUMNS, check, decode, draw, fastest_dense, first_token, graphs, main
+from nsa_hf.recipes.benchmark_generate import (
+    COLUMNS,
+    Errors,
+    check,
+    decode,
+    draw,
+    fastest_dense,
+    first_token,
+    graphs,
+    main,
+    with_another_bit,
+)
 from nsa_hf.recipes.benchmark_model import Shape, filled_cache, make_model, select_these
 
 MODEL, HEADS, TOKENS = "qwen3:2:48:64:256", Heads.parse("6:2:16"), 300
@@ -45,11 +56,11 @@ def test_steps_are_timed_one_by_one(model, ids: torch.Tensor) -> None:
     whole = time.perf_counter() - started
     hook.remove()
     assert len(times) == 5 and min(times) > 0 and before > 0
-    assert set(errors) == ({"compiled_error", "kernels_error"} if name == "nsa" else set())
+    assert set(errors) == ({"compiled_error", "kernels_error", "one_bit_error"} if name == "nsa" else set())
     assert sum(times) + before <= whole
     # the prompt but for one token is read once, in one row
     assert shapes[0] == (1, TOKENS - 1) and set(shapes[1:]) == {(2, 1)}
-    compared = 3 * benchmark_generate.COMPARED if name == "nsa" else 0
+    compared = 4 * benchmark_generate.COMPARED if name == "nsa" else 0
     assert len(shapes) == 1 + compared + 2 * benchmark_generate.WARM_UP + 5
 
 
@@ -81,7 +92,8 @@ def test_a_wrong_step_is_not_timed(model, ids: torch.Tensor, monkeypatch: pytest
     if name == "dense":
         return
     cache = filled_cache(made, ids[:, :-1], "nsa", TOKENS + 16)
-    assert max(check(made, ids, cache)) < 0.01
+    errors = check(made, ids, cache)
+    assert max(errors.compiled, errors.kernels) < 0.01 and not errors.wrong
     forward = made.model.forward
 
     def spoiled(*args, **kwargs):
@@ -110,6 +122,31 @@ def test_wrongly_compiled_is_not_timed(model, ids: torch.Tensor, monkeypatch: py
     monkeypatch.setattr(made, "generate", spoiled)
     with pytest.raises(ArithmeticError, match=r"off by 0\.200 of their norm by compiling, 0\.0"):
         decode(made, ids, "nsa", 2)
+
+
+@pytest.mark.parametrize(
+    ("errors", "wrong"),
+    [
+        ((0.02, 0.05, 0.03), False),
+        ((0.07, 0.05, 0.03), True),
+        ((0.02, 0.11, 0.03), True),
+        ((0.15, 0.05, 0.08), True),
+        ((0.0, 0.05, 0.0), False),
+        ((float("nan"), 0.05, 0.03), True),
+        ((0.02, float("nan"), 0.03), True),
+    ],
+)
+def test_compiling_may_change_what_a_rounding_does(errors: tuple[float, float, float], wrong: bool) -> None:
+    assert Errors(*errors).wrong == wrong
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_another_bit_is_that_of_one_number_a_token(dtype: torch.dtype) -> None:
+    embedded = torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    changed = with_another_bit(None, None, embedded)
+    assert (changed != embedded).sum(-1).tolist() == [[1] * 3] * 2
+    share = ((changed - embedded).abs().amax(-1) / embedded.abs().amax(-1)).double()
+    assert (share <= torch.finfo(dtype).eps).all() and (share > torch.finfo(dtype).eps / 3).all()
 
 
 def test_the_reference_takes_given_blocks() -> None:
