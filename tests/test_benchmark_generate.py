@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from nsa_hf.recipes.benchmark_generate import (
     graphs,
     main,
     with_another_bit,
+    worst,
 )
 from nsa_hf.recipes.benchmark_model import Shape, filled_cache, make_model, select_these
 
@@ -134,10 +136,16 @@ def test_wrongly_compiled_is_not_timed(model, ids: torch.Tensor, monkeypatch: py
         ((0.0, 0.05, 0.0), False),
         ((float("nan"), 0.05, 0.03), True),
         ((0.02, float("nan"), 0.03), True),
+        ((0.02, 0.05, float("nan")), True),
     ],
 )
 def test_compiling_may_change_what_a_rounding_does(errors: tuple[float, float, float], wrong: bool) -> None:
     assert Errors(*errors).wrong == wrong
+
+
+def test_a_nan_in_any_row_is_the_worst() -> None:
+    right, spoiled = torch.ones(2, 3), torch.tensor([[1.0, 1.0, 1.0], [1.0, float("nan"), 1.0]])
+    assert worst([right], [right]) == 0 and math.isnan(worst([spoiled, right], [right, right]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
