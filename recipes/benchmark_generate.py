@@ -73,7 +73,8 @@ COMPILED = ("nsa", "dense-static", "dense-flex")
 WARM_UP, COMPARED = 8, 6
 # bf16 has 8 bits, and the error of a logit is that of some dozen layers: of 36 it was .05 where the same blocks are
 # selected. What compiling may change is measured: where the last bit of one number in a token's embedding is another,
-# the logits of 36 layers were .02 to .05 off, since one block in a hundred is another one.
+# the logits of 36 layers were .02 to .05 off, since one block in a hundred is another one. Compiling may do twice
+# that: a judgement.
 WRONG, OF_ONE_BIT = 0.1, 2.0
 DEVICE = "cuda"
 
@@ -95,7 +96,7 @@ class Errors(NamedTuple):
 
     compiled: of `generate()`, which compiles, beside the same steps without compiling (see `rounded_as_uncompiled`).
     kernels: of these beside the reference attention, which is given the blocks that the kernels selected.
-    one_bit: of these when one number in the embedding of every token has another last bit: what any rounding does.
+    one_bit: of plain steps whose tokens' embeddings have another last bit in one number, as a rounding may make it.
     """
 
     compiled: float

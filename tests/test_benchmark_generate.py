@@ -266,6 +266,7 @@ def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
             assert (float(r["tokens_per_s"] or 0) > 0) == (r["phase"] == "decode")
             checked = r["phase"] == "decode" and r["system"] == "nsa"
             assert [r["compiled_error"], r["kernels_error"]] == (["0.000", "0.000"] if checked else ["", ""])
+            assert (r["one_bit_error"] != "") == checked
     assert out.with_suffix(".png").exists()
     # a system that fails: the others are measured, and the exit code says so
     monkeypatch.setattr(DynamicCache, "batch_repeat_interleave", lambda *_: 1 / 0)

@@ -89,8 +89,15 @@ def test_many_rows() -> None:
     assert_as_good_as_the_reference(cached_inputs("32:8:128", 256, 1, 2048, 2048))
 
 
-def test_more_blocks_than_are_sorted_at_once() -> None:
-    assert_as_good_as_the_reference(cached_inputs("9:3:64", 1, 2, 262144, 262000))
+def test_more_blocks_than_are_ranked_at_once() -> None:
+    assert_as_good_as_the_reference(cached_inputs("9:3:64", 1, 2, 524288, 500000))
+
+
+@pytest.mark.parametrize("topk", [12, 20, 24])
+def test_nearly_all_blocks(topk: int) -> None:
+    """Where as many blocks are kept as a program ranks."""
+    inputs = cached_inputs("9:3:64", 2, 1, 64 * (topk + 2), 64 * (topk + 2) - 5)
+    assert_as_good_as_the_reference({**inputs, "topk": topk})
 
 
 def test_whichever_program_is_the_last_the_selection_is_the_same() -> None:

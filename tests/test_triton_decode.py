@@ -97,6 +97,8 @@ CASES = {
     "no init block": replace(STEP, sizes=replace(Sizes(), init_blocks=0)),
     "forced blocks only": replace(STEP, sizes=replace(Sizes(), topk=3)),
     "own block only": replace(STEP, sizes=replace(Sizes(), topk=1, init_blocks=0, local_blocks=1)),
+    "as many blocks as are ranked": replace(STEP, sizes=replace(Sizes(), topk=12)),
+    "nearly all blocks": Shape(Sizes(32, 16, 64, 20, 1, 2, 512), queries=1, keys=2000, kv_heads=1, group=2),
     "more blocks asked than there are": replace(STEP, sizes=replace(Sizes(), topk=20)),
     "window of one": replace(STEP, sizes=replace(Sizes(), window_size=1)),
     "window over everything": replace(STEP, sizes=replace(Sizes(), window_size=100)),
@@ -132,7 +134,7 @@ def any_step(choose: random.Random) -> Shape:
     reach = choose.randint(1, 3)
     init, local = choose.randint(0, 2), choose.randint(1, 3)
     sizes = Sizes(
-        reach * stride, stride, (reach + choose.randint(0, 3)) * stride, init + local + choose.randint(0, 3), init,
+        reach * stride, stride, (reach + choose.randint(0, 3)) * stride, init + local + choose.choice((0, 1, 2, 3, 7, 15)), init,
         local, choose.randint(1, 12),
     )  # fmt: skip
     keys, batch = choose.randint(1, 70), choose.randint(1, 2)
@@ -151,7 +153,7 @@ def any_step(choose: random.Random) -> Shape:
 
 def any_steps(seed: int) -> list[tuple[Shape, tuple[float, bool]]]:
     choose = random.Random(seed)
-    return [(shape, compare(shape)) for shape in (any_step(choose) for _ in range(6))]
+    return [(shape, compare(shape)) for shape in (any_step(choose) for _ in range(12))]
 
 
 def test_any_step(process: ProcessPoolExecutor) -> None:

@@ -15,8 +15,9 @@ from .sizes import Sizes
 from .triton_common import begin_next, cdiv, following, next_power_of_2, wait_for_previous
 from .triton_decode_compressed import GROWING, row_place
 
-# Blocks of a program; groups compared at a time, and the candidates that the best groups may hold.
+# Blocks of a program.
 AT_ONCE = 512
+# Groups of blocks that are ranked at a time, and blocks in all of the best groups together.
 GROUPS = 256
 CANDIDATES = 1024
 
@@ -28,8 +29,9 @@ def head_importance(
 ):  # fmt: skip
     """The importance `[BJ]` of the blocks `first + i`, summed over the heads that are `real`.
 
-    The pointers are those of head 0. `cells`: how many hold something, written in whole tiles. The first block of a
-    tile has more of its sum in `carried`, so that equal sums are equal up to rounding only.
+    The pointers are those of head 0. `cells`: those up to the last visible entry's; the tiles that hold them are
+    written completely. A sum is relative to its tile's `top`, and a tile's first block has more of its own in
+    `carried`, so that equal importances of different tiles are equal up to rounding only.
     """
     split = tl.arange(0, SPLITSP)
     mask = (split < SPLITS)[None, :] & real[:, None]
@@ -78,11 +80,8 @@ def importance_bits(
 
 @triton.jit
 def best_candidates(bits, number, KP: tl.constexpr):
-    """The KP best candidates of those with these importances and numbers."""
-    candidates = ((bits.to(tl.int64) + 1) << 32) - number
-    if candidates.shape[0] > KP:
-        candidates = tl.topk(candidates, KP)
-    return candidates
+    """The KP best candidates of those with these importances and numbers, the best first."""
+    return tl.topk(((bits.to(tl.int64) + 1) << 32) - number, KP)
 
 
 @triton.jit
@@ -102,8 +101,11 @@ def best_groups(bits, first, end, KP: tl.constexpr, GS: tl.constexpr, GP: tl.con
 
 @triton.jit
 def best_blocks(bits, end, KP: tl.constexpr, GS: tl.constexpr, GP: tl.constexpr, ONCE: tl.constexpr):
-    """The KP best of the first `end` blocks, whose importances are at `bits`. Each is in one of the KP best groups:
-    KP groups that come before another have KP blocks that come before all of its own. ONCE: no more than GP groups."""
+    """The KP best of the first `end` blocks, whose importances are at `bits`.
+
+    They are all in the KP best groups: a better group has a block, its best, that comes before all blocks of the other.
+    ONCE: there are no more than GP groups.
+    """
     best = best_groups(bits, 0, end, KP, GS, GP)
     if not ONCE:
         for first in tl.range(GP, (end + GS - 1) // GS, GP):
@@ -135,7 +137,7 @@ def decode_select_kernel(
     chosen by its importance.
 
     `importance [B * T * Hk, CHUNKS * BJ]` int32, its bits; `arrived [B * T * Hk]` int32 is 0, and counts chunks. ALONE:
-    there is one chunk, and neither is used.
+    there is one chunk, and neither is used. A row that is not as long needs fewer chunks.
     """
     RATIO: tl.constexpr = BLOCK // STRIDE
     REACH: tl.constexpr = KERNEL // STRIDE
@@ -157,8 +159,8 @@ def decode_select_kernel(
     if SCORES:
         if blocks > TOPK:
             end = blocks - LOCAL
-            chunks = (end + BJ - 1) // BJ
-            if chunk < chunks:
+            needed = (end + BJ - 1) // BJ
+            if chunk < needed:
                 entry = tl.maximum(relative - (KERNEL - 1), 0) // STRIDE
                 # how many were written
                 cells = tl.where(relative >= KERNEL - 1, entry // RATIO * CELLS + entry % RATIO // CELL + 1, 0)
@@ -180,7 +182,7 @@ def decode_select_kernel(
                     tl.store(importance + j, bits)
                     # all of it is there before it counts
                     tl.debug_barrier()
-                    last = tl.atomic_add(arrived + place, 1, sem="acq_rel") == chunks - 1
+                    last = tl.atomic_add(arrived + place, 1, sem="acq_rel") == needed - 1
                     if last:
                         best = best_blocks(importance, end, KP, GS, GP, ONCE)
                         store_chosen(selection + INIT, best, blocks, FREE, KP)
