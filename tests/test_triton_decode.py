@@ -133,10 +133,9 @@ def any_step(choose: random.Random) -> Shape:
     stride = choose.randint(1, 4)
     reach = choose.randint(1, 3)
     init, local = choose.randint(0, 2), choose.randint(1, 3)
-    sizes = Sizes(
-        reach * stride, stride, (reach + choose.randint(0, 3)) * stride, init + local + choose.choice((0, 1, 2, 3, 7, 15)), init,
-        local, choose.randint(1, 12),
-    )  # fmt: skip
+    topk = init + local + choose.choice((0, 1, 2, 3, 7, 15))
+    block = (reach + choose.randint(0, 3)) * stride
+    sizes = Sizes(reach * stride, stride, block, topk, init, local, choose.randint(1, 12))
     keys, batch = choose.randint(1, 70), choose.randint(1, 2)
     lengths = tuple(choose.randint(0, keys) for _ in range(batch)) if choose.random() < 0.5 else None
     starts = None

@@ -78,8 +78,8 @@ def compressed_kernel(
     that holds more; a tile of BN places takes whole cells. `sums [B * Hk, TILES, T * G, cells of a tile]` float32: for
     each cell the sum of `exp2(logit - top) * overlap / d` over its entries and, within the tile, over those that reach
     into it from the block before. `carried` and `tops [B * Hk, TILES, T * G]`: what a tile leaves for the block after
-    its last one, and its `top`, the largest logit of the split up to there. `arrived [B, T, Hk]` is set to 0. What a program writes at a time lies together:
-    scattered writes slow the reads down.
+    its last one, and its `top`, the largest logit of the split up to there. `arrived [B, T, Hk]` is set to 0. What a
+    program writes at a time lies together: scattered writes slow the reads down.
     """
     RATIO: tl.constexpr = BLOCK // STRIDE
     REACH: tl.constexpr = KERNEL // STRIDE
