@@ -249,30 +249,44 @@ def test_of_equal_blocks_the_first_is_taken(process: ProcessPoolExecutor, name: 
     assert torch.equal(got, expected)
 
 
-def select_given(at_once: int) -> tuple[list[int], list[int]]:
-    """Sums of 60 blocks, of which many are equal: what is selected of them, and what should be."""
+def ranked(seed: int) -> list[tuple[list[int], list[int]]]:
+    """Random importances, of which many are equal, or not finite: what is selected of them, and what should be."""
     from nsa_hf.kernels import triton_decode_select
 
-    sizes = Sizes(4, 4, 16, 9, 1, 1, 5)
-    sums = torch.randint(3, (60,), generator=torch.Generator().manual_seed(0)).float()
-    selection = torch.full((1, 1, 1, 9), -2, dtype=torch.int32)
-    arrived = torch.zeros(1, 1, 1, dtype=torch.int32)
-    lse, tops, nowhere = torch.zeros(1, 1, 1, 1), torch.zeros(1, 15, 1), torch.full((1, 15, 1), float("nan"))
-    with mock.patch.object(triton_decode_select, "AT_ONCE", at_once):
-        chosen = triton_decode_select.select_shape(1, 7, 60, 4)
-        importance = torch.empty(1, 1, 1, -(-60 // chosen["BJ"]), chosen["BJ"], dtype=torch.int32)
+    choose, random_numbers, found = random.Random(seed), torch.Generator().manual_seed(seed), []
+    for _ in range(24):
+        free, init, local = choose.choice((1, 2, 3, 5, 7, 8, 13, 20, 40)), choose.randint(0, 3), choose.randint(1, 3)
+        topk = init + free + local
+        # few to choose from, any number, or just what fills a program or a group, or one more
+        filled = local + 16 * choose.randint(1, 10) + choose.randint(0, 1)
+        blocks = choose.choice((topk + choose.randint(1, 3), topk + choose.randint(1, 150), max(topk + 1, filled)))
+        tiles = -(-blocks // 4)
+        sums = torch.full((4 * tiles,), float("nan"))  # behind the blocks nothing is written
+        sums[:blocks] = torch.randint(choose.choice((1, 3, 1000)), (blocks,), generator=random_numbers).float()
+        sums[blocks - local - choose.randint(0, 1)] = 1000  # the last block that may be chosen, or the one behind it
+        sums[:blocks][torch.rand(blocks, generator=random_numbers) < choose.choice((0, 0.1))] = float("nan")
+        sums[:blocks][torch.rand(blocks, generator=random_numbers) < choose.choice((0, 0.1))] = float("inf")
+        nowhere = torch.full((1, tiles, 1), float("nan"))
+        constants = {"AT_ONCE": (16, 16, 32, 512), "GROUPS": (1, 4, 256), "CANDIDATES": (1, 32, 1024)}
+        with mock.patch.multiple(triton_decode_select, **{name: choose.choice(x) for name, x in constants.items()}):
+            shape = triton_decode_select.select_shape(1, free, blocks, 4)
+        selection = torch.full((1, 1, 1, topk), -2, dtype=torch.int32)
+        importance = torch.full((1, 1, 1, -(-blocks // shape["BJ"]), shape["BJ"]), 0x7FFFFFFF, dtype=torch.int32)
         triton_decode_select.decode_select(
-            lse, 1, None, None, 960, sizes, (4, 1, 4), (sums.reshape(1, 15, 1, 4), nowhere, tops), chosen,
-            importance, arrived, selection,
+            torch.zeros(1, 1, 1, 1), 1, None, None, 16 * blocks, Sizes(4, 4, 16, topk, init, local, 5), (4, 1, 4),
+            (sums.reshape(1, tiles, 1, 4), nowhere, torch.zeros(1, tiles, 1)), shape, importance,
+            torch.zeros(1, 1, 1, dtype=torch.int32), selection,
         )  # fmt: skip
-    ranked = sorted(range(1, 59), key=lambda block: (-sums[block], block))
-    return selection.flatten().tolist(), sorted([0, *ranked[:7], 59])
+        worth = sums.nan_to_num(nan=float("inf"), posinf=float("inf")).tolist()
+        best = sorted(range(init, blocks - local), key=lambda block: (-worth[block], block))[:free]
+        found.append((selection.flatten().tolist(), [*range(init), *sorted(best), *range(blocks - local, blocks)]))
+    return found
 
 
-@pytest.mark.parametrize("at_once", [16, 32, 64])
-def test_of_equal_sums_the_first_are_taken(process: ProcessPoolExecutor, at_once: int) -> None:
-    got, expected = process.submit(select_given, at_once).result()
-    assert got == expected
+@pytest.mark.parametrize("seed", range(4))
+def test_the_best_blocks_are_selected_and_of_equal_ones_the_first(process: ProcessPoolExecutor, seed: int) -> None:
+    for got, expected in process.submit(ranked, seed).result():
+        assert got == expected
 
 
 class Operations(TorchDispatchMode):
