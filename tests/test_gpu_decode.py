@@ -101,7 +101,7 @@ def test_nearly_all_blocks(topk: int) -> None:
 
 
 def test_whichever_program_is_the_last_the_selection_is_the_same() -> None:
-    """131,072 tokens are four programs a query, of which the last one joins what all of them found. Two inputs in turn:
+    """131,072 tokens are four programs a query, of which the last one ranks what all of them wrote. Two inputs in turn:
     what a program reads too early is of the other one."""
     one = cached_inputs("64:4:128", 16, 1, 131072, 131072)
     other = {**one, "q": -one["q"].flip(0)}
