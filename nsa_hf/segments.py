@@ -103,8 +103,9 @@ def static_segments(
         attention_mask: `[B, past + T]`, or `[B, room]` filled up with zeros, which has the same shape at every step.
 
     Raises:
-        NsaError: packed documents; a mask that is wrong as in `find_segments`, or padded on the right. Its values are
-            looked at when that does not stall a decoding step: on the CPU, or when several tokens come at once.
+        NsaError: packed documents; a mask that is wrong as in `find_segments`, or padded on the right.
+        RuntimeError: the same mask where looking at it would stall a decoding step, in what is compiled and for single
+            tokens on a GPU. It comes with the next thing that waits for the GPU, where CUDA then does no more work.
     """
     look = not torch.compiler.is_compiling() and (tokens > 1 or device.type == "cpu")
     restarts = look and tokens > 1 and attention_mask is None and position_ids is not None
@@ -117,9 +118,15 @@ def static_segments(
     if attention_mask is None:
         return Segments(lengths=lengths)
     check_mask(attention_mask, batch, {int(past) + tokens, room} if look else None)
+    starts, begins = row_starts(attention_mask)
     if look:
         refuse_right_padding(attention_mask[:, : int(past) + tokens])
-    return Segments(starts=row_starts(attention_mask)[0], lengths=lengths)
+    else:
+        last = attention_mask.gather(1, lengths[:, None].long() - 1)[:, 0]
+        # on a GPU a message may have 255 letters
+        message = "attention_mask has holes or is padded on the right: pad on the left (tokenizer.padding_side='left')"
+        torch._assert_async((begins + (last == 0) <= 1).all(), message)
+    return Segments(starts=starts, lengths=lengths)
 
 
 def static_mask(attention_mask: Tensor | None, room: int) -> Tensor | None:

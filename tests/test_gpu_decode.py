@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from attention_inputs import TENSORS, Inputs
@@ -194,3 +198,30 @@ def test_generate_compiles_steps_over_a_long_static_cache() -> None:
         compiled, kernels, _ = check(model, ids, cache)
     assert graphs() == "1 graphs compiled, 0 breaks, 0 CUDA graphs skipped"
     assert compiled < 0.005 and kernels < 0.05
+
+
+HOLES = """
+import torch
+from test_triton_model import make_model
+from transformers import StaticCache
+model = make_model("cuda")
+cache = StaticCache(model.config, max_cache_len=64)
+tokens, mask = torch.arange(100, device="cuda").reshape(2, 50), torch.ones(2, 50, device="cuda", dtype=torch.long)
+mask[1, :3] = 0
+with torch.no_grad():
+    model(tokens[:, :48], past_key_values=cache, attention_mask=mask[:, :48])
+    model(tokens[:, 48:49], past_key_values=cache, attention_mask=mask[:, :49])
+    torch.cuda.synchronize()
+    print("right", flush=True)
+    mask[1, 7] = 0
+    model(tokens[:, 49:], past_key_values=cache, attention_mask=mask)
+    torch.cuda.synchronize()
+print("wrong")
+"""
+
+
+def test_a_step_stops_at_a_mask_with_holes() -> None:
+    """In a process of its own: what fails on a GPU ends all work there."""
+    ran = subprocess.run([sys.executable, "-c", HOLES], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert ran.returncode != 0 and ran.stdout == "right\n"
+    assert "attention_mask has holes" in ran.stderr

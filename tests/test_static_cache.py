@@ -291,3 +291,21 @@ def test_packed_documents_and_wrong_masks_are_refused(tiny_nsa_model):
         mask[0, :19] = 1
         with pytest.raises(NsaError, match="ends with 0 and is to be continued"):
             pass_with(attention_mask=mask)
+
+
+@pytest.mark.parametrize("hole", [5, 20])
+def test_a_compiled_step_stops_at_a_mask_with_holes(hole, tiny_nsa_model):
+    """It cannot look at the mask before, as a step on a GPU cannot without waiting."""
+    model, x = tiny_nsa_model(), tokens(2, 21)
+    step = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
+    torch._dynamo.reset()
+    cache = StaticCache(model.config, max_cache_len=30)
+    mask = torch.zeros(2, 30)
+    mask[:, :21], mask[1, :2] = 1, 0
+    with torch.no_grad():
+        model(x[:, :20], past_key_values=cache, attention_mask=mask[:, :20])
+        step(x[:, 20:], past_key_values=cache, attention_mask=mask)
+        mask[1, hole] = 0
+        with pytest.raises(RuntimeError, match="attention_mask has holes"):
+            step(x[:, 20:], past_key_values=cache, attention_mask=mask)
+    torch._dynamo.reset()
