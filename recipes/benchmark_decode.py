@@ -12,7 +12,9 @@ Before a shape is timed, rows of its result are compared with the float64 refere
 exit code is 1. `bytes` are the keys, values and compressed entries that a step reads by the paper's count: the
 entries, n blocks and w tokens (5,631 tokens at 64k). In `bytes_once` the blocks that lie in the window count once;
 `gb_s` is of these. `ceiling` is dense bytes over `bytes`, and `times_dense` the fastest dense time over this one.
-Rows are appended to a CSV as they come, the dense ones of a shape first.
+System `nsa` has one set of keys and values for all branches, as a converted model has by default; in `nsa-independent`
+the window has its own, as in the paper, and nothing is read for two branches. Rows are appended to a CSV as they come,
+the dense ones of a shape first.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ from .decode_figures import (
     COLUMNS,
     FULL,
     SIZES,
+    SPARSE,
     draw,
     figures,
     full_batch,
@@ -68,12 +71,15 @@ class WrongResult(Exception):
 
 
 class Cache(NamedTuple):
-    """A full static cache, `[B, Hk, S, D]`, and its compressed entries, `[B, N, Hk, D]`, bf16."""
+    """A full static cache, `[B, Hk, S, D]`, its compressed entries, `[B, N, Hk, D]`, and keys and values of a window of
+    its own, `[B, Hk, w + T - 1, D]`, bf16."""
 
     keys: Tensor
     values: Tensor
     k_cmp: Tensor
     v_cmp: Tensor
+    k_win: Tensor
+    v_win: Tensor
     lengths: Tensor
 
 
@@ -84,7 +90,7 @@ class Query(NamedTuple):
     gates: Tensor
 
 
-def make_cache(heads: Heads, tokens: int, batch: int, device: str) -> Cache:
+def make_cache(heads: Heads, tokens: int, batch: int, device: str, queries: int = 1) -> Cache:
     entries = n_blocks(tokens, SIZES.kernel_size, SIZES.kernel_stride)
     dims = (heads.key_dim, heads.value_dim)
     bf16: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
@@ -93,7 +99,10 @@ def make_cache(heads: Heads, tokens: int, batch: int, device: str) -> Cache:
     k_cmp, v_cmp = (
         torch.randn(batch, entries, heads.kv_heads, dim, **bf16).mul_(SIZES.kernel_size**-0.5) for dim in dims
     )
-    return Cache(keys, values, k_cmp, v_cmp, torch.full((batch,), tokens, dtype=torch.int32, device=device))
+    near = min(tokens, SIZES.window_size + queries - 1)
+    k_win, v_win = (torch.randn(batch, heads.kv_heads, near, dim, **bf16) for dim in dims)
+    lengths = torch.full((batch,), tokens, dtype=torch.int32, device=device)
+    return Cache(keys, values, k_cmp, v_cmp, k_win, v_win, lengths)
 
 
 def make_query(heads: Heads, batch: int, queries: int, device: str) -> Query:
@@ -102,10 +111,15 @@ def make_query(heads: Heads, batch: int, queries: int, device: str) -> Query:
     return Query(q, torch.rand(batch, queries, heads.query_heads, 3, **bf16))
 
 
-def nsa(cache: Cache, query: Query, backend: str, **options: Any) -> Any:
-    keys, values = cache.keys.transpose(1, 2), cache.values.transpose(1, 2)
+def nsa(cache: Cache, query: Query, backend: str, system: str = "nsa", **options: Any) -> Any:
+    keys, values, k_win, v_win = (x.transpose(1, 2) for x in (cache.keys, cache.values, cache.k_win, cache.v_win))
     inputs = (query.q, keys, values, cache.k_cmp, cache.v_cmp, query.gates)
-    return nsa_attention(*inputs, lengths=cache.lengths, backend=backend, **options)
+    if system == "nsa":
+        options |= {"lengths": cache.lengths}
+    else:
+        # what is kept is the window: the operation takes its last tokens, where all rows are full
+        options |= {"k_win": k_win, "v_win": v_win}
+    return nsa_attention(*inputs, backend=backend, **options)
 
 
 def dense(cache: Cache, query: Query, fold: bool) -> Tensor:
@@ -124,19 +138,19 @@ def dense(cache: Cache, query: Query, fold: bool) -> Tensor:
     return out.reshape(batch, query_heads, queries, -1).transpose(1, 2)
 
 
-def check(cache: Cache, query: Query, backend: str) -> list[str]:
+def check(cache: Cache, query: Query, backend: str, system: str = "nsa") -> list[str]:
     """What is wrong with the first and the last row of a step, against float64; empty: nothing.
 
     A block whose importance is that of another but for rounding may be chosen instead of it: 2 % of the blocks may
     differ, and outputs are compared where none does. bf16 has 8 bits, so .01 of a norm is more than rounding.
     """
-    out, selection = nsa(cache, query, backend, return_selection=True)
+    out, selection = nsa(cache, query, backend, system, return_selection=True)
     wrong = []
     for row in sorted({0, query.q.shape[0] - 1}):
         one = (x[row : row + 1] for x in cache)
         exact = Cache(*(x.double() if x.is_floating_point() else x for x in one))
         queries = Query(*(x[row : row + 1].double() for x in query))
-        truth, chosen = nsa(exact, queries, "reference", return_selection=True)
+        truth, chosen = nsa(exact, queries, "reference", system, return_selection=True)
         same = (selection[row : row + 1, ..., None] == chosen[..., None, :]).any(-1)
         group = query.q.shape[2] // selection.shape[2]
         agree = same.all(-1).repeat_interleave(group, dim=2)
@@ -183,13 +197,14 @@ def measure_shape(
     """Systems and their times, dense ones first; instead of times, why a dense one has none.
 
     Raises:
-        WrongResult: the result of the sparse step is wrong.
+        WrongResult: the result of a sparse step is wrong.
     """
     read = batch * tokens_read(tokens, queries) * token_bytes(heads)
-    caches = [make_cache(heads, tokens, batch, device) for _ in range(-(-COLD // read))]
+    caches = [make_cache(heads, tokens, batch, device, queries) for _ in range(-(-COLD // read))]
     pairs = [(cache, make_query(heads, batch, queries, device)) for cache in caches * -(-4 // len(caches))]
-    if wrong := check(*pairs[0], backend):
-        raise WrongResult("; ".join(wrong))
+    for system in SPARSE:
+        if wrong := check(*pairs[0], backend, system):
+            raise WrongResult(f"{system}: {'; '.join(wrong)}")
     for name, kernel in DENSE_KERNELS.items():
         for fold in (False, True):
             system = f"{name}, folded" if fold else name
@@ -199,10 +214,11 @@ def measure_shape(
             except RuntimeError as reason:
                 times = str(reason).splitlines()[0]
             yield system, times
-    times, result = timed([partial(nsa, *pair, backend) for pair in pairs])
-    if not (error := relative_error(result, nsa(*pairs[0], backend).double())) <= 0.01:
-        raise WrongResult(f"in a CUDA graph the output is off by {error:.4f} of its norm")
-    yield "nsa", times
+    for system in SPARSE:
+        times, result = timed([partial(nsa, *pair, backend, system) for pair in pairs])
+        if not (error := relative_error(result, nsa(*pairs[0], backend, system).double())) <= 0.01:
+            raise WrongResult(f"{system}: in a CUDA graph the output is off by {error:.4f} of its norm")
+        yield system, times
 
 
 def batch_sizes(text: str) -> list[tuple[int, str]]:
@@ -249,9 +265,9 @@ def main(arguments: list[str] | None = None) -> int:
                         if isinstance(times, str):
                             print(f"{heads.name} {tokens} batch {batch} {system}: not measured, {times}", flush=True)
                             continue
-                        dense_ms = fastest if system == "nsa" else None
+                        dense_ms = fastest if system in SPARSE else None
                         row = source | figures(heads, tokens, batch, queries, system, times, dense_ms, rate)
-                        if system != "nsa":
+                        if system not in SPARSE:
                             fastest = min(times[0], fastest or times[0])
                         print(printed(row), flush=True)
                         write_rows(options.out, COLUMNS, [row])

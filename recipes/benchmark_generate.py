@@ -72,10 +72,10 @@ COMPILED = ("nsa", "dense-static", "dense-flex")
 # steps before those that are timed, and steps that are compared
 WARM_UP, COMPARED = 8, 6
 # bf16 has 8 bits, and the error of a logit is that of some dozen layers: of 36 it was .05 where the same blocks are
-# selected. What compiling may change is measured: where the last bit of one number in a token's embedding is another,
-# the logits of 36 layers were .02 to .05 off, since one block in a hundred is another one. Compiling may do twice
-# that: a judgement.
-WRONG, OF_ONE_BIT = 0.1, 2.0
+# selected. What compiling may change is measured: no more than the last bit of one number in a token's embedding does
+# where it does least. Of 36 layers that was .06 to .09 on an H100, and .6 to .8 wherever the first layer selected one
+# other block: of random weights, an embedding is small beside what the first attention adds to it.
+WRONG = 0.1
 DEVICE = "cuda"
 
 
@@ -92,11 +92,13 @@ def rounded_as_uncompiled() -> AbstractContextManager[None]:
 
 
 class Errors(NamedTuple):
-    """How far the logits of some steps are off in the worst row of the worst step, as a share of their norm.
+    """How far the logits of some steps are off, as a share of their norm.
 
-    compiled: of `generate()`, which compiles, beside the same steps without compiling (see `rounded_as_uncompiled`).
-    kernels: of these beside the reference attention, which is given the blocks that the kernels selected.
-    one_bit: of plain steps whose tokens' embeddings have another last bit in one number, as a rounding may make it.
+    compiled: of `generate()`, which compiles, beside the same steps without compiling (see `rounded_as_uncompiled`); in
+        the worst row of the worst step.
+    kernels: of these beside the reference attention, which is given the blocks that the kernels selected; the worst.
+    one_bit: of plain steps whose tokens' embeddings have another last bit in one number, as a rounding may make it; in
+        the best row of the best step.
     """
 
     compiled: float
@@ -105,12 +107,12 @@ class Errors(NamedTuple):
 
     def __str__(self) -> str:
         by = f"{self.compiled:.3f} of their norm by compiling, {self.kernels:.3f} by the kernels, {self.one_bit:.3f}"
-        return f"the logits are off by {by} where one bit of a token's embedding is another"
+        return f"the logits are off by {by} at least where one bit of a token's embedding is another"
 
     @property
     def wrong(self) -> bool:
         # NaN is wrong
-        return not (self.compiled <= min(self.one_bit * OF_ONE_BIT, WRONG) and self.kernels <= WRONG)
+        return not (self.compiled <= min(self.one_bit, WRONG) and self.kernels <= WRONG)
 
 
 def with_another_bit(module: Any, arguments: Any, embedded: Tensor) -> Tensor:
@@ -128,6 +130,9 @@ def check(model: Any, ids: Tensor, cache: Cache) -> Errors:
     """
     held = ids.shape[1] - 1
     options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    cut_back(cache, held)
+    # the first step compresses all that the cache holds at once, which may round otherwise than step by step
+    model(ids[:, held:], past_key_values=cache, use_cache=True)
     cut_back(cache, held)
     found = model.generate(ids, past_key_values=cache, max_new_tokens=COMPARED, **options)
     new = found.sequences[:, held:-1].split(1, dim=1)
@@ -154,13 +159,15 @@ def check(model: Any, ids: Tensor, cache: Cache) -> Errors:
             truth = [logits(token) for token in new]
     finally:
         model.set_attn_implementation("nsa")
-    return Errors(worst(found.logits, plain), worst(plain, truth), worst(close, plain))
+    compiled, kernels, one_bit = (row_errors(*x) for x in ((found.logits, plain), (plain, truth), (close, plain)))
+    # each NaN if any of them is
+    return Errors(float(compiled.max()), float(kernels.max()), float(one_bit.min()))
 
 
-def worst(steps: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+def row_errors(steps: Sequence[Tensor], expected: Sequence[Tensor]) -> Tensor:
+    """Of every row of every step."""
     pairs = (pair for step in zip(steps, expected, strict=True) for pair in zip(*step, strict=True))
-    # NaN if any of them is
-    return float(torch.tensor([relative_error(row, truth.double()) for row, truth in pairs]).max())
+    return torch.tensor([relative_error(row, truth.double()) for row, truth in pairs])
 
 
 class Stamps(StoppingCriteria):

@@ -14,6 +14,8 @@ COLUMNS = (
     "bytes_once", "gb_s", "share_of_card", "times_dense", "ceiling", "share_of_ceiling",
 )  # fmt: skip
 SIZES = Sizes()
+# One set of keys and values, and a window with its own.
+SPARSE = ("nsa", "nsa-independent")
 # Full batches: GiB of keys and values.
 FULL = (4, 32)
 
@@ -56,8 +58,8 @@ def figures(
     """
     row = batch * token_bytes(heads)
     whole = read = once = tokens * row
-    if system == "nsa":
-        read, once = (tokens_read(tokens, queries, once=x) * row for x in (False, True))
+    if system in SPARSE:
+        read, once = (tokens_read(tokens, queries, once=x) * row for x in (False, system == "nsa"))
     gb_s = once / times[0] * 1e-6
     found: dict[str, object] = {
         "config": heads.name, "tokens": tokens, "batch": batch, "queries": queries, "system": system, "part": "step",
@@ -88,8 +90,8 @@ Curves = dict[tuple[str, str, str], dict[int, float]]
 
 
 def read_curves(path: Path) -> Curves:
-    """Microseconds a row by length, of (`4 GiB`, `32 GiB` or `batch 1`, config, `dense` or `nsa`): the latest with one
-    query."""
+    """Microseconds a row by length, of (`4 GiB`, `32 GiB` or `batch 1`, config, `dense` or one of `SPARSE`): the latest
+    with one query."""
     curves: Curves = {}
     fastest: dict[tuple, float] = {}
     with path.open(newline="") as file:
@@ -97,7 +99,7 @@ def read_curves(path: Path) -> Curves:
             if row["queries"] != "1" or row["part"] != "step":
                 continue
             tokens, batch, time = int(row["tokens"]), int(row["batch"]), float(row["median_ms"])
-            heads, system = Heads.parse(row["config"]), "nsa" if row["system"] == "nsa" else "dense"
+            heads, system = Heads.parse(row["config"]), row["system"] if row["system"] in SPARSE else "dense"
             kinds = {full_batch(heads, tokens, gib): f"{gib} GiB" for gib in FULL} | {1: "batch 1"}
             if (kind := kinds.get(batch)) is None:
                 continue
@@ -115,9 +117,9 @@ def growth(curves: Curves) -> list[str]:
         first, last = min(times), max(times)
         if first < last:
             grown, read = times[last] / times[first], f"{last / first:.2f}"
-            if system == "nsa":
+            if system in SPARSE:
                 paper, once = (tokens_read(last, once=x) / tokens_read(first, once=x) for x in (False, True))
-                read = f"{paper:.2f}, those of the window once {once:.2f}"
+                read = f"{paper:.2f}" + (f", those of the window once {once:.2f}" if system == "nsa" else "")
             lines.append(f"{config} {kind}, {system}: {grown:.2f} times from {first} to {last}, bytes {read}")
     return lines
 
@@ -135,7 +137,8 @@ def draw(path: Path) -> Path | None:
         lengths_below(axis, (tokens for key, times in curves.items() if key[0] == kind for tokens in times))
         for (_, config, system), times in sorted(x for x in curves.items() if x[0][0] == kind):
             lengths, costs = zip(*sorted(times.items()), strict=True)
-            style = {"color": f"C{configs.index(config)}", "linestyle": "-" if system == "nsa" else "--"}
+            line = {"nsa": "-", "nsa-independent": ":"}.get(system, "--")
+            style = {"color": f"C{configs.index(config)}", "linestyle": line}
             axis.plot([n / 1024 for n in lengths], costs, marker="o", label=f"{config}, {system}", **style)
         axis.legend()
     axes[0][0].set_ylabel("microseconds a row and layer")

@@ -43,12 +43,12 @@ def test_dense_is_attention_to_every_key(queries: int) -> None:
 
 
 def test_the_check_sees_a_wrong_output_and_a_wrong_selection(monkeypatch: pytest.MonkeyPatch) -> None:
-    cache, query = make_cache(HEADS, 1600, 3, "cpu"), make_query(HEADS, 3, 2, "cpu")
+    cache, query = make_cache(HEADS, 1600, 3, "cpu", 2), make_query(HEADS, 3, 2, "cpu")
     assert check(cache, query, "reference") == []
 
     def spoiled(change):
-        def call(cache, query, backend, **options):
-            out, selection = nsa(cache, query, backend, **options)
+        def call(cache, query, backend, *system, **options):
+            out, selection = nsa(cache, query, backend, *system, **options)
             if query.q.dtype == torch.bfloat16:
                 change(out, selection)
             return out, selection
@@ -64,6 +64,19 @@ def test_the_check_sees_a_wrong_output_and_a_wrong_selection(monkeypatch: pytest
     assert "selected blocks are others" in wrong(lambda _, selection: selection[0].add_(1))[0]
     # one block instead of an equally good one, in one group of four: its output is not looked at
     assert wrong(lambda out, selection: (selection[0, 0, 0, :1].fill_(99), out[0, 0, :3].zero_())) == []
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_a_window_of_its_own(queries: int) -> None:
+    """With the keys and values of the other branches in it, it is theirs."""
+    cache, query = make_cache(HEADS, 600, 2, "cpu", queries), make_query(HEADS, 2, queries, "cpu")
+    assert cache.k_win.shape == cache.v_win.shape == (2, 2, 512 + queries - 1, 16)
+    assert check(cache, query, "reference", "nsa-independent") == []
+    shared, own = nsa(cache, query, "reference"), nsa(cache, query, "reference", "nsa-independent")
+    assert (shared - own).norm() > 0.1 * shared.norm()
+    near = {f"{x}_win": held[:, :, 600 - 511 - queries :] for x, held in (("k", cache.keys), ("v", cache.values))}
+    again = nsa(cache._replace(**near), query, "reference", "nsa-independent")
+    torch.testing.assert_close(again, shared)
 
 
 def test_a_wrong_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,12 +103,13 @@ def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         reader = csv.DictReader(file)
         assert tuple(reader.fieldnames or ()) == COLUMNS
         rows = list(reader)
-    ours = [(row["tokens"], row["batch"]) for row in rows if row["system"] == "nsa"]
-    assert ours == [("64", "2"), ("64", "1"), ("1600", "2"), ("1600", "1")]
+    for system in ("nsa", "nsa-independent"):
+        ours = [(row["tokens"], row["batch"]) for row in rows if row["system"] == system]
+        assert ours == [("64", "2"), ("64", "1"), ("1600", "2"), ("1600", "1")]
     for row in rows:
         assert float(row["median_ms"]) > 0 and row["commit"] == "abc"
-        assert (row["times_dense"] != "") == (row["system"] == "nsa")
-    assert {row["system"] for row in rows} == {"flash", "flash, folded", "nsa"}
+        assert (row["times_dense"] != "") == row["system"].startswith("nsa")
+    assert {row["system"] for row in rows} == {"flash", "flash, folded", "nsa", "nsa-independent"}
     fastest = min(float(row["median_ms"]) for row in rows[:2])
     # the last digits of both are rounded off
     assert float(rows[2]["times_dense"]) == pytest.approx(fastest / float(rows[2]["median_ms"]), abs=0.02)

@@ -55,6 +55,8 @@ def test_a_row() -> None:
     # 360.6 MB in .2 ms
     assert (row["gb_s"], row["share_of_card"]) == ("1803", "0.601")
     assert (row["times_dense"], row["ceiling"], row["share_of_ceiling"]) == ("7.00", "11.64", "0.601")
+    independent = figures(LLAMA, 65536, 16, 1, "nsa-independent", (0.2, 0.19, 0.21), 1.4, RATE)
+    assert independent["bytes"] == independent["bytes_once"] == row["bytes"]
     dense = figures(LLAMA, 65536, 16, 1, "flash", (1.4, 1.4, 1.4), None, RATE)
     assert dense["bytes"] == dense["bytes_once"] == 1 << 32
     assert "ceiling" not in dense and set(dense) < set(row) and set(row) | set(STAMP) == set(COLUMNS)
@@ -80,6 +82,8 @@ def test_curves_and_picture(tmp_path: Path) -> None:
             ("new", PAPER, 8192, 1, 4, "nsa", 7.0),
             ("new", PAPER, 131072, 1, 1, "nsa", 0.015),
             ("new", PAPER, 131072, 7, 1, "nsa", 8.0),
+            ("new", PAPER, 8192, 1, 1, "nsa-independent", 0.02),
+            ("new", PAPER, 131072, 1, 1, "nsa-independent", 0.05),
             ("new", PAPER, 65536, 32, 1, "flash", 1.6),
             ("new", PAPER, 65536, 32, 1, "nsa", 0.16),
             ("new", PAPER, 65536, 256, 1, "nsa", 1.024),
@@ -91,8 +95,10 @@ def test_curves_and_picture(tmp_path: Path) -> None:
     assert curves["4 GiB", "64:4:128", "dense"] == {65536: pytest.approx(50)}
     assert curves["4 GiB", "64:4:128", "nsa"] == {65536: pytest.approx(5)}
     assert curves["32 GiB", "64:4:128", "nsa"] == {65536: pytest.approx(4)}
-    bytes_read = "bytes 4.75, those of the window once 5.00"
-    assert growth(curves) == [f"64:4:128 batch 1, nsa: 1.50 times from 8192 to 131072, {bytes_read}"]
+    assert growth(curves) == [
+        "64:4:128 batch 1, nsa: 1.50 times from 8192 to 131072, bytes 4.75, those of the window once 5.00",
+        "64:4:128 batch 1, nsa-independent: 2.50 times from 8192 to 131072, bytes 4.75",
+    ]
     write(tmp_path / "other.csv", [("new", PAPER, 131072, 7, 1, "nsa", 8.0)])
     assert draw(tmp_path / "other.csv") is None
     picture = draw(path)
