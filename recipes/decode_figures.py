@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 from nsa_hf.kernels import Sizes, n_blocks
 
@@ -132,6 +133,7 @@ def draw(path: Path) -> Path | None:
     titles = {f"{gib} GiB": f"{gib} GiB of keys and values" for gib in FULL} | {"batch 1": "batch 1"}
     drawn = [kind for kind in titles if any(kind == key[0] for key in curves)]
     figure, axes = make_axes(len(drawn), squeeze=False)
+    named: dict[str, Any] = {}
     for axis, kind in zip(axes[0], drawn, strict=True):
         axis.set(title=titles[kind], yscale="log")
         lengths_below(axis, (tokens for key, times in curves.items() if key[0] == kind for tokens in times))
@@ -139,7 +141,8 @@ def draw(path: Path) -> Path | None:
             lengths, costs = zip(*sorted(times.items()), strict=True)
             line = {"nsa": "-", "nsa-independent": ":"}.get(system, "--")
             style = {"color": f"C{configs.index(config)}", "linestyle": line}
-            axis.plot([n / 1024 for n in lengths], costs, marker="o", label=f"{config}, {system}", **style)
-        axis.legend()
+            named[f"{config}, {system}"] = axis.plot([n / 1024 for n in lengths], costs, marker="o", **style)[0]
     axes[0][0].set_ylabel("microseconds a row and layer")
+    named = dict(sorted(named.items()))
+    axes[0][-1].legend(named.values(), named.keys(), loc="upper left", bbox_to_anchor=(1.02, 1))
     return save_figure(figure, path)
