@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -222,6 +223,8 @@ print("wrong")
 
 def test_a_step_stops_at_a_mask_with_holes() -> None:
     """In a process of its own: what fails on a GPU ends all work there."""
-    ran = subprocess.run([sys.executable, "-c", HOLES], cwd=Path(__file__).parent, capture_output=True, text=True)
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = os.environ | {"PYTHONPATH": paths}
+    ran = subprocess.run([sys.executable, "-c", HOLES], env=environment, capture_output=True, text=True)
     assert ran.returncode != 0 and ran.stdout == "right\n"
     assert "attention_mask has holes" in ran.stderr

@@ -121,7 +121,24 @@ def test_output_and_selection(process: ProcessPoolExecutor, name: str) -> None:
     check(process.submit(compare, CASES[name]).result())
 
 
-@pytest.mark.parametrize("name", ["groups of three, two queries", "ragged and left-padded"])
+def an_empty_batch() -> list[torch.Size]:
+    inputs = make_inputs(replace(STEP, batch=2), 1, torch.float32)
+    none = {name: x[:0] if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+    return [x.shape for x in nsa_attention(**none, backend="triton", return_selection=True)]
+
+
+def test_an_empty_batch(process: ProcessPoolExecutor) -> None:
+    assert process.submit(an_empty_batch).result() == [(0, 1, 4, 4), (0, 1, 2, 4)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "groups of three, two queries", "groups of sixteen", "blocks that do not overlap", "each token in three blocks",
+        "blocks of three strides", "blocks of many strides", "large blocks", "nearly all blocks",
+        "ragged and left-padded", "the paper's sizes",
+    ],
+)  # fmt: skip
 def test_float16(process: ProcessPoolExecutor, name: str) -> None:
     """float16 has 11 bits: a rounding is 5e-4 of a number; inputs are the same, weights and the output are rounded."""
     error, same = process.submit(compare, CASES[name], torch.float16).result()
@@ -246,6 +263,31 @@ def select_equal(name: str, at_once: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize(("name", "at_once"), [("equal keys", 16), ("no importance", 16), ("no importance", 64)])
 def test_of_equal_blocks_the_first_is_taken(process: ProcessPoolExecutor, name: str, at_once: int) -> None:
     got, expected = process.submit(select_equal, name, at_once).result()
+    assert torch.equal(got, expected)
+
+
+def select_below(best: tuple[int, ...], distance: float, rise: float) -> list[torch.Tensor]:
+    """Of 150 blocks, one head and float16 inputs: some are the best, the others' logits are that much less, and rise by
+    so little from block to block."""
+    sizes = Sizes(16, 16, 16, 12, 1, 1, 5)
+    inputs = make_inputs(Shape(sizes, queries=1, keys=2400, kv_heads=1, group=1, key_dim=2), dtype=torch.float16)
+    coarse, fine = torch.full((150,), -distance), rise * torch.arange(150)
+    coarse[list(best)] = 0
+    inputs["k_cmp"][0, :, 0] = torch.stack((coarse, fine), -1)
+    inputs |= {"q": torch.ones_like(inputs["q"]), "scale": 1.0}
+    truth = {name: x.double() if name in TENSORS else x for name, x in inputs.items()}
+    found = nsa_attention(**inputs, backend="triton", return_selection=True)
+    return [found[1], nsa_attention(**truth, backend="reference", return_selection=True)[1]]
+
+
+@pytest.mark.parametrize(
+    ("best", "distance", "rise"), [((0,), 60, 0.01), ((0, 70, 140), 15, 0.01), ((0, 70, 140), 0.5, 2**-16)]
+)
+def test_blocks_that_differ_little_are_ranked(
+    process: ProcessPoolExecutor, best: tuple[int, ...], distance: float, rise: float
+) -> None:
+    """Far below the best, or with nearly equal importance: nothing is lost that 16 bits could not hold."""
+    got, expected = process.submit(select_below, best, distance, rise).result()
     assert torch.equal(got, expected)
 
 
