@@ -266,7 +266,7 @@ def test_of_equal_blocks_the_first_is_taken(process: ProcessPoolExecutor, name: 
     assert torch.equal(got, expected)
 
 
-def select_below(best: tuple[int, ...], distance: float, rise: float) -> list[torch.Tensor]:
+def select_close(best: tuple[int, ...], distance: float, rise: float) -> list[torch.Tensor]:
     """Of 150 blocks, one head and float16 inputs: some are the best, the others' logits are that much less, and rise by
     so little from block to block."""
     sizes = Sizes(16, 16, 16, 12, 1, 1, 5)
@@ -286,8 +286,8 @@ def select_below(best: tuple[int, ...], distance: float, rise: float) -> list[to
 def test_blocks_that_differ_little_are_ranked(
     process: ProcessPoolExecutor, best: tuple[int, ...], distance: float, rise: float
 ) -> None:
-    """Far below the best, or with nearly equal importance: nothing is lost that 16 bits could not hold."""
-    got, expected = process.submit(select_below, best, distance, rise).result()
+    """Far below the best, or nearly as important as each other: scores in float16 would lose the order."""
+    got, expected = process.submit(select_close, best, distance, rise).result()
     assert torch.equal(got, expected)
 
 
