@@ -6,6 +6,7 @@ from . import families
 from .config import NSA_FIELDS
 from .errors import NsaError
 from .families import nsa_config_from_dense
+from .releases import warn_if_newer
 
 __version__ = "0.1.0.dev0"
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "convert",
     "nsa_config_from_dense",
 ]
+
+warn_if_newer()
 
 
 def __getattr__(name: str) -> Any:

@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from nsa_hf.kernels import ZeroLinear, build_compressor, compress, nsa_attention, reference_attention
 
 from .branches import BRANCHES, KeysAndValues, branch_modules, stand_in
-from .cache import nsa_cache_layer
+from .cache import CACHE_LOST, nsa_cache_layer
 from .config import NsaConfigMixin
 from .dynamic_cache import NsaDynamicLayer
 from .errors import NsaError
 from .features import head_sizes, layer_window
+from .releases import by_name, cache_among
 from .segments import Segments
 from .sliding import sliding_attention
 from .static_cache import NsaStaticLayer
@@ -74,6 +75,7 @@ class NsaAttentionMixin:
     """In front of a family's attention class: its projections, norms, RoPE and cache, with sparse attention inside.
 
     Attributes:
+        forward_names: the family's names of its forward's arguments; the hidden states come first.
         handed: what the family hands to the attention function by name (see discovery.py).
         masks_slide: whether the family's decoder makes masks of a sliding window.
         window: the layer's own sliding window in tokens, or None for full attention.
@@ -82,6 +84,7 @@ class NsaAttentionMixin:
         nsa_record: where the selection goes while it is recorded (`model.record_selection()`).
     """
 
+    forward_names: tuple[str, ...]
     handed: dict[str, ast.expr]
     masks_slide: bool
 
@@ -103,27 +106,30 @@ class NsaAttentionMixin:
         self.nsa_dense = False
         self.nsa_record: dict[int, Tensor] | None = None
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        cache, layer, branches = kwargs.get("past_key_values"), None, None
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = by_name(self.forward_names, args, kwargs)
+        hidden_states, cache = given[self.forward_names[0]], cache_among(given.values())
+        layer, branches = None, None
         independent = self.model_config.nsa_branch_kv == "independent"
         if cache is not None and self.nsa is not None:
             sizes, device = self.model_config.nsa_sizes, hidden_states.device
             layer = nsa_cache_layer(cache, self.layer_idx, sizes, device, independent)
         if independent and self.nsa is not None and (layer is not None or not self.nsa_dense):
-            branches = [self.branch_states(branch, hidden_states, *args, **kwargs) for branch in BRANCHES]
+            branches = [self.branch_states(branch, hidden_states, given) for branch in BRANCHES]
         own: dict[str, Any] = {"nsa_hidden_states": hidden_states, "nsa_cache_layer": layer, "nsa_branches": branches}
-        if cache is not None and self.window is not None and kwargs["nsa_segments"].lengths is not None:
+        if cache is not None and self.window is not None and given["nsa_segments"].lengths is not None:
             held = cache.layers[self.layer_idx]
             own["nsa_static"] = (held.get_seq_length(), held.get_mask_sizes(hidden_states.shape[1])[1])
         # some families keep `output_attentions` to themselves
-        own["nsa_weights"] = kwargs.get("output_attentions")
-        return super().forward(hidden_states, *args, **kwargs, **own)
+        own["nsa_weights"] = given.get("output_attentions")
+        return super().forward(**given, **own)
 
-    def branch_states(self, branch: str, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def branch_states(self, branch: str, hidden_states: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """A branch's own key and value of the new tokens, `[B, Hk, T, D]` after norms and RoPE."""
-        given = {**kwargs, "past_key_values": None, "nsa_hidden_states": hidden_states, "nsa_cache_layer": None}
+        uncached = {name: None if isinstance(value, Cache) else value for name, value in given.items()}
+        own: dict[str, Any] = {"nsa_hidden_states": hidden_states, "nsa_cache_layer": None, "nsa_leave": True}
         try:
-            super(NsaAttentionMixin, stand_in(self, branch)).forward(hidden_states, *args, **given, nsa_leave=True)
+            super(NsaAttentionMixin, stand_in(self, branch)).forward(**uncached, **own)
         except KeysAndValues as made:
             key, value = made.args
             return key, value
@@ -174,6 +180,8 @@ def nsa_attention_forward(
     starts, lengths, cu_seqlens = nsa_segments.starts, nsa_segments.lengths, nsa_segments.cu_seqlens
     compressed, window = nsa_branches or ((key, value), None)
     entries: Sequence[Tensor] | None = None
+    if nsa_cache_layer is None and nsa is not None and key.shape[2] != query.shape[2]:
+        raise NsaError(CACHE_LOST)
     if nsa_cache_layer is not None:
         assert nsa is not None
         if cu_seqlens is not None:

@@ -9,8 +9,10 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from nsa_hf.kernels import Sizes
 
 from .branch_cache import FILLED_BY_ANOTHER, NsaIndependentLayer
+from .config import NsaConfigMixin
 from .dynamic_cache import NsaDynamicLayer
 from .errors import NsaError
+from .releases import INSTALLED, NEWEST_TESTED
 from .static_cache import OFFLOADED_STATIC, NsaStaticLayer
 
 OFFLOADED_ON_CPU = "an offloaded cache waits in CPU memory for the GPU, and this model is on the CPU: do without"
@@ -18,6 +20,11 @@ OFFLOADED_ON_CPU = "an offloaded cache waits in CPU memory for the GPU, and this
 UNUSABLE = (
     "sparse attention cannot use a {}: it would give wrong tokens. Use DynamicCache(), which generate() makes by "
     "itself when cache_implementation is not set, or StaticCache (cache_implementation='static')"
+)
+
+CACHE_LOST = (
+    f"the cache did not reach the sparse layers: Transformers {INSTALLED} hands it over in a way that this nsa_hf does "
+    f"not know (tested up to {NEWEST_TESTED}): pip install 'transformers=={NEWEST_TESTED}.*', or a newer nsa-hf"
 )
 
 
@@ -67,6 +74,17 @@ def nsa_cache_layer(
             f"{wanted}: start with a new cache"
         )
     return layer
+
+
+def check_reached(cache: Cache, config: NsaConfigMixin) -> None:
+    """After a forward: whether every sparse layer has put its tokens into this cache.
+
+    Raises:
+        NsaError: the family's code handed it to the layers in a way that these did not see.
+    """
+    for layer in filter(config.is_nsa_layer, range(config.num_hidden_layers)):  # type: ignore[attr-defined]
+        if len(cache.layers) <= layer or not isinstance(cache.layers[layer], NsaDynamicLayer | NsaStaticLayer):
+            raise NsaError(CACHE_LOST)
 
 
 def static_length(cache: Cache | None) -> tuple[Tensor | int, int] | None:

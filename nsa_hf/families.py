@@ -31,6 +31,7 @@ from .config import NSA_FIELDS, NsaConfigMixin
 from .discovery import DenseFamily, attention_arguments, causal_model_types, find_family, names_of
 from .errors import NotPlain, NsaError
 from .modeling import HandsDown, NsaModelMixin, NsaPreTrainedMixin, SegmentsFromLayer
+from .releases import positional_names
 
 PREFIX = "nsa_"
 # What a config says of its own classes and files.
@@ -110,6 +111,7 @@ def define_family(model_type: str) -> Family:
             attention, (*((SegmentsFromLayer,) if handed else ()), NsaAttentionMixin, attention),
             f"`{attention.__name__}` with sparse attention inside.",
             handed=attention_arguments(attention), masks_slide=dense.masks_slide,
+            forward_names=positional_names(attention.forward),
         )  # fmt: skip
         made[layer] = define(
             layer, (HandsDown, layer) if handed else (layer,), f"`{layer.__name__}` around sparse attention.",
@@ -121,7 +123,7 @@ def define_family(model_type: str) -> Family:
     made[dense.model] = define(
         dense.model, (NsaModelMixin, dense.model), f"`{dense.model.__name__}` with sparse attention.",
         __init__=built_with(dense.model.__init__, {layer: made[layer] for layer in dense.layers}),
-        is_recurrent=dense.is_recurrent, **shared,
+        is_recurrent=dense.is_recurrent, forward_names=positional_names(dense.model.forward), **shared,
     )  # fmt: skip
     made[dense.causal_lm] = define(
         dense.causal_lm, (NsaPreTrainedMixin, dense.causal_lm, GenerationMixin),

@@ -6,10 +6,10 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers import Cache
 
 from .cache import OFFLOADED_ON_CPU, nsa_cache_layer, static_length
 from .errors import NsaError
+from .releases import CACHE, cache_among
 from .segments import refuse_right_padding, row_starts, static_mask
 from .static_cache import OFFLOADED_STATIC
 
@@ -41,7 +41,7 @@ class NsaGenerationMixin:
             # once, on the host: a compiled step cannot look at it
             refuse_right_padding(mask)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if cache is not None:
             # before anything is compiled: a chunked prefill is
             for layer in filter(self.config.is_nsa_layer, range(self.config.num_hidden_layers)):
@@ -72,10 +72,10 @@ class NsaGenerationMixin:
 
     @staticmethod
     def create_masks_for_generate(
-        config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None, **kwargs: Any
+        config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
     ) -> Tensor | None:
         """The 2D mask again (Transformers would make T*S numbers of it), with a static cache in a fixed shape."""
-        static = static_length(past_key_values)
+        static = static_length(cache_among([*args, *kwargs.values()]))
         return attention_mask if static is None else static_mask(attention_mask, static[1])
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from nsa_hf.kernels import LearnedCompressor, ZeroLinear
 
 from .attention import IMPLEMENTATIONS, NsaAttentionMixin
-from .cache import static_length
+from .cache import UNUSABLE, check_reached, static_length
 from .errors import NsaError
 from .generation import NsaGenerationMixin
+from .releases import CACHE, by_name, cache_among
 from .remote_code import SavedByImport
 from .segments import Segments, find_segments, static_segments
 
@@ -137,52 +139,44 @@ class NsaModelMixin(NsaPreTrainedMixin):
     """In front of a family's decoder: works the padding and packing out once, for all layers.
 
     Attributes:
+        forward_names: the family's names of its forward's arguments.
         is_recurrent: some layers carry a state from token to token (convolutions, linear attention, Mamba).
     """
 
+    forward_names: tuple[str, ...]
     is_recurrent: bool
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        cu_seq_lens_q: Tensor | None = None,
-        cu_seq_lens_k: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the family's, with 2D masks only; see `find_segments` for padding and packing."""
-        given = input_ids if input_ids is not None else inputs_embeds
-        if given is None:
+        given = by_name(self.forward_names, args, kwargs)
+        input_ids, inputs_embeds, cache = given.get("input_ids"), given.get("inputs_embeds"), given.get(CACHE)
+        tokens_given = input_ids if input_ids is not None else inputs_embeds
+        if tokens_given is None:
             raise NsaError("give input_ids [batch, tokens] or inputs_embeds [batch, tokens, hidden]")
-        batch, tokens = given.shape[:2]
-        static = static_length(past_key_values)
-        given_segments: dict[str, Any] = {
-            "attention_mask": attention_mask, "position_ids": position_ids,
-            "cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k,
-        }  # fmt: skip
+        if cache is not None and not isinstance(cache, Cache):
+            raise NsaError(UNUSABLE.format(type(cache).__name__))
+        batch, tokens = tokens_given.shape[:2]
+        device = tokens_given.device
+        static = static_length(cache)
+        said = {name: given.get(name) for name in ("attention_mask", "position_ids")}
+        said |= {name: given.pop(name, None) for name in ("cu_seq_lens_q", "cu_seq_lens_k")}
         if static is not None:
-            segments = static_segments(batch, tokens, *static, given.device, **given_segments)
+            segments = static_segments(batch, tokens, *static, device, **said)
         else:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            segments = replace(find_segments(batch, tokens, past, **given_segments), past=past)
+            past = cache.get_seq_length() if cache is not None else 0
+            segments = replace(find_segments(batch, tokens, past, **said), past=past)
         if self.is_recurrent and (segments.cu_seqlens is not None or static is not None):
             what = "packed documents" if static is None else "a static cache"
             raise NsaError(
                 f"{self.config.model_type} has layers that carry a state from token to token: {what} cannot be used; "
                 "pad the rows on the left, and let generate() make its cache"
             )
-        # Families hand a mask of four dimensions through as it is, and build none: theirs would hold T*S numbers.
-        # Layers with a state need the one of two; no other is made of it, see attention.py.
-        unused_mask = torch.empty(0, 1, 1, 1, dtype=torch.bool, device=given.device)
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask if self.is_recurrent else unused_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            nsa_segments=segments,
-            **kwargs,
-        )
+        if not self.is_recurrent:
+            # Families hand a mask of four dimensions through as it is, and build none: theirs would hold T*S numbers.
+            # Layers with a state need the one of two; no other is made of it, see attention.py.
+            given["attention_mask"] = torch.empty(0, 1, 1, 1, dtype=torch.bool, device=device)
+        out = super().forward(**given, nsa_segments=segments)
+        held = cache_among(out.values() if isinstance(out, dict) else out)
+        if held is not None:
+            check_reached(held, self.config)
+        return out

@@ -44,6 +44,8 @@ from torch.nn.attention import sdpa_kernel
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import Cache
 
+from nsa_hf.releases import CACHE
+
 from .benchmark_common import (
     DENSE_KERNELS,
     STAMP,
@@ -132,13 +134,13 @@ def check(model: Any, ids: Tensor, cache: Cache) -> Errors:
     options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     cut_back(cache, held)
     # the first step compresses all that the cache holds at once, which may round otherwise than step by step
-    model(ids[:, held:], past_key_values=cache, use_cache=True)
+    model(ids[:, held:], **{CACHE: cache}, use_cache=True)
     cut_back(cache, held)
-    found = model.generate(ids, past_key_values=cache, max_new_tokens=COMPARED, **options)
+    found = model.generate(ids, **{CACHE: cache}, max_new_tokens=COMPARED, **options)
     new = found.sequences[:, held:-1].split(1, dim=1)
 
     def logits(token: Tensor) -> Tensor:
-        return model(token, past_key_values=cache, use_cache=True).logits[:, -1]
+        return model(token, **{CACHE: cache}, use_cache=True).logits[:, -1]
 
     cut_back(cache, held)
     plain, selected = [], []
@@ -203,7 +205,7 @@ def decode(model: Any, ids: Tensor, system: str, new: int) -> tuple[list[float],
             raise ArithmeticError(str(found))
         errors = {f"{name}_error": f"{value:.3f}" for name, value in found._asdict().items()}
         cut_back(cache, held)
-    options: dict[str, Any] = {"past_key_values": cache, "do_sample": False}
+    options: dict[str, Any] = {CACHE: cache, "do_sample": False}
     model.generate(ids, max_new_tokens=WARM_UP, **options)
     cut_back(cache, held)
     stamps = Stamps()
@@ -222,7 +224,7 @@ def first_token(model: Any, ids: Tensor, system: str, repeats: int = 2) -> tuple
     for _ in range(repeats + 1):
         cache, start = DynamicCache(config=model.config), wait(ids.device.type)
         with sdpa_kernel(kernel) if kernel else nullcontext():
-            model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+            model(ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1).logits.argmax(-1)
         times.append(wait(ids.device.type) - start)
         del cache
     return times[1:], times[0]

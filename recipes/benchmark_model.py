@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from nsa_hf.families import nsa_config_from_dense
 from nsa_hf.kernels import reference
+from nsa_hf.releases import CACHE
 
 from .benchmark_common import Heads
 
@@ -75,7 +76,7 @@ def filled_cache(model: Any, ids: Tensor, system: str, room: int) -> Cache:
     """A system's cache with the tokens `ids [B, n]`, of which every row is the same, and room for `room` tokens."""
     batch, tokens = ids.shape
     row = DynamicCache(config=model.config)
-    model(ids[:1], past_key_values=row, use_cache=True, logits_to_keep=1)
+    model(ids[:1], **{CACHE: row}, use_cache=True, logits_to_keep=1)
     if system.endswith("-dynamic"):
         row.batch_repeat_interleave(batch)
         return row

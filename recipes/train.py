@@ -25,6 +25,7 @@ import torch
 from nsa_hf.conversion.staging import check_output
 from nsa_hf.conversion.texts import provenance
 from nsa_hf.errors import NsaError
+from nsa_hf.releases import checkpoint_activations
 
 from .checkpointing import Checkpoints
 from .data import held_out_documents, held_out_windows, load_documents, training_windows
@@ -205,10 +206,7 @@ def load_student(config: RunConfig, device: Any) -> Any:
     if config.gate_blend_steps and student.config.nsa_gate != "blend":
         raise TrainingError(f"gate_blend_steps needs nsa_gate 'blend', the model has {student.config.nsa_gate!r}")
     if config.gradient_checkpointing:
-        # its name before Transformers 5.23
-        old = student.gradient_checkpointing_enable
-        enable = getattr(student, "activation_checkpointing_enable", old)
-        enable({"use_reentrant": False}, every_n_layers=config.gradient_checkpointing)
+        checkpoint_activations(student, config.gradient_checkpointing)
     return student.train()
 
 

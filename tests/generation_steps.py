@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from nsa_hf.releases import CACHE
+
 # With the sizes of `conftest.TINY_SIZES`, longer than any border: kernel and stride 8 and 4, blocks of 16, a window of
 # 24, and 64 tokens selected.
 LENGTH = 150
@@ -23,7 +25,7 @@ def in_steps(model, x, steps, cache, **inputs) -> torch.Tensor:
         given = {
             name: value[:, now] if name == "position_ids" else value[:, : done + step] for name, value in inputs.items()
         }
-        logits.append(model(x[:, now], past_key_values=cache, use_cache=True, **given).logits)
+        logits.append(model(x[:, now], **{CACHE: cache}, use_cache=True, **given).logits)
         done += step
     return torch.cat(logits, dim=1)
 

@@ -7,6 +7,7 @@ import torch
 
 from nsa_hf.recipes.benchmark_common import Heads
 from nsa_hf.recipes.benchmark_model import CutLayer, Shape, cut_back, filled_cache, make_model
+from nsa_hf.releases import CACHE
 
 HEADS = Heads.parse("6:2:16")
 TOKENS = 300
@@ -51,7 +52,7 @@ def test_every_cache_continues_alike(sparse: bool) -> None:
         for system in systems:
             cache = filled_cache(model, ids[:, :-1], system, TOKENS + 12)
             for _ in range(2):
-                found = model.generate(ids, past_key_values=cache, **options).logits
+                found = model.generate(ids, **{CACHE: cache}, **options).logits
                 torch.testing.assert_close(torch.stack(found), alone, rtol=0, atol=1e-12)
                 cut_back(cache, TOKENS - 1)
                 assert int(cache.get_seq_length()) == TOKENS - 1

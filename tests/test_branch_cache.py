@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from nsa_hf import NsaError
 from nsa_hf.branch_cache import NsaIndependentLayer
 from nsa_hf.kernels import n_blocks
+from nsa_hf.releases import CACHE
 
 SIZE, STRIDE, WINDOW = (TINY_SIZES[f"nsa_{name}"] for name in ("kernel_size", "kernel_stride", "window_size"))
 TINY_HEADS, HEAD_DIM = 2, 8
@@ -66,9 +67,9 @@ def test_a_dense_prefill_can_be_continued_sparse(model):
     x, cache, fresh = tokens(1), DynamicCache(), DynamicCache()
     with torch.no_grad():
         with model.dense_attention():
-            model(x[:, :100], past_key_values=cache)
-        model(x[:, 100:], past_key_values=cache)
-        model(x, past_key_values=fresh)
+            model(x[:, :100], **{CACHE: cache})
+        model(x[:, 100:], **{CACHE: cache})
+        model(x, **{CACHE: fresh})
     # the first layer's keys do not depend on attention, so what it keeps is what a sparse pass keeps
     for name in NsaIndependentLayer.EXTRA:
         torch.testing.assert_close(getattr(cache.layers[0], name), getattr(fresh.layers[0], name))
@@ -85,15 +86,15 @@ def test_cropped_after_recording_and_gone_on(removed, starts, model):
         return {"attention_mask": inputs["attention_mask"][:, :last], **positions} if inputs else {}
 
     with torch.no_grad():
-        model(x[:, :50], past_key_values=cache, **part(0, 50))
+        model(x[:, :50], **{CACHE: cache}, **part(0, 50))
         cache.activate_past_recording()
-        model((x[:, 50:110] + 1) % 250, past_key_values=cache, **part(50, 110))
+        model((x[:, 50:110] + 1) % 250, **{CACHE: cache}, **part(50, 110))
         cache.crop(-60)  # all of what was wrong
-        model(x[:, 50:110], past_key_values=cache, **part(50, 110))
+        model(x[:, 50:110], **{CACHE: cache}, **part(50, 110))
         cache.crop(-removed)
         left = 110 - removed
         assert cache.layers[0].window_keys.shape[2] == min(left, WINDOW), "no more is kept than is needed"
-        got = model(x[:, left:], past_key_values=cache, **part(left, LENGTH)).logits
+        got = model(x[:, left:], **{CACHE: cache}, **part(left, LENGTH)).logits
         for row, start in enumerate(starts):
             expected = model(x[row : row + 1, start:]).logits[0, left - start :]
             assert relative(got[row], expected) < 1e-5
@@ -103,24 +104,24 @@ def test_cropped_after_recording_and_gone_on(removed, starts, model):
 def test_a_deeper_crop_is_refused_and_changes_nothing(recorded, removed, model):
     x, cache = tokens(), DynamicCache()
     with torch.no_grad():
-        model(x[:, :101], past_key_values=cache)
+        model(x[:, :101], **{CACHE: cache})
         cache.activate_past_recording()
         for place in range(101, 101 + recorded):
-            model(x[:, place : place + 1], past_key_values=cache)
+            model(x[:, place : place + 1], **{CACHE: cache})
         length = 101 + recorded
         with pytest.raises(NsaError, match=rf"cannot remove {removed} tokens of {length}: .*activate_past_recording"):
             cache.crop(-removed)
         assert cache.get_seq_length() == length
-        got = model(x[:, length:], past_key_values=cache).logits
+        got = model(x[:, length:], **{CACHE: cache}).logits
         assert relative(got, model(x).logits[:, length:]) < 1e-5
 
 
 def test_a_short_cache_can_be_cropped_anywhere(model):
     x, cache = tokens(), DynamicCache()
     with torch.no_grad():
-        model(x[:, : SIZE - 1], past_key_values=cache)
+        model(x[:, : SIZE - 1], **{CACHE: cache})
         cache.crop(-3)
-        assert relative(model(x[:, SIZE - 4 :], past_key_values=cache).logits, model(x).logits[:, SIZE - 4 :]) < 1e-5
+        assert relative(model(x[:, SIZE - 4 :], **{CACHE: cache}).logits, model(x).logits[:, SIZE - 4 :]) < 1e-5
     with pytest.raises(NsaError, match="negative number of tokens to remove, got 3"):
         cache.crop(3)
 
@@ -136,7 +137,7 @@ def test_a_short_cache_can_be_cropped_anywhere(model):
 def test_changes_of_the_batch_cover_everything(change, rows, model):
     x, cache = tokens(), DynamicCache()
     with torch.no_grad():
-        model(x[:, :90], past_key_values=cache)
+        model(x[:, :90], **{CACHE: cache})
         change(cache)
         got = in_steps(model, x[rows, 90:], [1] * 10 + [50], cache)
         assert relative(got, model(x[rows]).logits[:, 90:]) < 1e-5
@@ -145,7 +146,7 @@ def test_changes_of_the_batch_cover_everything(change, rows, model):
 def test_reset_forgets_everything(model):
     x, cache = tokens(), DynamicCache()
     with torch.no_grad():
-        model((x[:, :90] + 1) % 250, past_key_values=cache)
+        model((x[:, :90] + 1) % 250, **{CACHE: cache})
         cache.reset()
         assert relative(in_steps(model, x, [100, 50], cache), model(x).logits) < 1e-5
 
@@ -187,10 +188,10 @@ def test_assisted_decoding_gives_the_same_tokens(prompt, assistant, model, tiny_
 
 def test_a_conversation_continues_from_its_cache(model):
     x, cache = tokens(1, 80), DynamicCache()
-    first = model.generate(x, attention_mask=torch.ones_like(x), past_key_values=cache, max_new_tokens=10, **GREEDY)
+    first = model.generate(x, attention_mask=torch.ones_like(x), **{CACHE: cache}, max_new_tokens=10, **GREEDY)
     turn = torch.cat([first, tokens(1, 12)], dim=1)
     mask = torch.ones_like(turn)
-    second = model.generate(turn, attention_mask=mask, past_key_values=cache, max_new_tokens=10, **GREEDY)
+    second = model.generate(turn, attention_mask=mask, **{CACHE: cache}, max_new_tokens=10, **GREEDY)
     assert torch.equal(second, model.generate(turn, attention_mask=mask, max_new_tokens=10, **GREEDY))
 
 
@@ -203,6 +204,6 @@ def test_caches_that_it_cannot_use_are_refused(model, tiny_nsa_model):
     for maker, user in ((tiny_dense_model(), model), (tiny_nsa_model(), model), (model, tiny_nsa_model())):
         cache = DynamicCache()
         with torch.no_grad():
-            maker(x, past_key_values=cache)
+            maker(x, **{CACHE: cache})
             with pytest.raises(NsaError, match="neither can continue the other's cache: start with an empty one"):
-                user(x[:, :1], past_key_values=cache)
+                user(x[:, :1], **{CACHE: cache})

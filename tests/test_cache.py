@@ -12,6 +12,7 @@ from nsa_hf.branch_cache import NsaIndependentLayer
 from nsa_hf.cache import nsa_cache_layer, static_length
 from nsa_hf.dynamic_cache import NsaDynamicLayer
 from nsa_hf.kernels import Sizes
+from nsa_hf.releases import CACHE
 from nsa_hf.static_cache import NsaStaticLayer
 
 CPU = torch.device("cpu")
@@ -54,13 +55,13 @@ def test_a_cache_is_of_one_compression_only(kind, tiny_nsa_model):
     model, x = tiny_nsa_model(), torch.arange(60)[None]
     cache = DynamicCache() if kind == "dynamic" else StaticCache(model.config, max_cache_len=80)
     with torch.no_grad():
-        model(x, past_key_values=cache)
+        model(x, **{CACHE: cache})
         other = tiny_nsa_model(nsa_kernel_size=4, nsa_kernel_stride=4)
         with pytest.raises(NsaError, match=r"kernel_stride \(8, 4\), and the model's are \(4, 4\): start with a new"):
-            other(x[:, :1], past_key_values=cache)
+            other(x[:, :1], **{CACHE: cache})
         if kind == "dynamic":
             cache.reset()
-            assert torch.equal(other(x, past_key_values=cache).logits, other(x).logits)
+            assert torch.equal(other(x, **{CACHE: cache}).logits, other(x).logits)
 
 
 def test_a_static_layer_is_adopted_with_room_for_its_entries(tiny_nsa_model):

@@ -25,6 +25,7 @@ from nsa_hf.discovery import causal_model_types, find_family
 from nsa_hf.errors import NotPlain
 from nsa_hf.families import define_family, family_of, nsa_config_from_dense
 from nsa_hf.recipes.losses import output_logits
+from nsa_hf.releases import CACHE
 
 TABLE = Path(__file__).resolve().parent.parent / "recipes" / "results" / "families.csv"
 SIZES = {
@@ -158,8 +159,8 @@ def in_pieces(model: PreTrainedModel, lengths: list[int]) -> Tensor:
     cache, pieces = None, []
     with torch.no_grad():
         for piece in tokens().split(lengths, dim=1):
-            out = model(piece, past_key_values=cache, use_cache=True)
-            cache, pieces = out.past_key_values, [*pieces, out.logits]
+            out = model(piece, **{CACHE: cache}, use_cache=True)
+            cache, pieces = out[CACHE], [*pieces, out.logits]
     return torch.cat(pieces, 1)
 
 
@@ -202,7 +203,7 @@ def check_plan(said: dict, model: PreTrainedModel) -> None:
         {int(re.search(r"\.(\d+)\.", name)[1]) for name in new}
     )
     with torch.no_grad():
-        cache = model(tokens(1), use_cache=True).past_key_values
+        cache = model(tokens(1), use_cache=True)[CACHE]
     held = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
     kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in held)
     assert said["kv_cache"][0]["dense_bytes"] == kept

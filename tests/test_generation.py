@@ -10,6 +10,7 @@ from transformers import DynamicCache, StaticCache
 
 from nsa_hf import NsaError
 from nsa_hf.dynamic_cache import NsaDynamicLayer
+from nsa_hf.releases import CACHE
 
 # Where the texts of samples and beams start, and by how much they grow: together across every border.
 SAMPLED, NEW = (5, 18, 60, 70), 16
@@ -55,11 +56,11 @@ def test_a_dense_prefill_can_be_continued_sparse(tiny_nsa_model):
     model, x, cache = tiny_nsa_model(), tokens(1), DynamicCache()
     with torch.no_grad():
         with model.dense_attention():
-            model(x[:, :100], past_key_values=cache)
-        model(x[:, 100:], past_key_values=cache)
+            model(x[:, :100], **{CACHE: cache})
+        model(x[:, 100:], **{CACHE: cache})
         layer = cache.layers[0]
         fresh = DynamicCache()
-        model(x, past_key_values=fresh)
+        model(x, **{CACHE: fresh})
         # the first layer's keys do not depend on attention, so its compressed entries are those of a sparse pass
         torch.testing.assert_close(layer.compressed_keys, fresh.layers[0].compressed_keys)
 
@@ -199,10 +200,10 @@ def test_rows_repeated_and_selected_go_on_as_themselves(prompt, tiny_nsa_model):
     """What contrastive search does to a cache, with several samples."""
     model, x, cache = tiny_nsa_model(), tokens(2), DynamicCache()
     with torch.no_grad():
-        model(x[:, :prompt], past_key_values=cache)
+        model(x[:, :prompt], **{CACHE: cache})
         cache.batch_repeat_interleave(3)
         tried = torch.cat([x[:, prompt : prompt + 1].repeat_interleave(3, 0) % 250 + torch.arange(6)[:, None] % 3])
-        model(tried, past_key_values=cache)
+        model(tried, **{CACHE: cache})
         cache.batch_select_indices(torch.tensor([1, 5]))
         stepped = in_steps(model, x[:, prompt + 1 :], [1] * 20, cache)
         whole = torch.cat([x[:, :prompt], tried[[1, 5]], x[:, prompt + 1 : prompt + 21]], dim=1)
@@ -219,9 +220,9 @@ def test_generate_with_chunked_prefill(chunk, tiny_nsa_model):
 def test_a_conversation_continues_from_its_cache(tiny_nsa_model):
     model, x, cache = tiny_nsa_model(), tokens(1, 80), DynamicCache()
     options = {"max_new_tokens": 10, **GREEDY}
-    first = model.generate(x, attention_mask=torch.ones_like(x), past_key_values=cache, **options)
+    first = model.generate(x, attention_mask=torch.ones_like(x), **{CACHE: cache}, **options)
     turn = torch.cat([first, tokens(1, 12)], dim=1)
-    second = model.generate(turn, attention_mask=torch.ones_like(turn), past_key_values=cache, **options)
+    second = model.generate(turn, attention_mask=torch.ones_like(turn), **{CACHE: cache}, **options)
     assert torch.equal(second, model.generate(turn, attention_mask=torch.ones_like(turn), **options))
 
 
@@ -236,7 +237,7 @@ def test_a_conversation_of_two_padded_rows_continued_twice_equals_passes_without
     for turn in (12, 9, 0):
         mask = left_padded(text, starts)["attention_mask"]
         written.append(text.shape[1])
-        text = model.generate(text, attention_mask=mask, past_key_values=cache, max_new_tokens=10, **GREEDY)
+        text = model.generate(text, attention_mask=mask, **{CACHE: cache}, max_new_tokens=10, **GREEDY)
         # the last token's keys are not computed before the next turn
         assert int(cache.get_seq_length()) == text.shape[1] - 1
         text = torch.cat([text, said[:, prompt : prompt + turn]], dim=1)
@@ -253,7 +254,7 @@ def test_a_users_own_cache_gives_what_generate_gives_by_itself(prompt, padded, t
     mask = left_padded(x, [0, prompt // 3])["attention_mask"] if padded else torch.ones_like(x)
     cache = DynamicCache(config=model.config)
     options = {"attention_mask": mask, "max_new_tokens": 10, **GREEDY}
-    out = model.generate(x, past_key_values=cache, **options)
+    out = model.generate(x, **{CACHE: cache}, **options)
     assert cache.get_seq_length() == prompt + 9, "used"
     assert all(isinstance(layer, NsaDynamicLayer) for layer in cache.layers)
     assert torch.equal(out, model.generate(x, **options))
@@ -284,9 +285,9 @@ def test_continuous_batching_is_refused(tiny_nsa_model):
 def test_a_packed_cache_is_refused_after_the_first_pass(tiny_nsa_model):
     model, x, cache = tiny_nsa_model(), tokens(1, 20), DynamicCache()
     with torch.no_grad():
-        model(x, position_ids=torch.arange(20)[None] % 10, past_key_values=cache)
+        model(x, position_ids=torch.arange(20)[None] % 10, **{CACHE: cache})
         with pytest.raises(NsaError, match="packed documents"):
-            model(x[:, :1], past_key_values=cache)
+            model(x[:, :1], **{CACHE: cache})
 
 
 def test_the_sizes_cross_every_border_here():

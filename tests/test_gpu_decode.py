@@ -18,6 +18,7 @@ from nsa_hf.kernels import n_blocks, nsa_attention
 from nsa_hf.recipes import benchmark_model
 from nsa_hf.recipes.benchmark_common import Heads
 from nsa_hf.recipes.benchmark_generate import check, graphs, rounded_as_uncompiled
+from nsa_hf.releases import CACHE
 
 pytestmark = pytest.mark.gpu
 
@@ -178,10 +179,10 @@ def test_a_models_step_with_a_static_cache_waits_for_nothing() -> None:
     tokens = torch.arange(100, device="cuda").reshape(2, 50)
     with torch.no_grad():
         for first in (0, 48, 49):  # the prompt, and two steps in which everything is compiled and allocated
-            model(tokens[:, first : 48 if first == 0 else first + 1], past_key_values=cache)
+            model(tokens[:, first : 48 if first == 0 else first + 1], **{CACHE: cache})
         torch.cuda.set_sync_debug_mode("error")
         try:
-            model(tokens[:, :1], past_key_values=cache)
+            model(tokens[:, :1], **{CACHE: cache})
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -205,17 +206,18 @@ HOLES = """
 import torch
 from test_triton_model import make_model
 from transformers import StaticCache
+from nsa_hf.releases import CACHE
 model = make_model("cuda")
 cache = StaticCache(model.config, max_cache_len=64)
 tokens, mask = torch.arange(100, device="cuda").reshape(2, 50), torch.ones(2, 50, device="cuda", dtype=torch.long)
 mask[1, :3] = 0
 with torch.no_grad():
-    model(tokens[:, :48], past_key_values=cache, attention_mask=mask[:, :48])
-    model(tokens[:, 48:49], past_key_values=cache, attention_mask=mask[:, :49])
+    model(tokens[:, :48], **{CACHE: cache}, attention_mask=mask[:, :48])
+    model(tokens[:, 48:49], **{CACHE: cache}, attention_mask=mask[:, :49])
     torch.cuda.synchronize()
     print("right", flush=True)
     mask[1, 7] = 0
-    model(tokens[:, 49:], past_key_values=cache, attention_mask=mask)
+    model(tokens[:, 49:], **{CACHE: cache}, attention_mask=mask)
     torch.cuda.synchronize()
 print("wrong")
 """

@@ -15,6 +15,7 @@ from nsa_hf.conversion import convert, plan, render_plan
 from nsa_hf.conversion.checkpoint import CheckpointError, SafetensorsCheckpoint
 from nsa_hf.conversion.plan import pays_from, read_tokens, read_tokens_of_text
 from nsa_hf.kernels import Sizes
+from nsa_hf.releases import CACHE
 
 SIZES = [
     Sizes(),
@@ -53,7 +54,7 @@ def test_cache_bytes_are_those_of_a_cache_that_was_filled(branch_kv, tiny_dense_
     options = {**tiny_sizes, "dense_layers": [1], "branch_kv": branch_kv}
     row = plan(tiny_dense_dir, **options, lengths=[99])["kv_cache"][0]
     with torch.no_grad():
-        cache = model(torch.arange(99)[None], use_cache=True).past_key_values
+        cache = model(torch.arange(99)[None], use_cache=True)[CACHE]
 
     def nbytes(of) -> int:
         return sum(x.nbytes for x in vars(of).values() if isinstance(x, torch.Tensor))

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, DataCollatorWithFlattening, DynamicCache, StaticCache
 
 from nsa_hf import sliding
+from nsa_hf.releases import CACHE
 from nsa_hf.segments import Segments
 from nsa_hf.sliding import sliding_attention
 
@@ -53,7 +54,7 @@ def test_in_pieces_through_a_cache(chunk, configured):
         whole = dense(x, attention_mask=mask).logits
         for length in (70, 1, 1, 50, 28):
             seen = start + length
-            out = model(x[:, start:seen], attention_mask=mask[:, :seen], past_key_values=cache)
+            out = model(x[:, start:seen], attention_mask=mask[:, :seen], **{CACHE: cache})
             pieces, start = [*pieces, out.logits], seen
     together = torch.cat(pieces, 1)
     torch.testing.assert_close(together[0], whole[0], atol=5e-5, rtol=0)
@@ -114,7 +115,7 @@ def test_in_pieces_through_a_static_cache(chunk, steps):
         expected = dense(x, attention_mask=mask).logits
         for length in steps:
             now = slice(done, done + length)
-            out = model(x[:, now], attention_mask=mask[:, : now.stop], past_key_values=cache).logits
+            out = model(x[:, now], attention_mask=mask[:, : now.stop], **{CACHE: cache}).logits
             done = now.stop
             torch.testing.assert_close(out[0], expected[0, now], atol=5e-5, rtol=0)
             first = max(37, now.start)
@@ -125,7 +126,7 @@ def test_a_static_cache_shorter_than_the_window():
     model, dense = model_and_dense()
     x, cache = tokens(2, 20), StaticCache(model.config, max_cache_len=20)
     with torch.no_grad():
-        out = torch.cat([model(x[:, i : i + 1], past_key_values=cache).logits for i in range(20)], dim=1)
+        out = torch.cat([model(x[:, i : i + 1], **{CACHE: cache}).logits for i in range(20)], dim=1)
         torch.testing.assert_close(out, dense(x).logits, atol=5e-5, rtol=0)
 
 

@@ -13,6 +13,7 @@ from transformers import CompileConfig, StaticCache
 from nsa_hf import NsaError, nsa_config_from_dense
 from nsa_hf.families import family_of
 from nsa_hf.kernels import build_compressor, compress, n_blocks
+from nsa_hf.releases import CACHE
 from nsa_hf.static_cache import NsaStaticLayer
 
 SIZE, STRIDE, HEADS, DIM, ROOM = 8, 4, 2, 6, 57
@@ -119,11 +120,11 @@ def test_a_plain_layer_is_adopted_with_what_it_holds(tiny_nsa_model):
     cache = StaticCache(model.config, max_cache_len=170)
     expected = StaticCache(model.config, max_cache_len=170)
     with torch.no_grad():
-        model(x[:, :100], past_key_values=expected)
+        model(x[:, :100], **{CACHE: expected})
         for index, layer in enumerate(expected.layers):
             cache.layers[index].update(layer.keys[:, :, :100], layer.values[:, :, :100])
         assert all(not isinstance(layer, NsaStaticLayer) for layer in cache.layers)
-        got = [model(x[:, 100:107], past_key_values=c).logits for c in (cache, expected)]
+        got = [model(x[:, 100:107], **{CACHE: c}).logits for c in (cache, expected)]
     assert all(isinstance(layer, NsaStaticLayer) for layer in cache.layers)
     torch.testing.assert_close(*got)
 
@@ -198,9 +199,9 @@ def test_a_dense_prefill_can_be_continued_sparse(tiny_nsa_model):
     cache, fresh = (StaticCache(model.config, max_cache_len=LENGTH) for _ in range(2))
     with torch.no_grad():
         with model.dense_attention():
-            model(x[:, :100], past_key_values=cache)
-        model(x[:, 100:], past_key_values=cache)
-        model(x, past_key_values=fresh)
+            model(x[:, :100], **{CACHE: cache})
+        model(x[:, 100:], **{CACHE: cache})
+        model(x, **{CACHE: fresh})
     # the first layer's keys do not depend on attention, so its compressed entries are those of a sparse pass
     torch.testing.assert_close(cache.layers[0].compressed_keys, fresh.layers[0].compressed_keys)
 
@@ -217,12 +218,12 @@ def test_the_decoding_step_is_one_graph_for_all_steps(padded, tiny_nsa_model):
     # fullgraph: a graph break, which reading a value off the device would be, raises
     step = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
-        logits = [model(x[:, :90], mask[:, :90], past_key_values=cache, position_ids=inputs["position_ids"][:, :90])]
+        logits = [model(x[:, :90], mask[:, :90], **{CACHE: cache}, position_ids=inputs["position_ids"][:, :90])]
         where = addresses(*cache.layers)
         for place in range(90, 140):
             given = {"attention_mask": FixedShape(mask)[:, : place + 1]} if padded else {}
             now = inputs["position_ids"][:, place : place + 1]
-            logits.append(step(x[:, place : place + 1], position_ids=now, past_key_values=cache, **given))
+            logits.append(step(x[:, place : place + 1], position_ids=now, **{CACHE: cache}, **given))
         stepped = torch.cat([out.logits for out in logits], dim=1)
         for row, start in enumerate(starts):
             assert relative(stepped[row, start:], model(x[row : row + 1, start:140]).logits[0]) < 1e-5
@@ -262,10 +263,10 @@ def test_generate_compiles_one_graph(tiny_nsa_model):
 def test_a_conversation_continues_from_its_static_cache(tiny_nsa_model):
     model, x = tiny_nsa_model(), tokens(1, 80)
     cache = StaticCache(model.config, max_cache_len=120)
-    first = model.generate(x, attention_mask=torch.ones_like(x), past_key_values=cache, max_new_tokens=10, **GREEDY)
+    first = model.generate(x, attention_mask=torch.ones_like(x), **{CACHE: cache}, max_new_tokens=10, **GREEDY)
     turn = torch.cat([first, tokens(1, 12)], dim=1)
     mask = torch.ones_like(turn)
-    second = model.generate(turn, attention_mask=mask, past_key_values=cache, max_new_tokens=10, **GREEDY)
+    second = model.generate(turn, attention_mask=mask, **{CACHE: cache}, max_new_tokens=10, **GREEDY)
     assert torch.equal(second, model.generate(turn, attention_mask=mask, max_new_tokens=10, **GREEDY))
 
 
@@ -274,7 +275,7 @@ def test_packed_documents_and_wrong_masks_are_refused(tiny_nsa_model):
 
     def pass_with(**inputs):
         with torch.no_grad():
-            model(x, past_key_values=StaticCache(model.config, max_cache_len=30), **inputs)
+            model(x, **{CACHE: StaticCache(model.config, max_cache_len=30)}, **inputs)
 
     with pytest.raises(NsaError, match="static cache cannot hold packed documents"):
         pass_with(position_ids=torch.arange(20)[None] % 10)
@@ -303,9 +304,9 @@ def test_a_compiled_step_stops_at_a_mask_with_holes(hole, tiny_nsa_model):
     mask = torch.zeros(2, 30)
     mask[:, :21], mask[1, :2] = 1, 0
     with torch.no_grad():
-        model(x[:, :20], past_key_values=cache, attention_mask=mask[:, :20])
-        step(x[:, 20:], past_key_values=cache, attention_mask=mask)
+        model(x[:, :20], **{CACHE: cache}, attention_mask=mask[:, :20])
+        step(x[:, 20:], **{CACHE: cache}, attention_mask=mask)
         mask[1, hole] = 0
         with pytest.raises(RuntimeError, match="attention_mask has holes"):
-            step(x[:, 20:], past_key_values=cache, attention_mask=mask)
+            step(x[:, 20:], **{CACHE: cache}, attention_mask=mask)
     torch._dynamo.reset()

@@ -16,6 +16,7 @@ from triton_cases import interpreter
 
 import nsa_hf
 import nsa_hf.attention
+from nsa_hf.releases import CACHE
 
 pytest.importorskip("triton")
 
@@ -44,7 +45,7 @@ def padded_and_cached(model: nsa_hf.NsaLlamaForCausalLM, x: Tensor, cache: Cache
     mask[1, :30] = 0
     cache, logits = DynamicCache() if cache is None else cache, []
     for first, last in ((0, TOKENS - 3), (TOKENS - 3, TOKENS - 2), (TOKENS - 2, TOKENS)):
-        out = model(x[:, first:last], attention_mask=mask[:, :last], past_key_values=cache)
+        out = model(x[:, first:last], attention_mask=mask[:, :last], **{CACHE: cache})
         logits.append(out.logits)
     return {"logits": torch.cat(logits, dim=1) * mask[..., None]}
 
@@ -122,11 +123,11 @@ def test_a_static_decoding_step_waits_for_nothing() -> None:
     cache, eager = (StaticCache(model.config, max_cache_len=TOKENS + 20) for _ in range(2))
     with torch.no_grad():
         for held in (cache, eager):
-            model(x[:, :50], past_key_values=held)
+            model(x[:, :50], **{CACHE: held})
         token, position = x[:, 50:51].clone(), torch.full((2, 1), 50, device="cuda")
 
         def step(held: Cache) -> Tensor:
-            return model(token, position_ids=position, past_key_values=held).logits
+            return model(token, position_ids=position, **{CACHE: held}).logits
 
         torch.cuda.set_sync_debug_mode("error")
         try:

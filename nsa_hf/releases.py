@@ -1,0 +1,68 @@
+"""What differs between releases of Transformers, each with the release that needs it; no other module asks for one."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import transformers
+from packaging.version import Version
+from transformers import Cache
+
+from .errors import NsaError
+
+# The newest that the tests run with (constraints.txt); pyproject.toml has the oldest.
+NEWEST_TESTED = "5.24"
+INSTALLED = Version(transformers.__version__)
+
+# 5.24: `cache` is a forward's argument and output that was `past_key_values` before.
+CACHE, OTHER_CACHE = ("cache", "past_key_values") if Version("5.24") <= INSTALLED else ("past_key_values", "cache")
+
+
+def warn_if_newer() -> None:
+    """Says, once and at import, that nobody has tried this Transformers."""
+    if INSTALLED.release[:2] > Version(NEWEST_TESTED).release:
+        warnings.warn(
+            f"nsa_hf was tested with Transformers up to {NEWEST_TESTED}, and this is {INSTALLED}: if something goes "
+            f"wrong, `pip install 'transformers=={NEWEST_TESTED}.*'`, or a newer nsa-hf",
+            stacklevel=2,
+        )
+
+
+def positional_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of a forward's arguments that may come without one, `self` left out."""
+    parameters = inspect.signature(inspect.unwrap(forward)).parameters.values()
+    return tuple(one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD)[1:]
+
+
+def by_name(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward with these names, the cache under the name that it has in this release.
+
+    Raises:
+        TypeError: there are more arguments than names, or one came twice.
+        NsaError: two caches were given, under the old name and the new one.
+    """
+    given = dict(zip(names, args, strict=False))
+    if len(args) > len(names) or given.keys() & kwargs.keys():
+        raise TypeError(f"expected at most the arguments {', '.join(names)}, each once; got {len(args)} without a name")
+    given.update(kwargs)
+    cache = given.pop(OTHER_CACHE, None)
+    if cache is not None:
+        if given.get(CACHE) is not None:
+            raise NsaError(f"{CACHE} and {OTHER_CACHE} are two names of one argument, got both: give {CACHE}")
+        given[CACHE] = cache
+    return given
+
+
+def cache_among(values: Iterable[Any]) -> Cache | None:
+    """The cache among the arguments or outputs of a forward, whatever its name there."""
+    return next((value for value in values if isinstance(value, Cache)), None)
+
+
+def checkpoint_activations(model: Any, every_n_layers: int) -> None:
+    """Gradient checkpointing of every n-th layer."""
+    # 5.23: the method's name
+    old = model.gradient_checkpointing_enable
+    getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False}, every_n_layers=every_n_layers)
