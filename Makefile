@@ -4,12 +4,16 @@
 PYTHON ?= python3
 # Where the environment is; empty (`VENV=`): $(PYTHON) itself is used as it is and nothing is installed.
 VENV ?= .venv
-# Versions for a machine without a GPU; empty (`CONSTRAINTS=`) on one with a GPU.
-CONSTRAINTS ?= constraints-cpu.txt
+# The versions that were tested; empty (`CONSTRAINTS=`): the newest.
+CONSTRAINTS ?= constraints.txt
 # More for pip, such as `--extra-index-url https://download.pytorch.org/whl/cpu`.
 PIP_ARGS ?=
 # Test processes at a time, one thread and about 1 GB of memory each.
 WORKERS ?= 2
+# For `test-newest` and `test-oldest`: packages to leave out of the set, and an environment that has them (CI: `torch`, whose
+# builds for CUDA are gigabytes, and `.venv`).
+WITHOUT ?=
+OVER ?=
 # More for the command itself, as in `make demo ARGS="--work /tmp/demo"` or `make test ARGS="-k compress"`.
 ARGS ?=
 
@@ -20,10 +24,11 @@ else
 PY := $(PYTHON)
 endif
 
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
+SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all gpu lint format typecheck clean
+.PHONY: help setup demo test test-all test-newest test-oldest gpu lint format typecheck clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "%-16s %s\n", $$1, $$2}'
@@ -46,6 +51,16 @@ test: $(READY) ## the tests
 test-all: $(READY) ## the tests and the slow ones
 	$(PYTEST) -m 'not gpu' $(ARGS)
 
+test-newest: $(READY) ## the tests with the newest release of every package, in .venv-newest
+test-oldest: $(READY) ## the tests with every lower bound of pyproject.toml, in .venv-oldest
+test-newest test-oldest: test-%:
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	$(PY) .ci/versions.py $* $(WITHOUT) > .venv-$*/requirements.txt
+	$(if $(OVER),$(OVER)/bin/python -c '$(SITE)' > "$$(.venv-$*/bin/python -c '$(SITE)')/over.pth")
+	.venv-$*/bin/python -m pip install -q $(PIP_ARGS) --upgrade -r .venv-$*/requirements.txt
+	.venv-$*/bin/python -m pip install -q --no-deps --no-build-isolation -e .
+	$(MAKE) --no-print-directory test VENV= PYTHON=.venv-$*/bin/python
+
 gpu: $(READY) ## what needs a CUDA GPU: tests, then the benchmarks; `VENV=` uses a Python that has PyTorch
 	$(PY) .ci/gpu.py $(ARGS)
 
@@ -61,5 +76,5 @@ typecheck: $(READY) ## types, as CI checks them
 	$(PY) .ci/typecheck.py
 
 clean: ## remove what was built and .venv; what the demo made stays
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-newest .venv-oldest build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

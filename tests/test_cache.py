@@ -35,7 +35,9 @@ class SomeQuantizedLayer(DynamicLayer):
     """Stands for the quantized ones, whose packages are not installed here."""
 
 
-def test_other_caches_are_refused_by_name(tiny_nsa_model):
+def test_other_caches_are_refused_by_name(tiny_nsa_model, monkeypatch):
+    # PyTorch built for CUDA has no stream on a machine without a GPU
+    monkeypatch.setattr(torch, "Stream", object)
     quantized = Cache(layers=[SomeQuantizedLayer()])
     with pytest.raises(
         NsaError, match=r"cannot use a Cache \(SomeQuantizedLayer\).*Use DynamicCache\(\).*or StaticCache"

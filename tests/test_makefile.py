@@ -28,7 +28,7 @@ class Sandbox:
 
     def __init__(self, folder: Path):
         self.folder, self.log = folder, folder / "log"
-        for name in ("Makefile", "constraints-cpu.txt", "pyproject.toml"):
+        for name in ("Makefile", "constraints.txt", "pyproject.toml"):
             shutil.copy(ROOT / name, folder)
 
     def python(self, name: str, install: int = 0, real: str = sys.executable) -> Path:
@@ -57,7 +57,7 @@ def test_set_up_is_done_once(sandbox: Sandbox) -> None:
     code, _, calls = sandbox.make("setup", f"PYTHON={python}")
     assert (code, calls) == (
         0,
-        ["python3.11 -m venv .venv", "python -m pip install -c constraints-cpu.txt -e .[dev]"],
+        ["python3.11 -m venv .venv", "python -m pip install -c constraints.txt -e .[dev]"],
     )
     assert sandbox.make("setup", f"PYTHON={python}")[2] == []
     assert sandbox.make("typecheck", f"PYTHON={python}")[2] == ["python .ci/typecheck.py"]
@@ -69,7 +69,7 @@ def test_new_dependencies_do_not_make_the_environment_anew(sandbox: Sandbox) -> 
     stamp = (sandbox.folder / ".venv" / ".ready").stat().st_mtime
     os.utime(sandbox.folder / "pyproject.toml", (stamp + 5, stamp + 5))
     calls = sandbox.make("setup", f"PYTHON={sandbox.python('python3.12')}")[2]
-    assert calls == ["python -m pip install -c constraints-cpu.txt -e .[dev]"]
+    assert calls == ["python -m pip install -c constraints.txt -e .[dev]"]
 
 
 def test_a_failed_installation_is_tried_again(sandbox: Sandbox) -> None:
@@ -77,7 +77,7 @@ def test_a_failed_installation_is_tried_again(sandbox: Sandbox) -> None:
     assert code != 0
     assert not (sandbox.folder / ".venv" / ".ready").exists()
     calls = sandbox.make("test", f"PYTHON={sandbox.python('python3.11')}")[2]
-    assert calls[0] == "python -m pip install -c constraints-cpu.txt -e .[dev]"
+    assert calls[0] == "python -m pip install -c constraints.txt -e .[dev]"
 
 
 def test_without_constraints(sandbox: Sandbox) -> None:

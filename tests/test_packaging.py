@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES: dict[str, str] = SETTINGS["tool"]["setuptools"]["package-dir"]
 IGNORED = shutil.ignore_patterns(
-    "__pycache__", ".*_cache", ".hypothesis", "*.egg-info", "build", "dist", ".git", ".venv"
+    "__pycache__", ".*_cache", ".hypothesis", "*.egg-info", "build", "dist", ".git", ".venv*"
 )
 
 # A module with every name, each a class whose instances decorate what they are given with nothing.
@@ -138,7 +138,7 @@ def test_source_distribution_can_run_the_tests(built: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     tests = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("*.py")}
-    assert tests | {"Makefile", "pyproject.toml", "constraints-cpu.txt", "LICENSE", "README.md", ".ci/run"} <= names
+    assert tests | {"Makefile", "pyproject.toml", "constraints.txt", "LICENSE", "README.md", ".ci/run"} <= names
     assert not any("__pycache__" in name for name in names)
 
 
