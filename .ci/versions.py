@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -23,7 +24,7 @@ def requirements() -> dict[str, Requirement]:
     """Each package that pyproject.toml asks for: the extras of all its lists, the bounds of the first with any."""
     project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
     found: dict[str, Requirement] = {}
-    for line in [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]:
+    for line in chain(project["dependencies"], *project["optional-dependencies"].values()):
         requirement = Requirement(line)
         name = canonicalize_name(requirement.name)
         if name != project["name"]:

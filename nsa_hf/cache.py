@@ -82,8 +82,9 @@ def check_reached(cache: Cache, config: NsaConfigMixin) -> None:
     Raises:
         NsaError: the family's code handed it to the layers in a way that these did not see.
     """
-    for layer in filter(config.is_nsa_layer, range(config.num_hidden_layers)):  # type: ignore[attr-defined]
-        if len(cache.layers) <= layer or not isinstance(cache.layers[layer], NsaDynamicLayer | NsaStaticLayer):
+    for layer in range(config.num_hidden_layers):  # type: ignore[attr-defined]
+        held = cache.layers[layer] if layer < len(cache.layers) else None
+        if config.is_nsa_layer(layer) and not isinstance(held, NsaDynamicLayer | NsaStaticLayer):
             raise NsaError(CACHE_LOST)
 
 

@@ -158,7 +158,7 @@ class NsaModelMixin(NsaPreTrainedMixin):
         batch, tokens = tokens_given.shape[:2]
         device = tokens_given.device
         static = static_length(cache)
-        said = {name: given.get(name) for name in ("attention_mask", "position_ids")}
+        said: dict[str, Any] = {name: given.get(name) for name in ("attention_mask", "position_ids")}
         said |= {name: given.pop(name, None) for name in ("cu_seq_lens_q", "cu_seq_lens_k")}
         if static is not None:
             segments = static_segments(batch, tokens, *static, device, **said)

@@ -35,8 +35,8 @@ def model(converted):
 
 def test_a_fresh_process_imports_and_loads(converted):
     code = (
-        "import nsa_hf; from transformers import AutoModelForCausalLM, AutoTokenizer; import sys\n"
-        "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__, len(AutoTokenizer.from_pretrained(sys.argv[1])))"
+        "import sys, nsa_hf; from transformers import AutoModelForCausalLM as Model, AutoTokenizer as Tokenizer\n"
+        "print(type(Model.from_pretrained(sys.argv[1])).__name__, len(Tokenizer.from_pretrained(sys.argv[1])))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(converted)], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["NsaLlamaForCausalLM", "256"]

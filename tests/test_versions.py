@@ -1,4 +1,4 @@
-"""The versions that are named in several places are the same there, and the oldest and newest sets are what pip wants."""
+"""Versions named in several places are the same there, and the oldest and newest sets are what pip wants."""
 
 from __future__ import annotations
 
