@@ -4,7 +4,7 @@
 
 MODEL is a dense folder; DOCUMENTS.json a list of {"name", "text"}, none of them used to choose anything; the first only
 calibrates. Every layer with full attention attends to its selected blocks alone (no compressed branch, no window).
-Everything is float32, so that the difference to dense is the choice of blocks and nothing else. For each variant and range
+Everything is float32, so that the difference to dense is the choice of blocks alone. For each variant and range
 of positions: KL to the dense model and the rise of perplexity over it, with standard errors over documents, paired.
 """
 
