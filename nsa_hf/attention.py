@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from nsa_hf.kernels import ZeroLinear, build_compressor, compress, nsa_attention, reference_attention
+from nsa_hf.kernels import ZeroLinear, build_compressor, compress, fill_up, nsa_attention, reference_attention
 
 from .branches import BRANCHES, KeysAndValues, branch_modules, stand_in
 from .cache import CACHE_LOST, nsa_cache_layer
@@ -213,18 +213,20 @@ def nsa_attention_forward(
     places |= {"k_win": k_win, "v_win": v_win}
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
 
-    weights = None
+    recording = module.nsa_record is not None
+    weights = selection = None
     if config.output_attentions if nsa_weights is None else nsa_weights:
         out, selection, weights = reference_attention(
             *inputs, sizes=config.nsa_sizes, scale=scale, return_weights=True, **places
         )
     else:
-        out, selection = nsa_attention(
-            *inputs, **sizes, scale=scale, return_selection=True, **places,
+        found = nsa_attention(
+            *inputs, **sizes, scale=scale, return_selection=recording, **places,
             backend=IMPLEMENTATIONS[config._attn_implementation],
         )  # fmt: skip
-    if module.nsa_record is not None:
-        module.nsa_record[module.layer_idx] = selection
+        out, selection = found if recording else (found, None)
+    if recording:
+        module.nsa_record[module.layer_idx] = fill_up(selection, config.nsa_topk)
     return out, weights
 
 

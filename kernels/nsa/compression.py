@@ -166,8 +166,10 @@ def compress(
     if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f"x must be [B, S, H, D] of floating-point numbers, got {list(x.shape)} of {x.dtype}")
     check_int("kernel_stride", kernel_stride, 1)
-    check_places(x, x.shape[0], x.shape[1], x.shape[1], cu_seqlens, starts, lengths)
     size = compressor.kernel_size
+    if size % kernel_stride:
+        raise ValueError(f"kernel_stride must divide the compressor's kernel_size, got {kernel_stride} and {size}")
+    check_places(x, x.shape[0], x.shape[1], x.shape[1], cu_seqlens, starts, lengths)
     if cu_seqlens is not None:
         block_start, _ = packed_block_starts(cu_seqlens, size, kernel_stride)
         return compress_blocks(x, compressor, block_start[None])
