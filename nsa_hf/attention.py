@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from nsa_hf.kernels import ZeroLinear, build_compressor, compress, fill_up, nsa_attention, reference_attention
+from nsa_hf.kernels import ZeroLinear, build_compressor, compress, nsa_attention, reference_attention
 
 from .branches import BRANCHES, KeysAndValues, branch_modules, stand_in
 from .cache import CACHE_LOST, nsa_cache_layer
@@ -208,25 +208,21 @@ def nsa_attention_forward(
     k_win, v_win = (None, None) if window is None else (x.to(value.dtype).transpose(1, 2) for x in window)
     gates = gate_values(nsa.gate(nsa_hidden_states), config.nsa_gate, config.nsa_gate_blend)
     inputs = (*(x.transpose(1, 2) for x in (query, key, value)), *(x.to(value.dtype) for x in entries), gates)
-    sizes: dict[str, Any] = config.nsa_sizes.by_name()
+    sizes = config.nsa_sizes.within(key.shape[2])
     places: dict[str, Any] = {"starts": starts, "lengths": lengths, "cu_seqlens": cu_seqlens}
     places |= {"k_win": k_win, "v_win": v_win}
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
 
-    recording = module.nsa_record is not None
-    weights = selection = None
+    weights = None
     if config.output_attentions if nsa_weights is None else nsa_weights:
-        out, selection, weights = reference_attention(
-            *inputs, sizes=config.nsa_sizes, scale=scale, return_weights=True, **places
-        )
+        out, selection, weights = reference_attention(*inputs, sizes=sizes, scale=scale, return_weights=True, **places)
     else:
-        found = nsa_attention(
-            *inputs, **sizes, scale=scale, return_selection=recording, **places,
+        out, selection = nsa_attention(
+            *inputs, **sizes.by_name(), scale=scale, return_selection=True, **places,
             backend=IMPLEMENTATIONS[config._attn_implementation],
         )  # fmt: skip
-        out, selection = found if recording else (found, None)
-    if recording:
-        module.nsa_record[module.layer_idx] = fill_up(selection, config.nsa_topk)
+    if module.nsa_record is not None:
+        module.nsa_record[module.layer_idx] = selection
     return out, weights
 
 

@@ -115,9 +115,10 @@ EMPTY = {
 }
 
 
-def run_empty(attention: Callable[..., Any], shape: Shape, backend: str) -> list[torch.Tensor]:
+def run_empty(attention: Callable[..., Any], shape: Shape, backend: str, device: str = "cpu") -> list[torch.Tensor]:
     """Output, selection and all gradients of `nsa_attention`."""
-    inputs = with_gradients(make_inputs(shape, dtype=torch.float32))
+    inputs = make_inputs(shape, dtype=torch.float32)
+    inputs = with_gradients({name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()})
     out, selection = attention(**inputs, backend=backend, return_selection=True)
     out.sum().backward()
     return [out.detach(), selection, *(inputs[name].grad for name in TENSORS if name in inputs)]

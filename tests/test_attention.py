@@ -22,6 +22,7 @@ from attention_inputs import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import count_blocks, importances, nsa_oracle, pick
+from torch._subclasses import FakeTensorMode
 
 from nsa_hf.kernels import nsa_attention, reference_attention
 from nsa_hf.kernels import sizes as sizes_module
@@ -144,6 +145,16 @@ def test_no_rows_or_no_queries_give_nothing(name: str) -> None:
     compiled = torch.compile(nsa_attention, fullgraph=True, backend="aot_eager")
     for function in (nsa_attention, compiled):
         check_empty(EMPTY[name], run_empty(function, EMPTY[name], "reference"))
+
+
+@pytest.mark.parametrize("name", ["plain", "ragged and left-padded, own window"])
+def test_fake_tensors_have_shapes_and_no_values(name: str) -> None:
+    inputs = make_inputs(CASES[name])
+    with FakeTensorMode() as mode:
+        fake = {key: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for key, x in inputs.items()}
+        found = nsa_attention(**fake, return_selection=True)
+    expected = nsa_attention(**inputs, return_selection=True)
+    assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in expected]
 
 
 LOW_PRECISION = [

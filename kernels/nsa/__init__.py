@@ -12,7 +12,7 @@ from .compression import (
     compress,
     compress_blocks,
 )
-from .reference import fill_up, reference_attention
+from .reference import reference_attention
 from .sizes import Sizes, n_blocks
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "build_compressor",
     "compress",
     "compress_blocks",
-    "fill_up",
     "n_blocks",
     "nsa_attention",
     "reference_attention",

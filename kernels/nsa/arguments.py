@@ -55,9 +55,9 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> None:
     check_like("v", v, q)
     batch, tokens, heads, key_dim = q.shape
     keys, kv_heads = k.shape[1:3]
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not x.shape[2] or not x.shape[3]:
-            raise ValueError(f"{name} must have at least one head of at least one number, got {list(x.shape)}")
+    if not (heads and key_dim and kv_heads and v.shape[3]):
+        name, x = ("q", q) if not (heads and key_dim) else ("k", k) if not kv_heads else ("v", v)
+        raise ValueError(f"{name} must have at least one head of at least one number, got {list(x.shape)}")
     if k.shape[0] != batch or k.shape[3] != key_dim:
         raise ValueError(f"k must be [B, S, Hk, Dk] with B = {batch} and Dk = {key_dim} as in q, got {list(k.shape)}")
     if v.shape[:3] != k.shape[:3]:
