@@ -209,6 +209,7 @@ def nsa_attention_forward(
     gates = gate_values(nsa.gate(nsa_hidden_states), config.nsa_gate, config.nsa_gate_blend)
     inputs = (*(x.transpose(1, 2) for x in (query, key, value)), *(x.to(value.dtype) for x in entries), gates)
     sizes = config.nsa_sizes.within(key.shape[2])
+    by_name: dict[str, Any] = sizes.by_name()
     places: dict[str, Any] = {"starts": starts, "lengths": lengths, "cu_seqlens": cu_seqlens}
     places |= {"k_win": k_win, "v_win": v_win}
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -218,7 +219,7 @@ def nsa_attention_forward(
         out, selection, weights = reference_attention(*inputs, sizes=sizes, scale=scale, return_weights=True, **places)
     else:
         out, selection = nsa_attention(
-            *inputs, **sizes.by_name(), scale=scale, return_selection=True, **places,
+            *inputs, **by_name, scale=scale, return_selection=True, **places,
             backend=IMPLEMENTATIONS[config._attn_implementation],
         )  # fmt: skip
     if module.nsa_record is not None:
