@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedConfig
 
-from nsa_hf.config import NSA_FIELDS
+from nsa_hf.fields import NSA_FIELDS
 from nsa_hf.kernels import Sizes, n_blocks
 
 from .layout import Layout, dtype_name, layout_of, nsa_options, parse_dtype, target_config

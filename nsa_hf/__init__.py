@@ -1,12 +1,18 @@
-"""Native Sparse Attention for Transformers. Importing this registers the model classes with the Auto classes."""
+"""Native Sparse Attention for Transformers. Importing this registers the model classes with the Auto classes.
 
-from typing import Any
+Everything comes when it is asked for: neither PyTorch nor Transformers is imported before.
+"""
 
-from . import families
-from .config import NSA_FIELDS
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
 from .errors import NsaError
-from .families import nsa_config_from_dense
-from .releases import warn_if_newer
+from .fields import NSA_FIELDS
+from .registration import register_now_or_when_imported
+
+if TYPE_CHECKING:
+    from .families import nsa_config_from_dense
 
 __version__ = "0.1.0.dev0"
 __all__ = [
@@ -17,7 +23,7 @@ __all__ = [
     "nsa_config_from_dense",
 ]
 
-warn_if_newer()
+register_now_or_when_imported()
 
 
 def __getattr__(name: str) -> Any:
@@ -26,7 +32,15 @@ def __getattr__(name: str) -> Any:
         from nsa_hf.conversion import convert
 
         return convert
-    if name.startswith("Nsa"):
+    if name.startswith("Nsa") or name == "nsa_config_from_dense":
         # a family's classes, NsaLlamaForCausalLM for one: made when they are asked for
+        from . import families
+
         return getattr(families, name)
+    if find_spec(f"{__name__}.{name}") is not None:
+        return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

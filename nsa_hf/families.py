@@ -22,20 +22,23 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES, model_type_to_module_name
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .attention import NsaAttentionMixin
 from .branches import dense_twin
-from .config import NSA_FIELDS, NsaConfigMixin
+from .config import NsaConfigMixin
 from .discovery import DenseFamily, attention_arguments, causal_model_types, find_family, names_of
 from .errors import NotPlain, NsaError
+from .fields import NSA_FIELDS
 from .modeling import HandsDown, NsaModelMixin, NsaPreTrainedMixin, SegmentsFromLayer
-from .releases import positional_names
+from .registration import PREFIX
+from .releases import positional_names, warn_if_newer
 
-PREFIX = "nsa_"
 # What a config says of its own classes and files.
 NOT_CARRIED = ("model_type", "architectures", "transformers_version", "auto_map")
+
+warn_if_newer()
 
 
 @dataclass(frozen=True)
@@ -189,20 +192,6 @@ def _families_of(name: str) -> list[str]:
 
     found = {model_type: stem(model_type) for model_type in causal_model_types()} if name.startswith("Nsa") else {}
     return sorted((model_type for model_type in found if found[model_type]), key=lambda one: -len(found[one]))
-
-
-def register_lazily() -> None:
-    """Tells `AutoConfig` of all families without making one: it looks a config class up by name in this module.
-
-    Transformers keeps its own families in the same way; `AutoConfig.register` would need the classes now.
-    """
-    for model_type in causal_model_types():
-        sparse_type = PREFIX + model_type
-        CONFIG_MAPPING_NAMES[sparse_type] = f"Nsa{CONFIG_MAPPING_NAMES[model_type]}"
-        CONFIG_MAPPING._modules[model_type_to_module_name(sparse_type)] = sys.modules[__name__]
-
-
-register_lazily()
 
 
 def nsa_config_from_dense(dense_config: PreTrainedConfig, **nsa_fields: Any) -> PreTrainedConfig:
