@@ -23,7 +23,7 @@ from nsa_hf.conversion.staging import write_json
 from nsa_hf.conversion.texts import provenance
 
 from .data import Window, held_out_documents, held_out_windows
-from .load import load_nsa_model, load_tokenizer
+from .load import check_token_ids, load_nsa_model, load_tokenizer
 from .losses import output_logits
 
 NAME = "eval.json"
@@ -39,6 +39,7 @@ def final_states(
     model.eval()
     states = []
     for _, ids in windows:
+        check_token_ids(model, ids)
         with autocast():
             output = model.base_model(torch.tensor([ids], device=model.device), use_cache=False)
         states.append(output.last_hidden_state.cpu())
