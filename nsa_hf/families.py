@@ -17,7 +17,6 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
@@ -151,8 +150,8 @@ def put_into_transformers(model_class: type) -> None:
 
     Whoever imported it early has another object of it: it imports itself anew while it is imported.
     """
-    holders = [getattr(module, "__dict__", {}) for module in list(sys.modules.values())]
-    packages = {id(held): held for held in [transformers, *(holder.get("transformers") for holder in holders)]}
+    holders = [sys.modules, *(getattr(module, "__dict__", {}) for module in list(sys.modules.values()))]
+    packages = {id(held): held for held in (holder.get("transformers") for holder in holders)}
     for package in packages.values():
         if isinstance(package, ModuleType) and package.__name__ == "transformers":
             setattr(package, model_class.__name__, model_class)
