@@ -4,14 +4,17 @@ Transformers keeps one table of its families, in `configuration_auto`, where `Au
 name when a model asks for it. A row for each sparse family is written into it: at once where the table is there
 already, or else right after it was made. So `import nsa_hf` imports neither Transformers nor PyTorch, and a command
 that needs neither, `nsa-hf --help` for one, does not wait for them.
+
+(This module is imported before `nsa-hf` can catch a Ctrl-C: it imports next to nothing itself.)
 """
 
 from __future__ import annotations
 
 import sys
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
 
 PREFIX = "nsa_"
 TABLE = "transformers.models.auto.configuration_auto"
@@ -29,8 +32,8 @@ def register(table: Any) -> None:
             table.CONFIG_MAPPING._modules[table.model_type_to_module_name(sparse_type)] = sys.modules["nsa_hf"]
 
 
-class RegistersWhenImported(MetaPathFinder):
-    """Leaves every import to the other finders; behind that of the table, it registers."""
+class RegistersWhenImported:
+    """A finder of modules that leaves every import to the others; behind that of the table, it registers."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name != TABLE:

@@ -40,9 +40,9 @@ def apply_chat_template(tokenizer: Any, messages: list[dict[str, str]]) -> str:
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise wrong(f"cannot be run: {lines[-1][:500]}")
-    text, error = json.loads(done.stdout)
-    if error is not None:
-        raise wrong(error)
+    text, trouble = json.loads(done.stdout)
+    if trouble is not None:
+        raise wrong(trouble)
     return str(text)
 
 

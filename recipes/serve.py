@@ -108,7 +108,7 @@ def settle() -> None:
     utils.BaseHandler._validate_request = validate_request
     utils.GenerateManager = WithinTheModel
     server.build_server = build_server
-    uvicorn.Server.run = run_until_stopped  # type: ignore[assignment]
+    uvicorn.Server.run = run_until_stopped  # type: ignore[method-assign]
 
 
 def check_request(body: Mapping[str, Any], needed: str | None = None) -> None:
