@@ -7,17 +7,24 @@ answer is longer than the model's positions, and a server that is asked to stop 
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import signal
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Event
 from typing import Any
+
+import torch
 
 import nsa_hf  # noqa: F401 - registers the model classes
 from nsa_hf.errors import NsaError
 from nsa_hf.generation import PAGED
 
 from .chat_template import apply_chat_template
+from .cli import INTERRUPTED
 from .generate import as_one_text
 from .load import check_folder, check_token_ids, load_tokenizer
 
@@ -65,50 +72,74 @@ def serve(out: Path, arguments: list[str]) -> None:
 
 def settle() -> None:
     """Puts our parts into Transformers' server, for good: this process is the server."""
-    import uvicorn
-    from fastapi.responses import JSONResponse
+    from transformers import StoppingCriteriaList
     from transformers.cli.serving import server, utils
 
-    validate, build, run = utils.BaseHandler._validate_request, server.build_server, uvicorn.Server.run
+    validate, build = utils.BaseHandler._validate_request, server.build_server
+    stopping = Event()
 
     def validate_request(self: Any, body: dict[str, Any]) -> Any:
         check_request(body, NEEDED.get(type(self).__name__))
         return validate(self, body)
 
+    def until_stopped(ids: torch.Tensor, scores: Any, **others: Any) -> torch.Tensor:
+        return torch.full(ids.shape[:1], stopping.is_set(), device=ids.device)
+
+    def fitted(model: Any, inputs: Any, config: Any) -> dict[str, Any]:
+        fit(model, inputs["input_ids"], config)
+        return {**inputs, "stopping_criteria": StoppingCriteriaList([until_stopped])}
+
     class WithinTheModel(utils.GenerateManager):
-        """Generates no more than the model has positions for, one text."""
+        """Generates one text, no longer than the model has positions, and no further when the server stops."""
 
         def generate_streaming(self, model: Any, processor: Any, inputs: Any, gen_config: Any, **others: Any) -> Any:
-            fit(model, inputs["input_ids"], gen_config)
+            inputs = fitted(model, inputs, gen_config)
             return super().generate_streaming(model, processor, inputs, gen_config, **others)
 
         async def generate_non_streaming(
             self, model: Any, processor: Any, inputs: Any, gen_config: Any, **others: Any
         ) -> Any:
-            fit(model, inputs["input_ids"], gen_config)
+            inputs = fitted(model, inputs, gen_config)
             return await super().generate_non_streaming(model, processor, inputs, gen_config, **others)
 
     async def refuse(request: Any, error: Exception) -> Any:
-        return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, status_code=400)
+        content = {"error": {"message": str(error), "type": "invalid_request_error"}}
+        return server.JSONResponse(content, status_code=400)
 
     def build_server(*args: Any, **kwargs: Any) -> Any:
         application = build(*args, **kwargs)
         # Transformers' own refusals of settings are ValueErrors, as ours are
         application.add_exception_handler(ValueError, refuse)
+        # what runs it, imported by Transformers just before
+        stop_well(sys.modules["uvicorn"].Server, stopping)
         return application
-
-    def run_until_stopped(self: Any, *args: Any, **kwargs: Any) -> None:
-        # when it has closed its connections, it raises the signal that it was sent
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            run(self, *args, **kwargs)
-        except KeyboardInterrupt:
-            return
 
     utils.BaseHandler._validate_request = validate_request
     utils.GenerateManager = WithinTheModel
     server.build_server = build_server
-    uvicorn.Server.run = run_until_stopped  # type: ignore[method-assign]
+
+
+def stop_well(server_class: Any, stopping: Event) -> None:
+    """Lets a server that Ctrl-C or SIGTERM stops return from `run`, its answers cut short by `stopping`.
+
+    By itself it would wait for the longest answer, and raise the signal again behind it: a failed process.
+    """
+    handle_exit, run = server_class.handle_exit, server_class.run
+
+    def handle_and_tell(self: Any, *args: Any) -> None:
+        stopping.set()
+        handle_exit(self, *args)
+
+    def run_until_stopped(self: Any, *args: Any, **kwargs: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            run(self, *args, **kwargs)
+        except KeyboardInterrupt:
+            if self.force_exit:
+                # Ctrl-C a second time: a thread is still at work, behind which Python would not end in order
+                os._exit(INTERRUPTED)
+
+    server_class.handle_exit, server_class.run = handle_and_tell, run_until_stopped
 
 
 def check_request(body: Mapping[str, Any], needed: str | None = None) -> None:
@@ -128,6 +159,11 @@ def check_request(body: Mapping[str, Any], needed: str | None = None) -> None:
     stops = stop if isinstance(stop, list) else [stop]
     if stop is not None and not all(isinstance(one, str) and one for one in stops):
         raise NsaError(f"stop must be text or a list of texts, none of them empty, got {stop!r}")
+    if not isinstance(body.get("chat_template_kwargs") or {}, dict):
+        raise NsaError(f"chat_template_kwargs must be an object, got {body['chat_template_kwargs']!r}")
+    config = body.get("generation_config")
+    if config is not None and not (isinstance(config, str) and isinstance(json.loads(config), dict)):
+        raise NsaError(f"generation_config must be an object, written as JSON in a text, got {config!r}")
     if needed is not None and not body.get(needed):
         raise NsaError(f"{needed} is empty or missing: there is nothing to answer")
     if needed == "messages":
@@ -142,8 +178,12 @@ def check_messages(messages: Any) -> None:
             raise NsaError(f"a turn of messages must be an object with 'role' and 'content', got {turn!r}")
         content = turn.get("content")
         parts = content if isinstance(content, list) else []
-        if not isinstance(content, str | list | None) or not all(isinstance(part, dict) for part in parts):
-            raise NsaError(f"a turn's content must be text or a list of parts with a 'type', got {content!r}")
+        texts = [isinstance(part, dict) and isinstance(part.get("text"), str) and "type" in part for part in parts]
+        if not isinstance(content, str | list | None) or not all(texts):
+            raise NsaError(
+                f"a turn's content must be text, or a list of parts with 'type' and 'text' (these models take nothing "
+                f"else), got {content!r}"
+            )
 
 
 def fit(model: Any, ids: Any, config: Any) -> None:

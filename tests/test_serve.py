@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from tiny_runs import converted
 from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
 
 from nsa_hf.errors import NsaError
-from nsa_hf.recipes.serve import check_request, fit, serve
+from nsa_hf.recipes.serve import check_request, fit, serve, settle, stop_well
 
 POSITIONS = 160
 TURN = [{"role": "user", "content": "tell me about the words of it, and of them, and of those " * 2}]
@@ -178,8 +181,13 @@ def test_a_template_that_goes_wrong_is_not_served(nsa_dir, tmp_path):
         ({"stop": 5}, "stop must be text"),
         ({"messages": "hello"}, "messages must be a list of turns, got 'hello'"),
         ({"messages": ["hello"]}, "got 'hello'"),
-        ({"messages": [{"role": "user", "content": ["text"]}]}, "content must be text or a list of parts"),
+        ({"messages": [{"role": "user", "content": ["text"]}]}, "content must be text, or a list of parts"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "parts with 'type' and 'text'"),
+        ({"messages": [{"role": "user", "content": 5}]}, "content must be text, or a list of parts"),
         ({"messages": None}, "messages is empty or missing"),
+        ({"chat_template_kwargs": 5}, "chat_template_kwargs must be an object, got 5"),
+        ({"generation_config": "[1]"}, "generation_config must be an object"),
+        ({"generation_config": {}}, "generation_config must be an object"),
     ],
 )
 def test_what_a_request_may_not_ask_for(body, message):
@@ -218,11 +226,61 @@ def test_a_request_is_cut_to_the_positions_that_are_left(tiny_nsa_model):
             fit(model, ids, config)
 
 
+def test_a_server_that_stops_cuts_its_answers_short(tiny_nsa_model, monkeypatch):
+    """Else it would wait for the longest of them."""
+    from transformers.cli.serving import server, utils
+
+    # what is put in for good is taken out again
+    for owner, name in [(utils.BaseHandler, "_validate_request"), (utils, "GenerateManager")]:
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    application = SimpleNamespace(add_exception_handler=lambda *_: None)
+    monkeypatch.setattr(server, "build_server", lambda: application)
+    told = []
+    monkeypatch.setattr("nsa_hf.recipes.serve.stop_well", lambda server, stopping: told.append(stopping))
+    monkeypatch.setitem(sys.modules, "uvicorn", SimpleNamespace(Server=None))
+    settle()
+    assert server.build_server() is application
+    threading.Timer(0.5, told[0].set).start()
+    model = tiny_nsa_model()
+    model.generation_config.eos_token_id = None
+    inputs = {"input_ids": torch.ones(1, 8, dtype=torch.long)}
+    config = GenerationConfig(max_new_tokens=4000)
+    answer = utils.GenerateManager().generate_non_streaming(model, byte_tokenizer(), inputs, config, request_id="1")
+    _, read, generated = asyncio.run(answer)
+    assert read == 8 and 1 <= len(generated) < 4000
+
+
+def test_a_second_ctrl_c_ends_at_once(monkeypatch):
+    class Server:
+        force_exit = False
+
+        def handle_exit(self, sig, frame):
+            self.force_exit = stopping.is_set() and self.asked
+
+        def run(self):
+            raise KeyboardInterrupt
+
+    left = []
+    monkeypatch.setattr("os._exit", left.append)
+    stopping = threading.Event()
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    stop_well(Server, stopping)
+    server = Server()
+    server.asked = False
+    server.handle_exit(signal.SIGINT, None)
+    server.run()
+    assert (stopping.is_set(), left) == (True, [])
+    server.asked = True
+    server.handle_exit(signal.SIGINT, None)
+    server.run()
+    assert left == [130]
+
+
 STOPPED = """
 import threading, os, signal, uvicorn
-from nsa_hf.recipes.serve import settle
+from nsa_hf.recipes.serve import stop_well
 
-settle()
+stop_well(uvicorn.Server, threading.Event())
 
 async def app(scope, receive, send):
     await receive()
