@@ -35,11 +35,12 @@ def final_states(
     model: Any, windows: Sequence[Window], autocast: Callable[[], AbstractContextManager] = nullcontext
 ) -> list[Tensor]:
     """The final hidden states [1, T, D] of each window, on the CPU, in evaluation mode."""
+    for _, ids in windows:
+        check_token_ids(model, ids)
     training = model.training
     model.eval()
     states = []
     for _, ids in windows:
-        check_token_ids(model, ids)
         with autocast():
             output = model.base_model(torch.tensor([ids], device=model.device), use_cache=False)
         states.append(output.last_hidden_state.cpu())

@@ -20,8 +20,8 @@ def load_nsa_model(folder: str | Path, device: str | torch.device = "cpu", dtype
     """The sparse causal LM in `folder`, in evaluation mode; LoadError when there is none."""
     from transformers import AutoConfig
 
-    folder = check_folder(folder)
-    if not (folder / "config.json").is_file():
+    folder = Path(folder)
+    if not (check_folder(folder) / "config.json").is_file():
         raise LoadError(f"{folder} holds no model: expected a folder that `nsa-hf convert` or `nsa-hf train` wrote")
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -35,29 +35,6 @@ def load_nsa_model(folder: str | Path, device: str | torch.device = "cpu", dtype
         raise
     except Exception as error:  # the file formats each have their own
         raise LoadError(f"cannot load the model in {folder}: {error}") from error
-
-
-def check_folder(folder: str | Path) -> Path:
-    """The folder as a path; LoadError when there is none."""
-    path = Path(folder)
-    if not path.is_dir():
-        what = "is a file" if path.exists() else "does not exist"
-        raise LoadError(f"{path} {what}: expected a folder that `nsa-hf convert` or `nsa-hf train` wrote")
-    return path
-
-
-def check_token_ids(model: Any, ids: Sequence[int] | torch.Tensor) -> None:
-    """That the model has an embedding for each of the tokenizer's `ids`; LoadError when one is beyond its vocabulary.
-
-    The model itself would stop with an index error, and on a GPU with one of the whole process.
-    """
-    tokens = torch.as_tensor(ids)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
-        raise LoadError(
-            f"the tokenizer gives token {int(tokens.max())}, and the model's vocabulary ends at {vocabulary - 1}: "
-            "the tokenizer is another model's, so copy the source's tokenizer files into the folder"
-        )
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -81,3 +58,26 @@ def pick_device(device: str | None) -> str:
     except (RuntimeError, AssertionError) as error:
         raise NsaError(f"no device {device!r} here: {str(error).splitlines()[0]}") from error
     return device
+
+
+def check_folder(folder: str | Path) -> Path:
+    """The folder as a path; LoadError when there is none."""
+    path = Path(folder)
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise LoadError(f"{path} {what}: expected a folder that `nsa-hf convert` or `nsa-hf train` wrote")
+    return path
+
+
+def check_token_ids(model: Any, ids: Sequence[int] | torch.Tensor) -> None:
+    """That the model has an embedding for each of the tokenizer's `ids`; LoadError when one is beyond its vocabulary.
+
+    The model itself would stop with an index error, and on a GPU with one of the whole process.
+    """
+    tokens = torch.as_tensor(ids)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+        raise LoadError(
+            f"the tokenizer gives token {int(tokens.max())}, and the model's vocabulary ends at {vocabulary - 1}: "
+            "the tokenizer is another model's, so copy the source's tokenizer files into the folder"
+        )
