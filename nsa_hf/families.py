@@ -31,7 +31,7 @@ from .discovery import DenseFamily, attention_arguments, causal_model_types, fin
 from .errors import NotPlain, NsaError
 from .fields import NSA_FIELDS
 from .modeling import HandsDown, NsaModelMixin, NsaPreTrainedMixin, SegmentsFromLayer
-from .registration import PREFIX
+from .registration import PREFIX as PREFIX
 from .releases import positional_names, warn_if_newer
 
 # What a config says of its own classes and files.
