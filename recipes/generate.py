@@ -64,7 +64,7 @@ def generate(
     of the prompt only. Temperature 0 is greedy; `top_p` 1 and `top_k` 0 leave no token out. NsaError when the settings
     or the folder are wrong.
     """
-    check_settings(max_new_tokens, temperature, top_p, top_k, prompt_tokens, dtype)
+    check_settings(max_new_tokens, temperature, top_p, top_k, seed, prompt_tokens, dtype)
     tokenizer = load_tokenizer(out)
     ids = prompt_ids(tokenizer, prompt, chat)[:, :prompt_tokens]
     if ids.shape[1] == 0:
@@ -130,6 +130,10 @@ def generate(
 
 def prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
     """The prompt's tokens, int64 [1, T]."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise NsaError(f"the prompt is no text in UTF-8: {error}") from error
     if not chat:
         return tokenizer(prompt, return_tensors="pt", verbose=False).input_ids.long()
     text = apply_chat_template(tokenizer, [{"role": "user", "content": prompt}])
@@ -146,12 +150,16 @@ def as_one_text(config: Any, names: Sequence[str] = SEARCHES) -> list[str]:
 
 
 def check_settings(
-    new: int, temperature: float, top_p: float, top_k: int, prompt_tokens: int | None, dtype: str
+    new: int, temperature: float, top_p: float, top_k: int, seed: int, prompt_tokens: int | None, dtype: str
 ) -> None:
     if new < 1 or (prompt_tokens is not None and prompt_tokens < 1):
         raise NsaError(f"--max-new-tokens and --prompt-tokens must be at least 1, got {new} and {prompt_tokens}")
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise NsaError(f"temperature must be at least 0 and top_p in (0, 1], got {temperature} and {top_p}")
+    if temperature != 0 and not 1e-6 <= temperature <= 1e6:
+        raise NsaError(f"temperature must be 0 (the likeliest token) or from 1e-6 to 1e6, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise NsaError(f"top_p must be in (0, 1], got {top_p}")
+    if not -(2**63) <= seed < 2**63:
+        raise NsaError(f"seed must have at most 63 bits, got {seed}")
     if top_k < 0:
         raise NsaError(f"top_k must be at least 0 (all tokens), got {top_k}")
     if dtype not in ("float32", "bfloat16", "float16"):

@@ -31,7 +31,7 @@ from .load import check_folder, check_token_ids, load_tokenizer
 # The least and the largest value of a request's numbers; all may be absent or null.
 NUMBERS = {
     **dict.fromkeys(("max_tokens", "max_completion_tokens", "max_output_tokens"), (1, math.inf)),
-    "temperature": (0, 100),
+    "temperature": (0, 1e6),
     "top_p": (0, 1),
     "frequency_penalty": (-0.99, 100),
     "seed": (-(2**63), 2**63 - 1),
@@ -143,7 +143,8 @@ def stop_well(server_class: Any, stopping: Event) -> None:
 
 
 def check_request(body: Mapping[str, Any], needed: str | None = None) -> None:
-    """Whether the server can answer a request at all, which must have `needed`; NsaError with what is wrong in it."""
+    """Whether the server can answer a request at all, which must have `needed`; ValueError with what is wrong in it."""
+    json.dumps(body, ensure_ascii=False).encode()  # halves of characters, which JSON can hold
     for name, (least, largest) in NUMBERS.items():
         value = body.get(name)
         kinds = int if name in WHOLE else (int, float)
@@ -153,6 +154,8 @@ def check_request(body: Mapping[str, Any], needed: str | None = None) -> None:
             kind = "a whole number" if name in WHOLE else "a number"
             most = "" if largest == math.inf else f" and at most {largest}"
             raise NsaError(f"{name} must be {kind} of at least {least}{most}, got {value!r}")
+    if 0 < (body.get("temperature") or 0) < 1e-6:
+        raise NsaError(f"temperature must be 0 (the likeliest token) or at least 1e-6, got {body['temperature']}")
     if body.get("n") not in (None, 1):
         raise NsaError(f"n must be 1, one answer to a request, got {body['n']!r}")
     stop = body.get("stop")

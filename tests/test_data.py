@@ -26,6 +26,14 @@ def letters(*lengths):
     return as_dataset(texts)
 
 
+@pytest.mark.parametrize("number", [0, -5])
+def test_held_out_texts_have_a_length_and_a_number(number):
+    with pytest.raises(NsaError, match=f"must be at least 1 token, got {number}"):
+        held_out_windows([("a", "text " * 100)], byte_tokenizer(), number)
+    with pytest.raises(NsaError, match=f"must be at least 1, got {number}"):
+        held_out_documents("stdlib", number)
+
+
 def test_the_standard_library_without_what_is_held_out():
     documents = load_documents("stdlib")
     names = set(documents["name"])

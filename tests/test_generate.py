@@ -100,8 +100,11 @@ def test_a_chat_turn_goes_through_the_template(nsa_dir):
     [
         ({"max_new_tokens": 0}, "at least 1, got 0"),
         ({"prompt_tokens": 0}, "at least 1"),
-        ({"temperature": -1.0}, "temperature must be at least 0"),
-        ({"top_p": 0.0}, "top_p in"),
+        ({"temperature": -1.0}, "temperature must be 0"),
+        ({"temperature": float("nan")}, "temperature must be 0"),
+        ({"temperature": 1e-300}, "temperature must be 0"),
+        ({"seed": 2**70}, "seed must have at most 63 bits"),
+        ({"top_p": 0.0}, "top_p must be in"),
         ({"top_k": -1}, "top_k must be at least 0"),
         ({"dtype": "int8"}, "dtype must be float32"),
         ({"max_new_tokens": 4000}, "do not fit the model's 4096"),
@@ -110,6 +113,11 @@ def test_a_chat_turn_goes_through_the_template(nsa_dir):
 def test_wrong_settings_are_named(nsa_dir, settings, message):
     with pytest.raises(NsaError, match=message):
         generate(nsa_dir, PROMPT, **settings)
+
+
+def test_half_a_character_is_refused(nsa_dir):
+    with pytest.raises(NsaError, match="no text in UTF-8: .*surrogates not allowed"):
+        generate(nsa_dir, "abc\udcff")
 
 
 def test_an_empty_prompt_is_refused(nsa_dir):

@@ -129,7 +129,7 @@ def test_an_answer_ends_where_the_models_positions_do(stream, client, nsa_dir):
         ({"messages": []}, "messages is empty or missing"),
         ({"messages": [{"content": "no role"}]}, "a turn of messages must be an object with 'role'"),
         ({"max_tokens": 0}, "max_tokens must be a whole number of at least 1, got 0"),
-        ({"temperature": -1}, "temperature must be a number of at least 0 and at most 100, got -1"),
+        ({"temperature": -1}, "temperature must be a number of at least 0 and at most 1000000.0, got -1"),
         ({"logit_bias": {"no token": 1}}, "invalid literal for int"),
         ({"messages": [{"role": "user", "content": "x" * 200}]}, "and the model takes 160: shorten it"),
     ],
@@ -173,6 +173,7 @@ def test_a_template_that_goes_wrong_is_not_served(nsa_dir, tmp_path):
         ({"max_output_tokens": True}, "max_output_tokens must be a whole number"),
         ({"temperature": float("nan")}, "temperature must be a number"),
         ({"temperature": "hot"}, "got 'hot'"),
+        ({"temperature": 1e-300}, "temperature must be 0"),
         ({"top_p": 2}, "top_p must be a number of at least 0 and at most 1, got 2"),
         ({"frequency_penalty": -1}, "frequency_penalty must be"),
         ({"seed": 2**70}, "seed must be"),
@@ -194,6 +195,11 @@ def test_what_a_request_may_not_ask_for(body, message):
     check_request({"messages": TURN}, "messages")
     with pytest.raises(NsaError, match=message):
         check_request({"messages": TURN, **body}, "messages")
+
+
+def test_half_a_character_is_a_bad_request():
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        check_request({"prompt": "\ud83d"}, "prompt")
 
 
 def test_what_every_request_may_ask_for():
