@@ -63,7 +63,7 @@ def load_documents(source: str) -> Dataset:
 def held_out_documents(source: str, count: int) -> list[tuple[str, str]]:
     """The first `count` held-out documents as (name, text); of 'stdlib' the files that `load_documents` leaves out."""
     if count < 1:
-        raise DataError(f"held-out documents must be at least 1, got {count}")
+        raise DataError(f"at least one held-out document is needed, got {count}")
     if source == STANDARD_LIBRARY:
         return held_out_texts(HELD_OUT[:count])
     documents = load_documents(source)
@@ -155,8 +155,8 @@ def opening_tokens(tokenizer: Any) -> list[int]:
 
 def held_out_windows(texts: list[tuple[str, str]], tokenizer: Any, length: int) -> list[Window]:
     """The first `length` tokens of each text as (name, ids): the fixed batch that before and after are compared on."""
-    if length < 1:
-        raise DataError(f"the length of held-out texts must be at least 1 token, got {length}")
+    if length < 2:
+        raise DataError(f"a held-out window has at least 2 tokens, one to predict the other from, got {length}")
     # verbose=False: no warning that a whole document is longer than the model's window
     windows = [(name, tokenizer(text, verbose=False)["input_ids"][:length]) for name, text in texts]
     short = [f"{name} ({len(ids)})" for name, ids in windows if len(ids) < length]

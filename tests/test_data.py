@@ -28,9 +28,9 @@ def letters(*lengths):
 
 @pytest.mark.parametrize("number", [0, -5])
 def test_held_out_texts_have_a_length_and_a_number(number):
-    with pytest.raises(NsaError, match=f"must be at least 1 token, got {number}"):
+    with pytest.raises(NsaError, match=f"at least 2 tokens, one to predict the other from, got {number}"):
         held_out_windows([("a", "text " * 100)], byte_tokenizer(), number)
-    with pytest.raises(NsaError, match=f"must be at least 1, got {number}"):
+    with pytest.raises(NsaError, match=f"at least one held-out document is needed, got {number}"):
         held_out_documents("stdlib", number)
 
 

@@ -116,7 +116,7 @@ def test_wrong_settings_are_named(nsa_dir, settings, message):
 
 
 def test_half_a_character_is_refused(nsa_dir):
-    with pytest.raises(NsaError, match="no text in UTF-8: .*surrogates not allowed"):
+    with pytest.raises(NsaError, match=r"no text in UTF-8: .*surrogates not allowed"):
         generate(nsa_dir, "abc\udcff")
 
 
