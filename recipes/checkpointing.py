@@ -68,11 +68,12 @@ class Checkpoints:
                 staged.rename(path)
                 flush(self.folder)
                 self.prune(path)
-        # of a full disk, PyTorch raises a RuntimeError that does not say so
         except (OSError, RuntimeError, SafetensorError, OutputError) as error:
             shutil.rmtree(staged, ignore_errors=True)
+            # of a full disk, PyTorch raises a RuntimeError about places in its own source
+            reason = "PyTorch could not write a file to its end" if "inline_container" in str(error) else str(error)
             raise CheckpointingError(
-                f"cannot write the checkpoint {path} ({' '.join(str(error).split())}; {free_space(self.folder)}): "
+                f"cannot write the checkpoint {path} ({' '.join(reason.split())}; {free_space(self.folder)}): "
                 "once there is room, the same command goes on from the checkpoint before"
             ) from error
         accelerator.wait_for_everyone()
