@@ -93,7 +93,7 @@ class Checkpoints:
             CheckpointingError: there are some, and each is damaged.
         """
         found = self.finished()
-        damaged = {}
+        damaged: dict[Path, str] = {}
         for path in reversed(found):
             damage = damage_of(path)
             if damage is None:

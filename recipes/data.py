@@ -134,7 +134,8 @@ def kind_of(value: Any) -> str:
     """What JSON calls it."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
-    return {dict: "an object", list: "a list", str: "a string"}.get(type(value), f"the {type(value).__name__} {value}")
+    kinds: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
+    return kinds.get(type(value), f"the {type(value).__name__} {str(value)[:40]}")
 
 
 def table_documents(path: Path) -> Dataset:

@@ -112,7 +112,7 @@ def check_plain(path: Path, text: str) -> None:
         raise RunConfigError(f"{path} must hold settings as 'name: value' lines")
     seen: set[str] = set()
     for name in events:
-        place = f"{path}, line {name.start_mark.line + 1}"
+        place = f"{path}, line {name.start_mark.line + 1 if name.start_mark else '?'}"
         if isinstance(name, yaml.MappingEndEvent):
             break
         if not isinstance(name, yaml.ScalarEvent):

@@ -7,7 +7,6 @@ with "trained": true, and `training.json`.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -114,6 +113,10 @@ def open_run_folder(config: RunConfig, depends: dict[str, Any]) -> Iterator[Path
 @contextmanager
 def locked(folder: Path, config: RunConfig) -> Iterator[None]:
     """Holds `folder`, made if it is not there, for this process alone; the lock ends with the process."""
+    try:
+        import fcntl
+    except ImportError as error:
+        raise RunFolderError("training needs a system with file locks of POSIX (Linux, macOS)") from error
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
