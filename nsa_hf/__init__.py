@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import NsaError
 from .registration import register_now_or_when_imported
+from .tested import warn_if_newer
 
 if TYPE_CHECKING:
     from .families import nsa_config_from_dense
@@ -21,6 +22,7 @@ __all__ = [
     "nsa_config_from_dense",
 ]
 
+warn_if_newer()
 register_now_or_when_imported()
 
 

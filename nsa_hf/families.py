@@ -32,12 +32,10 @@ from .errors import NotPlain, NsaError
 from .fields import NSA_FIELDS
 from .modeling import HandsDown, NsaModelMixin, NsaPreTrainedMixin, SegmentsFromLayer
 from .registration import PREFIX as PREFIX
-from .releases import positional_names, warn_if_newer
+from .releases import positional_names
 
 # What a config says of its own classes and files.
 NOT_CARRIED = ("model_type", "architectures", "transformers_version", "auto_map")
-
-warn_if_newer()
 
 
 @dataclass(frozen=True)
