@@ -20,6 +20,7 @@ from .config import NsaConfigMixin
 from .dynamic_cache import NsaDynamicLayer
 from .errors import NsaError
 from .features import head_sizes, layer_window
+from .modes import Mode
 from .releases import by_name, cache_among
 from .segments import Segments
 from .sliding import sliding_attention
@@ -80,8 +81,6 @@ class NsaAttentionMixin:
         masks_slide: whether the family's decoder makes masks of a sliding window.
         window: the layer's own sliding window in tokens, or None for full attention.
         nsa: the new modules, or None in a layer that stays dense.
-        nsa_dense: True while the model runs dense (`model.dense_attention()`).
-        nsa_record: where the selection goes while it is recorded (`model.record_selection()`).
     """
 
     forward_names: tuple[str, ...]
@@ -103,8 +102,6 @@ class NsaAttentionMixin:
             for branch in BRANCHES if config.nsa_branch_kv == "independent" else ():
                 setattr(self.nsa, branch, branch_modules(self))
                 stand_in(self, branch)  # now: a compiled forward cannot make it
-        self.nsa_dense = False
-        self.nsa_record: dict[int, Tensor] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = by_name(self.forward_names, args, kwargs)
@@ -114,14 +111,12 @@ class NsaAttentionMixin:
         if cache is not None and self.nsa is not None:
             sizes, device = self.model_config.nsa_sizes, hidden_states.device
             layer = nsa_cache_layer(cache, self.layer_idx, sizes, device, independent)
-        if independent and self.nsa is not None and (layer is not None or not self.nsa_dense):
+        if independent and self.nsa is not None and (layer is not None or not given["nsa_mode"].dense):
             branches = [self.branch_states(branch, hidden_states, given) for branch in BRANCHES]
         own: dict[str, Any] = {"nsa_hidden_states": hidden_states, "nsa_cache_layer": layer, "nsa_branches": branches}
         if cache is not None and self.window is not None and given["nsa_segments"].lengths is not None:
             held = cache.layers[self.layer_idx]
             own["nsa_static"] = (held.get_seq_length(), held.get_mask_sizes(hidden_states.shape[1])[1])
-        # some families keep `output_attentions` to themselves
-        own["nsa_weights"] = given.get("output_attentions")
         return super().forward(**given, **own)
 
     def branch_states(self, branch: str, hidden_states: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -148,10 +143,10 @@ def nsa_attention_forward(
     nsa_hidden_states: Tensor,
     nsa_cache_layer: NsaDynamicLayer | NsaStaticLayer | None,
     nsa_segments: Segments,
+    nsa_mode: Mode,
     nsa_branches: list[tuple[Tensor, Tensor]] | None = None,
     nsa_leave: bool = False,
     nsa_static: tuple[int, int] | None = None,
-    nsa_weights: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What Transformers calls between a family's projections: sparse attention of one layer.
@@ -159,6 +154,7 @@ def nsa_attention_forward(
     Args:
         query, key, value: `[B, H, T or S, D]` after RoPE and the cache; key and value are those of all S tokens.
         attention_mask: ignored; `nsa_segments` says the same without T*S numbers.
+        nsa_mode: what the forward is run with, the same in its recomputation.
         nsa_hidden_states: `[B, T, hidden]`, what entered the layer; the gates are made of it.
         nsa_branches: with independent keys and values, those of the compressed branch and of the window,
             `[B, Hk, T, D]` of the new tokens; key and value are the selected branch's.
@@ -171,11 +167,6 @@ def nsa_attention_forward(
     if nsa_leave:
         raise KeysAndValues(key, value)
     config, nsa = module.model_config, module.nsa
-    if config._attn_implementation not in IMPLEMENTATIONS:
-        raise NsaError(
-            f"attn_implementation={config._attn_implementation!r} is not one of a sparse model's: use "
-            f"{' or '.join(map(repr, IMPLEMENTATIONS))}, or run it dense inside `with model.dense_attention():`"
-        )
     stride = config.nsa_kernel_stride
     starts, lengths, cu_seqlens = nsa_segments.starts, nsa_segments.lengths, nsa_segments.cu_seqlens
     compressed, window = nsa_branches or ((key, value), None)
@@ -186,7 +177,7 @@ def nsa_attention_forward(
         assert nsa is not None
         if cu_seqlens is not None:
             nsa_cache_layer.packed = True
-        elif not module.nsa_dense or not nsa_cache_layer.catches_up:
+        elif not nsa_mode.dense or not nsa_cache_layer.catches_up:
             entries = nsa_cache_layer.extend(*compressed, nsa.compress_k, nsa.compress_v, stride, starts)
             if window is not None:
                 window = nsa_cache_layer.slide(*window, config.nsa_window_size)
@@ -194,7 +185,7 @@ def nsa_attention_forward(
     if module.window is not None:
         window_of_layer = (module.window, nsa_segments, nsa_static)
         return sliding_attention(module, query, key, value, scaling, dropout, *window_of_layer), None
-    if nsa is None or module.nsa_dense:
+    if nsa is None or nsa_mode.dense:
         return dense_attention(module, query, key, value, scaling, dropout, nsa_segments), None
     if dropout:
         raise NsaError(f"sparse attention has no attention dropout, got {dropout}: set config.attention_dropout = 0")
@@ -206,24 +197,23 @@ def nsa_attention_forward(
             for x, compressor in pairs
         ]
     k_win, v_win = (None, None) if window is None else (x.to(value.dtype).transpose(1, 2) for x in window)
-    gates = gate_values(nsa.gate(nsa_hidden_states), config.nsa_gate, config.nsa_gate_blend)
+    gates = gate_values(nsa.gate(nsa_hidden_states), config.nsa_gate, nsa_mode.gate_blend)
     inputs = (*(x.transpose(1, 2) for x in (query, key, value)), *(x.to(value.dtype) for x in entries), gates)
-    sizes = config.nsa_sizes.within(key.shape[2])
+    sizes = nsa_mode.sizes.within(key.shape[2])
     by_name: dict[str, Any] = sizes.by_name()
     places: dict[str, Any] = {"starts": starts, "lengths": lengths, "cu_seqlens": cu_seqlens}
     places |= {"k_win": k_win, "v_win": v_win}
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
 
     weights = None
-    if config.output_attentions if nsa_weights is None else nsa_weights:
+    if nsa_mode.weights:
         out, selection, weights = reference_attention(*inputs, sizes=sizes, scale=scale, return_weights=True, **places)
     else:
         out, selection = nsa_attention(
-            *inputs, **by_name, scale=scale, return_selection=True, **places,
-            backend=IMPLEMENTATIONS[config._attn_implementation],
+            *inputs, **by_name, scale=scale, return_selection=True, **places, backend=nsa_mode.backend,
         )  # fmt: skip
-    if module.nsa_record is not None:
-        module.nsa_record[module.layer_idx] = selection
+    if nsa_mode.recorded is not None:
+        nsa_mode.recorded.selections[module.layer_idx] = selection
     return out, weights
 
 

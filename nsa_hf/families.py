@@ -30,7 +30,7 @@ from .config import NsaConfigMixin
 from .discovery import DenseFamily, attention_arguments, causal_model_types, find_family, names_of
 from .errors import NotPlain, NsaError
 from .fields import NSA_FIELDS
-from .modeling import HandsDown, NsaModelMixin, NsaPreTrainedMixin, SegmentsFromLayer
+from .modeling import HandsDown, NsaModelMixin, NsaPreTrainedMixin, TakesFromLayer
 from .registration import PREFIX as PREFIX
 from .releases import positional_names
 
@@ -108,7 +108,7 @@ def define_family(model_type: str) -> Family:
     for layer, attention in dense.layers.items():
         handed = dense.hands_down(layer)
         made[attention] = define(
-            attention, (*((SegmentsFromLayer,) if handed else ()), NsaAttentionMixin, attention),
+            attention, (*((TakesFromLayer,) if handed else ()), NsaAttentionMixin, attention),
             f"`{attention.__name__}` with sparse attention inside.",
             handed=attention_arguments(attention), masks_slide=dense.masks_slide,
             forward_names=positional_names(attention.forward),
@@ -122,7 +122,7 @@ def define_family(model_type: str) -> Family:
     shared = {"config_class": config, "config": config, "_no_split_modules": sorted(layers)}
     made[dense.model] = define(
         dense.model, (NsaModelMixin, dense.model), f"`{dense.model.__name__}` with sparse attention.",
-        __init__=built_with(dense.model.__init__, {layer: made[layer] for layer in dense.layers}),
+        build=built_with(dense.model.__init__, {layer: made[layer] for layer in dense.layers}),
         is_recurrent=dense.is_recurrent, forward_names=positional_names(dense.model.forward), **shared,
     )  # fmt: skip
     made[dense.causal_lm] = define(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,6 +17,7 @@ from .attention import IMPLEMENTATIONS, NsaAttentionMixin
 from .cache import UNUSABLE, check_reached, static_length
 from .errors import NsaError
 from .generation import NsaGenerationMixin
+from .modes import Mode, OfThread, OpenContexts, Recorded, added
 from .releases import CACHE, by_name, cache_among
 from .remote_code import SavedByImport
 from .segments import Segments, find_segments, static_segments
@@ -71,38 +72,30 @@ class NsaPreTrainedMixin(SavedByImport, NsaGenerationMixin):
         """The attention modules in order, those that stay dense included."""
         return (module for module in self.modules() if isinstance(module, NsaAttentionMixin))
 
+    def open_contexts(self) -> Iterator[OpenContexts]:
+        return (module.nsa_contexts for module in self.modules() if isinstance(module, NsaModelMixin))
+
     @contextmanager
     def dense_attention(self) -> Iterator[None]:
         """Runs the same weights dense inside the block: for verification, as a teacher, for evaluation beside.
 
-        The gates and compressors are not used. A cache filled here can be continued sparse, and the other way round.
+        What this thread runs inside it is dense, and stays so when a backward pass computes it again behind it. The
+        gates and compressors are not used. A cache filled here can be continued sparse, and the other way round.
         """
-        before = {layer: layer.nsa_dense for layer in self.attention_layers()}
-        try:
-            for layer in before:
-                layer.nsa_dense = True
+        with added(None, [contexts.dense for contexts in self.open_contexts()]):
             yield
-        finally:
-            for layer, dense in before.items():
-                layer.nsa_dense = dense
 
     @contextmanager
     def record_selection(self) -> Iterator[dict[int, Tensor]]:
-        """Gives a dict that each forward inside the block fills: layer to the selected blocks of that forward.
+        """Gives a dict that each forward of this thread inside the block fills: layer to its selected blocks.
 
         Values are int32 `[B, T, Hk, topk]`, ascending, -1 for unused places (of a topk far beyond the text, as many
         places as it needs); blocks count from the row's (or document's) first real token. Layers that are dense are
         absent.
         """
         record: dict[int, Tensor] = {}
-        before = {layer: layer.nsa_record for layer in self.attention_layers()}
-        try:
-            for layer in before:
-                layer.nsa_record = record
+        with added(record, [contexts.records for contexts in self.open_contexts()]):
             yield record
-        finally:
-            for layer, recorded in before.items():
-                layer.nsa_record = recorded
 
     def set_gate_blend(self, share: float) -> None:
         """Sets the paper's share of the gates of a model with `nsa_gate="blend"`: 0 is dense, 1 the paper's model.
@@ -117,23 +110,35 @@ class NsaPreTrainedMixin(SavedByImport, NsaGenerationMixin):
 
 
 class HandsDown:
-    """In front of a decoder layer that keeps its further arguments from its attention: puts them on it."""
+    """In front of a decoder layer that keeps its further arguments from its attention: leaves them with it."""
 
     attention_name: str
 
-    def forward(self, *args: Any, nsa_segments: Segments, **kwargs: Any) -> Any:
-        attention = getattr(self, self.attention_name)
-        attention.from_layer = {"nsa_segments": nsa_segments, "output_attentions": kwargs.get("output_attentions")}
-        return super().forward(*args, **kwargs)
+    def forward(self, *args: Any, nsa_segments: Segments, nsa_mode: Mode, **kwargs: Any) -> Any:
+        from_layer = getattr(self, self.attention_name).from_layer
+        from_layer.arguments = {"nsa_segments": nsa_segments, "nsa_mode": nsa_mode}
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            from_layer.arguments = {}
 
 
-class SegmentsFromLayer:
+class FromLayer(OfThread):
+    """What a layer leaves with its attention, which it calls in the same thread."""
+
+    def __init__(self) -> None:
+        self.arguments: dict[str, Any] = {}
+
+
+class TakesFromLayer:
     """In front of an attention in such a layer."""
 
-    from_layer: dict[str, Any]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.from_layer = FromLayer()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return super().forward(*args, **{**kwargs, **self.from_layer})
+        return super().forward(*args, **kwargs, **self.from_layer.arguments)
 
 
 class NsaModelMixin(NsaPreTrainedMixin):
@@ -142,10 +147,47 @@ class NsaModelMixin(NsaPreTrainedMixin):
     Attributes:
         forward_names: the family's names of its forward's arguments.
         is_recurrent: some layers carry a state from token to token (convolutions, linear attention, Mamba).
+        build: the family's `__init__`, with sparse layers.
+        nsa_contexts: whether it runs dense, and where selections are recorded, in each thread.
     """
 
     forward_names: tuple[str, ...]
     is_recurrent: bool
+    build: Callable[..., None]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.build(*args, **kwargs)
+        self.nsa_contexts = OpenContexts()
+
+    def _replicate_for_data_parallel(self) -> Any:
+        # `nn.DataParallel` runs every replica in a thread of its own
+        replica = super()._replicate_for_data_parallel()
+        replica.nsa_contexts = self.nsa_contexts.of_this_thread()
+        return replica
+
+    def mode(self, weights: bool | None) -> Mode:
+        """What a forward of this thread is run with from here on.
+
+        Args:
+            weights: whether attention weights are asked for; None leaves it to the config.
+
+        Raises:
+            NsaError: the config names an attention that is not ours.
+        """
+        config, contexts = self.config, self.nsa_contexts
+        if config._attn_implementation not in IMPLEMENTATIONS:
+            raise NsaError(
+                f"attn_implementation={config._attn_implementation!r} is not one of a sparse model's: use "
+                f"{' or '.join(map(repr, IMPLEMENTATIONS))}, or run it dense inside `with model.dense_attention():`"
+            )
+        return Mode(
+            sizes=config.nsa_sizes,
+            backend=IMPLEMENTATIONS[config._attn_implementation],
+            gate_blend=config.nsa_gate_blend,
+            weights=bool(config.output_attentions if weights is None else weights),
+            dense=len(contexts.dense) > 0,
+            recorded=Recorded() if contexts.records else None,
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the family's, with 2D masks only; see `find_segments` for padding and packing."""
@@ -176,7 +218,13 @@ class NsaModelMixin(NsaPreTrainedMixin):
             # Families hand a mask of four dimensions through as it is, and build none: theirs would hold T*S numbers.
             # Layers with a state need the one of two; no other is made of it, see attention.py.
             given["attention_mask"] = torch.empty(0, 1, 1, 1, dtype=torch.bool, device=device)
-        out = super().forward(**given, nsa_segments=segments)
+        mode = self.mode(given.get("output_attentions"))
+        out = super().forward(**given, nsa_segments=segments, nsa_mode=mode)
+        if mode.recorded is not None:
+            for record in self.nsa_contexts.records:
+                record.update(mode.recorded.selections)
+            # what a recomputation selects is of a forward that is over
+            mode.recorded.selections = {}
         held = cache_among(out.values() if isinstance(out, dict) else out)
         if held is not None:
             check_reached(held, self.config)

@@ -66,7 +66,7 @@ def test_dense_attention_runs_the_same_weights_dense(tiny_nsa_model):
         torch.testing.assert_close(padded[1, 37:], dense(x, attention_mask=mask).logits[1, 37:])
     with pytest.raises(RuntimeError), model.dense_attention():
         raise RuntimeError
-    assert not any(layer.nsa_dense for layer in model.attention_layers())
+    assert not any(contexts.dense for contexts in model.open_contexts())
 
 
 def test_dense_layers_stay_dense(tiny_nsa_model):
@@ -174,7 +174,7 @@ def test_recorded_selection(tiny_nsa_model):
     with torch.no_grad(), model.record_selection() as selection:
         model(x)
     assert set(selection) == {0, 1} and selection[0].shape == (2, 150, 2, 4) and selection[0].dtype == torch.int32
-    assert all(layer.nsa_record is None for layer in model.attention_layers())
+    assert not any(contexts.records for contexts in model.open_contexts())
 
 
 @pytest.mark.parametrize("chosen", ["sdpa", "flash_attention_2", "flex_attention"])
