@@ -24,6 +24,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_M
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .errors import NotPlain
+from .registration import PREFIX
 
 # What a family's attention may hand to the attention function. The values of the second line are looked at in every
 # layer (see features.py), the others change nothing for causal attention.
@@ -87,8 +88,9 @@ class DenseFamily:
 
 
 def causal_model_types() -> list[str]:
-    """The model types of Transformers' table of causal language models."""
-    return [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in CONFIG_MAPPING_NAMES]
+    """The model types of Transformers' table of causal language models, without the sparse ones that are put there."""
+    names = (name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in CONFIG_MAPPING_NAMES)
+    return [name for name in names if not name.startswith(PREFIX)]
 
 
 @cache

@@ -9,6 +9,7 @@ The classes are attributes of this module by name (`NsaQwen3ForCausalLM`); `Auto
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, wraps
@@ -36,6 +37,8 @@ from .releases import positional_names
 
 # What a config says of its own classes and files.
 NOT_CARRIED = ("model_type", "architectures", "transformers_version", "auto_map")
+# Held while a family is made: threads that ask for it at once get the same classes.
+MAKING = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -84,13 +87,18 @@ def built_with(init: Callable[..., None], parts: dict[type, type]) -> Callable[.
     return __init__
 
 
-@cache
 def define_family(model_type: str) -> Family:
     """The sparse classes of one dense family, under their names in this module, registered with the Auto classes.
 
     Raises:
         NotPlain: the family has a feature that sparse attention does not have.
     """
+    with MAKING:
+        return make_family(model_type)
+
+
+@cache
+def make_family(model_type: str) -> Family:
     dense = find_family(model_type)
 
     def define(of: type, bases: tuple[type, ...], text: str, **members: Any) -> Any:
@@ -101,7 +109,7 @@ def define_family(model_type: str) -> Family:
     config: type[PreTrainedConfig] = strict(
         define(
             dense.config, (NsaConfigMixin, dense.config), f"`{name}` with the `nsa_*` fields.",
-            model_type=PREFIX + model_type,
+            model_type=PREFIX + model_type, base_model_tp_plan=None, base_model_pp_plan=None,
         )
     )  # fmt: skip
     made: dict[type, Any] = {dense.config: config}
@@ -123,15 +131,17 @@ def define_family(model_type: str) -> Family:
     made[dense.model] = define(
         dense.model, (NsaModelMixin, dense.model), f"`{dense.model.__name__}` with sparse attention.",
         build=built_with(dense.model.__init__, {layer: made[layer] for layer in dense.layers}),
-        is_recurrent=dense.is_recurrent, forward_names=positional_names(dense.model.forward), **shared,
+        is_recurrent=dense.is_recurrent, forward_names=positional_names(dense.model.forward), dense_class=dense.model,
+        **shared,
     )  # fmt: skip
     made[dense.causal_lm] = define(
         dense.causal_lm, (NsaPreTrainedMixin, dense.causal_lm, GenerationMixin),
         f"`{dense.causal_lm.__name__}` with sparse attention.",
-        __init__=built_with(dense.causal_lm.__init__, {dense.model: made[dense.model]}), **shared,
+        __init__=built_with(dense.causal_lm.__init__, {dense.model: made[dense.model]}), dense_class=dense.causal_lm,
+        **shared,
     )  # fmt: skip
     globals().update({sparse.__name__: sparse for sparse in made.values()})
-    put_into_transformers(made[dense.causal_lm])
+    put_into_transformers(made[dense.causal_lm], config.model_type)
     AutoModel.register(config, made[dense.model])
     AutoModelForCausalLM.register(config, made[dense.causal_lm])
     # how experts and their like are stored
@@ -143,11 +153,14 @@ def define_family(model_type: str) -> Family:
     return Family(dense, config, made[dense.model], made[dense.causal_lm])
 
 
-def put_into_transformers(model_class: type) -> None:
+def put_into_transformers(model_class: type, model_type: str) -> None:
     """Pipelines and `transformers serve` look a model's class up by name in the package `transformers`, and only there.
 
-    Whoever imported it early has another object of it: it imports itself anew while it is imported.
+    Whoever imported it early has another object of it: it imports itself anew while it is imported. Its table of causal
+    models says to Trainer whether label smoothing shifts the labels, and to `transformers serve` what the model does.
     """
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] = model_class.__name__
+    AutoModelForCausalLM._model_mapping._modules[model_type_to_module_name(model_type)] = sys.modules[__name__]
     holders = [sys.modules, *(getattr(module, "__dict__", {}) for module in list(sys.modules.values()))]
     packages = {id(held): held for held in (holder.get("transformers") for holder in holders)}
     for package in packages.values():
@@ -156,10 +169,14 @@ def put_into_transformers(model_class: type) -> None:
 
 
 def sparse_name(part: type, dense: DenseFamily) -> str:
-    """`Nsa` and the dense class's name; a family that lends its classes from another one has them under its own."""
+    """`Nsa` and the dense class's name; a family that lends its classes from another one has them under its own.
+
+    So have those parts that are not called after any family (`EncoderLayer`): a name says where it is found.
+    """
     own, lender = (config.__name__.removesuffix("Config") for config in (dense.config, dense.causal_lm.config_class))
     name = part.__name__
-    return "Nsa" + (own + name.removeprefix(lender) if own != lender and name.startswith(lender) else name)
+    name = "Nsa" + (own + name.removeprefix(lender) if own != lender and name.startswith(lender) else name)
+    return name if dense.model_type in _families_of(name) else f"Nsa{own}{part.__name__}"
 
 
 def family_of(config: PreTrainedConfig) -> Family:
@@ -169,13 +186,17 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 def __getattr__(name: str) -> Any:
     """The sparse classes by name: the family that the name belongs to is made now."""
+    reasons = []
     for model_type in _families_of(name):
         try:
             define_family(model_type)
         except NotPlain as reason:
-            raise AttributeError(f"there is no {name}: {reason}") from None
+            # several models in one, for one, may be called as the one of text among them
+            reasons.append(reason)
         if name in globals():
             return globals()[name]
+    if reasons:
+        raise AttributeError(f"there is no {name}: {reasons[0]}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

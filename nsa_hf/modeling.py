@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
+from transformers.distributed import DistributedConfig
 
 from nsa_hf.kernels import LearnedCompressor, ZeroLinear
 
@@ -24,13 +25,58 @@ from .segments import Segments, find_segments, static_segments
 
 
 class NsaPreTrainedMixin(SavedByImport, NsaGenerationMixin):
-    """In front of a family's classes that hold sparse layers: initialisation, the choice of attention, dense mode."""
+    """In front of a family's classes that hold sparse layers: initialisation, the choice of attention, dense mode.
+
+    Attributes:
+        dense_class: the family's class.
+    """
+
+    dense_class: type[PreTrainedModel]
 
     # With these True, Transformers or a serving engine would put its own dense attention in the place of ours.
     _supports_sdpa = False
     _supports_flash_attn = False
     _supports_flex_attn = False
     _supports_attention_backend = False
+    # Its context parallelism knows full attention only, and gives it no mask.
+    _supports_context_parallel = False
+    # The family's plans would divide the attention's heads, and not the gates' (see `prepare_distribute_model`).
+    _tp_plan = None
+    _pp_plan = None
+
+    # Transformers tells by the source of a class's module, which is not ours, or by whose module it is.
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return cls.dense_class._can_set_experts_implementation()
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: Transformers leaves out some of a family's own initialisation in custom code."""
+        return False
+
+    @classmethod
+    def prepare_distribute_model(cls, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers', which asks for it at loading.
+
+        Raises:
+            NsaError: the model is to be divided within its layers or between them.
+        """
+        given = distributed_config
+        asked = DistributedConfig.from_dict(given) if isinstance(given, dict) else given
+        for size in ("tp_size", "pp_size"):
+            if (getattr(asked, size, None) or 1) > 1:
+                raise NsaError(
+                    f"sparse models cannot be loaded with tensor or pipeline parallelism yet, got {size}="
+                    f"{getattr(asked, size)} (tp_plan, tp_size or distributed_config): use FSDP, as "
+                    "distributed_config={'fsdp_size': N} or Accelerate's, or device_map='auto', which puts whole "
+                    "layers onto each GPU"
+                )
+        return super().prepare_distribute_model(distributed_config, *args, **kwargs)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         implementation = requested_attention or "nsa"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 
@@ -12,9 +13,10 @@ from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 
 import nsa_hf
-from nsa_hf.discovery import attention_arguments, find_family, names_of, parts_of
+from nsa_hf import families
+from nsa_hf.discovery import attention_arguments, causal_model_types, find_family, names_of, parts_of
 from nsa_hf.errors import NotPlain
-from nsa_hf.families import built_with, define_family
+from nsa_hf.families import built_with, define_family, sparse_name
 
 
 def test_the_classes_of_a_family():
@@ -89,6 +91,56 @@ assert type(AutoConfig.for_model("qwen3")) is transformers.Qwen3Config
 assert AutoConfig.for_model("nsa_granitemoehybrid").model_type == "nsa_granitemoehybrid"
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+
+def made_names() -> dict[str, str]:
+    """The names of all sparse classes, each to the family that makes it."""
+    names: dict[str, str] = {}
+    for model_type in causal_model_types():
+        try:
+            dense = define_family(model_type).dense
+        except NotPlain:
+            continue
+        for part in {dense.config, dense.model, dense.causal_lm, *dense.layers, *dense.layers.values()}:
+            name = sparse_name(part, dense)
+            assert names.setdefault(name, model_type) == model_type, f"two classes are called {name}"
+    return names
+
+
+FIRST_THING = """
+import inspect, pickle, sys, threading
+import nsa_hf
+
+def found_by_four(name):
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(getattr(nsa_hf, name))) for _ in range(4)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    assert len(found) == 4 and len(set(found)) == 1, (name, found)
+    return found[0]
+
+part, *names = sys.argv[1:]
+assert pickle.load(open(part, "rb")).__name__ == "NsaCTRLEncoderLayer"
+assert [found_by_four(name).__name__ for name in names] == names
+assert not hasattr(nsa_hf, "Nsa") and not hasattr(nsa_hf, "NsaGemma3Nothing") and not hasattr(nsa_hf, "__path_")
+assert all(hasattr(nsa_hf, name) for name in dir(nsa_hf)) and inspect.getmembers(nsa_hf)
+from nsa_hf import *
+"""
+
+
+def test_every_class_is_found_by_its_name_whatever_was_made_before(tmp_path):
+    names = made_names()
+    for name, model_type in names.items():
+        assert model_type in families._families_of(name), f"{name} is not found"
+    # those that another family could have too: several models in one, of which one is of text
+    shared = [name for name, made in names.items() if families._families_of(name)[0] != made]
+    first = [name for name in shared if name.endswith("ForCausalLM")]
+    assert {"NsaGemma3ForCausalLM", "NsaQwen3_5ForCausalLM"} <= set(first)
+    part = tmp_path / "part"
+    part.write_bytes(pickle.dumps(families.NsaCTRLEncoderLayer))
+    command = [sys.executable, "-c", FIRST_THING, str(part), *first]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
 
 

@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import pickle
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,14 @@ import transformers
 from conftest import randomize_nsa
 from tiny_families import VOCABULARY, tiny_config, tiny_dense
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
 
 import nsa_hf
 from nsa_hf.conversion import convert, export_dense, plan
@@ -118,6 +128,7 @@ def check_exact(model_type: str, folder: Path) -> None:
         with model.dense_attention():
             assert (model(x).logits - expected).abs().max() < ROUNDING
         assert (sparse_of(dense, nsa_topk=8)(x).logits - expected).abs().max() < ROUNDING
+    check_answers(dense.config)
     check_padding_and_greedy_text(dense, model)
     check_gradients(model)
     random = sparse_of(dense, random=True)
@@ -131,6 +142,50 @@ def check_exact(model_type: str, folder: Path) -> None:
         assert (in_pieces(random, [33, 1, 1, 20, 5]) - whole).abs().max() < ROUNDING
     check_saved_and_loaded(random, folder / "saved")
     check_converted_and_exported(dense, folder)
+
+
+# What Transformers knows of a model by its class or its class's name.
+ANSWERS = (
+    "loss_type", "all_tied_weights_keys", "supports_gradient_checkpointing", "_can_compile_fullgraph", "_is_stateful",
+    "_keep_in_fp32_modules", "_keep_in_fp32_modules_strict", "_keys_to_ignore_on_load_missing",
+    "_keys_to_ignore_on_load_unexpected", "_keys_to_ignore_on_save", "_skip_keys_device_placement", "_ep_plan",
+    "_fsdp_plan", "main_input_name", "base_model_prefix", "input_modalities",
+)  # fmt: skip
+ASKED = (
+    "_can_set_experts_implementation", "_can_set_attn_implementation", "_supports_default_dynamic_cache",
+    "can_generate", "is_custom_code", "is_remote_code",
+)  # fmt: skip
+
+
+def check_answers(config: PreTrainedConfig) -> None:
+    """Nothing that Transformers tells by a class, its source or its name is lost in the sparse one."""
+    config.initializer_range, config._experts_implementation = 0.3, None
+    sparse_config = nsa_config_from_dense(config, **SIZES)
+    classes = [family_of(sparse_config).causal_lm_class, type(AutoModelForCausalLM.from_config(config))]
+    for held in classes[1].__mro__:
+        # as in a process that has not asked a dense class
+        for name in [name for name in vars(held) if name.endswith("_cached_value")]:
+            delattr(held, name)
+    asked = [{name: getattr(one, name)() for name in ASKED} for one in classes]
+    assert asked[0] == asked[1]
+    torch.manual_seed(0)
+    sparse, dense = (one(its) for one, its in zip(classes, (sparse_config, copy.deepcopy(config)), strict=True))
+    answers = [{name: getattr(model, name, None) for name in ANSWERS} for model in (sparse, dense)]
+    assert answers[0] == answers[1]
+    assert sparse.config._experts_implementation == dense.config._experts_implementation
+    # every part is the family's, or one made of it: isinstance and what stands on a class say the same of both
+    parts = [(name, type(part)) for name, part in sparse.named_modules() if ".nsa" not in name]
+    for (name, part), (dense_name, dense_part) in zip(
+        parts, ((n, type(p)) for n, p in dense.named_modules()), strict=True
+    ):
+        assert name == dense_name and issubclass(part, dense_part)
+        for names, says in ((sparse._no_split_modules, part), (dense._no_split_modules, dense_part)):
+            assert (says.__name__ in names) == (dense_part.__name__ in dense._no_split_modules)
+    drawn = dict(sparse.named_parameters())
+    for name, expected in dense.named_parameters():
+        if expected.numel() > 64:
+            spread = [float(values.detach().std()) for values in (drawn[name], expected)]
+            assert abs(spread[0] - spread[1]) <= 0.3 * spread[1], f"{name} is drawn otherwise"
 
 
 def check_padding_and_greedy_text(dense: PreTrainedModel, model: PreTrainedModel) -> None:
@@ -207,6 +262,42 @@ def check_plan(said: dict, model: PreTrainedModel) -> None:
     held = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
     kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in held)
     assert said["kv_cache"][0]["dense_bytes"] == kept
+
+
+EXPERTS = """
+import sys, torch
+import nsa_hf
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+assert model.config._experts_implementation == "grouped_mm", model.config._experts_implementation
+x = torch.arange(3, 83)[None]
+with torch.no_grad():
+    grouped = model(x, use_cache=False).logits
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, use_cache=False).logits, grouped)
+    for name in ("eager", "batched_mm"):
+        model.set_experts_implementation(name)
+        assert model.config._experts_implementation == name
+        torch.testing.assert_close(model(x, use_cache=False).logits, grouped)
+"""
+
+
+def test_experts_are_the_dense_classs_in_a_process_that_never_built_it(tmp_path):
+    sparse_of(tiny_dense("qwen3_moe", num_hidden_layers=1), random=True).save_pretrained(tmp_path)
+    command = [sys.executable, "-c", EXPERTS, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+
+def test_trainer_smooths_labels_as_for_a_dense_model(tmp_path):
+    dense = tiny_dense("llama")
+    smoothing = TrainingArguments(tmp_path, label_smoothing_factor=0.3, report_to=[], use_cpu=True)
+    losses = []
+    for model in (dense, sparse_of(dense, nsa_topk=8)):
+        trainer = Trainer(model, smoothing, processing_class=None)
+        losses.append(trainer.compute_loss(model, {"input_ids": tokens(), "labels": tokens()}))
+    torch.testing.assert_close(losses[1], losses[0])
 
 
 def test_at_least_fifty_are_exact_among_them_the_common_ones(found):

@@ -10,6 +10,7 @@ import torch
 from conftest import TINY_SIZES, tiny_dense_model
 from generation_steps import BORDERS
 from transformers import AutoModel, AutoModelForCausalLM, DataCollatorWithFlattening
+from transformers.distributed import DistributedConfig
 
 import nsa_hf
 from nsa_hf import NsaError, NsaLlamaForCausalLM, NsaLlamaModel
@@ -251,6 +252,28 @@ def test_blend_is_set_on_the_model_and_kept_in_its_config(tiny_nsa_model):
 def test_no_split_modules_exist(tiny_nsa_model):
     model = tiny_nsa_model()
     assert set(model._no_split_modules) <= {type(module).__name__ for module in model.modules()}
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({"tp_plan": "auto"}, "tp_size=2"),
+        ({"tp_size": 2}, "tp_size=2"),
+        ({"distributed_config": {"tp_size": 2, "tp_plan": {"layers.*.mlp.up_proj": "colwise"}}}, "tp_size=2"),
+        ({"distributed_config": DistributedConfig(pp_size=2)}, "pp_size=2"),
+    ],
+)
+def test_a_model_divided_within_or_between_layers_is_refused(options, size, tiny_nsa_model, tmp_path, monkeypatch):
+    model = tiny_nsa_model()
+    assert not model.tp_plan and not model.config.base_model_tp_plan and not model.supports_tp_plan, "others' plans"
+    model.save_pretrained(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(NsaError, match=f"tensor or pipeline parallelism yet, got {size} .*: use FSDP"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path, distributed_config={"fsdp_size": 1})
+    with torch.no_grad():
+        assert torch.equal(alone(tokens()).logits, model(tokens()).logits)
 
 
 def test_autocast(tiny_nsa_model):
