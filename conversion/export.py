@@ -21,9 +21,8 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import AutoConfig
 
-from nsa_hf.discovery import PREFIX
 from nsa_hf.errors import NsaError
-from nsa_hf.families import dense_config_of
+from nsa_hf.families import PREFIX, dense_config_of
 
 from . import manifest as manifests
 from .checkpoint import CheckpointError, SafetensorsCheckpoint
