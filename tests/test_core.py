@@ -15,6 +15,7 @@ from generation_steps import GREEDY, in_steps, left_padded, relative, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
 
 import nsa_hf
+from nsa_hf.kernels import n_blocks
 from nsa_hf.releases import CACHE
 
 
@@ -107,9 +108,9 @@ def test_every_block_is_compressed_once_while_generating(model, monkeypatch):
     monkeypatch.setattr(dynamic_cache, "compress", lambda x, *rest: compressed.append(x.shape[1]) or real(x, *rest))
     model.generate(tokens(1, 90), attention_mask=torch.ones(1, 90), max_new_tokens=20, **GREEDY)
     size, stride = model.config.nsa_kernel_size, model.config.nsa_kernel_stride
-    blocks = sum((length - size) // stride + 1 for length in compressed)
+    blocks = sum(n_blocks(length, size, stride) for length in compressed)
     # the last token is never given to the model
-    assert blocks == 2 * model.config.num_hidden_layers * ((109 - size) // stride + 1)
+    assert blocks == 2 * model.config.num_hidden_layers * n_blocks(109, size, stride)
 
 
 def test_a_training_step_moves_every_parameter_and_lowers_the_loss(model):
