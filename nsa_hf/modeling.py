@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -253,13 +252,15 @@ class NsaModelMixin(NsaPreTrainedMixin):
             segments = static_segments(batch, tokens, *static, device, **said)
         else:
             past = cache.get_seq_length() if cache is not None else 0
-            segments = replace(find_segments(batch, tokens, past, **said), past=past)
+            segments = find_segments(batch, tokens, past, **said)
         if self.is_recurrent and (segments.cu_seqlens is not None or static is not None):
             what = "packed documents" if static is None else "a static cache"
             raise NsaError(
                 f"{self.config.model_type} has layers that carry a state from token to token: {what} cannot be used; "
                 "pad the rows on the left, and let generate() make its cache"
             )
+        if said["position_ids"] is None:
+            given["position_ids"] = segments.position_ids(tokens)
         if not self.is_recurrent:
             # Families hand a mask of four dimensions through as it is, and build none: theirs would hold T*S numbers.
             # Layers with a state need the one of two; no other is made of it, see attention.py.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,27 @@ class Segments:
     borders: tuple[int, ...] = ()
     past: int = 0
 
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Segments:
+        """The same on another device: Accelerate's hooks, which `device_map` sets, move what has this method."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: value.to(device, non_blocking=non_blocking) for name, value in tensors.items()})
+
+    def position_ids(self, tokens: int) -> Tensor | None:
+        """Of the new tokens, counted from their row's or document's first: int64 `[B, T]`, padding 0.
+
+        None where all rows begin at their first position, which every family supposes by itself. Dense attention sees
+        distances only, where positions are RoPE's; a trained compressor sees the positions.
+        """
+        if self.cu_seqlens is not None:
+            borders = self.cu_seqlens.long()
+            first = borders[:-1].repeat_interleave(borders.diff(), output_size=tokens)
+            return (torch.arange(tokens, device=borders.device) - first)[None]
+        if self.starts is None:
+            return None
+        place = torch.arange(tokens, device=self.starts.device)
+        before = self.past if self.lengths is None else self.lengths[:, None].long() - tokens
+        return (place + before - self.starts[:, None]).clamp(min=0)
+
 
 def find_segments(
     batch: int,
@@ -45,23 +66,26 @@ def find_segments(
     Args:
         batch, tokens, past: rows, new tokens of each, and tokens already in the cache.
         attention_mask: `[B, past + T]`, nonzero where a token is real: left padding, right padding or both.
-        position_ids: `[B or 1, T]`; where they do not rise by one a new document begins (batch 1 only).
-        cu_seq_lens_q, cu_seq_lens_k: int `[documents + 1]`, equal.
+        position_ids: `[B or 1, T]`; where they do not rise by one a new document begins (batch 1 only). Of RoPE in
+            several dimensions `[4, B, T]`, the text's first; `[3, B, T]` say nothing of documents.
+        cu_seq_lens_q, cu_seq_lens_k: int `[documents + 1]`, equal; one of them is enough.
 
     Raises:
         NsaError: a mask with holes, of four dimensions or of a wrong size; packing with several rows or a cache.
     """
-    if cu_seq_lens_q is not None:
-        if cu_seq_lens_k is not None and cu_seq_lens_k is not cu_seq_lens_q:
-            if not torch.equal(cu_seq_lens_k, cu_seq_lens_q):
+    cu_seqlens = cu_seq_lens_k if cu_seq_lens_q is None else cu_seq_lens_q
+    if cu_seqlens is not None:
+        if cu_seq_lens_k is not None and cu_seq_lens_k is not cu_seqlens:
+            if not torch.equal(cu_seq_lens_k, cu_seqlens):
                 raise NsaError("cu_seq_lens_q and cu_seq_lens_k must be equal: queries and keys are the same documents")
-        return packed(cu_seq_lens_q.tolist(), cu_seq_lens_q, batch, tokens, past)
+        return packed(cu_seqlens.tolist(), cu_seqlens, batch, tokens, past)
     if attention_mask is not None:
-        return Segments(starts=padding_starts(attention_mask, batch, past + tokens))
+        return Segments(starts=padding_starts(attention_mask, batch, past + tokens), past=past)
+    position_ids = of_text(position_ids)
     if position_ids is not None and tokens > 1:
         restarts = position_ids.diff(dim=-1) != 1
         if not bool(restarts.any()):
-            return Segments()
+            return Segments(past=past)
         if batch != 1:
             raise NsaError(
                 f"position ids that restart mean packed documents, which need batch size 1, got {batch}: flatten the "
@@ -69,7 +93,14 @@ def find_segments(
             )
         borders = [0, *(restarts[0].nonzero().flatten() + 1).tolist(), tokens]
         return packed(borders, position_ids.new_tensor(borders), batch, tokens, past)
-    return Segments()
+    return Segments(past=past)
+
+
+def of_text(position_ids: Tensor | None) -> Tensor | None:
+    """Those of positions that are counted token by token: `[B or 1, T]`, or the first of `[4, B, T]`; else None."""
+    if position_ids is None or position_ids.dim() < 3:
+        return position_ids
+    return position_ids[0] if position_ids.shape[0] == 4 else None
 
 
 def packed(borders: list[int], cu_seqlens: Tensor, batch: int, tokens: int, past: int) -> Segments:
@@ -108,8 +139,9 @@ def static_segments(
             tokens on a GPU. It comes with the next thing that waits for the GPU, where CUDA then does no more work.
     """
     look = not torch.compiler.is_compiling() and (tokens > 1 or device.type == "cpu")
-    restarts = look and tokens > 1 and attention_mask is None and position_ids is not None
-    if cu_seq_lens_q is not None or (restarts and bool((position_ids.diff(dim=-1) != 1).any())):  # type: ignore[union-attr]
+    positions = of_text(position_ids) if look and tokens > 1 and attention_mask is None else None
+    restarts = positions is not None and bool((positions.diff(dim=-1) != 1).any())
+    if cu_seq_lens_q is not None or cu_seq_lens_k is not None or restarts:
         raise NsaError("a static cache cannot hold packed documents: give no cache, or pad the rows on the left")
     if isinstance(past, Tensor):
         lengths = (past + tokens).to(torch.int32).expand(batch).contiguous()
