@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from nsa_hf.kernels import ZeroLinear, build_compressor, compress, nsa_attention, reference_attention
 
 from .branches import BRANCHES, KeysAndValues, branch_modules, stand_in
-from .cache import CACHE_LOST, nsa_cache_layer
+from .cache import CACHE_LOST, check_in_step, nsa_cache_layer, nsa_window_layer
 from .config import NsaConfigMixin
 from .dynamic_cache import NsaDynamicLayer
 from .errors import NsaError
@@ -108,6 +108,10 @@ class NsaAttentionMixin:
         hidden_states, cache = given[self.forward_names[0]], cache_among(given.values())
         layer, branches = None, None
         independent = self.model_config.nsa_branch_kv == "independent"
+        if cache is not None:
+            nsa_window_layer(cache, self.layer_idx)
+            if given["nsa_segments"].lengths is None:
+                check_in_step(cache, self.layer_idx, given["nsa_segments"].past)
         if cache is not None and self.nsa is not None:
             sizes, device = self.model_config.nsa_sizes, hidden_states.device
             layer = nsa_cache_layer(cache, self.layer_idx, sizes, device, independent)

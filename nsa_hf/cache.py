@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer, StaticSlidingWindowLayer
 
 from nsa_hf.kernels import Sizes
 
@@ -13,7 +13,7 @@ from .config import NsaConfigMixin
 from .dynamic_cache import NsaDynamicLayer
 from .errors import NsaError
 from .releases import INSTALLED
-from .static_cache import OFFLOADED_STATIC, NsaStaticLayer
+from .static_cache import OFFLOADED_STATIC, NsaStaticLayer, NsaStaticWindowLayer
 from .tested import NEWEST
 
 OFFLOADED_ON_CPU = "an offloaded cache waits in CPU memory for the GPU, and this model is on the CPU: do without"
@@ -75,6 +75,26 @@ def nsa_cache_layer(
             f"{wanted}: start with a new cache"
         )
     return layer
+
+
+def check_in_step(cache: Cache, layer_idx: int, past: int) -> None:
+    """Before a layer puts tokens into a growing cache: whether it holds as many as the first, which are counted.
+
+    Raises:
+        NsaError: it does not, because a crop or a forward stopped halfway.
+    """
+    held = cache.get_seq_length(layer_idx)
+    if held != past:
+        raise NsaError(
+            f"layer {layer_idx} of this cache holds {held} tokens and the first {past}: a crop or a forward has stopped "
+            "halfway, or more was cropped than there is. Call cache.reset() and start anew"
+        )
+
+
+def nsa_window_layer(cache: Cache, layer_idx: int) -> None:
+    """Makes a sliding layer of a static cache one that knows what it has overwritten."""
+    if layer_idx < len(cache.layers) and type(cache.layers[layer_idx]) is StaticSlidingWindowLayer:
+        cache.layers[layer_idx] = NsaStaticWindowLayer.adopt(cache.layers[layer_idx])
 
 
 def check_reached(cache: Cache, config: NsaConfigMixin) -> None:

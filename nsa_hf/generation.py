@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .cache import OFFLOADED_ON_CPU, nsa_cache_layer, static_length
+from .cache import OFFLOADED_ON_CPU, nsa_cache_layer, nsa_window_layer, static_length
 from .errors import NsaError
 from .releases import CACHE, cache_among
 from .segments import refuse_right_padding, row_starts, static_mask
@@ -44,9 +44,11 @@ class NsaGenerationMixin:
         cache = model_kwargs.get(CACHE)
         if cache is not None:
             # before anything is compiled: a chunked prefill is
-            for layer in filter(self.config.is_nsa_layer, range(self.config.num_hidden_layers)):
-                independent = self.config.nsa_branch_kv == "independent"
-                nsa_cache_layer(cache, layer, self.config.nsa_sizes, self.device, independent)
+            independent = self.config.nsa_branch_kv == "independent"
+            for layer in range(self.config.num_hidden_layers):
+                nsa_window_layer(cache, layer)
+                if self.config.is_nsa_layer(layer):
+                    nsa_cache_layer(cache, layer, self.config.nsa_sizes, self.device, independent)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from .errors import NsaError
 from .segments import Segments
 
 # Smaller windows are done in chunks of this many queries: fewer, larger calls.
@@ -26,6 +27,9 @@ def sliding_attention(
         static: of a static cache, the tokens held before these and the position of the first key; what stands behind
             the last token is empty.
 
+    Raises:
+        NsaError: the cache has lost keys that the window needs: it was cropped deeper than it recorded.
+
     Returns:
         `[B, T, Hq, Dv]`. Memory beyond it: a mask of one chunk, at most (chunk + window) * chunk.
     """
@@ -40,6 +44,12 @@ def sliding_attention(
             mask = visible(position, seen, window, segments)
             return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling)[0]
         past, behind = static
+    if behind > max(0, past - window + 1):
+        raise NsaError(
+            f"this cache was cropped to {past} tokens, and of the window of {window} before them it has kept "
+            f"{past - behind} only: call cache.activate_past_recording() before the tokens that may be removed, and "
+            "cache.reset() to start anew"
+        )
     chunk = max(window, LEAST_CHUNK)
     out = []
     for start in range(0, tokens, chunk):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 from transformers.utils import is_torchdynamo_compiling
 
 from nsa_hf.kernels import MeanCompressor, compress_blocks, n_blocks
@@ -143,6 +143,48 @@ class NsaStaticLayer(StaticLayer):
 
     def offload(self) -> None:
         raise NsaError(OFFLOADED_STATIC)
+
+
+class NsaStaticWindowLayer(StaticSlidingWindowLayer):
+    """A `StaticSlidingWindowLayer` that is not cropped to tokens which newer ones have overwritten."""
+
+    # why it cannot be gone on with, if so
+    lost: str | None = None
+
+    @classmethod
+    def adopt(cls, layer: StaticSlidingWindowLayer) -> NsaStaticWindowLayer:
+        """Takes over a plain layer's buffers and what they hold."""
+        adopted = cls.__new__(cls)
+        adopted.__dict__.update(layer.__dict__)
+        return adopted
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        if self.lost is not None:
+            raise NsaError(self.lost)
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last `-tokens_to_remove` tokens.
+
+        Raises:
+            NsaError: more tokens have come than the window holds, so that those before it are overwritten.
+        """
+        held = self.cumulative_length_int
+        if tokens_to_remove and held > self.max_cache_len:
+            # other layers may have been cropped before this one
+            self.lost = (
+                f"cannot remove {-tokens_to_remove} tokens of {held}: a static cache keeps no tokens before a sliding "
+                f"window of {self.max_cache_len}. Call cache.reset() and start anew, or use DynamicCache(config=...) "
+                "with activate_past_recording()"
+            )
+            raise NsaError(self.lost)
+        super().crop(max(tokens_to_remove, -held))
+
+    def reset(self) -> None:
+        super().reset()
+        self.lost = None
 
 
 OFFLOADED_STATIC = (

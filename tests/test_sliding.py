@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, DataCollatorWithFlattening, DynamicCache, StaticCache
 
-from nsa_hf import sliding
+from nsa_hf import NsaError, sliding
 from nsa_hf.releases import CACHE
 from nsa_hf.segments import Segments
 from nsa_hf.sliding import sliding_attention
@@ -142,3 +142,103 @@ def test_generate_compiles_few_graphs():
     out = model.generate(x, cache_implementation="static", compile_config=compiled, **options)
     assert torch.equal(out, model.generate(x, **options))
     assert counters["stats"]["unique_graphs"] <= 3
+
+
+LAYERS = ["full_attention", "sliding_attention"]
+
+
+def check_goes_on(model, dense, cache, x, length: int) -> None:
+    with torch.no_grad():
+        out = model(x[:, length : length + 20], **{CACHE: cache}).logits
+        torch.testing.assert_close(out, dense(x[:, : length + 20]).logits[:, length:], atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize("removed", [1, 5, 6, 9, 45])
+def test_a_crop_deeper_than_was_recorded_is_refused(removed):
+    model, dense = model_and_dense()
+    x, cache = tokens(1, 150), DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(x[:, :60], **{CACHE: cache})
+        cache.activate_past_recording()
+        model(x[:, 60:65], **{CACHE: cache})
+    cache.crop(-removed)
+    if removed <= 5:
+        check_goes_on(model, dense, cache, x, 65 - removed)
+        return
+    with pytest.raises(NsaError, match="window of 24 .*activate_past_recording"):
+        model(x[:, 65 - removed : 70], **{CACHE: cache})
+    cache.reset()
+    check_goes_on(model, dense, cache, x, 0)
+
+
+def test_a_cache_with_a_recorded_or_short_past_is_cropped():
+    model, dense = model_and_dense()
+    x = tokens(1, 150)
+    for first, recorded, removed in ((60, 45, 45), (60, 45, 30), (15, 0, 9)):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(x[:, :first], **{CACHE: cache})
+            if recorded:
+                cache.activate_past_recording()
+                model(x[:, first : first + recorded], **{CACHE: cache})
+        cache.crop(-removed)
+        check_goes_on(model, dense, cache, x, first + recorded - removed)
+
+
+@pytest.mark.parametrize("kinds", [LAYERS, LAYERS[::-1]])
+@pytest.mark.parametrize("removed", [5, 100])
+def test_a_crop_that_stopped_halfway_leaves_no_cache_to_go_on_with(kinds, removed):
+    model = sparse_of(tiny_dense("gemma3_text", layer_types=kinds, num_hidden_layers=2))
+    x, cache = tokens(1, 150), DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(x[:, :60], **{CACHE: cache})
+        if removed == 100:
+            cache.activate_past_recording()
+            cache.crop(-removed)  # more than there is: Transformers' layers differ in what they make of it
+        else:
+            with pytest.raises(RuntimeError, match="does not track past states"):
+                cache.crop(-removed)
+            if kinds[0] == "sliding_attention":
+                return  # refused before anything was cropped
+        with pytest.raises(NsaError, match=r"layer 1 of this cache holds -?\d+ tokens and the first -?\d+"):
+            model(x[:, 60:65], **{CACHE: cache})
+
+
+@pytest.mark.parametrize("kinds", [LAYERS, LAYERS[::-1]])
+@pytest.mark.parametrize("steps, removed", [([20, 30], 40), ([60, 1], 1), ([20, 5], 3)])
+def test_a_static_window_is_not_cropped_to_what_it_has_overwritten(kinds, steps, removed):
+    dense = tiny_dense("gemma3_text", layer_types=kinds, num_hidden_layers=2)
+    model = sparse_of(dense, nsa_topk=20)
+    x, cache = tokens(1, 150), StaticCache(model.config, max_cache_len=160)
+    with torch.no_grad():
+        for start, stop in ((0, steps[0]), (steps[0], sum(steps))):
+            model(x[:, start:stop], **{CACHE: cache})
+        with pytest.raises(NsaError, match=f"cannot remove {removed} tokens of {sum(steps)}: .* window of 24"):
+            cache.crop(-removed)
+        # nor gone on with, because other layers may have been cropped
+        with pytest.raises(NsaError, match="cannot remove"):
+            for place in range(2):
+                model(x[:, place : place + 1], **{CACHE: cache})
+        cache.reset()
+    check_goes_on(model, dense, cache, x, 0)
+
+
+@pytest.mark.parametrize("held, removed", [(24, 3), (15, 5), (15, 100)])
+def test_a_static_window_that_was_never_full_is_cropped(held, removed):
+    model, dense = model_and_dense()
+    x, cache = tokens(1, 150), StaticCache(model.config, max_cache_len=160)
+    with torch.no_grad():
+        model(x[:, :held], **{CACHE: cache})
+    cache.crop(-removed)
+    check_goes_on(model, dense, cache, x, max(0, held - removed))
+
+
+@pytest.mark.parametrize("assistant", ["itself", "lookup"])
+def test_assisted_decoding_gives_the_same_tokens(assistant):
+    model, _ = model_and_dense()
+    x = tokens(1, 20).repeat(1, 3)
+    helper = {"prompt_lookup_num_tokens": 4}
+    if assistant == "itself":
+        helper = {"assistant_model": sparse_of(tiny_dense("gemma3_text", layer_types=LAYERS), random=True)}
+    options = {"max_new_tokens": 24, "attention_mask": torch.ones_like(x), "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(x, **helper, **options), model.generate(x, **options))
