@@ -23,7 +23,7 @@ from .features import head_sizes, layer_window
 from .modes import Mode
 from .releases import by_name, cache_among
 from .segments import Segments
-from .sliding import sliding_attention
+from .sliding import dense_weights, sliding_attention
 from .static_cache import NsaStaticLayer
 
 # The user's choice in `attn_implementation`, and the backend of `nsa_attention` that it means.
@@ -166,7 +166,8 @@ def nsa_attention_forward(
         nsa_static: of a layer with a sliding window and a static cache, see `sliding_attention`.
 
     Returns:
-        `[B, T, Hq, Dv]`, and with `output_attentions` the selected branch's weights `[B, Hq, T, S]`.
+        `[B, T, Hq, Dv]`, and with `output_attentions` the weights `[B, Hq, T, S]`: of a sparse layer those of the
+        selected branch.
     """
     if nsa_leave:
         raise KeysAndValues(key, value)
@@ -186,11 +187,14 @@ def nsa_attention_forward(
             if window is not None:
                 window = nsa_cache_layer.slide(*window, config.nsa_window_size)
     query, key, value = same_dtype(query, key, value)
+    weights = None
+    window_of_layer = (module.window, nsa_segments, nsa_static)
+    if nsa_mode.weights and (module.window is not None or nsa is None or nsa_mode.dense):
+        weights = dense_weights(query, key, scaling, *window_of_layer)
     if module.window is not None:
-        window_of_layer = (module.window, nsa_segments, nsa_static)
-        return sliding_attention(module, query, key, value, scaling, dropout, *window_of_layer), None
+        return sliding_attention(module, query, key, value, scaling, dropout, *window_of_layer), weights
     if nsa is None or nsa_mode.dense:
-        return dense_attention(module, query, key, value, scaling, dropout, nsa_segments), None
+        return dense_attention(module, query, key, value, scaling, dropout, nsa_segments), weights
     if dropout:
         raise NsaError(f"sparse attention has no attention dropout, got {dropout}: set config.attention_dropout = 0")
 
@@ -209,7 +213,6 @@ def nsa_attention_forward(
     places |= {"k_win": k_win, "v_win": v_win}
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
 
-    weights = None
     if nsa_mode.weights:
         out, selection, weights = reference_attention(*inputs, sizes=sizes, scale=scale, return_weights=True, **places)
     else:

@@ -86,7 +86,7 @@ def check_in_step(cache: Cache, layer_idx: int, past: int) -> None:
     held = cache.get_seq_length(layer_idx)
     if held != past:
         raise NsaError(
-            f"layer {layer_idx} of this cache holds {held} tokens and the first {past}: a crop or a forward has stopped "
+            f"layer {layer_idx} of this cache holds {held} tokens and the first {past}: a crop or a forward stopped "
             "halfway, or more was cropped than there is. Call cache.reset() and start anew"
         )
 

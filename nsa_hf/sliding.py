@@ -79,3 +79,31 @@ def visible(position: Tensor, seen: Tensor, window: int, segments: Segments) -> 
         document, own = (torch.searchsorted(segments.cu_seqlens, x, right=True) for x in (seen, position))
         mask = mask & (document == own[:, None])
     return mask
+
+
+def dense_weights(
+    query: Tensor, key: Tensor, scaling: float | None, window: int | None, segments: Segments,
+    static: tuple[int, int] | None = None,
+) -> Tensor:  # fmt: skip
+    """The weights of a layer that is dense (`window` None) or slides: T*S numbers a head, where asked for.
+
+    Args:
+        query, key, window, static: as in `sliding_attention`.
+
+    Returns:
+        `[B, Hq, T, S]` in the query's dtype, every row's sum 1.
+    """
+    tokens, keys = query.shape[2], key.shape[2]
+    past: Tensor | int = segments.past
+    behind = segments.past + tokens - keys
+    if static is not None:
+        past, behind = static
+    elif segments.lengths is not None:
+        past, behind = segments.lengths[0].long() - tokens, 0
+    position = torch.arange(tokens, device=query.device) + past
+    seen = torch.arange(keys, device=query.device) + behind
+    mask = visible(position, seen, behind + keys if window is None else window, segments)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    groups = query.unflatten(1, (key.shape[1], -1))
+    logits = (groups @ key[:, :, None].transpose(-1, -2) * scale).flatten(1, 2)
+    return logits.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(query.dtype)

@@ -130,6 +130,7 @@ def check_exact(model_type: str, folder: Path) -> None:
         assert (sparse_of(dense, nsa_topk=8)(x).logits - expected).abs().max() < ROUNDING
     check_answers(dense.config)
     check_padding_and_greedy_text(dense, model)
+    check_attentions(dense, model)
     check_gradients(model)
     random = sparse_of(dense, random=True)
     if find_family(model_type).is_recurrent:
@@ -199,6 +200,22 @@ def check_padding_and_greedy_text(dense: PreTrainedModel, model: PreTrainedModel
     prompt = {"input_ids": x[:, :12], "attention_mask": mask[:, :12]}
     texts = [one.generate(**prompt, max_new_tokens=8, min_new_tokens=8, do_sample=False) for one in (dense, model)]
     assert texts[0].shape == (2, 20) and torch.equal(*texts)
+
+
+def check_attentions(dense: PreTrainedModel, model: PreTrainedModel) -> None:
+    """One entry for each layer with attention, sliding ones too; dense they are the family's eager function's."""
+    x, chosen = tokens(), dense.config._attn_implementation
+    dense.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = dense(x, output_attentions=True, use_cache=False).attentions
+        with model.dense_attention():
+            got = model(x, output_attentions=True, use_cache=False).attentions
+        sparse = model(x, output_attentions=True, use_cache=False).attentions
+    dense.set_attn_implementation(chosen)
+    assert len(got) == len(sparse) == len(expected) == len(list(model.attention_layers()))
+    for ours, theirs, selected in zip(got, expected, sparse, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=ROUNDING, rtol=0)
+        torch.testing.assert_close(selected.sum(-1), torch.ones(selected.shape[:-1]))
 
 
 def check_gradients(model: PreTrainedModel) -> None:

@@ -159,9 +159,10 @@ def test_attentions_are_the_selected_branchs_weights(tiny_nsa_model):
         out = model(x, output_attentions=True)
         torch.testing.assert_close(out.logits, model(x).logits)
     weights = out.attentions[0]
-    assert len(out.attentions) == 2, "a dense layer has no weights to give"
-    assert weights.shape == (2, 6, 150, 150)
-    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 6, 150))
+    assert [one.shape for one in out.attentions] == [(2, 6, 150, 150)] * 3
+    for one in out.attentions:
+        torch.testing.assert_close(one.sum(-1), torch.ones(2, 6, 150))
+    assert (out.attentions[1][:, :, 149] > 0).all(), "a dense layer sees everything"
     # the weights are zero outside the selected blocks, which are at most topk
     for head in range(6):
         chosen = selection[0][:, :, head // 3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -165,7 +166,7 @@ def test_a_crop_deeper_than_was_recorded_is_refused(removed):
     if removed <= 5:
         check_goes_on(model, dense, cache, x, 65 - removed)
         return
-    with pytest.raises(NsaError, match="window of 24 .*activate_past_recording"):
+    with pytest.raises(NsaError, match=r"window of 24 .*activate_past_recording"):
         model(x[:, 65 - removed : 70], **{CACHE: cache})
     cache.reset()
     check_goes_on(model, dense, cache, x, 0)
@@ -242,3 +243,47 @@ def test_assisted_decoding_gives_the_same_tokens(assistant):
         helper = {"assistant_model": sparse_of(tiny_dense("gemma3_text", layer_types=LAYERS), random=True)}
     options = {"max_new_tokens": 24, "attention_mask": torch.ones_like(x), "do_sample": False, "eos_token_id": None}
     assert torch.equal(model.generate(x, **helper, **options), model.generate(x, **options))
+
+
+CACHES = {
+    None: lambda config: None,
+    "dynamic": lambda config: DynamicCache(config=config),
+    "static": lambda config: StaticCache(config, max_cache_len=64),
+}
+
+
+@pytest.mark.parametrize("dense_mode", [False, True])
+@pytest.mark.parametrize("kind", CACHES)
+def test_attentions_of_every_layer(kind, dense_mode):
+    """Padded, in pieces and with a cache: as the dense model's eager function has them, where a row has tokens."""
+    model, dense = model_and_dense(nsa_dense_layers=[3])
+    dense.set_attn_implementation("eager")
+    x = tokens(2, 60)
+    mask = torch.ones_like(x)
+    mask[1, :17] = 0
+    steps, found = [(0, 60)] if kind is None else [(0, 15), (15, 40), *((i, i + 1) for i in range(40, 60))], []
+    for one in (model, dense):
+        with torch.no_grad(), one.dense_attention() if dense_mode and one is model else nullcontext():
+            cache = CACHES[kind](one.config)
+            given, seen = {CACHE: cache, "use_cache": kind is not None, "output_attentions": True}, []
+            for start, stop in steps:
+                seen.append(one(x[:, start:stop], attention_mask=mask[:, :stop], **given).attentions)
+        found.append(seen)
+    for (start, _), got, expected in zip(steps, *found, strict=True):
+        assert [weights.shape for weights in got] == [weights.shape for weights in expected]
+        for ours, theirs in zip(got, expected, strict=True):
+            torch.testing.assert_close(ours.sum(-1)[0], torch.ones(ours.shape[1:3]))
+            torch.testing.assert_close(ours[0], theirs[0], atol=5e-5, rtol=0)
+            real = max(0, 17 - start)
+            torch.testing.assert_close(ours[1, :, real:], theirs[1, :, real:], atol=5e-5, rtol=0)
+
+
+def test_attentions_of_packed_documents_end_at_their_borders():
+    model, _ = model_and_dense(nsa_dense_layers=[3])
+    borders, document = torch.tensor([0, 20, 60]), (torch.arange(60) >= 20).long()
+    with torch.no_grad():
+        attentions = model(tokens(1, 60), cu_seq_lens_q=borders, output_attentions=True, use_cache=False).attentions
+    assert len(attentions) == 4
+    for weights in attentions:
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:3]))
+        assert not weights[0, :, document[:, None] != document].any()
