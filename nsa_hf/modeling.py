@@ -22,6 +22,9 @@ from .releases import CACHE, by_name, cache_among
 from .remote_code import SavedByImport
 from .segments import Segments, find_segments, static_segments
 
+# What quantisers leave as it is, as their pattern: the gates and compressors, and keys and values per branch.
+NOT_QUANTISED = r".*\.nsa"
+
 
 class NsaPreTrainedMixin(SavedByImport, NsaGenerationMixin):
     """In front of a family's classes that hold sparse layers: initialisation, the choice of attention, dense mode.
@@ -96,6 +99,17 @@ class NsaPreTrainedMixin(SavedByImport, NsaGenerationMixin):
             module.reset_parameters(std=self.config.initializer_range)
         else:
             super()._init_weights(module)
+
+    def post_init(self) -> None:
+        super().post_init()
+        # all of Transformers' quantisers skip what a model names here, whatever else they are told to skip
+        self._keep_in_fp32_modules.add(NOT_QUANTISED)
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """Which parameters have another dtype than the model: none of ours."""
+        plan = super()._get_dtype_plan(dtype)
+        plan.pop(NOT_QUANTISED, None)
+        return plan
 
     @classmethod
     def from_dense(cls, source: Any, *, seed: int = 0, **options: Any) -> Any:
