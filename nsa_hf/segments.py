@@ -144,7 +144,8 @@ def static_segments(
     if cu_seq_lens_q is not None or cu_seq_lens_k is not None or restarts:
         raise NsaError("a static cache cannot hold packed documents: give no cache, or pad the rows on the left")
     if isinstance(past, Tensor):
-        lengths = (past + tokens).to(torch.int32).expand(batch).contiguous()
+        # the first layer that counts them may be on another device
+        lengths = (past + tokens).to(device, torch.int32).expand(batch).contiguous()
     else:
         lengths = torch.full((batch,), past + tokens, dtype=torch.int32, device=device)
     if attention_mask is None:

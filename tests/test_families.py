@@ -212,10 +212,12 @@ def check_attentions(dense: PreTrainedModel, model: PreTrainedModel) -> None:
             got = model(x, output_attentions=True, use_cache=False).attentions
         sparse = model(x, output_attentions=True, use_cache=False).attentions
     dense.set_attn_implementation(chosen)
-    assert len(got) == len(sparse) == len(expected) == len(list(model.attention_layers()))
+    assert len(expected) >= len(list(model.attention_layers()))
     for ours, theirs, selected in zip(got, expected, sparse, strict=True):
         torch.testing.assert_close(ours, theirs, atol=ROUNDING, rtol=0)
-        torch.testing.assert_close(selected.sum(-1), torch.ones(selected.shape[:-1]))
+        assert selected.shape == theirs.shape
+        if selected.shape[-1] == LENGTH:  # minimax's linear attention has entries of its own kind
+            torch.testing.assert_close(selected.sum(-1), torch.ones(selected.shape[:-1]))
 
 
 def check_gradients(model: PreTrainedModel) -> None:
