@@ -188,10 +188,10 @@ def nsa_attention_forward(
                 window = nsa_cache_layer.slide(*window, config.nsa_window_size)
     query, key, value = same_dtype(query, key, value)
     weights = None
-    window_of_layer = (module.window, nsa_segments, nsa_static)
     if nsa_mode.weights and (module.window is not None or nsa is None or nsa_mode.dense):
-        weights = dense_weights(query, key, scaling, *window_of_layer)
+        weights = dense_weights(query, key, scaling, module.window, nsa_segments, nsa_static)
     if module.window is not None:
+        window_of_layer = (module.window, nsa_segments, nsa_static)
         return sliding_attention(module, query, key, value, scaling, dropout, *window_of_layer), weights
     if nsa is None or nsa_mode.dense:
         return dense_attention(module, query, key, value, scaling, dropout, nsa_segments), weights

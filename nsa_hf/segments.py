@@ -31,8 +31,9 @@ class Segments:
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Segments:
         """The same on another device: Accelerate's hooks, which `device_map` sets, move what has this method."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **{name: value.to(device, non_blocking=non_blocking) for name, value in tensors.items()})
+        tensors = ((name, value) for name, value in vars(self).items() if isinstance(value, Tensor))
+        moved: dict[str, Any] = {name: value.to(device, non_blocking=non_blocking) for name, value in tensors}
+        return replace(self, **moved)
 
     def position_ids(self, tokens: int) -> Tensor | None:
         """Of the new tokens, counted from their row's or document's first: int64 `[B, T]`, padding 0.

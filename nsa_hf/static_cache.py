@@ -159,7 +159,7 @@ class NsaStaticWindowLayer(StaticSlidingWindowLayer):
         return adopted
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         if self.lost is not None:
             raise NsaError(self.lost)
@@ -172,7 +172,7 @@ class NsaStaticWindowLayer(StaticSlidingWindowLayer):
             NsaError: more tokens have come than the window holds, so that those before it are overwritten.
         """
         held = self.cumulative_length_int
-        if tokens_to_remove and held > self.max_cache_len:
+        if tokens_to_remove < 0 and held > self.max_cache_len:
             # other layers may have been cropped before this one
             self.lost = (
                 f"cannot remove {-tokens_to_remove} tokens of {held}: a static cache keeps no tokens before a sliding "
