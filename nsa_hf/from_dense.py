@@ -22,6 +22,11 @@ def from_dense(cls: type[PreTrainedModel], source: Any, seed: int, options: dict
     if given and loading:
         raise NsaError(f"unknown option {', '.join(sorted(loading))}: choose among {', '.join(NSA_FIELDS)}")
     dense = source if given else AutoModelForCausalLM.from_pretrained(source, **{"dtype": "auto", **loading})
+    if getattr(dense, "hf_quantizer", None) is not None:
+        raise NsaError(
+            "from_dense takes plain weights, and this model is quantised: convert its plain checkpoint, save that "
+            "and load it with quantization_config, which leaves gates and compressors as they are"
+        )
     config = nsa_config_from_dense(dense.config, **fields)
     config.dtype = dense.dtype
     made = family_of(config).causal_lm_class

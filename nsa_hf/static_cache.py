@@ -124,7 +124,7 @@ class NsaStaticLayer(StaticLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `-tokens_to_remove` tokens; their entries are written anew when their blocks complete."""
         if tokens_to_remove > 0:
-            raise NsaError(f"crop takes the negative number of tokens to remove, got {tokens_to_remove}")
+            raise NsaError(POSITIVE_CROP.format(tokens_to_remove))
         if self.is_initialized:
             self.cumulative_length.add_(tokens_to_remove).clamp_(min=0)
 
@@ -180,13 +180,17 @@ class NsaStaticWindowLayer(StaticSlidingWindowLayer):
                 "with activate_past_recording()"
             )
             raise NsaError(self.lost)
-        super().crop(max(tokens_to_remove, -held))
+        if tokens_to_remove > 0:
+            raise NsaError(POSITIVE_CROP.format(tokens_to_remove))
+        self.cumulative_length_int = max(0, held + tokens_to_remove)
+        self.cumulative_length.fill_(self.cumulative_length_int)
 
     def reset(self) -> None:
         super().reset()
         self.lost = None
 
 
+POSITIVE_CROP = "crop takes the negative number of tokens to remove, got {}"
 OFFLOADED_STATIC = (
     "sparse attention does not support an offloaded static cache: use cache_implementation='offloaded' "
     "(DynamicCache(offloading=True)) to save GPU memory, or 'static' for speed"

@@ -57,3 +57,11 @@ def test_what_does_not_fit_is_refused():
         nsa_hf.NsaLlamaForCausalLM.from_dense(tiny_dense("llama"), top_k=3)
     with pytest.raises(NsaError, match="nsa_topk counts the forced blocks"):
         nsa_hf.NsaLlamaForCausalLM.from_dense(tiny_dense("llama"), topk=1)
+
+
+def test_a_quantised_model_is_refused():
+    """Its state dict holds numbers of other meaning beside its weights."""
+    dense = tiny_dense("llama")
+    dense.hf_quantizer = object()  # where `from_pretrained(quantization_config=...)` leaves it
+    with pytest.raises(NsaError, match=r"takes plain weights, and this model is quantised: .*quantization_config"):
+        nsa_hf.NsaLlamaForCausalLM.from_dense(dense)
