@@ -84,7 +84,7 @@ def check_in_step(cache: Cache, layer_idx: int, past: int) -> None:
         NsaError: it does not, because a crop or a forward stopped halfway.
     """
     held = cache.get_seq_length(layer_idx)
-    if held != past:
+    if held != past or past < 0:
         raise NsaError(
             f"layer {layer_idx} of this cache holds {held} tokens and the first {past}: a crop or a forward stopped "
             "halfway, or more was cropped than there is. Call cache.reset() and start anew"

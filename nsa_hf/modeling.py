@@ -18,7 +18,7 @@ from .cache import UNUSABLE, check_reached, static_length
 from .errors import NsaError
 from .generation import NsaGenerationMixin
 from .modes import Mode, OfThread, OpenContexts, Recorded, added
-from .releases import CACHE, by_name, cache_among
+from .releases import CACHE, by_name, cache_among, tokens_held
 from .remote_code import SavedByImport
 from .segments import Segments, find_segments, static_segments
 
@@ -265,7 +265,7 @@ class NsaModelMixin(NsaPreTrainedMixin):
         if static is not None:
             segments = static_segments(batch, tokens, *static, device, **said)
         else:
-            past = cache.get_seq_length() if cache is not None else 0
+            past = tokens_held(cache) if cache is not None else 0
             segments = find_segments(batch, tokens, past, **said)
         if self.is_recurrent and (segments.cu_seqlens is not None or static is not None):
             what = "packed documents" if static is None else "a static cache"

@@ -8,6 +8,7 @@ from typing import Any
 
 import transformers
 from packaging.version import Version
+from torch import Tensor
 from transformers import Cache
 
 from .errors import NsaError
@@ -46,6 +47,13 @@ def by_name(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, 
 def cache_among(values: Iterable[Any]) -> Cache | None:
     """The cache among the arguments or outputs of a forward, whatever its name there."""
     return next((value for value in values if isinstance(value, Cache)), None)
+
+
+def tokens_held(cache: Cache) -> int:
+    """How many tokens a growing cache holds."""
+    held = cache.get_seq_length()
+    # 5.17: a tensor, after assisted decoding has cropped sliding layers
+    return int(held) if isinstance(held, Tensor) else held
 
 
 def checkpoint_activations(model: Any, every_n_layers: int) -> None:

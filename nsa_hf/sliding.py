@@ -55,7 +55,8 @@ def sliding_attention(
     for start in range(0, tokens, chunk):
         stop = min(start + chunk, tokens)
         position = torch.arange(past + start, past + stop, device=query.device)
-        low = max(past + start - window + 1, behind)
+        # a cache that was reset may hold zeros from before (Transformers 5.17)
+        low = max(past + start - window + 1, behind, 0)
         seen = torch.arange(low, past + stop, device=query.device)
         here = slice(low - behind, past + stop - behind)
         hidden = None if len(position) == 1 and segments.starts is None else visible(position, seen, window, segments)
@@ -71,7 +72,7 @@ def sliding_attention(
 def visible(position: Tensor, seen: Tensor, window: int, segments: Segments) -> Tensor:
     """Which keys each query attends to: positions `[T]` and `[S]` to bool `[B or 1, 1, T, S]`."""
     query = position[:, None]
-    mask = ((seen <= query) & (seen > query - window))[None, None]
+    mask = ((seen >= 0) & (seen <= query) & (seen > query - window))[None, None]
     if segments.starts is not None:
         # padding attends to itself, so that no row of the softmax is empty
         mask = mask & (seen >= segments.starts[:, None, None, None]) | (seen == query)

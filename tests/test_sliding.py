@@ -201,7 +201,7 @@ def test_a_crop_that_stopped_halfway_leaves_no_cache_to_go_on_with(kinds, remove
                 cache.crop(-removed)
             if kinds[0] == "sliding_attention":
                 return  # refused before anything was cropped
-        with pytest.raises(NsaError, match=r"layer 1 of this cache holds -?\d+ tokens and the first -?\d+"):
+        with pytest.raises(NsaError, match=r"layer [01] of this cache holds -?\d+ tokens and the first -?\d+"):
             model(x[:, 60:65], **{CACHE: cache})
 
 
