@@ -148,6 +148,7 @@ class NsaStaticLayer(StaticLayer):
 class NsaStaticWindowLayer(StaticSlidingWindowLayer):
     """A `StaticSlidingWindowLayer` that is not cropped to tokens which newer ones have overwritten."""
 
+    cumulative_length_int: int
     # why it cannot be gone on with, if so
     lost: str | None = None
 
