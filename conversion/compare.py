@@ -72,8 +72,8 @@ def next_tokens(ids: Tensor) -> Tensor:
 class HiddenStates(nn.Module):
     """In place of a model's decoder once that is no longer needed: gives the head the hidden states it is given."""
 
-    def forward(self, inputs_embeds: Tensor, **kwargs: Any) -> MoeModelOutputWithPast:
-        """`inputs_embeds [1, T, hidden]` are the final hidden states."""
+    def forward(self, *absent: None, inputs_embeds: Tensor, **kwargs: Any) -> MoeModelOutputWithPast:
+        """`inputs_embeds [1, T, hidden]` are the final hidden states; ids that are None may come without a name."""
         return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 

@@ -57,7 +57,16 @@ def tokens_held(cache: Cache) -> int:
 
 
 def checkpoint_activations(model: Any, every_n_layers: int) -> None:
-    """Gradient checkpointing of every n-th layer."""
+    """Gradient checkpointing of every n-th layer.
+
+    Raises:
+        NsaError: Transformers has none for this family.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise NsaError(
+            f"gradient checkpointing: Transformers has none for {model.config.model_type.removeprefix('nsa_')} models, "
+            "set gradient_checkpointing=0"
+        )
     # 5.23: the method's name
     old = model.gradient_checkpointing_enable
     getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False}, every_n_layers=every_n_layers)

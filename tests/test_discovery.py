@@ -54,7 +54,7 @@ def test_parts_are_found_in_tables_and_helpers_too():
         ("gemma3", r"several models in one, as multimodal ones are \(text_config"),
         ("mamba", "no attention at all"),
         ("bloom", r"ALiBi, .* \(BloomAttention\)"),
-        ("gptj", r"does not go through Transformers' attention interface \(GPTJAttention\)"),
+        ("xlnet", r"does not go through Transformers' attention interface \(XLNetRelativeAttention\)"),
     ],
 )
 def test_reasons(model_type, message):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import string
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCABULARY = 96
@@ -18,6 +20,7 @@ SMALL = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
+    "rotary_dim": 4,
     "max_position_embeddings": 512,
     "original_max_position_embeddings": 512,
     "sliding_window": None,
@@ -91,6 +94,16 @@ def tiny_dense(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedMode
     """A dense model with random weights in which every parameter matters."""
     config = tiny_config(model_type, **changes)
     return randomized(AutoModelForCausalLM.from_config(config, dtype=torch.float32), seed)
+
+
+def letters_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of `VOCABULARY` letters, made here."""
+    letters = (string.digits + string.ascii_letters + " " + string.punctuation)[: VOCABULARY - 4]
+    vocabulary = {letter: index for index, letter in enumerate(["<pad>", "<s>", "</s>", "<unk>", *letters])}
+    core = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<unk>"))
+    core.decoder = decoders.Fuse()
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=core, **names)
 
 
 def randomized(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
