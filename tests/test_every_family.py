@@ -16,7 +16,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from test_families import SIZES, TABLE, refusal
-from tiny_families import letters_tokenizer, tiny_config, tiny_dense
+from tiny_families import letters_tokenizer, tiny_dense
 from tiny_runs import tiny_run, write_texts
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -26,6 +26,7 @@ from nsa_hf.conversion import convert, export_dense, plan, render_export, render
 from nsa_hf.discovery import causal_model_types, find_family
 from nsa_hf.errors import NotPlain, NsaError
 from nsa_hf.kernels import MeanCompressor, n_blocks
+from nsa_hf.model_cards import pictures
 from nsa_hf.model_cards.card import render_card
 from nsa_hf.recipes.evaluate import evaluate, render_rows
 from nsa_hf.recipes.generate import generate
@@ -74,16 +75,15 @@ def fresh_accelerate():
 
 
 @pytest.mark.parametrize("model_type", families())
-def test_every_command(model_type, texts, tmp_path):
+def test_every_command(model_type, texts, tmp_path, monkeypatch):
     src, out, trained = tmp_path / "dense", tmp_path / "nsa", tmp_path / "trained-0"
+    tiny_dense(model_type).save_pretrained(src)
+    letters_tokenizer().save_pretrained(src)
     if reason := refusal(model_type):  # an older Transformers has it otherwise
-        tiny_config(model_type).save_pretrained(src)
         with pytest.raises(NotPlain, match=re.escape(reason)):
             convert(src, out, **SIZES)
         return
     text = ("0.txt", (texts / "0.txt").read_text())
-    tiny_dense(model_type).save_pretrained(src)
-    letters_tokenizer().save_pretrained(src)
 
     assert render_plan(plan(src, **SIZES))
     convert(src, out, **SIZES)
@@ -95,7 +95,8 @@ def test_every_command(model_type, texts, tmp_path):
     assert render_inspection(inspect_model(out, text, LENGTH))
     check_generation(out, text[1])
     check_training(model_type, out, texts)
-    assert verify(src, trained, length=LENGTH, documents=1, texts=[text])["exact"] is None
+    # pictures are the same for all (test_pictures.py), and slow
+    monkeypatch.setattr(pictures, "draw_pictures", lambda *_: [])
     assert "# dense with Native Sparse Attention" in render_card(trained).read_text()
     for folder in (out, trained):
         report = export_dense(folder, folder / "dense")
