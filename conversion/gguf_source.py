@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, GgufConfig
 from transformers.integrations.gguf import read_gguf_metadata
 
 from .checkpoint import CheckpointError, TensorInfo
+from .gguf_contents import read_contents
 from .loading import load_whole, reading
 from .source import TERMS, Source
 
@@ -34,10 +35,13 @@ class GgufSource(Source):
             raise CheckpointError(f"reading {path.name} needs {' and '.join(missing)}: pip install 'nsa-hf[demo]'")
         self.path = path
         with reading(path):
+            self.contents = read_contents(path)
             self.metadata, _ = read_gguf_metadata(str(path))
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        if hasattr(config, "_model_name_or_path"):
-            del config._model_name_or_path
+            if hasattr(config, "_model_name_or_path"):
+                del config._model_name_or_path
+            config = self.contents.applied_to(config)
+            self.contents.check_tensors(config)
         config.dtype = torch.float32
         self._model: PreTrainedModel | None = None
         super().__init__(name, path.parent, config, revision)
@@ -65,6 +69,11 @@ class GgufSource(Source):
         # named_parameters gives a tied weight once
         yield from ((name, parameter.detach()) for name, parameter in model.named_parameters())
         yield from ((name, buffer) for name, buffer in model.named_buffers() if name in persistent)
+
+    def stored(self) -> Iterator[tuple[str, Tensor]]:
+        """As in Source: read with the `gguf` package, where `tensors` are what Transformers loads."""
+        with reading(self.path):
+            yield from self.contents.stored(self.config)
 
     def load_model(self, dtype: torch.dtype) -> PreTrainedModel:
         """As in Source; hands over the loaded weights, so that there is one copy of them."""

@@ -83,6 +83,10 @@ class Source(ABC):
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors as (name, CPU tensor), in the order of `table`."""
 
+    def stored(self) -> Iterator[tuple[str, Tensor]]:
+        """As `tensors`, read from the file itself in another way where `tensors` are what a loader made of it."""
+        return self.tensors()
+
     def pieces(self, wanted: Container[str]) -> Iterator[Piece]:
         """The tensors in `wanted`, in the order of `table`, a few megabytes at a time."""
         for name, tensor in self.tensors():

@@ -147,7 +147,7 @@ def compare_tensors(source: Source, checkpoint: SafetensorsCheckpoint, manifest:
     A tensor that was converted to another dtype is compared with the source's tensor in that dtype.
     """
     kept, of, changed = 0, 0, []
-    for name, tensor in source.tensors():
+    for name, tensor in source.stored():
         if name not in checkpoint.table:
             if name not in manifest["tensors"]:  # a tied copy, or one that the family ignores
                 continue
