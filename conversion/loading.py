@@ -2,30 +2,61 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from nsa_hf.errors import NsaError
+from nsa_hf.families import PREFIX
+from nsa_hf.shape import check_shape
 
 from .checkpoint import CheckpointError
+
+# Old checkpoints stored RoPE's frequencies in each layer; Transformers computes them and ignores these.
+IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The config of a sparse model's folder.
+
+    Raises:
+        NsaError: it cannot be read, is of no sparse model, or of another one than the folder's manifest says.
+    """
+    with reading(folder):
+        config = AutoConfig.from_pretrained(folder)
+    check_shape(folder, config)
+    if not config.model_type.startswith(PREFIX):
+        raise CheckpointError(
+            f"{folder} holds a dense model ({config.model_type}), expected one that `nsa-hf convert` wrote: convert it "
+            "first"
+        )
+    return config
 
 
 def load_whole(folder: Path, **options: Any) -> PreTrainedModel:
     """Transformers' model of a folder, in evaluation mode.
 
     Raises:
-        CheckpointError: weights were missing, which Transformers would only warn of and make up.
+        NsaError: the folder's config is not of the model that its manifest says (see `nsa_hf.shape`).
+        CheckpointError: weights were missing, which Transformers would only warn of and make up, or left over, as when
+            the config asks for fewer layers.
     """
+    check_shape(folder)
     model, loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     missing = sorted(loaded["missing_keys"])
     if missing:
         raise CheckpointError(
             f"{folder} lacks {len(missing)} tensors that its config asks for, {missing[0]} among them"
+        )
+    left_over = sorted(name for name in loaded["unexpected_keys"] if not IGNORED.search(name))
+    if left_over:
+        raise CheckpointError(
+            f"{folder} holds {len(left_over)} tensors that its config does not ask for, {left_over[0]} among them"
         )
     return model.eval()
 

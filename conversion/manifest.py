@@ -5,6 +5,7 @@ It holds no time and no path but what the user typed, so the same conversion wri
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from collections.abc import Iterator, Mapping
@@ -15,11 +16,14 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from .checkpoint import HASH, HASHES, CheckpointError, TensorInfo, describe_file, hash_tensor
+from nsa_hf.shape import MANIFEST, shape_of
+
+from .checkpoint import HASH, HASHES, CheckpointError, SafetensorsCheckpoint, TensorInfo, describe_file, hash_tensor
 from .layout import dtype_name
+from .loading import read_config
 from .staging import write_json
 
-NAME = "manifest.json"
+NAME = MANIFEST
 FORMAT = 2
 PACKAGES = ("nsa-hf", "torch", "transformers", "safetensors", "huggingface_hub", "gguf")
 
@@ -63,7 +67,9 @@ def describe_trained(tensor: Tensor, name: str, converted: Mapping[str, Any]) ->
     Args:
         converted: the manifest of the conversion.
     """
-    before = converted["tensors"].get(name, {"from": "nsa"})
+    before = converted["tensors"].get(name)
+    if before is None:
+        return describe(tensor, "nsa" if ".nsa." in name else "source", hash_kind(converted))
     after = describe(tensor, before["from"], hash_kind(converted))
     return after if before["from"] == "nsa" else {**after, "source": before.get("source", before)}
 
@@ -93,12 +99,50 @@ def build(
         "exact_up_to": config.nsa_topk * config.nsa_block_size,
         "source": dict(source),
         "model_type": config.model_type,
+        "shape": shape_of(config),
         "options": dict(options),
         "versions": versions(),
         "companions": companions,
         "files": dict(files),
         "tensors": dict(tensors),
     }
+
+
+def build_trained(
+    folder: Path, start: Path, converted: Mapping[str, Any] | None, companions: list[str], run: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The manifest of a trained model.
+
+    Args:
+        folder: all of it but the manifest, the run's own record among it: each tensor and each file gets its hash.
+        start: the folder that training started from.
+        converted: that folder's manifest; None where it had none.
+        companions: names of the tokenizer's and other files written beside.
+        run: the record of the run, by which `is_trained` knows the folder: `steps`, `fingerprint`.
+    """
+    config = read_config(folder)
+    if converted is None:
+        source = {"name": str(start), "kind": "a folder without manifest.json", "revision": None, "files": {}}
+        nothing: dict[str, Any] = {"source": source, "options": {}, "versions": versions(), "tensors": {}}
+        converted = {"format": FORMAT, "hash": HASH, **nothing}
+    tensors = SafetensorsCheckpoint(folder).tensors()
+    return {
+        **converted,
+        "trained": True,
+        "exact_up_to": None,
+        "model_type": config.model_type,
+        "shape": shape_of(config),
+        "companions": companions,
+        "files": describe_files(folder),
+        "tensors": {name: describe_trained(tensor, name, converted) for name, tensor in tensors},
+        "training": dict(run),
+    }
+
+
+def is_trained(manifest: Mapping[str, Any]) -> bool:
+    """Whether it is of a trained model, by the record of its run: the word `trained` alone is no proof."""
+    run = manifest.get("training")
+    return manifest["trained"] is True and isinstance(run, dict) and bool(run.get("steps") and run.get("fingerprint"))
 
 
 def write(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -133,6 +177,27 @@ def read(folder: Path) -> dict[str, Any]:
             "update nsa-hf"
         )
     return manifest
+
+
+def find(folder: Path) -> dict[str, Any] | None:
+    """As `read`; None for a sparse model that something else saved: Trainer, TRL, `save_pretrained` after a merge.
+
+    Raises:
+        NsaError: it holds no sparse model, or its manifest is damaged or of another model.
+    """
+    if (folder / NAME).is_file() or not (folder / "config.json").is_file():
+        return read(folder)
+    read_config(folder)
+    return None
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 of a folder's manifest, or where it has none, of its tensors' and files' own hashes."""
+    if find(folder) is not None:
+        return hashlib.sha256((folder / NAME).read_bytes()).hexdigest()
+    tensors = {name: describe(tensor, "", HASH) for name, tensor in SafetensorsCheckpoint(folder).tensors()}
+    content = json.dumps([tensors, describe_files(folder)], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def differences(manifest: Mapping[str, Any], tensors: Iterator[tuple[str, Tensor]]) -> list[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from .generation import NsaGenerationMixin
 from .releases import CACHE, by_name, cache_among
 from .remote_code import SavedByImport
 from .segments import Segments, find_segments, static_segments
+from .shape import check_shape
 
 
 class NsaPreTrainedMixin(SavedByImport, NsaGenerationMixin):
@@ -30,6 +33,17 @@ class NsaPreTrainedMixin(SavedByImport, NsaGenerationMixin):
     _supports_flash_attn = False
     _supports_flex_attn = False
     _supports_attention_backend = False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers'; of a folder that `nsa-hf` wrote only with a config of the model in it.
+
+        Raises:
+            NsaError: layers, sizes or the like were edited in its config.json.
+        """
+        if isinstance(pretrained_model_name_or_path, str | os.PathLike):
+            check_shape(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         implementation = requested_attention or "nsa"

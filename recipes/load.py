@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from nsa_hf.conversion.loading import load_whole, transformers_progress
+from nsa_hf.conversion.loading import load_whole, read_config, transformers_progress
 from nsa_hf.errors import NsaError
 
 
@@ -17,17 +17,11 @@ class LoadError(NsaError):
 
 def load_nsa_model(folder: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32") -> Any:
     """The sparse causal LM in `folder`, in evaluation mode; LoadError when there is none."""
-    from transformers import AutoConfig
-
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise LoadError(f"{folder} holds no model: expected a folder that `nsa-hf convert` or `nsa-hf train` wrote")
     try:
-        config = AutoConfig.from_pretrained(folder)
-        if not hasattr(config, "nsa_topk"):
-            raise LoadError(
-                f"{folder} holds a dense model ({config.model_type}): convert it first with `nsa-hf convert`"
-            )
+        config = read_config(folder)
         with transformers_progress(False):
             return load_whole(folder, config=config, dtype=dtype).to(device)
     except NsaError:

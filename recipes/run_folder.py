@@ -6,7 +6,6 @@ goes. OUT holds the trained model, its tokenizer, `manifest.json` with "trained"
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import shutil
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 
 from nsa_hf.conversion import manifest
-from nsa_hf.conversion.checkpoint import SafetensorsCheckpoint
 from nsa_hf.conversion.loading import transformers_progress
 from nsa_hf.conversion.source import open_source
 from nsa_hf.conversion.staging import staged_folder, write_json
@@ -38,10 +36,8 @@ class RunFolderError(NsaError):
 
 def fingerprint(config: RunConfig) -> dict[str, Any]:
     """What decides a run's weights: its settings, and the hash of the model it starts from."""
-    path = Path(config.model) / manifest.NAME
-    manifest.read(Path(config.model))
     settings = {name: value for name, value in config.as_dict().items() if name not in FREE}
-    return {**settings, "model_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return {**settings, "model_sha256": manifest.fingerprint(Path(config.model))}
 
 
 def finished_run(config: RunConfig) -> bool:
@@ -102,24 +98,9 @@ def save_trained(student: Any, config: RunConfig, result: dict[str, Any]) -> Non
         for weights in stage.glob("*.safetensors"):  # safetensors makes files that only their owner can read
             shutil.copymode(stage / "config.json", weights)
         companions = open_source(model).save_companions(stage)
-        converted = manifest.read(model)
-        tensors = {
-            name: manifest.describe_trained(tensor, name, converted)
-            for name, tensor in SafetensorsCheckpoint(stage).tensors()
-        }
-        manifest.write(
-            stage,
-            {
-                **converted,
-                "trained": True,
-                "exact_up_to": None,
-                "companions": companions,
-                "files": manifest.describe_files(stage),
-                "tensors": tensors,
-                "training": {"steps": config.steps, "fingerprint": record["fingerprint"]},
-            },
-        )
         write_json(stage / RESULT, record)
+        run = {"steps": config.steps, "fingerprint": record["fingerprint"]}
+        manifest.write(stage, manifest.build_trained(stage, model, manifest.find(model), companions, run))
     shutil.rmtree(unfinished(config), ignore_errors=True)
 
 
