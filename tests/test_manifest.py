@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ def test_it_says_what_was_made_from_what(converted, tiny_dense_dir, tiny_sizes):
     assert (record["hash"], record["trained"]) == ("xxh3_128", False)
     assert record["exact_up_to"] == 64
     assert record["model_type"] == "nsa_llama"
+    assert record["shape"].items() >= {"num_hidden_layers": 3, "hidden_size": 48, "nsa_gate_dim": 8}.items()
     assert record["options"] == {
         **tiny_sizes, "nsa_gate_dim": 8, "dtype": None, "max_shard_size": "2GB", "seed": 0,
     }  # fmt: skip
@@ -78,6 +81,25 @@ def test_bad_manifests(tmp_path, text, message):
         (tmp_path / manifest.NAME).write_text(text)
     with pytest.raises(CheckpointError, match=message):
         manifest.read(tmp_path)
+
+
+def test_a_folder_without_one_has_a_fingerprint_of_its_contents(converted, tiny_dense_dir, tmp_path):
+    assert manifest.find(converted) == manifest.read(converted)
+    folder = Path(shutil.copytree(converted, tmp_path / "out"))
+    assert manifest.fingerprint(folder) == manifest.fingerprint(converted)
+    (folder / manifest.NAME).unlink()
+    assert manifest.find(folder) is None
+    seen = {manifest.fingerprint(converted), manifest.fingerprint(folder)}
+    assert manifest.fingerprint(folder) in seen
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+    seen.add(manifest.fingerprint(folder))
+    (folder / "tokenizer_config.json").write_text("{}")
+    seen.add(manifest.fingerprint(folder))
+    assert len(seen) == 4
+    with pytest.raises(CheckpointError, match="holds a dense model"):
+        manifest.find(tiny_dense_dir)
 
 
 def test_write_and_read_back(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_runs import converted, folder_hashes, tiny_run, write_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -82,6 +82,33 @@ def test_its_manifest_is_of_a_trained_model(finished, nsa_dir):
     assert {name: entry["from"] for name, entry in trained["tensors"].items()} == {
         name: entry["from"] for name, entry in untrained["tensors"].items()
     }
+
+
+def test_every_tensor_and_file_of_it_has_its_hash(finished):
+    out, _, _ = finished
+    record = manifest.read(out)
+    assert manifest.is_trained(record) and manifest.changed_files(record, out) == []
+    beside = {path.name for path in out.iterdir()} - {"manifest.json", "model.safetensors"}
+    assert record["files"].keys() == beside and "training.json" in beside
+
+
+def test_it_starts_from_a_folder_that_was_saved_elsewhere(nsa_dir, texts, tmp_path):
+    """As Trainer, TRL and a merged adapter leave it: no manifest.json."""
+    saved = tmp_path / "saved"
+    AutoModelForCausalLM.from_pretrained(nsa_dir).save_pretrained(saved)
+    AutoTokenizer.from_pretrained(nsa_dir).save_pretrained(saved)
+    config = tiny_run(saved, texts, tmp_path / "out", steps=1)
+    record = manifest.read(train(config))
+    assert (record["source"]["name"], record["source"]["kind"]) == (str(saved), "a folder without manifest.json")
+    assert manifest.is_trained(record)
+    assert "source" not in record["tensors"]["model.norm.weight"]
+    assert manifest.differences(record, SafetensorsCheckpoint(tmp_path / "out").tensors()) == []
+    # other weights are another run
+    weights = weights_of(saved)
+    weights["model.norm.weight"] += 1
+    save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunFolderError, match="model_sha256"):
+        train(config)
 
 
 def test_its_result_holds_what_was_measured(finished):
