@@ -103,9 +103,12 @@ def _report(src: Path, manifest: dict[str, Any] | None, model_type: str, hashes:
             f"{src}: {len(changed)} tensors are not what its manifest says, {changed[0]} for one: take a copy that is "
             "not damaged, or make it again (if they were changed deliberately, remove its manifest.json)"
         )
-    # what the source held is the entry itself, or where it was cast or trained the one inside it
-    report["as_in_source"] = sum(said[name].get("source", said[name]).get(kind) == hashes[name] for name in hashes)
     report["trained"] = manifests.is_trained(manifest)
+    # what the source held is the entry itself, or where it was cast or trained the one inside it
+    own = {} if report["trained"] else said
+    of_source = {name: said[name].get("source", own.get(name, {})).get(kind) for name in hashes}
+    kept = sum(of_source[name] == hashes[name] for name in hashes)
+    report["as_in_source"] = kept if all(of_source.values()) else None
     return {**report, "perplexity": _perplexity(src)} if report["trained"] else report
 
 
@@ -125,8 +128,8 @@ def render_export(report: dict[str, Any]) -> RenderableType:
     """The report as rich tables, for `rich.print`."""
     facts = Table(title=f"Dense {escape(report['model_type'])}", show_header=False)
     tensors = f"{report['as_in_source']} of {report['tensors']} bit for bit the source's"
-    if report["trained"] is None:
-        tensors = f"{report['tensors']}, held against nothing: the folder has no manifest.json"
+    if report["as_in_source"] is None:
+        tensors = f"{report['tensors']}; what the source held is not known: no manifest.json says so"
     facts.add_row("Tensors", tensors)
     facts.add_row("Left out", f"{report['dropped']:,} parameters: compression and gates")
     if report["trained"] is False:

@@ -99,7 +99,7 @@ def verify(
         windows = token_windows(out, chosen, length, documents, config.vocab_size)
         layout = layout_of(config)
         tensors = compare_tensors(source, checkpoint, manifest, layout.dense.keys() | layout.fused.keys())
-        source_matches = None if manifest is None else matches_manifest(source, manifest)
+        source_matches = matches_manifest(source, manifest)
         changed_files = [] if manifest is None else manifests.changed_files(manifest, out)
         dtype = config.dtype or torch.float32
         dense = source.load_model(dtype)
@@ -179,8 +179,10 @@ def compare_tensors(
     }
 
 
-def matches_manifest(source: Source, manifest: dict[str, Any]) -> bool:
-    """Whether the source's files and tensors are those that the manifest was written of."""
+def matches_manifest(source: Source, manifest: dict[str, Any] | None) -> bool | None:
+    """Whether the source's files and tensors are those that the manifest was written of; None if it names none."""
+    if manifest is None or not manifest["source"]["files"]:
+        return None
     if source.identity()["files"] != manifest["source"]["files"]:
         return False
     tensors, kind = {**manifest["tensors"], **manifest["source"].get("left_out", {})}, manifests.hash_kind(manifest)

@@ -48,6 +48,8 @@ def render_card(out: str | Path) -> Path:
     """
     folder = Path(out)
     manifest, config = read_result(folder / "manifest.json"), read_result(folder / "config.json")
+    if manifest is None and str((config or {}).get("model_type")).startswith("nsa_"):
+        manifest = nothing_recorded(folder)
     if manifest is None or config is None:
         raise CardError(
             f"{folder} is no converted model: expected manifest.json and config.json, as nsa-hf convert writes"
@@ -68,6 +70,7 @@ def render_card(out: str | Path) -> Path:
         pictures = draw_pictures(folder, results["training"], results["verify"], results["inspection"])
         text = environment.get_template(TEMPLATE).render(
             manifest=manifest,
+            trained=is_trained(manifest),
             config=config,
             settings={name: config[name] for name in SETTINGS if name in config},
             counts=count_tensors(manifest),
@@ -99,6 +102,18 @@ def read_result(path: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise CardError(f"{path} is damaged: expected an object, got {type(content).__name__}")
     return content
+
+
+def nothing_recorded(folder: Path) -> dict[str, Any]:
+    """In place of the manifest of a folder that something else saved: Trainer, TRL, `save_pretrained` after a merge."""
+    source = {"name": folder.resolve().name, "kind": None, "revision": None, "files": {}}
+    return {"trained": None, "source": source, "versions": {}, "tensors": {}}
+
+
+def is_trained(manifest: dict[str, Any]) -> bool | None:
+    """Whether the model was trained, by the record of the run; None where nothing is recorded."""
+    trained = manifest["trained"]
+    return trained if trained is None else bool(trained and manifest.get("training"))
 
 
 def front_matter(manifest: dict[str, Any]) -> str:

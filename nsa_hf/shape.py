@@ -66,9 +66,10 @@ def check_shape(folder: str | os.PathLike, config: PreTrainedConfig | None = Non
         raise NsaError(f"{path} is damaged ({error!r}): convert again, or remove it if its model is sound") from error
     config = config or AutoConfig.from_pretrained(folder)
     found = {"model_type": config.model_type, **shape_of(config)}
-    edited = [name for name in recorded if found.get(name) != recorded[name]]
+    # another version of Transformers may have no such field
+    edited = [name for name in recorded if name in found and found[name] != recorded[name]]
     if edited:
-        changes = ", ".join(f"{name} {found.get(name)!r} instead of {recorded[name]!r}" for name in edited)
+        changes = ", ".join(f"{name} {found[name]!r} instead of {recorded[name]!r}" for name in edited)
         raise NsaError(
             f"{folder}: config.json is not of the model in this folder, by {MANIFEST}: it says {changes}. Put it back; "
             f"if the weights were changed with it, remove {MANIFEST}"

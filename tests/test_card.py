@@ -1,3 +1,4 @@
+import json
 import re
 from pathlib import Path
 
@@ -49,6 +50,28 @@ def test_the_header_holds_what_is_known(tmp_path):
     assert "license" not in header
     assert "| license |" not in text
     assert "owner/dense, revision `0123abc`" in text
+
+
+def test_a_folder_that_was_saved_elsewhere_claims_nothing(tmp_path):
+    """As Trainer, TRL and a merged adapter leave it: no manifest.json."""
+    verify = {**results.verify(exact=None), "why": "not proved: 1 of 272 tensors are not the source's"}
+    folder = results.write(tmp_path / "tuned", verify=verify)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(CardError, match="is no converted model"):
+        render_card(folder)
+    (folder / "config.json").write_text(json.dumps({**results.config(), "model_type": "nsa_llama"}))
+    text = card_of(folder)
+    assert text.startswith("---\nlibrary_name: transformers") and "# tuned with Native Sparse Attention" in text
+    assert "what it\nwas made from, and whether it was trained since, is not recorded" in text
+    assert headings(text) == ["Settings", "What was kept"]
+    assert "Exactness is not proved: 1 of 272 tensors are not the source's." in text
+    for claim in ("has not been trained", "trained on", "it is the dense model", "does not apply", "| source |"):
+        assert claim not in text
+
+
+def test_the_bare_word_trained_makes_no_trained_model(tmp_path):
+    text = card_of(results.write(tmp_path, manifest={**results.manifest(), "trained": True}))
+    assert "It has not been trained since." in text
 
 
 def test_a_folder_on_disk_is_not_told(tmp_path):

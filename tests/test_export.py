@@ -98,7 +98,7 @@ def test_a_model_trained_and_saved_elsewhere_goes_back_too(converted, tiny_dense
     AutoTokenizer.from_pretrained(converted).save_pretrained(tmp_path / "saved")
     report = export_dense(tmp_path / "saved", tmp_path / "dense")
     assert (report["trained"], report["as_in_source"], report["perplexity"]) == (None, None, None)
-    assert "held against nothing: the folder has no manifest.json" in rendered(report)
+    assert "what the source held is not known: no manifest.json says so" in rendered(report)
     assert "if these weights were trained since" in rendered(report)
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     assert type(dense) is LlamaForCausalLM and torch.equal(dense.model.norm.weight, model.model.norm.weight)

@@ -14,7 +14,7 @@ from tiny_runs import converted, folder_hashes, tiny_run, write_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nsa_hf
-from nsa_hf.conversion import manifest
+from nsa_hf.conversion import export_dense, manifest
 from nsa_hf.conversion.checkpoint import SafetensorsCheckpoint
 from nsa_hf.errors import NsaError
 from nsa_hf.recipes.run_folder import RunFolderError
@@ -103,6 +103,8 @@ def test_it_starts_from_a_folder_that_was_saved_elsewhere(nsa_dir, texts, tmp_pa
     assert manifest.is_trained(record)
     assert "source" not in record["tensors"]["model.norm.weight"]
     assert manifest.differences(record, SafetensorsCheckpoint(tmp_path / "out").tensors()) == []
+    report = export_dense(tmp_path / "out", tmp_path / "dense")
+    assert (report["trained"], report["as_in_source"]) == (True, None)
     # other weights are another run
     weights = weights_of(saved)
     weights["model.norm.weight"] += 1
