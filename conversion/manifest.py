@@ -122,9 +122,9 @@ def build_trained(
     """
     config = read_config(folder)
     if converted is None:
-        source = {"name": str(start), "kind": "a folder without manifest.json", "revision": None, "files": {}}
-        nothing: dict[str, Any] = {"source": source, "options": {}, "versions": versions(), "tensors": {}}
-        converted = {"format": FORMAT, "hash": HASH, **nothing}
+        start_folder = {"name": str(start), "kind": "a folder without manifest.json", "revision": None, "files": {}}
+        known: dict[str, Any] = {"source": start_folder, "options": {}, "versions": versions(), "tensors": {}}
+        converted = {"format": FORMAT, "hash": HASH, **known}
     tensors = SafetensorsCheckpoint(folder).tensors()
     return {
         **converted,

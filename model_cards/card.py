@@ -106,7 +106,7 @@ def read_result(path: Path) -> dict[str, Any] | None:
 
 def nothing_recorded(folder: Path) -> dict[str, Any]:
     """In place of the manifest of a folder that something else saved: Trainer, TRL, `save_pretrained` after a merge."""
-    source = {"name": folder.resolve().name, "kind": None, "revision": None, "files": {}}
+    source: dict[str, Any] = {"name": folder.resolve().name, "kind": None, "revision": None, "files": {}}
     return {"trained": None, "source": source, "versions": {}, "tensors": {}}
 
 
