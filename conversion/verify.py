@@ -32,7 +32,7 @@ from .compare import compare_logits, final_hidden, has_tokenizer, next_tokens, t
 from .layout import dtype_name, layout_of
 from .loading import load_whole, read_config, reading, transformers_progress
 from .metrics import NO_LABEL, Accumulator, position_edges
-from .rope import scale_model
+from .rope import added_scaling, scale_model
 from .source import Source, open_source
 from .staging import write_json
 from .texts import held_out_texts, provenance
@@ -103,7 +103,8 @@ def verify(
         changed_files = [] if manifest is None else manifests.changed_files(manifest, out)
         dtype = config.dtype or torch.float32
         dense = source.load_model(dtype)
-        scaling = (manifest or {}).get("options", {}).get("rope_scaling")
+        options = (manifest or {}).get("options")
+        scaling = options.get("rope_scaling") if options else added_scaling(source.config, config)
         if scaling:
             dense = scale_model(dense, scaling)
         dense = dense.float().to(device)
