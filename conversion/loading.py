@@ -32,8 +32,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     check_shape(folder, config)
     if not config.model_type.startswith(PREFIX):
         raise CheckpointError(
-            f"{folder} holds a dense model ({config.model_type}), expected one that `nsa-hf convert` wrote: convert it "
-            "first"
+            f"{folder} holds a dense model ({config.model_type}): convert it first with `nsa-hf convert`"
         )
     return config
 

@@ -5,7 +5,6 @@ It holds no time and no path but what the user typed, so the same conversion wri
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from collections.abc import Iterator, Mapping
@@ -189,15 +188,6 @@ def find(folder: Path) -> dict[str, Any] | None:
         return read(folder)
     read_config(folder)
     return None
-
-
-def fingerprint(folder: Path) -> str:
-    """sha256 of a folder's manifest, or where it has none, of its tensors' and files' own hashes."""
-    if find(folder) is not None:
-        return hashlib.sha256((folder / NAME).read_bytes()).hexdigest()
-    tensors = {name: describe(tensor, "", HASH) for name, tensor in SafetensorsCheckpoint(folder).tensors()}
-    content = json.dumps([tensors, describe_files(folder)], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def differences(manifest: Mapping[str, Any], tensors: Iterator[tuple[str, Tensor]]) -> list[str]:

@@ -6,6 +6,7 @@ goes. OUT holds the trained model, its tokenizer, `manifest.json` with "trained"
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from nsa_hf.conversion import manifest
+from nsa_hf.conversion.checkpoint import SafetensorsCheckpoint
 from nsa_hf.conversion.loading import transformers_progress
 from nsa_hf.conversion.source import open_source
 from nsa_hf.conversion.staging import staged_folder, write_json
@@ -35,9 +37,17 @@ class RunFolderError(NsaError):
 
 
 def fingerprint(config: RunConfig) -> dict[str, Any]:
-    """What decides a run's weights: its settings, and the hash of the model it starts from."""
+    """What decides a run's weights: its settings, and the hashes of the model it starts from."""
+    model = Path(config.model)
+    manifest.find(model)
     settings = {name: value for name, value in config.as_dict().items() if name not in FREE}
-    return {**settings, "model_sha256": manifest.fingerprint(Path(config.model))}
+    weights = {file.name: hash_file(file) for file in SafetensorsCheckpoint(model).files}
+    return {**settings, "model_config": hash_file(model / "config.json"), "weights": weights}
+
+
+def hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def finished_run(config: RunConfig) -> bool:

@@ -109,7 +109,7 @@ def test_it_starts_from_a_folder_that_was_saved_elsewhere(nsa_dir, texts, tmp_pa
     weights = weights_of(saved)
     weights["model.norm.weight"] += 1
     save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RunFolderError, match="model_sha256"):
+    with pytest.raises(RunFolderError, match="weights"):
         train(config)
 
 
