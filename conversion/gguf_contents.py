@@ -60,6 +60,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "ssm.group_count": ("linear_num_key_heads",),
     "ssm.time_step_rank": ("linear_num_value_heads",),
 }
+REQUIRED = {"block_count", "context_length", "embedding_length", "attention.head_count"}
+EPSILONS = {"attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"}
 ROPE_KEYS = {"type", "factor", "original_context_length", "finetuned"}
 # These say nothing of what is computed.
 NO_MATTER = {"rope.scaling.finetuned", "tensor_data_layout"}
@@ -304,6 +306,15 @@ def read_contents(path: Path) -> GgufContents:
         raise CheckpointError(f"{path} is one of {parts} parts of a model: merge them with llama.cpp's gguf-split")
     prefix = f"{architecture}."
     keys = {name.removeprefix(prefix): field.contents() for name, field in fields.items() if name.startswith(prefix)}
+    if lacking := REQUIRED - keys.keys():
+        raise CheckpointError(f"{path} does not say {prefix}{min(lacking)}: take a whole file")
+    if not keys.keys() & EPSILONS:
+        raise CheckpointError(f"{path} says no epsilon of its norms ({prefix}{max(EPSILONS)}): take a whole file")
+    # where a file says nothing llama.cpp takes these, and Transformers each family's own
+    heads = keys["attention.head_count"]
+    keys.setdefault("attention.head_count_kv", heads)
+    keys.setdefault("attention.key_length", keys["embedding_length"] // heads)
+    keys.setdefault("rope.freq_base", 10000.0)
     for key, value in keys.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise CheckpointError(f"{path}: {prefix}{key} is {value}: expected a finite number")

@@ -122,6 +122,26 @@ def test_what_the_model_would_not_compute_is_refused_by_name(more, blocks, messa
     assert not (tmp_path / "out").exists()
 
 
+def renamed(path: Path, key: str) -> Path:
+    """The file without one of its keys."""
+    path.write_bytes(path.read_bytes().replace(f"llama.{key}".encode(), f"other.{key}".encode()))
+    return path
+
+
+@pytest.mark.parametrize("key", ["context_length", "attention.head_count", "attention.layer_norm_rms_epsilon"])
+def test_what_a_file_must_say_is_not_made_up(key, tmp_path):
+    path = renamed(write_gguf(tmp_path / "tiny.gguf"), key)
+    with pytest.raises(CheckpointError, match=rf"tiny\.gguf .*llama\.{key}"):
+        open_source(path)
+
+
+def test_what_it_may_leave_out_is_as_llama_cpp_has_it(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    write_gguf_of("gemma3_text", path)
+    path.write_bytes(path.read_bytes().replace(b"gemma3.rope.freq_base", b"other3.rope.freq_base"))
+    assert open_source(path).config.rope_parameters["full_attention"]["rope_theta"] == 10000.0
+
+
 @pytest.mark.parametrize("key", ["attention.sliding_window", "expert_count"])
 def test_nothing_of_a_kind_is_no_matter(key, tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf", lambda writer: writer.add_uint32(f"llama.{key}", 0))
