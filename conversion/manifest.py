@@ -121,7 +121,12 @@ def build_trained(
     """
     config = read_config(folder)
     if converted is None:
-        start_folder = {"name": str(start), "kind": "a folder without manifest.json", "revision": None, "files": {}}
+        start_folder: dict[str, Any] = {
+            "name": str(start),
+            "kind": "a folder without manifest.json",
+            "revision": None,
+            "files": {},
+        }
         known: dict[str, Any] = {"source": start_folder, "options": {}, "versions": versions(), "tensors": {}}
         converted = {"format": FORMAT, "hash": HASH, **known}
     tensors = SafetensorsCheckpoint(folder).tensors()
