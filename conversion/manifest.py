@@ -121,13 +121,13 @@ def build_trained(
     """
     config = read_config(folder)
     if converted is None:
-        start_folder: dict[str, Any] = {
-            "name": str(start),
-            "kind": "a folder without manifest.json",
-            "revision": None,
-            "files": {},
+        source = {"name": str(start), "kind": "a folder without manifest.json", "revision": None}
+        known: dict[str, Any] = {
+            "source": {**source, "files": {}},
+            "options": {},
+            "versions": versions(),
+            "tensors": {},
         }
-        known: dict[str, Any] = {"source": start_folder, "options": {}, "versions": versions(), "tensors": {}}
         converted = {"format": FORMAT, "hash": HASH, **known}
     tensors = SafetensorsCheckpoint(folder).tensors()
     return {
