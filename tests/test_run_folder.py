@@ -82,7 +82,7 @@ def test_a_save_that_fails_leaves_the_run_as_it_was(nsa_dir, tmp_path):
 
 
 def test_only_converted_models_have_runs(tiny_dense_dir, tmp_path):
-    with pytest.raises(NsaError, match=r"manifest\.json"):
+    with pytest.raises(NsaError, match=r"holds a dense model"):
         fingerprint(tiny_run(tiny_dense_dir, tmp_path, tmp_path / "out"))
 
 

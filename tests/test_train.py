@@ -214,7 +214,7 @@ def test_the_gates_blend_in(tiny_dense_dir, tiny_sizes, texts, tmp_path):
 def test_what_cannot_be_trained_is_named(nsa_dir, texts, tmp_path, tiny_dense_dir):
     for settings, message in [
         ({"gate_blend_steps": 2}, "gate_blend_steps needs nsa_gate 'blend', the model has 'residual'"),
-        ({"model": str(tiny_dense_dir)}, r"manifest\.json"),
+        ({"model": str(tiny_dense_dir)}, r"holds a dense model"),
         ({"model": str(tmp_path / "none")}, r"manifest\.json"),
         ({"length": 4000}, "tokens"),
         ({"data": str(tmp_path / "nowhere")}, "no text at"),
