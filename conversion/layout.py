@@ -16,9 +16,9 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from nsa_hf.config import NSA_FIELDS
 from nsa_hf.errors import NsaError
 from nsa_hf.families import family_of, nsa_config_from_dense
+from nsa_hf.fields import NSA_FIELDS
 
 from .checkpoint import CheckpointError, TensorInfo
 from .loading import IGNORED

@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedConfig
 
-from nsa_hf.config import NSA_FIELDS
+from nsa_hf.fields import NSA_FIELDS
 from nsa_hf.kernels import Sizes, n_blocks
 
 from .layout import Layout, dtype_name, layout_of, nsa_options, parse_dtype, target_config
@@ -49,6 +49,7 @@ def plan(
         A JSON-able dict:
         - `source`: name, kind, model_type, dtype; `options`: every `nsa_*` field; `exact_up_to`: tokens;
           `rope_scaling`: None, or what both the source and the result then have.
+        - `training`: None, or why `nsa-hf train` will refuse the result.
         - `layers`: per layer `becomes` (nsa, dense, or other: sliding, linear, ...), `why`, `parameters_added`, and in
           `keeps` the most tokens that its cache holds (None: all).
         - `parameters`: `dense`, `added`, `added_share`; `bytes`: of the weights, `dense` and `nsa`.
@@ -81,12 +82,24 @@ def plan(
         "options": {name: getattr(config, name) for name in NSA_FIELDS},
         "exact_up_to": config.nsa_sizes.exact_tokens,
         "rope_scaling": nsa_options(options).get("rope_scaling"),
+        "training": training_hindrance(config),
         "layers": layers,
         "parameters": {"dense": dense, "added": added, "added_share": added / dense},
         "bytes": {"dense": dense * config.dtype.itemsize, "nsa": (dense + added) * config.dtype.itemsize},
         "kv_cache": [kv_cache(config, layers, length) for length in lengths],
         "pays_from": pays_from(config.nsa_sizes),
     }
+
+
+def training_hindrance(config: PreTrainedConfig) -> str | None:
+    """Why a sparse model of this config cannot be trained, None when it can; no weight of attention can be dropped."""
+    for name in ("attention_dropout", "attn_pdrop"):
+        if share := getattr(config, name, None):
+            return (
+                f"{name} is {share}, and sparse attention has no dropout: set it to 0 in the source's config.json and "
+                "convert again"
+            )
+    return None
 
 
 def _layer(config: PreTrainedConfig, layout: Layout, index: int) -> dict[str, Any]:
@@ -193,6 +206,8 @@ def render_plan(plan: dict[str, Any]) -> RenderableType:
     facts.add_row(
         "Attention FLOPs pay from", f"{_tokens(pays['one_token'])} (one token), {_tokens(pays['whole_text'])} (text)"
     )
+    if plan["training"]:
+        facts.add_row("Training", f"refused: {escape(plan['training'])}")
     layers = Table(title="Layers")
     for column in ("layers", "become", "why", "parameters added to each"):
         layers.add_column(column)

@@ -208,19 +208,18 @@ def nsa_attention_forward(
     k_win, v_win = (None, None) if window is None else (x.to(value.dtype).transpose(1, 2) for x in window)
     gates = gate_values(nsa.gate(nsa_hidden_states), config.nsa_gate, config.nsa_gate_blend)
     inputs = (*(x.transpose(1, 2) for x in (query, key, value)), *(x.to(value.dtype) for x in entries), gates)
-    sizes: dict[str, Any] = config.nsa_sizes.by_name()
+    sizes = config.nsa_sizes.within(key.shape[2])
+    by_name: dict[str, Any] = sizes.by_name()
     places: dict[str, Any] = {"starts": starts, "lengths": lengths, "cu_seqlens": cu_seqlens}
     places |= {"k_win": k_win, "v_win": v_win}
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
 
     weights = None
     if config.output_attentions if nsa_weights is None else nsa_weights:
-        out, selection, weights = reference_attention(
-            *inputs, sizes=config.nsa_sizes, scale=scale, return_weights=True, **places
-        )
+        out, selection, weights = reference_attention(*inputs, sizes=sizes, scale=scale, return_weights=True, **places)
     else:
         out, selection = nsa_attention(
-            *inputs, **sizes, scale=scale, return_selection=True, **places,
+            *inputs, **by_name, scale=scale, return_selection=True, **places,
             backend=IMPLEMENTATIONS[config._attn_implementation],
         )  # fmt: skip
     if module.nsa_record is not None:

@@ -12,8 +12,9 @@ from .branch_cache import FILLED_BY_ANOTHER, NsaIndependentLayer
 from .config import NsaConfigMixin
 from .dynamic_cache import NsaDynamicLayer
 from .errors import NsaError
-from .releases import INSTALLED, NEWEST_TESTED
+from .releases import INSTALLED
 from .static_cache import OFFLOADED_STATIC, NsaStaticLayer
+from .tested import NEWEST
 
 OFFLOADED_ON_CPU = "an offloaded cache waits in CPU memory for the GPU, and this model is on the CPU: do without"
 
@@ -24,7 +25,7 @@ UNUSABLE = (
 
 CACHE_LOST = (
     f"the cache did not reach the sparse layers: Transformers {INSTALLED} hands it over in a way that this nsa_hf does "
-    f"not know (tested up to {NEWEST_TESTED}): pip install 'transformers=={NEWEST_TESTED}.*', or a newer nsa-hf"
+    f"not know (tested up to {NEWEST}): pip install 'transformers=={NEWEST}.*', or a newer nsa-hf"
 )
 
 

@@ -1,17 +1,14 @@
-"""The `nsa_*` fields of a model's config, and their rules."""
+"""The rules of the `nsa_*` fields, in a model's config. The fields themselves: fields.py."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
 from typing import Any
 
 from nsa_hf.kernels import COMPRESSORS, Sizes
 
 from .errors import NotPlain, NsaError
+from .fields import NSA_FORMAT, NsaFields
 from .remote_code import SavedConfig
-
-# Written into configs; older formats load, newer ones are refused.
-NSA_FORMAT = 1
 
 CHOICES = {
     "nsa_compression": COMPRESSORS,
@@ -22,30 +19,8 @@ CHOICES = {
 NOT_YET = {"nsa_rope_order": "pre"}
 
 
-def option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass(kw_only=True)
-class NsaConfigMixin(SavedConfig):
-    """The fields that Native Sparse Attention adds to a dense family's config; the paper's letters in brackets."""
-
-    nsa_kernel_size: int = option(32, "tokens of a compression block [l]")
-    nsa_kernel_stride: int = option(16, "tokens between two compression blocks' starts [d]")
-    nsa_block_size: int = option(64, "tokens of a selection block [l']")
-    nsa_topk: int = option(16, "selected blocks per query, the forced ones counted [n]")
-    nsa_init_blocks: int = option(1, "blocks at the start of the text that are always selected")
-    nsa_local_blocks: int = option(2, "the query's own block and those just before it, always selected")
-    nsa_window_size: int = option(512, "tokens of the sliding window, the query's own counted [w]")
-    nsa_compression: str = option("mlp", "how a block becomes one key and one value: mean, linear or mlp")
-    nsa_compression_dim: int = option(128, "width of the compression MLP")
-    nsa_rope_order: str = option("post", "keys are compressed after RoPE (post) or before (pre)")
-    nsa_branch_kv: str = option("shared", "one K and V for all branches (shared) or one each (independent)")
-    nsa_gate: str = option("residual", "residual and blend start exactly dense; sigmoid is the paper's")
-    nsa_gate_dim: int = option(64, "width of the gate's MLP")
-    nsa_gate_blend: float = option(0.0, "with nsa_gate=blend: the share of the paper's gates, from 0 (dense) to 1")
-    nsa_dense_layers: list[int] | None = option(None, "layers that keep dense attention; negative counts from the end")
-    nsa_format: int = option(NSA_FORMAT, "version of this set of fields")
+class NsaConfigMixin(NsaFields, SavedConfig):
+    """In front of a dense family's config: the fields of Native Sparse Attention, and their rules."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
@@ -123,6 +98,3 @@ class NsaConfigMixin(SavedConfig):
 
     def validate_output_attentions(self) -> None:
         """Both implementations of NSA return weights (the selected branch's, from the reference)."""
-
-
-NSA_FIELDS = {member.name: member for member in fields(NsaConfigMixin)}

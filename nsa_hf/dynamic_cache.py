@@ -76,10 +76,10 @@ class NsaDynamicLayer(DynamicLayer):
         self.block = (compress_k.kernel_size, kernel_stride)
         entries = []
         for name, states, compressor in zip(COMPRESSED, (keys, values), (compress_k, compress_v), strict=True):
-            held = getattr(self, name)
+            held, x = getattr(self, name), states.transpose(1, 2)
             if held is None:
-                held = states.new_zeros(states.shape[0], 0, states.shape[1], states.shape[3])
-            x = states.transpose(1, 2)
+                # none yet; in training, one from which gradients (zeros) reach the compressor
+                held = compress(x[:, :0], compressor, kernel_stride).to(x.dtype)
             if starts is None:
                 grown = self.extend_full(held, base, x, compressor, kernel_stride)
             else:

@@ -17,23 +17,23 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES, model_type_to_module_name
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .attention import NsaAttentionMixin
 from .branches import dense_twin
-from .config import NSA_FIELDS, NsaConfigMixin
+from .config import NsaConfigMixin
 from .discovery import DenseFamily, attention_arguments, causal_model_types, find_family, names_of
 from .errors import NotPlain, NsaError
+from .fields import NSA_FIELDS
 from .modeling import HandsDown, NsaModelMixin, NsaPreTrainedMixin, SegmentsFromLayer
+from .registration import PREFIX as PREFIX
 from .releases import positional_names
 
-PREFIX = "nsa_"
 # What a config says of its own classes and files.
 NOT_CARRIED = ("model_type", "architectures", "transformers_version", "auto_map")
 
@@ -148,8 +148,8 @@ def put_into_transformers(model_class: type) -> None:
 
     Whoever imported it early has another object of it: it imports itself anew while it is imported.
     """
-    holders = [getattr(module, "__dict__", {}) for module in list(sys.modules.values())]
-    packages = {id(held): held for held in [transformers, *(holder.get("transformers") for holder in holders)]}
+    holders = [sys.modules, *(getattr(module, "__dict__", {}) for module in list(sys.modules.values()))]
+    packages = {id(held): held for held in (holder.get("transformers") for holder in holders)}
     for package in packages.values():
         if isinstance(package, ModuleType) and package.__name__ == "transformers":
             setattr(package, model_class.__name__, model_class)
@@ -189,20 +189,6 @@ def _families_of(name: str) -> list[str]:
 
     found = {model_type: stem(model_type) for model_type in causal_model_types()} if name.startswith("Nsa") else {}
     return sorted((model_type for model_type in found if found[model_type]), key=lambda one: -len(found[one]))
-
-
-def register_lazily() -> None:
-    """Tells `AutoConfig` of all families without making one: it looks a config class up by name in this module.
-
-    Transformers keeps its own families in the same way; `AutoConfig.register` would need the classes now.
-    """
-    for model_type in causal_model_types():
-        sparse_type = PREFIX + model_type
-        CONFIG_MAPPING_NAMES[sparse_type] = f"Nsa{CONFIG_MAPPING_NAMES[model_type]}"
-        CONFIG_MAPPING._modules[model_type_to_module_name(sparse_type)] = sys.modules[__name__]
-
-
-register_lazily()
 
 
 def nsa_config_from_dense(dense_config: PreTrainedConfig, **nsa_fields: Any) -> PreTrainedConfig:

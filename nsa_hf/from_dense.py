@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .branches import dense_twin
-from .config import NSA_FIELDS
 from .errors import NsaError
 from .families import family_of, initial_nsa_state, nsa_config_from_dense
+from .fields import NSA_FIELDS
 
 
 def from_dense(cls: type[PreTrainedModel], source: Any, seed: int, options: dict[str, Any]) -> PreTrainedModel:

@@ -104,8 +104,9 @@ class NsaPreTrainedMixin(SavedByImport, NsaGenerationMixin):
     def record_selection(self) -> Iterator[dict[int, Tensor]]:
         """Gives a dict that each forward inside the block fills: layer to the selected blocks of that forward.
 
-        Values are int32 `[B, T, Hk, topk]`, ascending, -1 for unused places; blocks count from the row's (or
-        document's) first real token. Layers that are dense are absent.
+        Values are int32 `[B, T, Hk, topk]`, ascending, -1 for unused places (of a topk far beyond the text, as many
+        places as it needs); blocks count from the row's (or document's) first real token. Layers that are dense are
+        absent.
         """
         record: dict[int, Tensor] = {}
         before = {layer: layer.nsa_record for layer in self.attention_layers()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -13,22 +12,10 @@ from transformers import Cache
 
 from .errors import NsaError
 
-# The newest that the tests run with (constraints.txt); pyproject.toml has the oldest.
-NEWEST_TESTED = "5.24"
 INSTALLED = Version(transformers.__version__)
 
 # 5.24: `cache` is a forward's argument and output that was `past_key_values` before.
 CACHE, OTHER_CACHE = ("cache", "past_key_values") if Version("5.24") <= INSTALLED else ("past_key_values", "cache")
-
-
-def warn_if_newer() -> None:
-    """Says, once and at import, that nobody has tried this Transformers."""
-    if INSTALLED.release[:2] > Version(NEWEST_TESTED).release:
-        warnings.warn(
-            f"nsa_hf was tested with Transformers up to {NEWEST_TESTED}, and this is {INSTALLED}: if something goes "
-            f"wrong, `pip install 'transformers=={NEWEST_TESTED}.*'`, or a newer nsa-hf",
-            stacklevel=2,
-        )
 
 
 def positional_names(forward: Callable[..., Any]) -> tuple[str, ...]:

@@ -1,331 +1,17 @@
-"""`nsa-hf`: the commands, each a thin cover over a function that Python can call too.
+"""`nsa-hf`, the program: runs one command (commands.py), prints its error, leaves with its exit code.
 
     nsa-hf --help
     python -m nsa_hf.recipes.cli demo
 
-Exit codes: 0 all is well, 1 a check failed, 2 wrong input (one line says what, `--debug` shows where).
+Exit codes: 0 all is well, 1 a check failed, 2 wrong input (one line says what, `--debug` shows where), 130 interrupted.
 """
 
 from __future__ import annotations
 
+# All else is imported where an early Ctrl-C is caught.
 import sys
-import traceback
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Annotated, Any
-
-import typer
-
-from nsa_hf.errors import NsaError
-
-from .nsa_options import given, with_nsa_options
-from .run_config import load_run_config, settings_help
-from .terminal import read_text, report, show
 
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
-
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-
-Src = Annotated[str, typer.Argument(help="Dense model: a local folder, a Hub id, a .gguf file or a folder with one.")]
-Out = Annotated[Path, typer.Argument(help="Converted (or trained) model's folder.")]
-Device = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1. [default: a GPU if there is one]")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: as the source]")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
-AllowPickle = Annotated[
-    bool,
-    typer.Option("--allow-pickle", help="Read weights that are PyTorch pickles: the tensors in them, nothing else."),
-]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Accept a source that brings its own code, and run that code.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of tables.")]
-
-
-@app.callback()
-def options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False) -> None:
-    """Native Sparse Attention for Transformers: convert a dense checkpoint, prove what was kept, train, generate.
-
-    Each command's own --help says more. Exit codes: 0 all is well, 1 a check failed, 2 wrong input.
-    """
-
-
-@app.command()
-@with_nsa_options
-def plan(
-    src: Src,
-    dtype: Dtype = None,
-    revision: Revision = None,
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
-    **nsa: Any,
-) -> None:
-    """Show what a conversion would do.
-
-    Per layer what becomes of it and why, the parameters added, KV-cache bytes, from which length it pays.
-    """
-    from nsa_hf.conversion import plan, render_plan
-
-    trusted: dict[str, Any] = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-    show(plan(src, dtype=dtype, revision=revision, **trusted, **given(nsa)), render_plan, as_json)
-
-
-@app.command()
-@with_nsa_options
-def convert(
-    src: Src,
-    out: Annotated[Path, typer.Argument(help="Folder for the converted model; new or empty.")],
-    dtype: Dtype = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "2GB",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model in OUT.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the new parameters; they change no output before training.")] = 0,
-    revision: Revision = None,
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: TrustRemoteCode = False,
-    push_to_hub: Annotated[
-        str | None, typer.Option(metavar="ID", help="Then upload it to this Hub repository, its model card included.")
-    ] = None,
-    **nsa: Any,
-) -> None:
-    """Make an NSA checkpoint of a dense one.
-
-    Every weight is carried bit for bit; with the defaults the result is the dense model up to 1,024 tokens. When it was
-    stopped, the same command goes on where it was.
-    """
-    from nsa_hf.conversion import convert, hub
-
-    if push_to_hub:
-        from nsa_hf.model_cards.card import render_card
-
-        # better known now than afterwards
-        if missing := [package for package in ("jinja2", "matplotlib") if find_spec(package) is None]:
-            raise NsaError(f"the model card that goes along needs {', '.join(missing)}: pip install 'nsa-hf[eval]'")
-        hub.check_upload(push_to_hub)
-    try:
-        path = convert(
-            src,
-            out,
-            dtype=dtype,
-            overwrite=overwrite,
-            max_shard_size=max_shard_size,
-            seed=seed,
-            revision=revision,
-            allow_pickle=allow_pickle,
-            trust_remote_code=trust_remote_code,
-            progress=sys.stderr.isatty(),
-            **given(nsa),
-        )
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on where it was", file=sys.stderr)
-        raise
-    print(f"converted model: {path}\nnext: nsa-hf verify {src} {path}")
-    if push_to_hub:
-        render_card(path)
-        print(f"uploaded: {hub.upload(path, push_to_hub)}")
-
-
-@app.command("export-dense")
-def export_dense(
-    out: Out,
-    dense: Annotated[Path, typer.Argument(help="Folder for the dense model; new or empty.")],
-    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "2GB",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model in DENSE.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Go back to the dense family.
-
-    Of an untrained conversion every tensor comes back bit for bit. After training the branches that were learned are
-    dropped: what training measured of that is shown, and also written to DENSE/export.json.
-    """
-    from nsa_hf.conversion import export_dense, render_export
-
-    show(export_dense(out, dense, overwrite=overwrite, max_shard_size=max_shard_size), render_export, as_json)
-
-
-@app.command()
-def verify(
-    src: Src,
-    out: Out,
-    length: Annotated[int, typer.Option(help="Tokens of every text.")] = 2048,
-    documents: Annotated[int, typer.Option(help="Held-out texts read.")] = 2,
-    text: Annotated[list[Path] | None, typer.Option(help="A text file to read instead; may be repeated.")] = None,
-    device: Device = None,
-    revision: Revision = None,
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
-) -> None:
-    """Prove what OUT kept of SRC.
-
-    Weights kept, largest logit difference in the exact range, and perplexity and KL by position beyond it; also written
-    to OUT/verify.json. Exit code 1 when an untrained conversion is not exact.
-    """
-    from nsa_hf.conversion import render_verify, verify
-
-    from .load import pick_device
-
-    texts = [(path.name, read_text(path)) for path in text] if text else None
-    result = verify(
-        src,
-        out,
-        length=length,
-        documents=len(texts) if texts else documents,
-        texts=texts,
-        device=pick_device(device),
-        revision=revision,
-        allow_pickle=allow_pickle,
-        trust_remote_code=trust_remote_code,
-        progress=sys.stderr.isatty(),
-    )
-    show(result, render_verify, as_json)
-    if result["exact"] is False:
-        raise typer.Exit(FAILED)
-
-
-@app.command(epilog="Settings:\n\n\b\n" + settings_help())
-def train(
-    run: Annotated[Path, typer.Argument(help="The run's settings, a YAML file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that differ.")
-    ] = None,
-) -> None:
-    """Train a converted model further.
-
-    Next-token loss plus KL to the model's dense self. A run that was stopped goes on when it is started again.
-
-    On several GPUs: accelerate launch -m nsa_hf.recipes.train RUN.yaml KEY=VALUE
-    """
-    config = load_run_config(run, overrides or [])
-    from .train import train
-
-    train(config)
-
-
-@app.command("eval")
-def evaluate(
-    out: Out,
-    length: Annotated[int, typer.Option(help="Tokens of every text.")] = 2048,
-    documents: Annotated[int, typer.Option(help="Held-out texts read.")] = 2,
-    text: Annotated[str, typer.Option(help="stdlib, a text file, a folder, a .jsonl or .parquet.")] = "stdlib",
-    device: Device = None,
-    as_json: Json = False,
-) -> None:
-    """Measure perplexity by position.
-
-    Sparse beside the same weights run dense, on held-out text; also written to OUT/eval.json.
-    """
-    from .evaluate import evaluate, render_rows
-    from .load import pick_device
-
-    result = evaluate(out, text=text, documents=documents, length=length, device=pick_device(device))
-    show(result, lambda found: render_rows(found["rows"], f"{out}: the same weights dense and sparse"), as_json)
-
-
-@app.command()
-def inspect(
-    out: Out,
-    text: Annotated[
-        Path | None, typer.Option(help="Text file. [default: a held-out file of the standard library]")
-    ] = None,
-    length: Annotated[int, typer.Option(help="Tokens read of it.")] = 2048,
-    device: Device = None,
-    as_json: Json = False,
-) -> None:
-    """Show what is selected and how open gates are.
-
-    Per layer and KV head the blocks that are selected, per branch the gates' means; also written to OUT/inspect.json.
-    """
-    from .inspection import inspect_model, render_inspection
-    from .load import pick_device
-
-    given_text = (text.name, read_text(text)) if text else None
-    show(inspect_model(out, given_text, length, device=pick_device(device)), render_inspection, as_json)
-
-
-@app.command()
-def generate(
-    out: Out,
-    prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="A file with the prompt; - is standard input.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's turn: apply the chat template.")] = False,
-    prompt_tokens: Annotated[int | None, typer.Option(help="Take this many tokens of the prompt only.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
-    temperature: Annotated[float, typer.Option(help="Of sampling; 0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Sample among this many of the likeliest tokens; 0: all.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
-    device: Device = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    save: Annotated[Path | None, typer.Option(help="Also write prompt, text and speed to this JSON file.")] = None,
-) -> None:
-    """Generate from a prompt.
-
-    The text is printed as it comes, then the tokens per second.
-    """
-    from .generate import generate
-    from .load import pick_device
-
-    if (prompt is None) == (prompt_file is None):
-        raise NsaError("give the prompt once: --prompt TEXT or --prompt-file FILE")
-    text = read_text(prompt_file) if prompt_file is not None else str(prompt)
-    generate(
-        out,
-        text,
-        chat=chat,
-        prompt_tokens=prompt_tokens,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        device=pick_device(device),
-        dtype=dtype,
-        save=save,
-    )
-
-
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def serve(context: typer.Context, out: Out) -> None:
-    """Serve OUT over HTTP, compatible with OpenAI's API.
-
-    It is `transformers serve` with the sparse classes known; further options are that command's: --host, --port,
-    --device, --dtype, --compile, ... Needs `pip install 'nsa-hf[serve]'`.
-    """
-    from .serve import serve
-
-    serve(out, context.args)
-
-
-@app.command()
-def card(out: Out) -> None:
-    """Write the model card.
-
-    OUT/README.md and its pictures, from the JSON results in OUT only: what was not measured is not in it.
-    """
-    from nsa_hf.model_cards.card import render_card
-
-    print(f"model card: {render_card(out)}")
-
-
-@app.command()
-def demo(
-    work: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = Path("demo"),
-    run: Annotated[
-        Path | None, typer.Option(help="The training run's settings. [default: the package's demo.yaml]")
-    ] = None,
-) -> None:
-    """Walk the whole path on a real small model.
-
-    Fetch SmolLM2-135M, then plan, convert, verify, train, generate, inspect, card. Finished steps are not done again.
-    """
-    from .demo import demo
-
-    demo(work, run)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -336,6 +22,13 @@ def main(arguments: list[str] | None = None) -> None:
 def run(arguments: list[str]) -> int:
     """Runs one command line, prints errors; the exit code. `--debug` may stand anywhere."""
     try:
+        import typer
+
+        from .commands import app
+        from .terminal import report
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    try:
         plain = [argument for argument in arguments if argument != "--debug"]
         code = app(plain, prog_name="nsa-hf", standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -343,6 +36,8 @@ def run(arguments: list[str]) -> int:
         return INTERRUPTED
     except Exception as error:
         if "--debug" in arguments:
+            import traceback
+
             traceback.print_exc()
         elif not report(error):
             raise

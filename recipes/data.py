@@ -8,12 +8,16 @@ files. A window lies within one document, so that what is far back belongs to wh
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import sysconfig
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nsa_hf.conversion.checkpoint import HASH, HASHES
 from nsa_hf.conversion.texts import HELD_OUT, held_out_texts
 from nsa_hf.errors import NsaError
 
@@ -34,8 +38,9 @@ LEFT_OUT_FOLDERS = {
     "encodings",
 }
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".c", ".h", ".cpp", ".java", ".js", ".ts", ".go", ".rs", ".html", ".tex"}
+TOKEN_BYTES = 40  # of a token id in a list of Python's, and again in the table made of it
 Window = tuple[str, list[int]]  # name and token ids
-TABLE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+TABLE_FORMATS = {".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 class DataError(NsaError):
@@ -55,6 +60,8 @@ def load_documents(source: str) -> Dataset:
         return as_dataset(folder_texts(path))
     if not path.is_file():
         raise DataError(f"no text at {source}: give 'stdlib', a text file, a folder, or a .jsonl or .parquet file")
+    if path.suffix == ".jsonl":
+        return as_dataset([(f"{path.name}:{line}", text) for line, text in jsonl_texts(path)])
     if path.suffix in TABLE_FORMATS:
         return table_documents(path)
     return as_dataset([(path.name, read_text(path))])
@@ -62,6 +69,8 @@ def load_documents(source: str) -> Dataset:
 
 def held_out_documents(source: str, count: int) -> list[tuple[str, str]]:
     """The first `count` held-out documents as (name, text); of 'stdlib' the files that `load_documents` leaves out."""
+    if count < 1:
+        raise DataError(f"at least one held-out document is needed, got {count}")
     if source == STANDARD_LIBRARY:
         return held_out_texts(HELD_OUT[:count])
     documents = load_documents(source)
@@ -87,16 +96,62 @@ def read_text(path: Path) -> str:
         raise DataError(f"cannot read {path} as UTF-8 text: {error}") from error
 
 
+def jsonl_texts(path: Path) -> Iterator[tuple[int, str]]:
+    """Each row's number, counted from 0 without empty lines, and its text. DataError names the line that has none."""
+    row = 0
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            place = f"{path}, line {number}"
+            try:
+                found = json.loads(line.decode("utf-8-sig"))
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{place}: cannot read it as JSON: {str(error)[:200]}") from error
+            yield row, text_of(found, place)
+            row += 1
+
+
+def text_of(row: Any, place: str) -> str:
+    """A row's text. DataError says what it has instead."""
+    expected = 'expected a row like {"text": "..."}'
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: {expected}, got {kind_of(row)}")
+    if "text" not in row:
+        chat = ": write each chat out as one text, by the model's chat template" if "messages" in row else ""
+        raise DataError(f"{place}: {expected}, got one with {', '.join(map(str, row)) or 'nothing in it'}{chat}"[:400])
+    text = row["text"]
+    if not isinstance(text, str):
+        raise DataError(f"{place}: {expected}, got {kind_of(text)} as its text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{place}: half a character (a lone surrogate) in its text: {error}"[:400]) from error
+    return text
+
+
+def kind_of(value: Any) -> str:
+    """What JSON calls it."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    kinds: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
+    return kinds.get(type(value), f"the {type(value).__name__} {str(value)[:40]}")
+
+
 def table_documents(path: Path) -> Dataset:
     datasets = import_datasets()
     try:
         table = datasets.load_dataset(TABLE_FORMATS[path.suffix], data_files=str(path), split="train")
     except Exception as error:  # datasets has no common error of its own
-        raise DataError(f"cannot read {path}: {error}") from error
+        raise DataError(f"cannot read {path}: {error.__cause__ or error}") from error
     if "text" not in table.column_names:
         raise DataError(f"{path} needs a column 'text', has {', '.join(table.column_names)}")
+    texts = table.select_columns(["text"])
+    if texts.features["text"].dtype not in ("string", "large_string") or texts.data.column("text").null_count:
+        for number, row in enumerate(texts, 1):
+            text_of(row, f"{path}, row {number}")
     names = [f"{path.name}:{row}" for row in range(len(table))]
-    return table.select_columns(["text"]).add_column("name", names)
+    return texts.add_column("name", names)
 
 
 def as_dataset(texts: list[tuple[str, str]]) -> Dataset:
@@ -111,8 +166,14 @@ def training_windows(documents: Dataset, tokenizer: Any, *, length: int, count: 
 
     Documents come in shuffled order and are tokenised only until there is enough; each is cut into whole windows, what
     is left over at its end is dropped. A round takes at most an eighth of `count` from one document, the next goes on
-    behind it; when all text is used up it is read again. DataError when no document is long enough.
+    behind it; when all text is used up it is read again. DataError when no document is long enough, or memory is not.
     """
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if count * length * TOKEN_BYTES > memory:
+        raise DataError(
+            f"{count:,} windows of {length:,} tokens do not fit into the {memory / 1e9:.0f} GB of this machine, where "
+            "they are made before training begins: lower steps, accumulate, batch_size or length"
+        )
     rows: list[dict[str, Any]] = []
     share = max(1, count // 8)
     turn = first = 0
@@ -153,12 +214,32 @@ def opening_tokens(tokenizer: Any) -> list[int]:
 
 def held_out_windows(texts: list[tuple[str, str]], tokenizer: Any, length: int) -> list[Window]:
     """The first `length` tokens of each text as (name, ids): the fixed batch that before and after are compared on."""
+    if length < 2:
+        raise DataError(f"a held-out window has at least 2 tokens, one to predict the other from, got {length}")
     # verbose=False: no warning that a whole document is longer than the model's window
     windows = [(name, tokenizer(text, verbose=False)["input_ids"][:length]) for name, text in texts]
     short = [f"{name} ({len(ids)})" for name, ids in windows if len(ids) < length]
     if short:
         raise DataError(f"held-out texts need {length} tokens, too short: {', '.join(short)}; take a smaller length")
     return windows
+
+
+def hash_texts(texts: Iterable[tuple[str, str]]) -> str:
+    """One hash of all texts, by what they say, where each ends, their order and their names."""
+    digest = HASHES[HASH]()
+    for name, text in texts:
+        for part in (name.encode(), text.encode()):
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part)
+    return f"{HASH}:{digest.hexdigest()}"
+
+
+def hash_windows(windows: Iterable[Sequence[int]]) -> str:
+    """One hash of all windows' token ids."""
+    digest = HASHES[HASH]()
+    for ids in windows:
+        digest.update(array("q", ids).tobytes())
+    return f"{HASH}:{digest.hexdigest()}"
 
 
 def import_datasets() -> Any:

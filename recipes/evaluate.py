@@ -21,13 +21,18 @@ from torch import Tensor
 from nsa_hf.conversion.metrics import NO_LABEL, Accumulator, position_edges
 from nsa_hf.conversion.staging import write_json
 from nsa_hf.conversion.texts import provenance
+from nsa_hf.errors import NsaError
 
 from .data import Window, held_out_documents, held_out_windows
-from .load import load_nsa_model, load_tokenizer
+from .load import check_token_ids, load_nsa_model, load_tokenizer
 from .losses import output_logits
 
 NAME = "eval.json"
 Row = dict[str, Any]
+
+
+class EvaluationError(NsaError):
+    """Models that cannot be compared."""
 
 
 @torch.no_grad()
@@ -35,14 +40,18 @@ def final_states(
     model: Any, windows: Sequence[Window], autocast: Callable[[], AbstractContextManager] = nullcontext
 ) -> list[Tensor]:
     """The final hidden states [1, T, D] of each window, on the CPU, in evaluation mode."""
+    for _, ids in windows:
+        check_token_ids(model, ids)
     training = model.training
     model.eval()
     states = []
-    for _, ids in windows:
-        with autocast():
-            output = model.base_model(torch.tensor([ids], device=model.device), use_cache=False)
-        states.append(output.last_hidden_state.cpu())
-    model.train(training)
+    try:
+        for _, ids in windows:
+            with autocast():
+                output = model.base_model(torch.tensor([ids], device=model.device), use_cache=False)
+            states.append(output.last_hidden_state.cpu())
+    finally:
+        model.train(training)
     return states
 
 
@@ -58,7 +67,7 @@ def compare_models(
     """Both models' perplexity, KL(reference || model) and same top-1 by position, as rows (see `Accumulator.as_dict`).
 
     `reference_states`, `states`: what `final_states` gave for `windows`. Buckets have a border at the end of the range
-    in which an untrained conversion is exact.
+    in which an untrained conversion is exact. EvaluationError when logits are not finite.
     """
     longest = max(len(ids) for _, ids in windows)
     total = Accumulator(position_edges(longest, [model.config.nsa_sizes.exact_tokens]), chunk)
@@ -72,7 +81,13 @@ def compare_models(
                 labels[part],
                 start=start,
             )
-    return total.as_dict()
+    rows = total.as_dict()
+    if wrong := [span(row) for row in rows if row["kl"] is None]:
+        raise EvaluationError(
+            f"logits are not finite (positions {', '.join(wrong)}): the weights are damaged, or were trained at rates "
+            "that are too high"
+        )
+    return rows
 
 
 def logits_of(model: Any, hidden: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,21 @@ from transformers import TextStreamer
 from nsa_hf.conversion.staging import write_json
 from nsa_hf.errors import NsaError
 
-from .load import load_nsa_model, load_tokenizer
+from .chat_template import apply_chat_template
+from .load import check_token_ids, load_nsa_model, load_tokenizer
 from .run_folder import machine
+
+# What a checkpoint's generation_config may ask for in place of one text, token after token: beams, several sequences,
+# tokens guessed ahead.
+SEARCHES = ["num_beams", "num_beam_groups", "num_return_sequences", "constraints", "force_words_ids"]
+SEARCHES += ["penalty_alpha", "dola_layers", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"]
+# Ways of sampling that have no option here.
+SAMPLES = ["min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"]
+# What `generate()` returns beside the tokens.
+RETURNS = ["return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states"]
+# What every checkpoint's has, or the options replace.
+USUAL = {"transformers_version", "_from_model_config", "bos_token_id", "eos_token_id", "pad_token_id"}
+USUAL |= {"do_sample", "temperature", "top_p", "top_k", "max_length", "max_new_tokens", "use_cache"}
 
 
 class TimedStreamer(TextStreamer):
@@ -49,7 +64,7 @@ def generate(
     of the prompt only. Temperature 0 is greedy; `top_p` 1 and `top_k` 0 leave no token out. NsaError when the settings
     or the folder are wrong.
     """
-    check_settings(max_new_tokens, temperature, top_p, top_k, prompt_tokens, dtype)
+    check_settings(max_new_tokens, temperature, top_p, top_k, seed, prompt_tokens, dtype)
     tokenizer = load_tokenizer(out)
     ids = prompt_ids(tokenizer, prompt, chat)[:, :prompt_tokens]
     if ids.shape[1] == 0:
@@ -65,18 +80,30 @@ def generate(
     if temperature:
         # all of them: what is not given would be the checkpoint's, or Transformers' top_k of 50
         sampling = {"do_sample": True, "temperature": float(temperature), "top_p": top_p, "top_k": top_k}
+    check_token_ids(model, ids)
+    asked = as_one_text(model.generation_config, SEARCHES + SAMPLES if temperature else SEARCHES)
+    if asked:
+        how = "samples as its options say" if temperature else "takes the likeliest token each time"
+        print(f"note: generation_config.json asks for {', '.join(asked)}; this command {how}", file=sys.stderr)
     torch.manual_seed(seed)
     streamer = TimedStreamer(tokenizer)
     ids = ids.to(device)
-    with torch.no_grad():
-        output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            streamer=streamer,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            **sampling,
-        )
+    try:
+        with torch.no_grad():
+            output = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                streamer=streamer,
+                tokenizer=tokenizer,  # for stop strings
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                **sampling,
+            )
+    except (ValueError, TypeError) as error:
+        # Transformers refuses settings that contradict each other
+        if isinstance(error, NsaError) or not model.generation_config.to_diff_dict().keys() - USUAL:
+            raise
+        raise NsaError(f"{out / 'generation_config.json'} cannot be followed: {error}") from error
     new = output[0, ids.shape[1] :]
     start, first, *_ = streamer.times
     decoding = streamer.times[-1] - first
@@ -103,23 +130,36 @@ def generate(
 
 def prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
     """The prompt's tokens, int64 [1, T]."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise NsaError(f"the prompt is no text in UTF-8: {error}") from error
     if not chat:
         return tokenizer(prompt, return_tensors="pt", verbose=False).input_ids.long()
-    if not tokenizer.chat_template:
-        raise NsaError("the tokenizer has no chat template: leave --chat out")
-    turn = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(
-        turn, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    ).input_ids
+    text = apply_chat_template(tokenizer, [{"role": "user", "content": prompt}])
+    return tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids.long()
+
+
+def as_one_text(config: Any, names: Sequence[str] = SEARCHES) -> list[str]:
+    """Takes `names` and RETURNS out of a generation config; gives those of `names` that were set, as name=value."""
+    asked = [f"{name}={value}" for name in names if (value := getattr(config, name, None)) not in (None, 1, False)]
+    for name in (*names, *RETURNS):
+        if getattr(config, name, None) is not None:
+            setattr(config, name, None)
+    return asked
 
 
 def check_settings(
-    new: int, temperature: float, top_p: float, top_k: int, prompt_tokens: int | None, dtype: str
+    new: int, temperature: float, top_p: float, top_k: int, seed: int, prompt_tokens: int | None, dtype: str
 ) -> None:
     if new < 1 or (prompt_tokens is not None and prompt_tokens < 1):
         raise NsaError(f"--max-new-tokens and --prompt-tokens must be at least 1, got {new} and {prompt_tokens}")
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise NsaError(f"temperature must be at least 0 and top_p in (0, 1], got {temperature} and {top_p}")
+    if temperature != 0 and not 1e-6 <= temperature <= 1e6:
+        raise NsaError(f"temperature must be 0 (the likeliest token) or from 1e-6 to 1e6, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise NsaError(f"top_p must be in (0, 1], got {top_p}")
+    if not -(2**63) <= seed < 2**63:
+        raise NsaError(f"seed must have at most 63 bits, got {seed}")
     if top_k < 0:
         raise NsaError(f"top_k must be at least 0 (all tokens), got {top_k}")
     if dtype not in ("float32", "bfloat16", "float16"):

@@ -18,7 +18,7 @@ from nsa_hf.attention import NsaAttentionMixin, gate_values
 from nsa_hf.conversion.staging import write_json
 
 from .data import held_out_documents, held_out_windows
-from .load import load_nsa_model, load_tokenizer
+from .load import check_token_ids, load_nsa_model, load_tokenizer
 from .run_folder import machine
 
 NAME = "inspect.json"
@@ -39,6 +39,7 @@ def inspect_model(
     model, tokenizer = load_nsa_model(out, device), load_tokenizer(out)
     chosen = text or held_out_documents("stdlib", 1)[0]
     name, ids = held_out_windows([chosen], tokenizer, length)[0]
+    check_token_ids(model, ids)
     with torch.no_grad(), model.record_selection() as selection, record_gates(model) as gates:
         model.base_model(torch.tensor([ids], device=device), use_cache=False)
     config = model.config

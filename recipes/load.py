@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ class LoadError(NsaError):
 def load_nsa_model(folder: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32") -> Any:
     """The sparse causal LM in `folder`, in evaluation mode; LoadError when there is none."""
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
+    if not (check_folder(folder) / "config.json").is_file():
         raise LoadError(f"{folder} holds no model: expected a folder that `nsa-hf convert` or `nsa-hf train` wrote")
     try:
         config = read_config(folder)
@@ -34,7 +35,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     """The tokenizer in `folder`; LoadError when there is none."""
     from transformers import AutoTokenizer
 
-    if not any(Path(folder).glob("tokenizer*")):
+    if not any(check_folder(folder).glob("tokenizer*")):
         raise LoadError(f"{folder} has no tokenizer: copy the source's tokenizer files there")
     try:
         return AutoTokenizer.from_pretrained(folder)
@@ -51,3 +52,26 @@ def pick_device(device: str | None) -> str:
     except (RuntimeError, AssertionError) as error:
         raise NsaError(f"no device {device!r} here: {str(error).splitlines()[0]}") from error
     return device
+
+
+def check_folder(folder: str | Path) -> Path:
+    """The folder as a path; LoadError when there is none."""
+    path = Path(folder)
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise LoadError(f"{path} {what}: expected a folder that `nsa-hf convert` or `nsa-hf train` wrote")
+    return path
+
+
+def check_token_ids(model: Any, ids: Sequence[int] | torch.Tensor) -> None:
+    """That the model has an embedding for each of the tokenizer's `ids`; LoadError when one is beyond its vocabulary.
+
+    The model itself would stop with an index error, and on a GPU with one of the whole process.
+    """
+    tokens = torch.as_tensor(ids)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+        raise LoadError(
+            f"the tokenizer gives token {int(tokens.max())}, and the model's vocabulary ends at {vocabulary - 1}: "
+            "the tokenizer is another model's, so copy the source's tokenizer files into the folder"
+        )

@@ -1,7 +1,4 @@
-"""The `--nsa-*` options of `plan` and `convert`: one per `nsa_*` field of the config, with and without `nsa-`.
-
-Written out, not read from the config, so that `--help` need not import PyTorch; a test holds both equal.
-"""
+"""The `--nsa-*` options of `plan` and `convert`: one per `nsa_*` field of the config, with and without `nsa-`."""
 
 from __future__ import annotations
 
@@ -14,25 +11,11 @@ import typer
 import yaml
 
 from nsa_hf.errors import NsaError
+from nsa_hf.fields import NSA_FIELDS
 
-# field: (type, default, help)
-NSA_OPTIONS: dict[str, tuple[type, Any, str]] = {
-    "nsa_kernel_size": (int, 32, "tokens of a compression block [l]"),
-    "nsa_kernel_stride": (int, 16, "tokens between two compression blocks' starts [d]"),
-    "nsa_block_size": (int, 64, "tokens of a selection block [l']"),
-    "nsa_topk": (int, 16, "selected blocks per query, the forced ones counted [n]"),
-    "nsa_init_blocks": (int, 1, "blocks at the start of the text that are always selected"),
-    "nsa_local_blocks": (int, 2, "the query's own block and those just before it, always selected"),
-    "nsa_window_size": (int, 512, "tokens of the sliding window, the query's own counted [w]"),
-    "nsa_compression": (str, "mlp", "how a block becomes one key and one value: mean, linear or mlp"),
-    "nsa_compression_dim": (int, 128, "width of the compression MLP"),
-    "nsa_rope_order": (str, "post", "keys are compressed after RoPE (post) or before (pre)"),
-    "nsa_branch_kv": (str, "shared", "one K and V for all branches (shared) or one each (independent)"),
-    "nsa_gate": (str, "residual", "residual and blend start exactly dense; sigmoid is the paper's"),
-    "nsa_gate_dim": (int, 64, "width of the gate's MLP"),
-    "nsa_gate_blend": (float, 0.0, "with nsa_gate=blend: the share of the paper's gates, from 0 (dense) to 1"),
-    "nsa_dense_layers": (str, None, "layers that keep dense attention, as 0,1,-1; negative counts from the end"),
-}
+NSA_OPTIONS = {name: member for name, member in NSA_FIELDS.items() if name != "nsa_format"}
+# A field's type, as the config writes it, on the command line; the layers are a list such as 0,1,-1.
+TYPES = {"int": int, "float": float, "str": str, "list[int] | None": str}
 ROPE_SCALING = typer.Option(
     "--rope-scaling",
     metavar="KIND:FACTOR",
@@ -49,12 +32,11 @@ def with_nsa_options(command: Callable[..., None]) -> Callable[..., None]:
     signature = inspect.signature(command, eval_str=True)
     named = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     added = []
-    for name, (kind, default, help) in NSA_OPTIONS.items():
+    for name, field in NSA_OPTIONS.items():
         long = "--" + name.replace("_", "-")
-        shown = typer.Option(
-            long, long.replace("--nsa-", "--"), help=f"{help} [default: {default}]", show_default=False
-        )
-        added.append(parameter(name, Annotated[kind | None, shown]))
+        text = f"{field.metadata['help']} [default: {field.default}]"
+        shown = typer.Option(long, long.replace("--nsa-", "--"), help=text, show_default=False)
+        added.append(parameter(name, Annotated[TYPES[str(field.type)] | None, shown]))
     added.append(parameter("rope_scaling", Annotated[str | None, ROPE_SCALING]))
     added.append(parameter("options_file", Annotated[Path | None, OPTIONS_FILE]))
     command.__signature__ = signature.replace(parameters=[*named, *added])  # type: ignore[attr-defined]

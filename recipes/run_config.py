@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class RunConfig:
     mixed_precision: str = setting("'no' (fp32), 'bf16' or 'fp16' autocast; weights and optimizer stay fp32", "no")
     loss_chunk: int = setting("positions whose logits exist at one time", 256)
     save_every: int = setting("steps between checkpoints; 0 saves none", 100)
-    keep: int = setting("checkpoints kept while running", 2)
+    keep: int = setting("checkpoints kept while running, at least two: one to go back to when the last is damaged", 2)
     log_every: int = setting("steps between progress lines", 1)
     deterministic: bool = setting("the same weights from the same settings; on a GPU this may cost speed", True)
     seed: int = setting("order of the text and every random number", 0)
@@ -64,13 +65,16 @@ class RunConfig:
 
 
 RULES = {
-    **dict.fromkeys(("steps", "batch_size", "accumulate", "held_out_documents", "loss_chunk", "keep", "log_every"), 1),
+    **dict.fromkeys(("steps", "batch_size", "accumulate", "held_out_documents", "loss_chunk", "log_every"), 1),
     **dict.fromkeys(
         ("warmup_steps", "gate_blend_steps", "gradient_checkpointing", "save_every", "seed", "lr_nsa", "lr_backbone"), 0
     ),
     **dict.fromkeys(("weight_decay", "ce_weight", "kl_weight", "min_lr_ratio", "beta1", "beta2", "adam_eps"), 0),
     "length": 2,
+    "keep": 2,  # when the last one is damaged, a run goes on from the one before
 }  # the least value of each number
+MOST = 2**32 - 1  # of whole numbers: what NumPy takes as a seed, and far beyond any run
+LONGEST = 1 << 16  # characters of a run file
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -86,21 +90,72 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
 
 def read_run_file(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LONGEST + 1)
+        if len(text) > LONGEST:
+            raise RunConfigError(f"{path} is no run file: it has more than {LONGEST:,} characters")
+        check_plain(path, text)
+        content = yaml.safe_load(text)
     except FileNotFoundError as error:
         raise RunConfigError(f"no run file at {path}; recipes/runs/demo.yaml is one to start from") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RunConfigError(f"cannot read the run file {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise RunConfigError(f"{path} must hold settings as 'name: value' lines, got {type(content).__name__}")
+    except RunConfigError:
+        raise
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a number or date that is none
+        raise RunConfigError(f"cannot read the run file {path}: {shortened(str(error))}") from error
     return content
 
 
+def check_plain(path: Path, text: str) -> None:
+    """Refuses what is no list of 'name: value' lines, before anything is built: nesting, references, names twice."""
+    events = values_in(text)
+    if not isinstance(next(events, None), yaml.MappingStartEvent):
+        raise RunConfigError(f"{path} must hold settings as 'name: value' lines")
+    seen: set[str] = set()
+    for name in events:
+        place = f"{path}, line {name.start_mark.line + 1 if name.start_mark else '?'}"
+        if isinstance(name, yaml.MappingEndEvent):
+            break
+        if not isinstance(name, yaml.ScalarEvent):
+            raise RunConfigError(f"{place}: a setting has a name, got {kind_of(name)}")
+        value = next(events)
+        if not isinstance(value, yaml.ScalarEvent):
+            raise RunConfigError(f"{place}: {shortened(name.value)} is one value, got {kind_of(value)}")
+        if name.value in seen:
+            raise RunConfigError(f"{place}: {shortened(name.value)} is set twice")
+        seen.add(name.value)
+    if any(isinstance(event, yaml.DocumentStartEvent) for event in events):
+        raise RunConfigError(f"{path} holds more than one document: a run is one")
+
+
+def values_in(text: str) -> Iterator[yaml.Event]:
+    """YAML's events from the first value on, read as they are asked for: what is nested deep takes long to read."""
+    return islice(yaml.parse(text, Loader=yaml.SafeLoader), 2, None)
+
+
+def kind_of(event: yaml.Event) -> str:
+    if isinstance(event, yaml.AliasEvent):
+        return f"a reference (*{event.anchor})"
+    return "a list or a mapping"
+
+
+def shortened(text: str, most: int = 200) -> str:
+    """One line of at most `most` characters and a little."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def parse_override(key: str, text: str) -> Any:
+    if field_type(key) == "str":
+        return text
     try:
-        return text if field_type(key) == "str" else yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RunConfigError(f"cannot read the value of {key}={text!r}: {error}") from error
+        first = next(values_in(text), None)
+        if isinstance(first, (yaml.CollectionStartEvent, yaml.AliasEvent)):
+            raise RunConfigError(f"{key} is one value, got {kind_of(first)}")
+        return yaml.safe_load(text)
+    except RunConfigError:
+        raise
+    except (ValueError, yaml.YAMLError) as error:
+        raise RunConfigError(f"cannot read the value of {key}={shortened(text)!r}: {shortened(str(error))}") from error
 
 
 def make_run_config(values: dict[str, Any]) -> RunConfig:
@@ -113,7 +168,9 @@ def make_run_config(values: dict[str, Any]) -> RunConfig:
     for name, least in RULES.items():
         value = getattr(config, name)
         if not least <= value < math.inf:
-            raise RunConfigError(f"{name} must be finite and at least {least}, got {value}")
+            raise RunConfigError(f"{name} must be finite and at least {least}, got {shown(value)}")
+        if isinstance(value, int) and value > MOST:
+            raise RunConfigError(f"{name} must be at most {MOST}, got {shown(value)}")
     for name in ("beta1", "beta2"):
         if getattr(config, name) >= 1:
             raise RunConfigError(f"{name} must be below 1, got {getattr(config, name)}")
@@ -132,9 +189,9 @@ def field_type(key: str) -> str:
     """The declared type of setting `key` as written ("int", "float", "bool", "str")."""
     types = {f.name: str(f.type) for f in fields(RunConfig)}
     if key not in types:
-        near = difflib.get_close_matches(str(key), types, n=1)
+        near = difflib.get_close_matches(shown(key), types, n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; settings are {', '.join(types)}"
-        raise RunConfigError(f"unknown setting {key!r}{hint}")
+        raise RunConfigError(f"unknown setting {shown(key)}{hint}")
     return types[key]
 
 
@@ -147,10 +204,19 @@ def check_type(key: str, expected: str, value: Any) -> Any:
             return float(value)
         except ValueError:
             pass
+        except OverflowError:
+            return math.inf
     if {"int": int, "bool": bool, "str": str, "float": float}[expected] is type(value):
         return value
     names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-    raise RunConfigError(f"{key} must be {names[expected]}, got {value!r}")
+    raise RunConfigError(f"{key} must be {names[expected]}, got {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """A value for a message; a number too long to be written is told by its size."""
+    if isinstance(value, int) and value.bit_length() > 200:
+        return f"a number of {value.bit_length()} bits"
+    return shortened(repr(value))
 
 
 def settings_help() -> str:

@@ -1,15 +1,18 @@
 """Where a run lives until it is done, and the folder it ends as.
 
-`OUT.unfinished/` holds `run.json` (what runs) and `checkpoints/`. OUT appears whole when the run is done, and the other
-goes. OUT holds the trained model, its tokenizer, `manifest.json` with "trained": true, and `training.json`.
+`OUT.unfinished/` holds `run.json` (what the run depends on) and `checkpoints/`; the process that trains has it locked.
+OUT appears whole when the run is done, and the other goes. OUT holds the trained model, its tokenizer, `manifest.json`
+with "trained": true, and `training.json`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,15 +23,24 @@ from nsa_hf.conversion import manifest
 from nsa_hf.conversion.checkpoint import SafetensorsCheckpoint
 from nsa_hf.conversion.loading import transformers_progress
 from nsa_hf.conversion.source import open_source
-from nsa_hf.conversion.staging import staged_folder, write_json
+from nsa_hf.conversion.staging import check_output, staged_folder, write_json
 from nsa_hf.errors import NsaError
 
+from .checkpointing import hash_file
 from .run_config import RunConfig
 
-RESULT = "training.json"
+RUN, RESULT = "run.json", "training.json"
 FORMAT = 1
 # may differ when a run goes on: they do not change its weights
 FREE = {"model", "out", "save_every", "keep", "log_every"}
+# what a fingerprint has hashes of, and how a change of it is told
+CONTENTS = {
+    "training_text": "the training text, data={data}, has changed",
+    "held_out_text": "the held-out text, held_out={held_out}, has changed",
+    "tokens": "the tokenizer in {model} has changed",
+    "model_config": "config.json in {model} has changed",
+    "weights": "the weights in {model} have changed",
+}
 PACKAGES = ("nsa-hf", "torch", "transformers", "accelerate", "datasets")
 
 
@@ -37,7 +49,7 @@ class RunFolderError(NsaError):
 
 
 def fingerprint(config: RunConfig) -> dict[str, Any]:
-    """What decides a run's weights: its settings, and the hashes of the model it starts from."""
+    """What decides a run's weights, as far as settings and model folder say it: see `train` for text and processes."""
     model = Path(config.model)
     manifest.find(model)
     settings = {name: value for name, value in config.as_dict().items() if name not in FREE}
@@ -45,63 +57,137 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
     return {**settings, "model_config": hash_file(model / "config.json"), "weights": weights}
 
 
-def hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def check_out(config: RunConfig) -> None:
+    """Refuses an OUT that holds something else than this run, before any work is done."""
+    if not (Path(config.out) / RESULT).is_file():
+        check_output(Path(config.out), keep=(Path(config.model),))
 
 
-def finished_run(config: RunConfig) -> bool:
-    """Whether `config.out` holds this very run, finished. RunFolderError when it holds another one."""
+def finished_run(config: RunConfig, depends: dict[str, Any]) -> bool:
+    """Whether `config.out` holds this very run, finished. RunFolderError when it holds another one.
+
+    `depends`: the run's whole fingerprint. What an older version did not note is not compared.
+    """
     path = Path(config.out) / RESULT
     if not path.is_file():
         return False
-    check_same(path, read_json(path)["fingerprint"], fingerprint(config))
-    shutil.rmtree(unfinished(config), ignore_errors=True)
+    noted = read_json(path)["fingerprint"]
+    check_same(config, path, noted, {name: value for name, value in depends.items() if name in noted})
+    remove_run_folder(unfinished(config))
     return True
 
 
-def open_run_folder(config: RunConfig) -> Path:
-    """The folder of the unfinished run, made or found. RunFolderError when it holds a run with other settings."""
-    folder = unfinished(config)
-    path = folder / "run.json"
-    if path.is_file():
-        check_same(path, read_json(path)["fingerprint"], fingerprint(config))
-    else:
+@contextmanager
+def open_run_folder(config: RunConfig, depends: dict[str, Any]) -> Iterator[Path | None]:
+    """The folder of the unfinished run, made or found, and this process's alone; None when OUT holds it finished.
+
+    A run that is refused before its first checkpoint leaves nothing.
+
+    Raises:
+        RunFolderError: another process trains it, or it is of a run with another fingerprint, or of something else.
+    """
+    folder, path = unfinished(config), unfinished(config) / RUN
+    if finished_run(config, depends):
+        yield None
+        return
+    check_out(config)
+    with locked(folder, config):
+        # while this one waited for the lock, the one that had it may have come to its end
+        if finished_run(config, depends):
+            yield None
+            return
+        if path.is_file():
+            check_same(config, path, read_json(path)["fingerprint"], depends)
+        elif foreign := [file.name for file in folder.iterdir() if not file.name.startswith(f".{RUN}.")]:
+            raise RunFolderError(f"{folder} is where the run would live, and holds {foreign[0]}: give another out=")
+        else:
+            write_json(path, {"format": FORMAT, "fingerprint": depends})
+        try:
+            yield folder
+        except NsaError:
+            if not any(folder.glob("checkpoints/step-*")):
+                remove_run_folder(folder)
+            raise
+
+
+@contextmanager
+def locked(folder: Path, config: RunConfig) -> Iterator[None]:
+    """Holds `folder`, made if it is not there, for this process alone; the lock ends with the process."""
+    try:
+        import fcntl
+    except ImportError as error:
+        raise RunFolderError("training needs a system with file locks of POSIX (Linux, macOS)") from error
+    while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError as error:
             raise RunFolderError(f"cannot make {folder}: {error.strerror or error}") from error
-        write_json(path, {"format": FORMAT, "fingerprint": fingerprint(config)})
-    return folder
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if folder.exists() and os.path.samestat(os.fstat(lock), folder.stat()):
+                break
+            os.close(lock)  # the process that had it has removed it
+        except BlockingIOError as error:
+            os.close(lock)
+            raise RunFolderError(
+                f"another process trains {config.out} now: wait until it is done, or give another out="
+            ) from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # empty: nothing began
+            folder.rmdir()
+        os.close(lock)
 
 
 def unfinished(config: RunConfig) -> Path:
-    out = Path(config.out)
+    out = Path(config.out).resolve()
     return out.with_name(f"{out.name}.unfinished")
 
 
-def check_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    changed = [f"{name}: {before.get(name)} -> {now.get(name)}" for name in now if before.get(name) != now.get(name)]
-    if changed:
+def remove_run_folder(folder: Path) -> None:
+    """Removes what a run keeps in its folder, and the folder when nothing else is in it."""
+    if (folder / RUN).is_file():
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        (folder / RUN).unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def check_same(config: RunConfig, path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    if unknown := [name for name in now if name not in before]:
         raise RunFolderError(
-            f"{path.parent} holds a run with other settings ({'; '.join(changed)}): give another out=, take them back, "
-            "or remove that folder"
+            f"{path.parent} holds a run that an older version began, which did not note its {', '.join(unknown)}: give "
+            "another out=, or remove that folder to start from the beginning"
+        )
+    changed = [name for name in now if before[name] != now[name]]
+    if changed != ["tokens"]:
+        changed = [name for name in changed if name != "tokens"]  # they follow from the others
+    if changed:
+        told = "; ".join(
+            CONTENTS[name].format(**config.as_dict()) if name in CONTENTS else f"{name}: {before[name]} -> {now[name]}"
+            for name in changed
+        )
+        raise RunFolderError(
+            f"{path.parent} holds a run that is not this one ({told}): give another out=, take that back, or remove "
+            "that folder to start from the beginning"
         )
 
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        content["fingerprint"]
+        dict(content["fingerprint"])
         return content
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunFolderError(f"{path} is damaged ({error!r}): remove its folder and run again") from error
 
 
-def save_trained(student: Any, config: RunConfig, result: dict[str, Any]) -> None:
+def save_trained(student: Any, config: RunConfig, depends: dict[str, Any], result: dict[str, Any]) -> None:
     """Writes the finished run's folder, whole or not at all, and removes the unfinished one."""
     model, out = Path(config.model), Path(config.out)
-    record = {"format": FORMAT, "fingerprint": fingerprint(config), "config": config.as_dict(), **result, **machine()}
+    record = {"format": FORMAT, "fingerprint": depends, "config": config.as_dict(), **result, **machine()}
     with staged_folder(out) as stage:
         with transformers_progress(False):
             student.save_pretrained(stage)
@@ -111,7 +197,7 @@ def save_trained(student: Any, config: RunConfig, result: dict[str, Any]) -> Non
         write_json(stage / RESULT, record)
         run = {"steps": config.steps, "fingerprint": record["fingerprint"]}
         manifest.write(stage, manifest.build_trained(stage, model, manifest.find(model), companions, run))
-    shutil.rmtree(unfinished(config), ignore_errors=True)
+    remove_run_folder(unfinished(config))
 
 
 def machine() -> dict[str, Any]:

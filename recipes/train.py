@@ -13,28 +13,47 @@ same weights.
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nsa_hf.conversion.staging import check_output
+from nsa_hf.conversion.plan import training_hindrance
 from nsa_hf.conversion.texts import provenance
 from nsa_hf.errors import NsaError
 from nsa_hf.releases import checkpoint_activations
 
 from .checkpointing import Checkpoints
-from .data import held_out_documents, held_out_windows, load_documents, training_windows
+from .data import (
+    hash_texts,
+    hash_windows,
+    held_out_documents,
+    held_out_windows,
+    load_documents,
+    training_windows,
+)
 from .evaluate import compare_models, final_states, mean_kl, render_before_after
 from .load import load_nsa_model, load_tokenizer
 from .losses import LossModel
 from .optimizer import make_optimizer, set_rates
 from .run_config import RunConfig, load_run_config
-from .run_folder import finished_run, open_run_folder, save_trained
+from .run_folder import check_out, fingerprint, open_run_folder, save_trained
+from .terminal import report as report_error
+
+# by the variable with which Accelerate is told of it
+OTHER_WAYS = {
+    "ACCELERATE_DYNAMO_BACKEND": "torch.compile",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context or sequence parallelism",
+}
 
 
 class TrainingError(NsaError):
@@ -47,22 +66,21 @@ def train(config: RunConfig) -> Path:
     Raises:
         NsaError: what is in the way (folders, settings, text too short, a loss that is not finite).
     """
-    out = Path(config.out)
-    if finished_run(config):
-        print(f"{out} holds this run already, finished: nothing to do")
-        return out
-    check_output(out, keep=(Path(config.model),))
-    accelerator = make_accelerator(config)
-    with deterministic(config.deterministic):
-        if accelerator.is_main_process:
-            open_run_folder(config)
-        accelerator.wait_for_everyone()
-        checkpoints = Checkpoints(open_run_folder(config) / "checkpoints", config.keep)
+    try:
+        return run(config)
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
+        raise
 
-        # models and text
+
+def run(config: RunConfig) -> Path:
+    out = Path(config.out)
+    check_out(config)
+    accelerator = make_accelerator(config)
+    with deterministic(config.deterministic), ExitStack() as stack:
+        # text
+        depends = fingerprint(config)
         tokenizer = load_tokenizer(config.model)
-        teacher = load_nsa_model(config.model, accelerator.device).requires_grad_(False)
-        student = load_student(config, accelerator.device)
         texts = held_out_documents(config.held_out, config.held_out_documents)
         held_out = held_out_windows(texts, tokenizer, config.length)
         documents = load_documents(config.data)
@@ -70,6 +88,22 @@ def train(config: RunConfig) -> Path:
         windows = training_windows(documents, tokenizer, length=config.length, count=count, seed=config.seed)
         rows = windows.select_columns("input_ids").with_format("torch")
 
+        # the run's folder: this run's, and no other process's
+        depends |= {
+            "training_text": hash_texts(zip(documents["name"], documents["text"], strict=True)),
+            "held_out_text": hash_texts(texts),
+            "tokens": hash_windows(chain(windows["input_ids"], (ids for _, ids in held_out))),
+            "processes": accelerator.num_processes,
+        }
+        folder = on_main_process(accelerator, lambda: stack.enter_context(open_run_folder(config, depends)))
+        if folder is None:
+            accelerator.print(f"{out} holds this run already, finished: nothing to do")
+            return out
+        checkpoints = Checkpoints(folder / "checkpoints", config.keep)
+
+        # models
+        teacher = load_nsa_model(config.model, accelerator.device).requires_grad_(False)
+        student = load_student(config, accelerator.device)
         model, optimizer, loader = accelerator.prepare(
             LossModel(student, teacher if config.kl_weight else None, config.loss_chunk),
             make_optimizer(student, config),
@@ -77,9 +111,9 @@ def train(config: RunConfig) -> Path:
         )
 
         # where it begins: at the start, or behind the last checkpoint
+        latest = on_main_process(accelerator, checkpoints.latest)
         with teacher.dense_attention():
             teacher_states = final_states(teacher, held_out, accelerator.autocast)
-        latest = checkpoints.latest()
         if latest is None:
             states = final_states(student, held_out, accelerator.autocast)
             before = compare_models(teacher, teacher_states, student, states, held_out)
@@ -87,6 +121,8 @@ def train(config: RunConfig) -> Path:
             accelerator.print(f"held-out KL to the teacher before: {mean_kl(before):.6f}")
         else:
             state = checkpoints.restore(accelerator, latest)
+            if not 0 < state["step"] < config.steps:
+                raise TrainingError(f"{latest} says that {state['step']} of {config.steps} steps are done: remove it")
             accelerator.print(f"going on from {latest}")
 
         run_steps(accelerator, model, optimizer, loader, student, config, state, checkpoints)
@@ -123,7 +159,7 @@ def train(config: RunConfig) -> Path:
                 "held_out": figures,
                 "processes": accelerator.num_processes,
             }
-            save_trained(student, config, result)
+            save_trained(student, config, depends, result)
             report(figures, out)
         accelerator.wait_for_everyone()
     return out
@@ -184,7 +220,45 @@ def progress_line(row: dict[str, Any], steps: int, left: float) -> str:
     )
 
 
+def on_main_process(accelerator: Any, do: Callable[[], Any]) -> Any:
+    """What `do` returns, or raises of our kind, in the main process: in all of them."""
+    from accelerate.utils import broadcast_object_list
+
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = do()
+        except NsaError as error:
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def check_launch(config: RunConfig) -> None:
+    """Refuses what the environment, and with it `accelerate launch`, would set against the run file or in its place."""
+    for variable, setting, ours in (
+        ("ACCELERATE_MIXED_PRECISION", "mixed_precision", config.mixed_precision),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "accumulate", str(config.accumulate)),
+    ):
+        theirs = os.environ.get(variable, "").lower()
+        # "no" is also what the launcher sets when it was told nothing
+        if theirs not in ("", ours, "no" if setting == "mixed_precision" else ours):
+            raise TrainingError(
+                f"{setting} is {ours} in the run file, and {theirs} by `accelerate launch` or the environment "
+                f"({variable}): take that back, or write {setting}={theirs}"
+            )
+    for variable, what in OTHER_WAYS.items():
+        if os.environ.get(variable, "").lower() not in ("", "no", "false", "0"):
+            raise TrainingError(
+                f"`accelerate launch` or the environment asks for {what} ({variable}={os.environ[variable]}), which "
+                "this training does not have: it runs one process per GPU, each with the whole model"
+            )
+
+
 def make_accelerator(config: RunConfig) -> Any:
+    check_launch(config)
     try:
         from accelerate import Accelerator
         from accelerate.utils import set_seed
@@ -201,6 +275,8 @@ def make_accelerator(config: RunConfig) -> Any:
 def load_student(config: RunConfig, device: Any) -> Any:
     """The model to train, what has rate 0 frozen."""
     student = load_nsa_model(config.model, device)
+    if hindrance := training_hindrance(student.config):
+        raise TrainingError(f"{config.model}: {hindrance}")
     for name, parameter in student.named_parameters():
         parameter.requires_grad_((config.lr_nsa if ".nsa." in name else config.lr_backbone) > 0)
     if config.gate_blend_steps and student.config.nsa_gate != "blend":
@@ -236,8 +312,11 @@ def main(arguments: list[str] | None = None) -> int:
         if not path:
             raise TrainingError("give a run file: python -m nsa_hf.recipes.train RUN.yaml [key=value ...]")
         train(load_run_config(path, overrides))
-    except NsaError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if not report_error(error):
+            raise
         return 2
     return 0
 

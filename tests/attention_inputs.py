@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -102,6 +103,36 @@ def make_inputs(
 def with_gradients(inputs: Inputs) -> Inputs:
     """The same inputs with every differentiable tensor as a fresh leaf that wants a gradient."""
     return {name: x.detach().clone().requires_grad_() if name in TENSORS else x for name, x in inputs.items()}
+
+
+EMPTY = {
+    "no rows": Shape(batch=0),
+    "no queries": Shape(batch=2, queries=0),
+    "no queries, own window": Shape(queries=0, own_window=5),
+    "no text": Shape(batch=2, queries=0, keys=0),
+    "no rows, ragged": Shape(batch=0, starts=(), lengths=()),
+    "no queries, ragged": Shape(batch=2, queries=0, starts=(3, 1), lengths=(7, 30)),
+}
+
+
+def run_empty(attention: Callable[..., Any], shape: Shape, backend: str, device: str = "cpu") -> list[torch.Tensor]:
+    """Output, selection and all gradients of `nsa_attention`."""
+    inputs = make_inputs(shape, dtype=torch.float32)
+    inputs = with_gradients({name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()})
+    out, selection = attention(**inputs, backend=backend, return_selection=True)
+    out.sum().backward()
+    return [out.detach(), selection, *(inputs[name].grad for name in TENSORS if name in inputs)]
+
+
+def check_empty(shape: Shape, found: list[torch.Tensor]) -> None:
+    """Empty tensors of the right shapes, and gradients that are zero, not absent."""
+    out, selection, *gradients = found
+    assert out.shape == (shape.batch, shape.queries, shape.kv_heads * shape.group, shape.value_dim)
+    assert selection.shape == (shape.batch, shape.queries, shape.kv_heads, shape.sizes.topk)
+    assert out.dtype == torch.float32 and selection.dtype == torch.int32
+    inputs = make_inputs(shape)
+    assert [x.shape for x in gradients] == [inputs[name].shape for name in TENSORS if name in inputs]
+    assert not any(x.any() for x in gradients)
 
 
 def one_branch(inputs: Inputs, branch: int) -> Inputs:

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fractions import Fraction
+from unittest import mock
 
 import pytest
 import torch
-from attention_inputs import Shape, Sizes, any_shape, assert_selection_is_good, make_inputs, one_branch
+from attention_inputs import (
+    EMPTY,
+    Shape,
+    Sizes,
+    any_shape,
+    assert_selection_is_good,
+    check_empty,
+    make_inputs,
+    one_branch,
+    run_empty,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import count_blocks, importances, nsa_oracle, pick
+from torch._subclasses import FakeTensorMode
 
-from nsa_hf.kernels import nsa_attention
+from nsa_hf.kernels import nsa_attention, reference_attention
+from nsa_hf.kernels import sizes as sizes_module
 
 PAPER = Sizes(32, 16, 64, 16, 1, 2, 512)
 ALIKE = Sizes(4, 4, 4, 3, 1, 1, 4)  # blocks that do not overlap
@@ -84,6 +97,64 @@ def test_any_sizes_and_any_layout(shape: Shape, seed: int) -> None:
     answer = nsa_oracle(**inputs)
     assert torch.equal(selection, answer.selection)
     torch.testing.assert_close(output, answer.output, rtol=1e-10, atol=1e-10)
+
+
+@given(shape=any_shape(), seed=st.integers(0, 2**16), times=st.sampled_from([1, 3, 1000]), data=st.data())
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_any_sizes_larger_than_the_text(shape: Shape, seed: int, times: int, data: st.DataObject) -> None:
+    """As in `Sizes.within`, with all sizes taken for large ones."""
+    x = shape.sizes.__dict__
+    kernel, *others = (data.draw(st.sampled_from([1, times])) for _ in range(6))
+    factors = dict(zip(("block_size", "topk", "init_blocks", "local_blocks", "window_size"), others, strict=True))
+    grown = {name: factor * x[name] for name, factor in factors.items()}
+    grown["kernel_size"] = min(kernel * x["kernel_size"], grown["block_size"])
+    grown["topk"] = max(grown["topk"], grown["init_blocks"] + grown["local_blocks"])
+    own = None if shape.own_window is None else shape.keys
+    inputs = make_inputs(replace(shape, sizes=replace(shape.sizes, **grown), own_window=own), seed)
+    with mock.patch.multiple(sizes_module, FEW_BLOCKS=1, FEW_TOKENS=1):
+        output, selection = nsa_attention(**inputs, backend="reference", return_selection=True)
+    answer = nsa_oracle(**inputs)
+    assert torch.equal(selection, answer.selection)
+    torch.testing.assert_close(output, answer.output, rtol=1e-10, atol=1e-10)
+
+
+def test_sizes_far_beyond_the_text_cost_what_the_text_needs() -> None:
+    most = 2**31 - 2
+    inputs = make_inputs(Shape(Sizes(4, 2, 4, 20, 1, 2, 5)))
+    for far in (Sizes(4, 2, 4, 20_000_000, 1, 2, 5), Sizes(4, 2, 4, most, 1, 2, 5)):
+        assert torch.equal(nsa_attention(**{**inputs, **asdict(far)}), nsa_attention(**inputs))
+        sizes = sizes_module.Sizes(**asdict(far))
+        tensors = {name: x for name, x in inputs.items() if isinstance(x, torch.Tensor)}
+        assert reference_attention(**tensors, sizes=sizes, scale=0.5).selection.shape[-1] <= 64
+    inputs = make_inputs(Shape(Sizes(40, 2, 40, 20, 1, 2, 50)))
+    far = Sizes(most, 2, most, most + 1, most // 2, most // 2, most + 1)
+    assert torch.equal(nsa_attention(**{**inputs, **asdict(far)}), nsa_attention(**inputs))
+
+
+@pytest.mark.parametrize("topk", [50, 65, 1000])
+def test_the_selection_has_all_places_that_were_asked_for(topk: int) -> None:
+    inputs = make_inputs(Shape(batch=2))
+    expected = nsa_attention(**{**inputs, "topk": 8}, return_selection=True)[1]
+    selection = nsa_attention(**{**inputs, "topk": topk}, return_selection=True)[1]
+    assert selection.shape == (2, 30, 2, topk) and selection.dtype == torch.int32
+    assert torch.equal(selection[..., :8], expected) and (selection[..., 8:] == -1).all()
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_no_rows_or_no_queries_give_nothing(name: str) -> None:
+    compiled = torch.compile(nsa_attention, fullgraph=True, backend="aot_eager")
+    for function in (nsa_attention, compiled):
+        check_empty(EMPTY[name], run_empty(function, EMPTY[name], "reference"))
+
+
+@pytest.mark.parametrize("name", ["plain", "ragged and left-padded, own window"])
+def test_fake_tensors_have_shapes_and_no_values(name: str) -> None:
+    inputs = make_inputs(CASES[name])
+    with FakeTensorMode() as mode:
+        fake = {key: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for key, x in inputs.items()}
+        found = nsa_attention(**fake, return_selection=True)
+    expected = nsa_attention(**inputs, return_selection=True)
+    assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in expected]
 
 
 LOW_PRECISION = [

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from attention_inputs import Inputs, Shape, make_inputs
@@ -61,6 +63,64 @@ REFUSED: dict[str, tuple[Shape, Change, type[Exception], str]] = {
     "no stride": (PLAIN, give(kernel_stride=0), ValueError, r"kernel_stride.*1.*0"),
     "no kernel": (PLAIN, give(kernel_size=0), ValueError, r"kernel_size.*1.*0"),
     "size is a float": (PLAIN, give(topk=4.0), TypeError, r"topk.*int.*4\.0"),
+    "size is a bool": (PLAIN, give(init_blocks=True), TypeError, r"init_blocks.*int.*True"),
+    "size is None": (PLAIN, give(window_size=None), TypeError, r"window_size.*int.*None"),
+    "size is NumPy's": (PLAIN, give(topk=np.int64(4)), TypeError, r"topk.*int.*int64\(4\)"),
+    "size beyond every position": (PLAIN, give(topk=2**70), ValueError, rf"topk.*{2**31 - 1}.*{2**70}"),
+    "window beyond every position": (PLAIN, give(window_size=2**31), ValueError, r"window_size.*2147483648"),
+    # tensors
+    **{
+        f"{name} is {what}": (PLAIN, give(**{name: x}), TypeError, rf"\b{name} must be a tensor, got {what}")
+        for name in ("q", "k", "v", "k_cmp", "v_cmp", "gates")
+        for what, x in (("NoneType", None), ("list", [1.0]))
+    },
+    "k_win is a list": (PLAIN, lambda x: {"k_win": [1.0], "v_win": x["v"]}, TypeError, r"k_win.*tensor.*list"),
+    "starts are a list": (PLAIN, give(starts=[0, 3]), TypeError, r"starts.*tensor.*list"),
+    "lengths are a number": (PLAIN, give(lengths=30), TypeError, r"lengths.*tensor.*int"),
+    "cu_seqlens are a tuple": (ONE_ROW, give(cu_seqlens=(0, 30)), TypeError, r"cu_seqlens.*tensor.*tuple"),
+    "k is sparse": (PLAIN, lambda x: {"k": x["k"].to_sparse()}, TypeError, r"\bk\b.*strided.*sparse_coo"),
+    **{
+        f"{name} on another device": (
+            LAST if name == "lengths" else ONE_ROW,
+            lambda x, name=name: {name: x.get(name, ints(0, 30) if name == "cu_seqlens" else ints(3)).to("meta")},
+            ValueError,
+            rf"\b{name}\b.*device.*cpu.*meta",
+        )
+        for name in ("k", "v", "k_cmp", "v_cmp", "gates", "starts", "lengths", "cu_seqlens")
+    },
+    "no query heads": (
+        PLAIN,
+        lambda x: {"q": x["q"][:, :, :0], "gates": x["gates"][:, :, :0]},
+        ValueError,
+        r"\bq\b.*head.*30, 0, 4",
+    ),
+    "no KV heads": (PLAIN, lambda x: {"k": x["k"][:, :, :0], "v": x["v"][:, :, :0]}, ValueError, r"\bk\b.*30, 0, 4"),
+    "no numbers in a key": (
+        PLAIN,
+        lambda x: {name: x[name][..., :0] for name in ("q", "k", "k_cmp")},
+        ValueError,
+        r"\bq\b.*number.*30, 4, 0",
+    ),
+    "no numbers in a value": (
+        PLAIN,
+        lambda x: {name: x[name][..., :0] for name in ("v", "v_cmp")},
+        ValueError,
+        r"\bv\b.*number.*30, 2, 0",
+    ),
+    # scale
+    **{
+        f"scale is {scale!r}": (
+            PLAIN,
+            give(scale=scale),
+            ValueError,
+            rf"scale.*positive.*finite.*{re.escape(str(scale))}",
+        )
+        for scale in (float("nan"), float("inf"), 0, 0.0, -0.5, 1e39, 10**400)
+    },
+    **{
+        f"scale is {scale!r}": (PLAIN, give(scale=scale), TypeError, r"scale.*number.*None.*got")
+        for scale in ("0.5", True, torch.tensor(0.5), [0.5], 1j)
+    },
     # queries, keys, values, gates
     "q has three dimensions": (PLAIN, lambda x: {"q": x["q"][0]}, ValueError, r"\bq\b.*30, 4, 4"),
     "more queries than keys": (
@@ -166,6 +226,12 @@ REFUSED: dict[str, tuple[Shape, Change, type[Exception], str]] = {
     ),
     # padded rows
     "starts of int64": (PLAIN, give(starts=ints(0, 1, dtype=torch.int64)), TypeError, r"starts.*int32.*int64"),
+    "starts that want a gradient": (
+        PLAIN,
+        give(starts=torch.zeros(2, requires_grad=True)),
+        TypeError,
+        r"starts.*int32.*float32",
+    ),
     "starts of one row": (PLAIN, give(starts=ints(0)), ValueError, r"starts.*2.*1"),
     "starts of two dimensions": (PLAIN, give(starts=ints(0, 1)[:, None]), ValueError, r"starts"),
     "starts negative": (PLAIN, give(starts=ints(0, -1)), ValueError, r"starts.*-1"),
@@ -176,6 +242,7 @@ REFUSED: dict[str, tuple[Shape, Change, type[Exception], str]] = {
     "lengths negative": (PLAIN, give(lengths=ints(30, -1)), ValueError, r"lengths.*-1"),
     # backends
     "unknown backend": (PLAIN, give(backend="cuda"), ValueError, r"backend.*cuda.*triton.*reference"),
+    "no backend": (PLAIN, give(backend=None), ValueError, r"backend None.*triton.*reference"),
 }
 
 

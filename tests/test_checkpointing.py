@@ -1,10 +1,14 @@
 import random
+import re
+import resource
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 
-from nsa_hf.recipes.checkpointing import CheckpointingError, Checkpoints
+from nsa_hf.recipes.checkpointing import FILES, CheckpointingError, Checkpoints
 
 
 @pytest.fixture
@@ -79,16 +83,92 @@ def test_the_same_step_can_be_saved_again(prepared, tmp_path):
     assert checkpoints.restore(prepared[0], path)["curve"] == [2]
 
 
-def test_damage_is_named(prepared, tmp_path):
-    accelerator = prepared[0]
-    checkpoints = Checkpoints(tmp_path, keep=9)
-    for number, (file, content) in enumerate(
-        [("model.safetensors", b"x"), ("state.json", b"{"), ("optimizer.bin", b"")]
-    ):
-        path = checkpoints.save(accelerator, number, {})
-        (path / file).write_bytes(content)
-        with pytest.raises(CheckpointingError, match="cannot be read, remove it"):
-            checkpoints.restore(accelerator, path)
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "scheduler.bin", "state.json", "files.json"]
+)
+@pytest.mark.parametrize("damage", [flip_a_bit, Path.unlink, lambda path: path.write_bytes(b"")])
+def test_a_damaged_checkpoint_is_passed_over_and_that_is_said(prepared, tmp_path, capsys, file, damage):
+    accelerator, _, optimizer = prepared
+    accelerator.prepare(torch.optim.lr_scheduler.ConstantLR(optimizer))
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    first, second = (checkpoints.save(accelerator, step, {"curve": [1.0] * step}) for step in (10, 20))
+    assert checkpoints.latest() == second
+    damage(second / file)
+    assert checkpoints.latest() == first
+    assert f"{second} is damaged ({file}" in (said := capsys.readouterr().err) or f"/{file}'" in said or file == FILES
+    assert f"going on from {first}" in said
+    damage(first / file)
+    with pytest.raises(CheckpointingError, match=r"every checkpoint in .*: remove that folder"):
+        checkpoints.latest()
+
+
+def test_what_was_passed_over_goes_with_the_next_save(prepared, tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (10, 20):
+        checkpoints.save(prepared[0], step, {})
+    flip_a_bit(tmp_path / "step-00000020" / "model.safetensors")
+    checkpoints.save(prepared[0], 15, {})
+    assert names(tmp_path) == ["step-00000010", "step-00000015"]
+
+
+def test_a_state_of_another_step_than_its_name_says_is_damage(prepared, tmp_path, capsys):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    first, second = (checkpoints.save(prepared[0], step, {}) for step in (10, 20))
+    second.rename(tmp_path / "step-00000090")
+    assert checkpoints.latest() == first
+    assert "step-00000090 is damaged (state.json is of step 20)" in capsys.readouterr().err
+
+
+def test_what_cannot_be_read_is_named(prepared, tmp_path):
+    path = Checkpoints(tmp_path, keep=2).save(prepared[0], 1, {})
+    (path / "optimizer.bin").write_bytes(b"")
+    with pytest.raises(CheckpointingError, match="cannot be read, remove it"):
+        Checkpoints(tmp_path, keep=2).restore(prepared[0], path)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "state.json"])
+def test_a_disk_that_is_full_leaves_the_checkpoint_before(prepared, tmp_path, file):
+    """No file may be as large as `file`, which safetensors, PyTorch (without naming the cause) or we then find out."""
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    state = {"curve": [1.0] * 5000}
+    first = checkpoints.save(prepared[0], 10, state)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((first / file).stat().st_size - 1, limits[1]))
+    try:
+        with pytest.raises(CheckpointingError) as raised:
+            checkpoints.save(prepared[0], 20, state)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = str(raised.value)
+    assert re.fullmatch(r"cannot write the checkpoint \S*step-00000020 \(.*; [0-9,]+ MB are free there\): .*", said)
+    assert names(tmp_path) == [first.name]
+    assert checkpoints.latest() == first
+    second = checkpoints.save(prepared[0], 20, state)
+    assert checkpoints.latest() == second
+
+
+def test_a_kill_while_pruning_leaves_no_half_of_a_checkpoint(prepared, tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2):
+        checkpoints.save(prepared[0], step, {})
+    rmtree = shutil.rmtree
+
+    def killed(path, **options):
+        if path.name == ".step-00000001.unfinished":
+            (path / "model.safetensors").unlink()
+            raise KeyboardInterrupt
+        rmtree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save(prepared[0], 3, {})
+    assert [path.name for path in checkpoints.finished()] == ["step-00000002", "step-00000003"]
 
 
 def test_missing_random_numbers_are_not_passed_over(prepared, tmp_path):

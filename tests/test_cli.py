@@ -1,15 +1,20 @@
+import inspect
 import json
 import os
+import resource
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import typer.main
 from tiny_runs import converted, write_texts
 
-from nsa_hf.config import NSA_FIELDS
+import nsa_hf
 from nsa_hf.errors import NsaError
-from nsa_hf.recipes.cli import app, main, run
+from nsa_hf.fields import NSA_FIELDS
+from nsa_hf.recipes.cli import main, run
+from nsa_hf.recipes.commands import app, convert, versions
 from nsa_hf.recipes.nsa_options import NSA_OPTIONS, given
 
 COMMANDS = typer.main.get_command(app).commands
@@ -61,13 +66,16 @@ def test_no_arguments_show_the_help(capsys):
     assert "Commands:" in captured.out + captured.err
 
 
-def test_nsa_options_are_the_configs_fields():
-    assert set(NSA_OPTIONS) == set(NSA_FIELDS) - {"nsa_format"}
-    for name, (kind, default, help) in NSA_OPTIONS.items():
-        if name == "nsa_dense_layers":
-            continue
-        field = NSA_FIELDS[name]
-        assert (default, kind.__name__, help) == (field.default, field.type, field.metadata["help"]), name
+def test_nsa_options_are_the_configs_fields(tiny_nsa_model):
+    config = tiny_nsa_model().config
+    assert set(NSA_OPTIONS) == set(NSA_FIELDS) - {"nsa_format"} <= set(config.to_dict())
+    parameters = {parameter.name: parameter for parameter in COMMANDS["convert"].params}
+    assert "counted [n] [default: 16]" in parameters["nsa_topk"].help
+    types = {"nsa_topk": int, "nsa_gate_blend": float, "nsa_gate": str, "nsa_dense_layers": str}
+    signature = inspect.signature(convert)
+    assert {name: get_args(signature.parameters[name].annotation)[0] for name in types} == {
+        name: kind | None for name, kind in types.items()
+    }
 
 
 @pytest.mark.parametrize("command", ["plan", "convert"])
@@ -194,3 +202,76 @@ def test_as_a_program(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stdout == ""
+
+
+def python(code, **environment):
+    """Runs code in a fresh interpreter that has imported nothing."""
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=120)
+
+
+HELP = """
+import sys
+from nsa_hf.recipes.cli import run
+for command in [[], *([name] for name in {commands!r})]:
+    assert run([*command, "--help"]) == 0
+heavy = {{"torch", "transformers", "numpy", "rich.table", "nsa_hf.conversion", "nsa_hf.families"}}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
+
+
+def test_help_imports_nothing_heavy():
+    done = python(HELP.format(commands=sorted(COMMANDS)))
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_takes_less_than_a_second():
+    """Of the processor's time: others may be using it."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert python("from nsa_hf.recipes.cli import main; main(['--help'])").returncode == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+
+
+def test_versions(capsys):
+    import torch
+    import transformers
+
+    assert run(["--version"]) == 0
+    line = capsys.readouterr().out
+    assert line.startswith(f"nsa-hf {nsa_hf.__version__} (torch {torch.__version__.partition('+')[0]}")
+    assert f"transformers {transformers.__version__}" in line
+    assert line.count("\n") == 1
+
+
+def test_a_package_that_is_not_installed_has_no_version():
+    assert list(versions("pytest", "no-such-package"))[1] == "no no-such-package"
+
+
+INTERRUPTED = """
+import sys
+
+class CtrlC:
+    def find_spec(self, name, path=None, target=None):
+        if name == {name!r}:
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, CtrlC())
+from nsa_hf.recipes.cli import main
+main(["eval", "nowhere"])
+"""
+
+
+@pytest.mark.parametrize("name", ["typer", "yaml", "torch"])
+def test_ctrl_c_while_something_is_imported(name):
+    done = python(INTERRUPTED.format(name=name))
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_completion_by_the_shell():
+    command = "from nsa_hf.recipes.cli import main; main([])"
+    asked = {"_NSA_HF_COMPLETE": "complete_bash", "COMP_WORDS": "nsa-hf ge", "COMP_CWORD": "1"}
+    assert python(command, **asked).stdout.split() == ["generate"]
+    asked["COMP_WORDS"], asked["COMP_CWORD"] = "nsa-hf convert --nsa-top", "2"
+    assert python(command, **asked).stdout.split() == ["--nsa-topk"]
+    assert "complete -o default -F _nsa_hf_completion nsa-hf" in python(command, _NSA_HF_COMPLETE="source_bash").stdout

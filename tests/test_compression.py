@@ -164,6 +164,74 @@ def test_rows(kind: str, tokens: int) -> None:
     check_blocks(compressed, compress_oracle(x, compressor, SIZE, STRIDE))
 
 
+NONE_COMPLETE = {
+    "short": (2, 3, {}),
+    "no tokens": (2, 0, {}),
+    "no rows": (0, 9, {}),
+    "padded": (2, 9, {"starts": int32(6, 9)}),
+    "packed": (1, 6, {"cu_seqlens": int32(0, 2, 5, 6)}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", NONE_COMPLETE)
+def test_without_a_complete_block_gradients_are_zero_and_not_absent(kind: str, name: str) -> None:
+    """A parameter without a gradient is an error or a hang where several processes train (DDP)."""
+    rows, tokens, bounds = NONE_COMPLETE[name]
+    compressor, x = compressor_of(kind, random=True), normal(rows, tokens, 2, DIM).requires_grad_()
+    compressed = compress(x, compressor, STRIDE, **bounds)
+    assert compressed.dtype == x.dtype and compressed.shape[0] == rows and compressed.shape[2:] == (2, DIM)
+    compressed.sum().backward()
+    for leaf in (x, *compressor.parameters()):
+        assert leaf.grad is not None and leaf.grad.shape == leaf.shape and not leaf.grad.any()
+
+
+X = normal(2, 9, 3, DIM)
+WRONG: dict[str, tuple[tuple, dict, type[Exception], str]] = {
+    "x is None": ((None, STRIDE), {}, TypeError, r"x must be a tensor, got NoneType"),
+    "x is a list": (([1.0], STRIDE), {}, TypeError, r"x must be a tensor, got list"),
+    "x of three dimensions": ((X[0], STRIDE), {}, ValueError, r"x.*\[B, S, H, D\].*9, 3, 5"),
+    "x of integers": ((X.long(), STRIDE), {}, ValueError, r"x.*floating.*int64"),
+    "another head dim": ((X[..., :1], STRIDE), {}, ValueError, r"blocks.*l = 4 and D = 5.*4, 1\]"),
+    "no stride": ((X, 0), {}, ValueError, r"kernel_stride.*1.*0"),
+    "stride is a float": ((X, 2.0), {}, TypeError, r"kernel_stride.*int.*2\.0"),
+    "stride is a bool": ((X, True), {}, TypeError, r"kernel_stride.*int.*True"),
+    "stride does not divide": ((X, 3), {}, ValueError, r"kernel_stride.*divide.*kernel_size.*3 and 4"),
+    "starts of int64": ((X, STRIDE), {"starts": int32(0, 1).long()}, TypeError, r"starts.*int32.*int64"),
+    "starts are a list": ((X, STRIDE), {"starts": [0, 1]}, TypeError, r"starts.*tensor.*list"),
+    "starts negative": ((X, STRIDE), {"starts": int32(0, -1)}, ValueError, r"starts.*0 \.\. S = 9.*-1"),
+    "starts elsewhere": ((X, STRIDE), {"starts": int32(0, 1).to("meta")}, ValueError, r"starts.*device.*cpu.*meta"),
+    "lengths of one row": ((X, STRIDE), {"lengths": int32(9)}, ValueError, r"lengths.*\[2\].*\[1\]"),
+    "lengths behind the text": ((X, STRIDE), {"lengths": int32(9, 10)}, ValueError, r"lengths.*9.*10"),
+    "cu_seqlens of a batch": ((X, STRIDE), {"cu_seqlens": int32(0, 9)}, ValueError, r"cu_seqlens.*B = 1.*B = 2"),
+    "cu_seqlens end early": ((X[:1], STRIDE), {"cu_seqlens": int32(0, 8)}, ValueError, r"cu_seqlens.*9.*0, 8"),
+    "cu_seqlens with starts": (
+        (X[:1], STRIDE), {"cu_seqlens": int32(0, 9), "starts": int32(3)}, ValueError, r"cu_seqlens.*neither starts",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments_are_refused(kind: str, name: str) -> None:
+    (x, stride), bounds, error, message = WRONG[name]
+    with pytest.raises(error, match=message):
+        compress(x, compressor_of(kind), stride, **bounds)
+
+
+@pytest.mark.parametrize("change", [{"kernel_size": 0}, {"head_dim": -1}, {"hidden_dim": 0}, {"head_dim": 2**70}])
+def test_sizes_of_a_compressor_out_of_range(change: dict[str, int]) -> None:
+    ((name, value),) = change.items()
+    with pytest.raises(ValueError, match=rf"{name} must be at .*, got {value}"):
+        build_compressor("mlp", **{"kernel_size": SIZE, "head_dim": DIM, **change})
+
+
+@pytest.mark.parametrize("value", [None, 4.0, "4", True])
+def test_sizes_of_a_compressor_are_integers(value: object) -> None:
+    with pytest.raises(TypeError, match="head_dim must be an int"):
+        build_compressor("linear", SIZE, value)  # type: ignore[arg-type]
+
+
 def poisoned(x: torch.Tensor, starts: torch.Tensor | None, lengths: torch.Tensor | None) -> torch.Tensor:
     """NaN wherever a row holds nothing."""
     x = x.clone()

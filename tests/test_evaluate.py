@@ -6,7 +6,15 @@ from rich.console import Console
 from tiny_runs import converted, write_texts
 
 from nsa_hf.recipes.data import DataError
-from nsa_hf.recipes.evaluate import compare_models, evaluate, final_states, mean_kl, render_before_after, render_rows
+from nsa_hf.recipes.evaluate import (
+    EvaluationError,
+    compare_models,
+    evaluate,
+    final_states,
+    mean_kl,
+    render_before_after,
+    render_rows,
+)
 
 
 def windows(count=2, length=100):
@@ -61,6 +69,28 @@ def test_eval_writes_what_it_returns(tiny_dense_dir, tiny_sizes, tmp_path):
     assert "64-128" in printed(render_rows(result["rows"], "title"))
     with pytest.raises(DataError, match="too short"):
         evaluate(out, text=str(texts), documents=1, length=4000)
+
+
+def test_logits_that_are_not_finite_are_no_result(tiny_nsa_model):
+    """One text of two, or a few positions, would otherwise be left out of the mean without a word."""
+    model, texts = tiny_nsa_model(), windows()
+    states = final_states(model, texts)
+    spoiled = [states[0], states[1].clone()]
+    spoiled[1][0, 80] = float("nan")
+    for pair in ((states, spoiled), (spoiled, states)):
+        with pytest.raises(EvaluationError, match=r"logits are not finite \(positions 64-100\)"):
+            compare_models(model, pair[0], model, pair[1], texts)
+
+
+def test_an_interrupted_evaluation_leaves_the_mode_as_it_was(tiny_nsa_model, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    model = tiny_nsa_model().train()
+    monkeypatch.setattr(model.model, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        final_states(model, windows(1))
+    assert model.training
 
 
 def test_before_and_after_stand_in_one_row():

@@ -2,6 +2,7 @@ import io
 import itertools
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from nsa_hf.errors import NsaError
 from nsa_hf.recipes.cli import run
+from nsa_hf.recipes.evaluate import evaluate
 from nsa_hf.recipes.generate import generate, prompt_ids
+from nsa_hf.recipes.inspection import inspect_model
 from nsa_hf.recipes.load import load_nsa_model
 
 PROMPT = "the words of it are as they were, " * 4  # beyond the exact range of 64 tokens
@@ -97,8 +100,11 @@ def test_a_chat_turn_goes_through_the_template(nsa_dir):
     [
         ({"max_new_tokens": 0}, "at least 1, got 0"),
         ({"prompt_tokens": 0}, "at least 1"),
-        ({"temperature": -1.0}, "temperature must be at least 0"),
-        ({"top_p": 0.0}, "top_p in"),
+        ({"temperature": -1.0}, "temperature must be 0"),
+        ({"temperature": float("nan")}, "temperature must be 0"),
+        ({"temperature": 1e-300}, "temperature must be 0"),
+        ({"seed": 2**70}, "seed must have at most 63 bits"),
+        ({"top_p": 0.0}, "top_p must be in"),
         ({"top_k": -1}, "top_k must be at least 0"),
         ({"dtype": "int8"}, "dtype must be float32"),
         ({"max_new_tokens": 4000}, "do not fit the model's 4096"),
@@ -107,6 +113,11 @@ def test_a_chat_turn_goes_through_the_template(nsa_dir):
 def test_wrong_settings_are_named(nsa_dir, settings, message):
     with pytest.raises(NsaError, match=message):
         generate(nsa_dir, PROMPT, **settings)
+
+
+def test_half_a_character_is_refused(nsa_dir):
+    with pytest.raises(NsaError, match=r"no text in UTF-8: .*surrogates not allowed"):
+        generate(nsa_dir, "abc\udcff")
 
 
 def test_an_empty_prompt_is_refused(nsa_dir):
@@ -141,3 +152,82 @@ def test_the_command_prints_text_as_it_comes_and_tokens_per_second(nsa_dir, tmp_
     assert len(passes) == 9
     line = rf"\[{len(PROMPT)} prompt tokens read in [\d.]+ s, then [\d.]+ tokens/s, 9 new\]"
     assert re.search(line, "".join(printed))
+
+
+def with_file(nsa_dir, folder, name, **changes):
+    """A copy of the model with `changes` in one of its JSON files."""
+    copy = shutil.copytree(nsa_dir, folder / "model")
+    content = json.loads((copy / name).read_text())
+    (copy / name).write_text(json.dumps({**content, **changes}))
+    return copy
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"num_beams": 4},
+        {"num_return_sequences": 3, "num_beams": 3, "do_sample": True},
+        {"return_dict_in_generate": True, "output_scores": True, "output_hidden_states": True},
+        {"prompt_lookup_num_tokens": 2},
+    ],
+)
+def test_a_checkpoint_that_asks_for_more_than_one_text(nsa_dir, tmp_path, capsys, asked):
+    model = with_file(nsa_dir, tmp_path, "generation_config.json", **asked)
+    expected = generate(nsa_dir, PROMPT, max_new_tokens=6)["text"]
+    capsys.readouterr()
+    assert generate(model, PROMPT, max_new_tokens=6)["text"] == expected
+    said = capsys.readouterr().err
+    for name in asked.keys() & {"num_beams", "num_return_sequences", "prompt_lookup_num_tokens"}:
+        assert f"{name}={asked[name]}" in said
+    assert ("takes the likeliest token each time" in said) is ("return_dict_in_generate" not in asked)
+
+
+def test_a_checkpoints_stop_strings_stop(nsa_dir, tmp_path):
+    free = generate(nsa_dir, PROMPT, max_new_tokens=12)
+    model = with_file(nsa_dir, tmp_path, "generation_config.json", stop_strings=[free["text"][:3]])
+    stopped = generate(model, PROMPT, max_new_tokens=12)
+    assert (stopped["text"], stopped["new_tokens"], free["new_tokens"]) == (free["text"][:3], 3, 12)
+
+
+def test_sampling_is_as_the_options_say(nsa_dir, tmp_path, capsys):
+    free = {"temperature": 2.0, "seed": 1, "max_new_tokens": 12}
+    expected = generate(nsa_dir, PROMPT, **free)["text"]
+    model = with_file(nsa_dir, tmp_path, "generation_config.json", do_sample=True, min_p=0.9, typical_p=0.1)
+    assert generate(model, PROMPT, **free)["text"] == expected
+    assert "min_p=0.9, typical_p=0.1; this command samples as its options say" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"repetition_penalty": -1.0}, {"bad_words_ids": "no list"}, {"stop_strings": 5}, {"min_length": "long"}]
+)
+def test_a_generation_config_that_cannot_be_followed_is_named(nsa_dir, tmp_path, wrong):
+    model = with_file(nsa_dir, tmp_path, "generation_config.json", **wrong)
+    with pytest.raises(NsaError, match=r"generation_config\.json cannot be followed"):
+        generate(model, PROMPT, max_new_tokens=2)
+
+
+def test_a_bug_of_ours_is_not_taken_for_the_generation_config(nsa_dir, monkeypatch):
+    def bug(*args, **kwargs):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("nsa_hf.NsaLlamaForCausalLM.generate", bug)
+    with pytest.raises(ValueError, match=r"^a bug$"):
+        generate(nsa_dir, PROMPT, max_new_tokens=2)
+
+
+def test_a_tokenizer_of_another_model_is_named_before_the_model_runs(nsa_dir, tmp_path, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(nsa_dir)
+    tokenizer.add_tokens(["beyond"])
+    model = shutil.copytree(nsa_dir, tmp_path / "model")
+    tokenizer.save_pretrained(model)
+    assert generate(model, "within", max_new_tokens=1)["new_tokens"] == 1
+    monkeypatch.setattr("nsa_hf.NsaLlamaForCausalLM.forward", None)
+    message = "the tokenizer gives token 256, and the model's vocabulary ends at 255"
+    with pytest.raises(NsaError, match=message):
+        generate(model, "beyond", max_new_tokens=1)
+    text = ("text.txt", "and beyond it, " * 40)
+    with pytest.raises(NsaError, match=message):
+        inspect_model(model, text, 100)
+    (tmp_path / "text.txt").write_text(text[1])
+    with pytest.raises(NsaError, match=message):
+        evaluate(model, text=str(tmp_path / "text.txt"), documents=1, length=100)

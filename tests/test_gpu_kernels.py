@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_inputs import TENSORS, Shape, Sizes, make_inputs, with_gradients
+from attention_inputs import EMPTY, TENSORS, Shape, Sizes, check_empty, make_inputs, run_empty, with_gradients
 from torch.utils.checkpoint import checkpoint
 from triton_cases import CASES, compare, on_device
 
@@ -109,6 +109,28 @@ def test_two_sizes_in_one_process() -> None:
     before = nsa_attention(**one)
     assert not torch.equal(nsa_attention(**other), before)
     assert torch.equal(nsa_attention(**one), before)
+
+
+def test_sizes_far_beyond_the_text_cost_what_the_text_needs() -> None:
+    shape = REAL["9:3:64"]
+    sizes = replace(PAPER, topk=33, window_size=2100)
+    one = on_device(make_inputs(replace(shape, sizes=sizes), dtype=torch.bfloat16), "cuda")
+    for far in ({"topk": 20_000_000, "window_size": 2**31 - 1}, {"topk": 2**31 - 1}):
+        for queries in (2100, 1):
+            these = {**one, "q": one["q"][:, -queries:], "gates": one["gates"][:, -queries:]}
+            expected = nsa_attention(**these) if queries == 1 else gradients(these)
+            torch.cuda.reset_peak_memory_stats()
+            other = {**these, **far}
+            found = nsa_attention(**other) if queries == 1 else gradients(other)
+            assert torch.cuda.max_memory_allocated() < 2**30
+            torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_no_rows_or_no_queries_give_nothing(name: str) -> None:
+    found = run_empty(nsa_attention, EMPTY[name], "triton", "cuda")
+    assert all(x.is_cuda for x in found)
+    check_empty(EMPTY[name], found)
 
 
 def test_many_tokens() -> None:

@@ -10,7 +10,7 @@ import nsa_hf
 from nsa_hf.conversion import export_dense
 from nsa_hf.conversion.loading import load_whole
 from nsa_hf.errors import NsaError
-from nsa_hf.recipes.load import load_nsa_model, load_tokenizer, pick_device
+from nsa_hf.recipes.load import check_token_ids, load_nsa_model, load_tokenizer, pick_device
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,11 @@ def test_other_folders_are_named(nsa_dir, tiny_dense_dir, tmp_path):
             load_nsa_model(folder)
     with pytest.raises(NsaError, match="has no tokenizer"):
         load_tokenizer(tmp_path)
+    for load in (load_nsa_model, load_tokenizer):
+        with pytest.raises(NsaError, match="none does not exist: expected a folder that `nsa-hf convert`"):
+            load(tmp_path / "none")
+        with pytest.raises(NsaError, match=r"config\.json is a file: expected a folder"):
+            load(nsa_dir / "config.json")
     with pytest.raises(NsaError, match="damaged"):
         load_tokenizer(damaged)
 
@@ -115,3 +120,11 @@ def test_devices():
     assert pick_device("cpu") == "cpu"
     with pytest.raises(NsaError, match="no device 'warp' here"):
         pick_device("warp")
+
+
+def test_ids_beyond_the_vocabulary(tiny_nsa_model):
+    model = tiny_nsa_model()
+    check_token_ids(model, torch.tensor([[0, 255]]))
+    check_token_ids(model, [])
+    with pytest.raises(NsaError, match="gives token 256, and the model's vocabulary ends at 255"):
+        check_token_ids(model, [3, 256])

@@ -32,10 +32,16 @@ def test_converted_is_dense_in_the_exact_range_and_sparse_beyond(gate, compressi
     assert (sparse_logits - dense_logits)[:, EXACT + 16 :].abs().max() > 1e-2, "nothing is sparse"
 
 
-def test_a_topk_that_covers_everything_is_dense_at_any_length(tiny_nsa_model):
-    model, dense, x = tiny_nsa_model(False, nsa_topk=10), tiny_dense_model(), tokens()
-    with torch.no_grad():
+@pytest.mark.parametrize("topk", [10, 20_000_000])
+def test_a_topk_that_covers_everything_is_dense_at_any_length(topk, tiny_nsa_model):
+    model, dense, x = tiny_nsa_model(False, nsa_topk=topk), tiny_dense_model(), tokens()
+    with torch.no_grad(), model.record_selection() as selection:
         torch.testing.assert_close(model(x).logits, dense(x).logits, atol=1e-5, rtol=0)
+        assert len(selection) == 3 and all(blocks.shape[-1] <= 64 for blocks in selection.values())
+        model(x, output_attentions=True)
+        assert all(blocks.shape[-1] <= 64 for blocks in selection.values())
+        found = model.generate(x, max_new_tokens=3, do_sample=False)
+    assert torch.equal(found, dense.generate(x, max_new_tokens=3, do_sample=False))
 
 
 def test_the_papers_sigmoid_is_not_exact(tiny_nsa_model):

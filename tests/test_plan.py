@@ -8,12 +8,15 @@ import shutil
 
 import pytest
 import torch
+from conftest import tiny_dense_model
 from rich.console import Console
+from tiny_families import tiny_config
 
 import nsa_hf
 from nsa_hf.conversion import convert, plan, render_plan
 from nsa_hf.conversion.checkpoint import CheckpointError, SafetensorsCheckpoint
-from nsa_hf.conversion.plan import pays_from, read_tokens, read_tokens_of_text
+from nsa_hf.conversion.plan import pays_from, read_tokens, read_tokens_of_text, training_hindrance
+from nsa_hf.families import family_of, nsa_config_from_dense
 from nsa_hf.kernels import Sizes
 from nsa_hf.releases import CACHE
 
@@ -119,8 +122,35 @@ def test_what_would_not_convert_is_refused_here_already(tiny_dense_dir, tmp_path
         plan(spoiled)
 
 
+def test_what_cannot_be_trained_is_said(tmp_path):
+    dense = tiny_dense_model(attention_dropout=0.1)
+    dense.save_pretrained(tmp_path / "dense")
+    said = plan(tmp_path / "dense")
+    assert said["training"].startswith("attention_dropout is 0.1, and sparse attention has no dropout: set it to 0")
+    console = Console(file=io.StringIO(), width=200)
+    console.print(render_plan(said))
+    assert "refused: attention_dropout is 0.1" in console.file.getvalue()
+
+
+@pytest.mark.parametrize("family", ["llama", "gptj", "ernie4_5", "lfm2", "ctrl", "gpt_neox", "nanochat"])
+def test_every_name_of_attention_dropout_is_known(family):
+    """What a layer of the family would drop, whatever its config calls that."""
+    config = tiny_config(family)
+    for name in ("attention_dropout", "attn_pdrop"):
+        if hasattr(config, name):
+            setattr(config, name, 0.125)
+    config = nsa_config_from_dense(config)
+    with torch.device("meta"):
+        model = family_of(config).causal_lm_class(config)
+    layers = [module for module in model.modules() if getattr(module, "nsa", None) is not None]
+    dropped = {getattr(layer, "attention_dropout", 0.0) for layer in layers}
+    shares = {getattr(share, "p", share) for share in dropped}
+    assert shares == ({0.125} if training_hindrance(config) else {0.0})
+
+
 def test_it_is_json_and_renders(tiny_dense_dir):
     said = plan(tiny_dense_dir, dense_layers=[1], dtype="bfloat16")
+    assert said["training"] is None
     assert json.loads(json.dumps(said, allow_nan=False)) == said
     console = Console(file=io.StringIO(), width=100)
     console.print(render_plan(said))

@@ -56,7 +56,7 @@ def test_make_help_names_every_target() -> None:
 
 
 def test_commands_named_in_documents_exist() -> None:
-    from nsa_hf.recipes.cli import app
+    from nsa_hf.recipes.commands import app
 
     commands = set(typer.main.get_command(app).commands)
     named = {name for doc in DOCUMENTS for name in re.findall(r"nsa-hf ([a-z][a-z-]*)", (ROOT / doc).read_text())}

@@ -1,4 +1,7 @@
+import time
 from dataclasses import fields
+from itertools import pairwise
+from string import ascii_lowercase
 
 import pytest
 
@@ -38,17 +41,33 @@ def test_as_dict_builds_the_same_config(run_file):
         ("lr_nsa=.nan", "lr_nsa must be finite"),
         ("deterministic=1", "deterministic must be true or false"),
         ("steps=0", "steps must be finite and at least 1"),
+        ("keep=1", "keep must be finite and at least 2"),
+        ("steps=1000000000000000000", "steps must be at most 4294967295, got 1000000000000000000"),
+        ("length=99999999999", "length must be at most 4294967295"),
+        ("seed=4294967296", "seed must be at most 4294967295"),
+        (f"steps={'9' * 5000}", "cannot read the value of steps"),
+        (f"steps=0x{'f' * 5000}", "steps must be at most 4294967295, got a number of 20000 bits"),
+        (f"lr_nsa=0x{'f' * 5000}", "lr_nsa must be finite and at least 0, got inf"),
+        ("lr_nsa=1e400", "lr_nsa must be finite and at least 0, got inf"),
+        ("steps=2001-99-99", "cannot read the value of steps"),
+        ("steps=2001-09-09", "steps must be a whole number, got datetime.date"),
+        ("steps=[1, 2]", "steps is one value, got a list or a mapping"),
+        ("steps={a: 1}", "steps is one value, got a list or a mapping"),
+        (f"steps={'[' * 5000}", "steps is one value, got a list or a mapping"),
+        ("steps=!!python/name:os.system 3", "cannot read the value of steps"),
         ("beta2=1", "beta2 must be below 1"),
         ("max_grad_norm=0", "max_grad_norm must be above 0"),
         ("mixed_precision=int4", "mixed_precision must be"),
         ("steps", "an override is key=value, got 'steps'"),
-        ("steps=[", "cannot read the value of steps"),
+        ("steps=[", "steps is one value, got a list or a mapping"),
+        ("steps='", "cannot read the value of steps"),
         ("out=", "no value for out"),
     ],
 )
 def test_wrong_overrides_are_named(run_file, override, message):
-    with pytest.raises(RunConfigError, match=message.replace("[", r"\[")):
+    with pytest.raises(RunConfigError, match=message.replace("[", r"\[")) as raised:
         load_run_config(run_file, [override])
+    assert len(str(raised.value)) < 500
 
 
 def test_a_run_without_any_loss_is_refused(run_file):
@@ -61,16 +80,43 @@ def test_a_run_without_any_loss_is_refused(run_file):
     [
         (None, "no run file"),
         ("- 1\n", "name: value"),
-        ("a: [", "cannot read the run file"),
+        ("a: '", "cannot read the run file"),
         ("steps: 3", "no value for"),
+        ("", "name: value"),
+        ("model: [a, b]\n", "line 1: model is one value, got a list or a mapping"),
+        ("out: b\nmodel: {a: b}\n", "line 2: model is one value, got a list or a mapping"),
+        ("model: &a x\nout: *a\n", r"line 2: out is one value, got a reference \(\*a\)"),
+        ("model: a\nout: b\nmodel: c\n", "line 3: model is set twice"),
+        ("model: a\nout: b\n---\nsteps: 3\n", "more than one document"),
+        ("? [a]\n: 1\n", "line 1: a setting has a name"),
+        ("steps: !unknown 3", "cannot read the run file"),
+        ("steps: !!python/object/apply:os.getcwd []", "line 1: steps is one value"),
+        (f"steps: {'9' * 5000}", "cannot read the run file"),
+        ("model: a\0b", "cannot read the run file"),
+        ("a" * 200_000, "is no run file: it has more than 65,536 characters"),
+        # each alone takes minutes, or all memory, once it is put together or shown
+        ("steps: " + "[" * 5000 + "]" * 5000, "line 1: steps is one value"),
+        (
+            "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in pairwise(ascii_lowercase)),
+            "line 1: a is one",
+        ),
+        ("<<: &a {steps: 3}\n" + "<<: [*a, *a]\n", "line 1: << is one value"),
     ],
 )
 def test_wrong_files_are_named(tmp_path, content, message):
     path = tmp_path / "run.yaml"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(RunConfigError, match=message):
+    began = time.perf_counter()
+    with pytest.raises(RunConfigError, match=message) as raised:
         load_run_config(path)
+    assert time.perf_counter() - began < 1
+    assert len(str(raised.value)) < 500
+
+
+def test_a_file_without_an_end_is_not_read_to_it():
+    with pytest.raises(RunConfigError, match="is no run file"):
+        load_run_config("/dev/zero")
 
 
 def test_help_lists_every_setting_once():

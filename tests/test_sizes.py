@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from attention_inputs import Sizes as AnySizes
+from attention_inputs import any_sizes
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import count_blocks
@@ -43,6 +45,12 @@ def test_refused_with_the_field_the_value_and_the_rule(change: dict[str, int], m
         Sizes(**change).check("nsa_")
 
 
+@pytest.mark.parametrize("name", Sizes.__dataclass_fields__)
+def test_no_size_is_larger_than_positions_are(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"nsa_{name} must be at most 2\^31 - 1 = 2147483647, got {2**70}"):
+        Sizes(**{name: 2**70}).check("nsa_")
+
+
 @pytest.mark.parametrize("value", [16.0, "16", None, True])
 def test_sizes_are_integers(value: object) -> None:
     with pytest.raises(TypeError, match="nsa_topk must be an int"):
@@ -52,3 +60,26 @@ def test_sizes_are_integers(value: object) -> None:
 def test_the_least_sizes() -> None:
     least = Sizes(1, 1, 1, 1, 0, 1, 1)
     assert least.check() is least
+
+
+@given(sizes=any_sizes(), keys=st.integers(0, 100_000), times=st.sampled_from([1, 10**3, 10**7]))
+def test_within_a_text_sizes_are_those_that_the_text_needs(sizes: AnySizes, keys: int, times: int) -> None:
+    x = sizes.__dict__
+    grown = Sizes(**{**x, **{name: times * x[name] for name in x if name != "kernel_stride"}}).check()
+    within = grown.within(keys).check()
+    assert within.within(keys) == within
+    assert n_blocks(keys, grown.kernel_size, x["kernel_stride"]) == n_blocks(
+        keys, within.kernel_size, x["kernel_stride"]
+    )
+    assert within.block_size == grown.block_size or keys < within.block_size <= 2 * max(keys + 1, 4096)
+    blocks = -(-keys // within.block_size)
+    for name in ("topk", "init_blocks", "local_blocks"):
+        cut = getattr(within, name)
+        assert cut == getattr(grown, name) or blocks <= cut <= 4 * max(blocks, 64)
+    assert within.window_size == grown.window_size or keys < within.window_size <= 2 * max(keys + 1, 4096)
+
+
+@pytest.mark.parametrize("keys", [0, 30, 512, 10**6])
+def test_the_usual_sizes_are_left_as_they_are(keys: int) -> None:
+    assert Sizes().within(keys) == Sizes()
+    assert Sizes(64, 16, 128, 64, 2, 4, 4096).within(keys) == Sizes(64, 16, 128, 64, 2, 4, 4096)

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from conftest import byte_tokenizer, tiny_dense_model
 from safetensors.torch import load_file, save_file
 from tiny_runs import converted, folder_hashes, tiny_run, write_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,6 +19,7 @@ import nsa_hf
 from nsa_hf.conversion import export_dense, manifest
 from nsa_hf.conversion.checkpoint import SafetensorsCheckpoint
 from nsa_hf.errors import NsaError
+from nsa_hf.recipes.checkpointing import Checkpoints, hash_file
 from nsa_hf.recipes.run_folder import RunFolderError
 from nsa_hf.recipes.train import TrainingError, main, train
 
@@ -231,12 +234,26 @@ def test_main_prints_errors_without_a_traceback(tmp_path, capsys):
         ([], "give a run file"),
         ([str(tmp_path / "none.yaml")], "no run file"),
         ([str(run), "stpes=1"], "did you mean steps?"),
+        ([str(tmp_path)], "cannot read the run file"),
+        ([str(run), "steps='"], "cannot read the value of steps"),
     ]:
         assert main(arguments) == 2
         captured = capsys.readouterr()
         assert captured.err.startswith("error: ")
         assert message in captured.err
         assert "Traceback" not in captured.err
+        assert captured.err.count("\n") == 1
+
+
+def test_main_ends_quietly_on_ctrl_c(nsa_dir, texts, tmp_path, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    run = tmp_path / "run.yaml"
+    run.write_text(yaml.safe_dump(tiny_run(nsa_dir, texts, tmp_path / "out").as_dict()))
+    monkeypatch.setattr("nsa_hf.recipes.train.final_states", interrupted)
+    assert main([str(run)]) == 130
+    assert "stopped: the same command goes on" in capsys.readouterr().err
 
 
 def start(config, folder: Path) -> subprocess.Popen:
@@ -276,15 +293,197 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(nsa_dir, texts, 
     assert result_of(out)["held_out"] == result_of(undisturbed)["held_out"]
 
 
-def test_an_unfinished_run_is_not_continued_with_other_settings(nsa_dir, texts, tmp_path, monkeypatch):
-    def stop(*args):
-        raise KeyboardInterrupt
+@pytest.fixture
+def stopped(monkeypatch):
+    """Runs a run until it has saved a checkpoint at step `at`, and stops it there."""
 
-    monkeypatch.setattr("nsa_hf.recipes.train.run_steps", stop)
-    with pytest.raises(KeyboardInterrupt):
-        train(tiny_run(nsa_dir, texts, tmp_path / "out"))
+    def run_until(config, at):
+        save = Checkpoints.save
+
+        def save_and_stop(self, accelerator, step, state):
+            save(self, accelerator, step, state)
+            if step == at:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Checkpoints, "save", save_and_stop)
+            train(config)
+        return Path(f"{config.out}.unfinished")
+
+    return run_until
+
+
+def test_an_unfinished_run_is_not_continued_with_other_settings(nsa_dir, texts, tmp_path, stopped, capsys):
+    stopped(tiny_run(nsa_dir, texts, tmp_path / "out"), at=2)
+    assert "stopped: the same command goes on from the last checkpoint" in capsys.readouterr().err
     with pytest.raises(RunFolderError, match=r"lr_nsa: 0.01 -> 0.02"):
         train(tiny_run(nsa_dir, texts, tmp_path / "out", lr_nsa=0.02))
+
+
+def edit_text(model, texts, held_out):
+    (texts / "3.txt").write_text((texts / "3.txt").read_text().replace("which", "witch"))
+
+
+def edit_held_out(model, texts, held_out):
+    (held_out / "0.txt").write_text("a" + (held_out / "0.txt").read_text()[1:])
+
+
+def edit_tokenizer(model, texts, held_out):
+    path = model / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["e"], vocab["t"] = vocab["t"], vocab["e"]
+    path.write_text(json.dumps(tokenizer))
+
+
+def edit_weights(model, texts, held_out):
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][0] += 1e-3
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_config(model, texts, held_out):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "nsa_topk": config["nsa_topk"] + 1}))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (edit_text, "the training text, data=.* has changed"),
+        (edit_held_out, "the held-out text, held_out=.* has changed"),
+        (edit_tokenizer, "the tokenizer in .* has changed"),
+        (edit_weights, "the weights in .* have changed"),
+        (edit_config, "config.json in .* has changed"),
+    ],
+)
+def test_a_run_goes_on_only_with_what_it_began_with(nsa_dir, tmp_path, stopped, edit, message):
+    model = shutil.copytree(nsa_dir, tmp_path / "nsa")
+    texts, held_out = write_texts(tmp_path / "texts"), write_texts(tmp_path / "held_out", seed=1)
+    config = tiny_run(model, texts, tmp_path / "out", held_out=str(held_out))
+    stopped(config, at=2)
+    edit(model, texts, held_out)
+    with pytest.raises(RunFolderError, match=message):
+        train(config)
+    assert not Path(config.out).exists()
+
+
+def test_a_damaged_checkpoint_is_not_gone_on_from(nsa_dir, texts, tmp_path, stopped, capsys, finished):
+    """It ends with the weights of an undisturbed run all the same."""
+    config = tiny_run(nsa_dir, texts, tmp_path / "out", save_every=1)
+    work = stopped(config, at=3)
+    for file in ("model.safetensors", "optimizer.bin"):
+        path = work / "checkpoints" / "step-00000003" / file
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    out = train(config)
+    said = capsys.readouterr()
+    assert "step-00000003 is damaged (model.safetensors, optimizer.bin not as written)" in said.err
+    assert f"going on from {work / 'checkpoints' / 'step-00000002'}" in said.out
+    assert (out / "model.safetensors").read_bytes() == (finished[0] / "model.safetensors").read_bytes()
+
+
+def test_a_state_of_more_steps_than_the_run_has_ends_nothing(nsa_dir, texts, tmp_path, stopped):
+    config = tiny_run(nsa_dir, texts, tmp_path / "out")
+    checkpoint = stopped(config, at=2) / "checkpoints" / "step-00000002"
+    state = json.loads((checkpoint / "state.json").read_text())
+    (checkpoint / "state.json").write_text(json.dumps({**state, "step": 99}))
+    with pytest.raises(NsaError, match=r"damaged \(step-00000002: state.json not as written\)"):
+        train(config)
+    # and when all that says so agrees
+    noted = json.loads((checkpoint / "files.json").read_text())
+    noted["files"]["state.json"] = hash_file(checkpoint / "state.json")
+    (checkpoint / "files.json").write_text(json.dumps(noted))
+    checkpoint.rename(checkpoint.with_name("step-00000099"))
+    with pytest.raises(TrainingError, match="step-00000099 says that 99 of 4 steps are done"):
+        train(config)
+    assert not Path(config.out).exists()
+
+
+def test_two_at_once_on_one_out(nsa_dir, texts, tmp_path, monkeypatch):
+    config = tiny_run(nsa_dir, texts, tmp_path / "out")
+    steps = nsa_hf.recipes.train.run_steps
+
+    def the_other_comes(*args):
+        with pytest.raises(RunFolderError, match=r"another process trains .*out now: wait until it is done"):
+            train(config)
+        steps(*args)
+
+    monkeypatch.setattr("nsa_hf.recipes.train.run_steps", the_other_comes)
+    assert [row["step"] for row in result_of(train(config))["curve"]] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        (
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+            "2",
+            r"accumulate is 1 in the run file, and 2 by .*ACCUMULATION_STEPS",
+        ),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "x", "accumulate is 1 in the run file, and x by"),
+        (
+            "ACCELERATE_MIXED_PRECISION",
+            "bf16",
+            "mixed_precision is no in the run file, and bf16 by `accelerate launch`",
+        ),
+        ("ACCELERATE_MIXED_PRECISION", "fp8", "mixed_precision is no in the run file, and fp8 by"),
+        ("ACCELERATE_DYNAMO_BACKEND", "EAGER", "asks for torch.compile"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "asks for DeepSpeed"),
+        ("ACCELERATE_USE_FSDP", "true", "asks for FSDP"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "asks for Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "asks for tensor, context or sequence parallelism"),
+    ],
+)
+def test_the_run_file_is_the_one_home_of_settings(nsa_dir, texts, tmp_path, monkeypatch, variable, value, message):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(TrainingError, match=message):
+        train(tiny_run(nsa_dir, texts, tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_launcher_sets_by_itself_does_not_matter(nsa_dir, texts, tmp_path, monkeypatch, finished):
+    for variable, value in [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"),
+        ("ACCELERATE_MIXED_PRECISION", "no"),
+        ("ACCELERATE_DYNAMO_BACKEND", "NO"),
+        ("ACCELERATE_USE_CPU", "False"),
+    ]:
+        monkeypatch.setenv(variable, value)
+    out = train(tiny_run(nsa_dir, texts, tmp_path / "out"))
+    assert (out / "model.safetensors").read_bytes() == (finished[0] / "model.safetensors").read_bytes()
+
+
+def test_attention_dropout_is_refused_before_anything_is_computed(tmp_path, tiny_sizes, texts, monkeypatch):
+    dense = tiny_dense_model(attention_dropout=0.1)
+    dense.save_pretrained(tmp_path / "dense")
+    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    model = converted(tmp_path / "dense", tmp_path / "nsa", tiny_sizes)
+    monkeypatch.setattr("nsa_hf.recipes.train.final_states", None)
+    with pytest.raises(TrainingError, match=r"attention_dropout is 0.1, .* has no dropout: set it to 0"):
+        train(tiny_run(model, texts, tmp_path / "out"))
+    assert not (tmp_path / "out.unfinished").exists()
+
+
+def test_weights_that_give_nan_are_named(nsa_dir, texts, tmp_path, monkeypatch):
+    """Before training, and after it, when the last step was one too far."""
+    model = shutil.copytree(nsa_dir, tmp_path / "nsa")
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NsaError, match=r"logits are not finite \(positions 0-64, 64-128\)"):
+        train(tiny_run(model, texts, tmp_path / "out"))
+    steps = nsa_hf.recipes.train.run_steps
+
+    def too_far(accelerator, model, optimizer, loader, student, *others):
+        steps(accelerator, model, optimizer, loader, student, *others)
+        student.get_input_embeddings().weight.data.fill_(float("inf"))
+
+    monkeypatch.setattr("nsa_hf.recipes.train.run_steps", too_far)
+    with pytest.raises(NsaError, match="logits are not finite"):
+        train(tiny_run(nsa_dir, texts, tmp_path / "out", save_every=0))
+    assert [path.name for path in tmp_path.iterdir()] == ["nsa"]
 
 
 def test_two_processes_train_as_one_with_twice_the_batch(nsa_dir, texts, tmp_path):
@@ -301,6 +500,8 @@ def test_two_processes_train_as_one_with_twice_the_batch(nsa_dir, texts, tmp_pat
     for a, b in zip(alone["curve"], together["curve"], strict=True):
         assert a["ce"] == pytest.approx(b["ce"], rel=1e-4)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    with pytest.raises(RunFolderError, match="processes: 2 -> 1"):
+        train(two)
 
 
 def test_errors_are_of_the_packages_kind():

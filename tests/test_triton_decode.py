@@ -100,6 +100,10 @@ CASES = {
     "as many blocks as are ranked": replace(STEP, sizes=replace(Sizes(), topk=12)),
     "nearly all blocks": Shape(Sizes(32, 16, 64, 20, 1, 2, 512), queries=1, keys=2000, kv_heads=1, group=2),
     "more blocks asked than there are": replace(STEP, sizes=replace(Sizes(), topk=20)),
+    "far more blocks asked than there are": replace(STEP, sizes=replace(Sizes(), topk=300)),
+    "everything larger than the text": Shape(
+        Sizes(8000, 4, 8000, 300, 100, 100, 9000), queries=1, keys=21, kv_heads=1, group=1
+    ),
     "window of one": replace(STEP, sizes=replace(Sizes(), window_size=1)),
     "window over everything": replace(STEP, sizes=replace(Sizes(), window_size=100)),
     "own window keys": replace(STEP, queries=3, own_window=61),
@@ -111,7 +115,7 @@ CASES = {
         STEP, batch=3, queries=2, starts=(4, 0, 30), lengths=(61, 11, 31), own_window=61
     ),
     "an empty row": replace(STEP, batch=2, lengths=(0, 61)),
-    "own scale": replace(STEP, scale=-0.2),
+    "own scale": replace(STEP, scale=0.2),
     "the paper's sizes": Shape(Sizes(32, 16, 64, 16, 1, 2, 512), queries=2, keys=2600, kv_heads=1, group=3),
 }
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_inputs import Shape, Sizes, make_inputs, with_gradients
+from attention_inputs import EMPTY, Shape, Sizes, check_empty, make_inputs, run_empty, with_gradients
 from torch.utils.checkpoint import checkpoint
 from triton_cases import CASES, SMALL, interpreter
 
@@ -105,6 +105,37 @@ def test_compiled_into_one_graph_and_checkpointed(process: ProcessPoolExecutor) 
     found = process.submit(done_in_other_ways).result()
     for other in (found[3:6], found[6:]):
         assert all(torch.equal(a, b) for a, b in zip(found[:3], other, strict=True))
+
+
+def empty(name: str) -> list[torch.Tensor]:
+    return run_empty(nsa_attention, EMPTY[name], "triton")
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_no_rows_or_no_queries_give_nothing(process: ProcessPoolExecutor, name: str) -> None:
+    check_empty(EMPTY[name], process.submit(empty, name).result())
+
+
+def far_beyond_the_text(shape: Shape) -> list[torch.Tensor]:
+    """Output and gradients with sizes that just cover the text, and with far larger ones."""
+    found = []
+    for topk, window in ((20, 50), (2**31 - 1, 2**31 - 1)):
+        inputs = {**make_inputs(shape, dtype=torch.float32), "topk": topk, "window_size": window}
+        inputs = with_gradients(inputs) if shape.queries > 1 else inputs
+        out = nsa_attention(**inputs, backend="triton")
+        found.append([out.detach()])
+        if shape.queries > 1:
+            out.sum().backward()
+            found[-1] += [inputs[name].grad for name in ("q", "k", "v", "k_cmp", "v_cmp", "gates")]
+    return [torch.stack(pair) for pair in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("queries", [26, 1], ids=["prefill", "decoding"])
+def test_sizes_far_beyond_the_text(process: ProcessPoolExecutor, queries: int) -> None:
+    """They would take a terabyte."""
+    for little, much in process.submit(far_beyond_the_text, replace(SMALL, queries=queries)).result():
+        torch.testing.assert_close(little, much, rtol=0, atol=1e-6)
+        assert little.any()
 
 
 def call(shape: Shape, dtype: torch.dtype) -> None:

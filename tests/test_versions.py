@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -11,11 +13,19 @@ import pytest
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from nsa_hf import releases
+from nsa_hf import tested
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / ".ci"))
-import versions  # noqa: E402
+
+
+def load_versions():
+    spec = importlib.util.spec_from_file_location("versions", ROOT / ".ci" / "versions.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+versions = load_versions()
 
 
 @pytest.fixture(scope="module")
@@ -34,20 +44,32 @@ def test_every_requirement_is_pinned_to_a_version_that_it_allows(pinned):
 
 
 def test_the_newest_tested_transformers_is_the_pinned_one(pinned):
-    assert Version(releases.NEWEST_TESTED).release == pinned["transformers"].release[:2]
+    assert Version(tested.NEWEST).release == pinned["transformers"].release[:2]
     text = (ROOT / "README.md").read_text()
-    assert re.search(rf"Transformers 5\.17 to {re.escape(releases.NEWEST_TESTED)}\b", text)
+    assert re.search(rf"Transformers 5\.17 to {re.escape(tested.NEWEST)}\b", text)
 
 
-def test_a_newer_transformers_is_warned_of_once_and_an_older_is_not(monkeypatch):
-    monkeypatch.setattr(releases, "INSTALLED", Version("5.99.1"))
+def test_a_newer_transformers_is_warned_of_and_an_older_is_not(monkeypatch):
+    monkeypatch.setattr(tested, "version", lambda name: "5.99.1")
     with pytest.warns(UserWarning, match=r"tested with Transformers up to 5\.\d+, and this is 5.99.1: .*pip install"):
-        releases.warn_if_newer()
-    for tested in (f"{releases.NEWEST_TESTED}.7", "5.17.0"):
-        monkeypatch.setattr(releases, "INSTALLED", Version(tested))
+        tested.warn_if_newer()
+    for installed in (f"{tested.NEWEST}.7", f"{tested.NEWEST}.0.dev0", "5.17.0", "5.9.0"):
+        monkeypatch.setattr(tested, "version", lambda name, installed=installed: installed)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            releases.warn_if_newer()
+            tested.warn_if_newer()
+
+
+def test_it_is_said_once_and_at_import():
+    code = (
+        "import importlib.metadata as metadata, warnings; real = metadata.version\n"
+        "metadata.version = lambda name: '5.99.1' if name == 'transformers' else real(name)\n"
+        "with warnings.catch_warnings(record=True) as said:\n"
+        "    warnings.simplefilter('always'); import nsa_hf; import nsa_hf.config\n"
+        "print([str(one.message)[:55] for one in said if 'nsa_hf' in str(one.message)])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['nsa_hf was tested with Transformers up to 5.24, and thi']"
 
 
 def test_the_oldest_are_the_lower_bounds():

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .compression import packed_block_starts
 from .sizes import Sizes, n_blocks
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LARGEST = torch.finfo(torch.float32).max
 
 
 def check_arguments(
@@ -19,26 +19,30 @@ def check_arguments(
     """Shapes and dtypes always; values of index tensors on the CPU only, and not within `torch.compile`.
 
     Raises:
-        TypeError: a dtype is wrong.
+        TypeError: something is no tensor, or a dtype is wrong.
         ValueError: a shape, a combination of arguments, or the content of `cu_seqlens`, `starts`, `lengths` is wrong.
     """
+    for name, x in (("q", q), ("k", k), ("v", v), ("k_cmp", k_cmp), ("v_cmp", v_cmp), ("gates", gates)):
+        check_tensor(name, x)
     check_tensors(q, k, v, gates)
     batch, tokens, _, key_dim = q.shape
     keys, kv_heads, value_dim = k.shape[1], k.shape[2], v.shape[3]
     for name, x, dim in (("k_cmp", k_cmp, key_dim), ("v_cmp", v_cmp, value_dim)):
-        check_dtype(name, x, q)
+        check_like(name, x, q)
         if x.dim() != 4 or x.shape[0] != batch or x.shape[2:] != (kv_heads, dim):
             raise ValueError(f"{name} must be [B, N, Hk, D] = [{batch}, N, {kv_heads}, {dim}], got {list(x.shape)}")
     if k_cmp.shape[1] != v_cmp.shape[1]:
         raise ValueError(f"k_cmp and v_cmp must hold the same blocks, got {k_cmp.shape[1]} and {v_cmp.shape[1]}")
-    if cu_seqlens is not None:
-        check_packed(cu_seqlens, batch, tokens, keys, starts, lengths)
-    for name, index in (("starts", starts), ("lengths", lengths)):
-        if index is not None:
-            check_index(name, index, (batch,), q)
-    check_values(keys, starts, lengths)
+    check_places(q, batch, tokens, keys, cu_seqlens, starts, lengths)
     check_block_count(k_cmp.shape[1], keys, sizes, cu_seqlens, starts, lengths)
     check_window(q, k, v, k_win, v_win, sizes, lengths)
+
+
+def check_tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor (torch.strided), got {x.layout}")
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> None:
@@ -47,12 +51,13 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> None:
             raise ValueError(f"{name} must have 4 dimensions (see the docstring), got shape {list(x.shape)}")
     if q.dtype not in DTYPES:
         raise TypeError(f"q must be float16, bfloat16, float32 or float64, got {q.dtype}")
-    check_dtype("k", k, q)
-    check_dtype("v", v, q)
+    check_like("k", k, q)
+    check_like("v", v, q)
     batch, tokens, heads, key_dim = q.shape
     keys, kv_heads = k.shape[1:3]
-    if tokens < 1:
-        raise ValueError("q must hold at least one token, got T = 0")
+    if not (heads and key_dim and kv_heads and v.shape[3]):
+        name, x = ("q", q) if not (heads and key_dim) else ("k", k) if not kv_heads else ("v", v)
+        raise ValueError(f"{name} must have at least one head of at least one number, got {list(x.shape)}")
     if k.shape[0] != batch or k.shape[3] != key_dim:
         raise ValueError(f"k must be [B, S, Hk, Dk] with B = {batch} and Dk = {key_dim} as in q, got {list(k.shape)}")
     if v.shape[:3] != k.shape[:3]:
@@ -74,41 +79,59 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> None:
     check_device("gates", gates, q)
 
 
-def check_dtype(name: str, x: Tensor, q: Tensor) -> None:
+def check_like(name: str, x: Tensor, q: Tensor) -> None:
     if x.dtype != q.dtype:
         raise TypeError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
     check_device(name, x, q)
 
 
-def check_device(name: str, x: Tensor, q: Tensor) -> None:
-    if x.device != q.device:
-        raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
+def check_device(name: str, x: Tensor, like: Tensor) -> None:
+    if x.device != like.device:
+        raise ValueError(f"{name} must be on the same device as the other tensors, {like.device}, got {x.device}")
 
 
-def check_index(name: str, index: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
+def check_index(name: str, index: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    check_tensor(name, index)
     if index.dtype != torch.int32:
         raise TypeError(f"{name} must be int32, got {index.dtype}")
     if index.shape != shape:
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(index.shape)}")
-    check_device(name, index, q)
+    check_device(name, index, like)
 
 
 def readable(index: Tensor) -> bool:
-    """Whether the values may be looked at: a GPU would be waited for, and a graph cannot branch on them."""
-    return index.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether the values may be looked at: a GPU would be waited for, a graph cannot branch on them, and other kinds of
+    tensors (fake ones) may have none."""
+    return not torch.compiler.is_compiling() and index.device.type == "cpu" and type(index) is Tensor
 
 
-def check_packed(
-    cu_seqlens: Tensor, batch: int, tokens: int, keys: int, starts: Tensor | None, lengths: Tensor | None
-) -> None:
-    if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}")
+def check_places(
+    like: Tensor, batch: int, tokens: int, keys: int, cu_seqlens: Tensor | None, starts: Tensor | None,
+    lengths: Tensor | None,
+) -> None:  # fmt: skip
+    """What says where rows and documents stand, for `tokens` queries on `keys` keys.
+
+    Raises:
+        TypeError, ValueError: as in `check_arguments`.
+    """
+    if cu_seqlens is not None:
+        check_packed(like, batch, tokens, keys, cu_seqlens)
+        if starts is not None or lengths is not None:
+            raise ValueError("cu_seqlens goes with neither starts nor lengths: give one or the other")
+    for name, index in (("starts", starts), ("lengths", lengths)):
+        if index is not None:
+            check_index(name, index, (batch,), like)
+            if batch and readable(index) and (index.min() < 0 or index.max() > keys):
+                raise ValueError(f"{name} must be within 0 .. S = {keys}, got {index.tolist()}")
+
+
+def check_packed(like: Tensor, batch: int, tokens: int, keys: int, cu_seqlens: Tensor) -> None:
+    check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
         raise ValueError(f"cu_seqlens must have shape [documents + 1], got {list(cu_seqlens.shape)}")
+    check_index("cu_seqlens", cu_seqlens, cu_seqlens.shape, like)
     if batch != 1 or tokens != keys:
         raise ValueError(f"cu_seqlens goes with B = 1 and T = S, got B = {batch}, T = {tokens}, S = {keys}")
-    if starts is not None or lengths is not None:
-        raise ValueError("cu_seqlens goes with neither starts nor lengths: give one or the other")
     if readable(cu_seqlens):
         borders = cu_seqlens.tolist()
         rises = all(low < high for low, high in zip(borders[:-1], borders[1:], strict=True))
@@ -116,13 +139,17 @@ def check_packed(
             raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {keys}, got {borders}")
 
 
-def check_values(keys: int, starts: Tensor | None, lengths: Tensor | None) -> None:
-    if lengths is not None and readable(lengths) and len(lengths):
-        if lengths.min() < 0 or lengths.max() > keys:
-            raise ValueError(f"lengths must be within 0 .. S = {keys}, got {lengths.tolist()}")
-    if starts is not None and readable(starts) and len(starts):
-        if starts.min() < 0 or starts.max() > keys:
-            raise ValueError(f"starts must be within 0 .. S = {keys}, got {starts.tolist()}")
+def check_scale(scale: object) -> None:
+    """Raises:
+    TypeError: neither a number nor None.
+    ValueError: not positive, not finite in float32, in which logits are computed.
+    """
+    if scale is None:
+        return
+    if not isinstance(scale, (int, float)) or isinstance(scale, bool):
+        raise TypeError(f"scale must be a number, or None for 1 / sqrt(Dk), got {scale!r}")
+    if not 0 < scale <= LARGEST:
+        raise ValueError(f"scale must be positive and finite, or None for 1 / sqrt(Dk), got {scale}")
 
 
 def check_block_count(
@@ -134,7 +161,8 @@ def check_block_count(
             raise ValueError(f"k_cmp must hold the {whole} complete blocks of {keys} tokens, got {blocks}")
     elif cu_seqlens is not None:
         if readable(cu_seqlens):
-            packed = len(packed_block_starts(cu_seqlens, sizes.kernel_size, sizes.kernel_stride)[0])
+            documents = cu_seqlens.diff().tolist()
+            packed = sum(n_blocks(tokens, sizes.kernel_size, sizes.kernel_stride) for tokens in documents)
             if blocks != packed:
                 raise ValueError(f"k_cmp must hold the {packed} complete blocks of all documents, got {blocks}")
     elif all(index is None or readable(index) for index in (starts, lengths)):
@@ -152,7 +180,8 @@ def check_window(
     if k_win is None or v_win is None:
         raise ValueError("k_win and v_win go together: give both, or neither to share k and v")
     for name, x, like in (("k_win", k_win, k), ("v_win", v_win, v)):
-        check_dtype(name, x, q)
+        check_tensor(name, x)
+        check_like(name, x, q)
         if x.dim() != 4 or x.shape[0] != like.shape[0] or x.shape[2:] != like.shape[2:]:
             raise ValueError(
                 f"{name} must be [B, Sw, Hk, D] with the other sizes of {list(like.shape)}, got {list(x.shape)}"

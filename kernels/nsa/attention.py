@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .arguments import check_arguments
-from .reference import reference_attention
+from .arguments import check_arguments, check_scale
+from .reference import fill_up, reference_attention
 from .sizes import Sizes
 
 BACKENDS = ("auto", "triton", "reference")
@@ -45,7 +46,7 @@ def nsa_attention(
     behind a row's own compressed blocks, may be anything, NaN included, and gets zero gradient.
 
     Args:
-        q: `[B, T, Hq, Dk]` float16, bfloat16, float32 or float64; T <= S.
+        q: `[B, T, Hq, Dk]` float16, bfloat16, float32 or float64; T <= S. B and T may be 0.
         k: `[B, S, Hk, Dk]`, q's dtype; `Hq % Hk == 0`.
         v: `[B, S, Hk, Dv]`, q's dtype.
         k_cmp: `[B, N, Hk, Dk]`, the compressed keys (`compress`): block `i` of row `b` covers
@@ -57,7 +58,7 @@ def nsa_attention(
         k_win: `[B, Sw, Hk, Dk]` the window's own keys, the last Sw positions,
             `min(S, window_size + T - 1) <= Sw <= S` (Sw = S with `lengths`); None shares `k` and `v`.
         v_win: `[B, Sw, Hk, Dv]`; goes with `k_win`.
-        scale: of the logits; None = `1 / sqrt(Dk)`.
+        scale: of the logits, positive; None = `1 / sqrt(Dk)`.
         cu_seqlens: int32 `[documents + 1]`, borders of packed documents; B = 1, T = S.
         starts: int32 `[B]`, first real position of each left-padded row; None = 0.
         lengths: int32 `[B]`, positions of each row that hold something; None = S.
@@ -76,19 +77,28 @@ def nsa_attention(
     sizes = Sizes(kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks, window_size).check()
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+    check_scale(scale)
     check_arguments(q, k, v, k_cmp, v_cmp, gates, sizes, k_win, v_win, cu_seqlens, starts, lengths)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if backend == "triton" or (backend == "auto" and q.is_cuda):
-        out, selection = load_triton(q.device.type)(
-            q, k, v, k_cmp, v_cmp, gates, sizes=sizes, scale=scale, k_win=k_win, v_win=v_win, cu_seqlens=cu_seqlens,
-            starts=starts, lengths=lengths,
-        )  # fmt: skip
-        return (out, selection) if return_selection else out
-    result = reference_attention(
-        q, k, v, k_cmp, v_cmp, gates, sizes=sizes, scale=scale, k_win=k_win, v_win=v_win, cu_seqlens=cu_seqlens,
-        starts=starts, lengths=lengths,
-    )  # fmt: skip
-    return (result.out, result.selection) if return_selection else result.out
+    inputs = (q, k, v, k_cmp, v_cmp, gates)
+    options: dict[str, Any] = {
+        "sizes": sizes, "scale": q.shape[-1] ** -0.5 if scale is None else scale, "k_win": k_win, "v_win": v_win,
+        "cu_seqlens": cu_seqlens, "starts": starts, "lengths": lengths,
+    }  # fmt: skip
+    triton = load_triton(q.device.type) if backend == "triton" or (backend == "auto" and q.is_cuda) else None
+    if 0 in q.shape[:2]:
+        out, selection = nothing(*inputs, k_win, v_win)
+    elif triton is not None:
+        out, selection = triton(*inputs, **options)
+    else:
+        out, selection, _ = reference_attention(*inputs, **options)
+    return (out, fill_up(selection, topk)) if return_selection else out
+
+
+def nothing(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Output and selection of no rows or no queries. The gradients of all inputs are zero, not absent."""
+    (batch, tokens, heads, _), (kv_heads, value_dim) = q.shape, v.shape[2:]
+    out = torch.cat([x[:0].flatten().to(q.dtype) for x in (q, k, v, *others) if x is not None])
+    return out.view(batch, tokens, heads, value_dim), q.new_empty(batch, tokens, kv_heads, 0, dtype=torch.int32)
 
 
 def load_triton(device: str) -> Callable[..., tuple[Tensor, Tensor]]:

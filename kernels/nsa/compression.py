@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .sizes import n_blocks
+from .arguments import check_places, check_tensor
+from .sizes import check_int, n_blocks
 
 
 class ZeroLinear(nn.Linear):
@@ -30,7 +31,16 @@ class MeanCompressor(nn.Module):
         self.kernel_size, self.head_dim = kernel_size, head_dim
 
     def forward(self, blocks: Tensor) -> Tensor:
-        """`blocks [..., l, D]` to `[..., D]`, in the blocks' dtype."""
+        """`blocks [..., l, D]` to `[..., D]`, in the blocks' dtype.
+
+        Raises:
+            ValueError: blocks of another shape.
+        """
+        if blocks.dim() < 2 or blocks.shape[-2:] != (self.kernel_size, self.head_dim):
+            raise ValueError(
+                f"blocks must be [..., l, D] with l = {self.kernel_size} and D = {self.head_dim}, got "
+                f"{list(blocks.shape)}"
+            )
         return blocks.mean(-2)
 
     def extra_repr(self) -> str:
@@ -54,7 +64,7 @@ class LearnedCompressor(MeanCompressor):
         raise NotImplementedError
 
     def forward(self, blocks: Tensor) -> Tensor:
-        return blocks.mean(-2) + self.correction((blocks + self.position).flatten(-2))
+        return super().forward(blocks) + self.correction((blocks + self.position).flatten(-2))
 
 
 class LinearCompressor(LearnedCompressor):
@@ -93,8 +103,11 @@ def build_compressor(kind: str, kernel_size: int, head_dim: int, hidden_dim: int
         hidden_dim: width of the MLP; used by `mlp` only.
 
     Raises:
-        ValueError: unknown kind.
+        TypeError: a size is not an int.
+        ValueError: unknown kind, or a size is less than 1.
     """
+    for name, size in (("kernel_size", kernel_size), ("head_dim", head_dim), ("hidden_dim", hidden_dim)):
+        check_int(name, size, 1)
     if kind == "mean":
         return MeanCompressor(kernel_size, head_dim)
     if kind == "linear":
@@ -143,15 +156,26 @@ def compress(
 
     Returns:
         `[B, N, H, D]`. Without `cu_seqlens`, `N = n_blocks(S)` and block `i` of row `b` covers
-        `[starts[b] + i*d, starts[b] + i*d + l)`; those that are not complete are zero.
+        `[starts[b] + i*d, starts[b] + i*d + l)`; those that are not complete are zero. Where there are none, the
+        gradients of `x` and of the compressor's parameters are zero, not absent.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; says what was expected and what came.
     """
+    check_tensor("x", x)
+    if x.dim() != 4 or not x.is_floating_point():
+        raise ValueError(f"x must be [B, S, H, D] of floating-point numbers, got {list(x.shape)} of {x.dtype}")
+    check_int("kernel_stride", kernel_stride, 1)
     size = compressor.kernel_size
+    if size % kernel_stride:
+        raise ValueError(f"kernel_stride must divide the compressor's kernel_size, got {kernel_stride} and {size}")
+    check_places(x, x.shape[0], x.shape[1], x.shape[1], cu_seqlens, starts, lengths)
     if cu_seqlens is not None:
         block_start, _ = packed_block_starts(cu_seqlens, size, kernel_stride)
         return compress_blocks(x, compressor, block_start[None])
     count = n_blocks(x.shape[1], size, kernel_stride)
     if count == 0:
-        return x.new_zeros(x.shape[0], 0, *x.shape[2:])
+        return compressor(x[:, :0, :, None].expand(-1, -1, -1, size, -1))
     if starts is None and lengths is None:
         # [B, N, H, D, l] -> [B, N, H, l, D], a view
         return compressor(x.unfold(1, size, kernel_stride).transpose(-1, -2))

@@ -24,7 +24,8 @@ CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 25}
 
 
 class ReferenceResult(NamedTuple):
-    """`out [B, T, Hq, Dv]`, `selection [B, T, Hk, topk]` int32, `weights [B, Hq, T, S]` or None."""
+    """`out [B, T, Hq, Dv]`, `selection [B, T, Hk, at most topk]` int32 (see `fill_up`), `weights [B, Hq, T, S]` or
+    None."""
 
     out: Tensor
     selection: Tensor
@@ -145,6 +146,12 @@ def select_blocks(importance: Tensor, own: Tensor, sizes: Sizes) -> Tensor:
     return picked.masked_fill(picked == blocks, -1)
 
 
+def fill_up(selection: Tensor, topk: int) -> Tensor:
+    """A selection `[B, T, Hk, at most topk]` with unused places, -1, up to `topk`."""
+    missing = topk - selection.shape[-1]
+    return torch.nn.functional.pad(selection, (0, missing), value=-1) if missing else selection
+
+
 def reference_attention(
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, *, sizes: Sizes, scale: float,
     k_win: Tensor | None = None, v_win: Tensor | None = None, cu_seqlens: Tensor | None = None,
@@ -159,6 +166,7 @@ def reference_attention(
     """
     batch, tokens, heads, _ = q.shape
     keys, kv_heads = k.shape[1:3]
+    sizes = sizes.within(keys)
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     places = find_places(tokens, keys, k_cmp.shape[1], sizes, cu_seqlens, starts, lengths, q.device)
     if starts is not None or lengths is not None:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Positions are int32.
+MOST = 2**31 - 1
+# Up to here sizes are taken as they are, so that kernels are not compiled anew for texts that grow.
+FEW_BLOCKS, FEW_TOKENS = 64, 4096
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -52,11 +57,8 @@ class Sizes:
             ValueError: a size breaks a rule; names the field, the value and the rule.
         """
         for name, value in self.by_name().items():
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{prefix}{name} must be an int, got {value!r}")
             least = 0 if name == "init_blocks" else 1
-            if value < least:
-                raise ValueError(f"{prefix}{name} must be at least {least}, got {value}")
+            check_int(f"{prefix}{name}", value, least)
         for name in ("kernel_size", "block_size"):
             if getattr(self, name) % self.kernel_stride:
                 raise ValueError(
@@ -73,6 +75,44 @@ class Sizes:
                 f"{prefix}local_blocks = {self.init_blocks + self.local_blocks}, got {self.topk}"
             )
         return self
+
+    def within(self, keys: int) -> Sizes:
+        """Sizes that mean the same in a text of `keys` tokens and cost no more than the text needs.
+
+        What is far larger than the text is cut to what still covers all of it, rounded up to a power of two, so that
+        few kinds of sizes come of it. The usual ones are left as they are.
+        """
+        if self.topk <= FEW_BLOCKS and max(self.block_size, self.window_size) <= FEW_TOKENS:
+            return self
+        tokens = power_of_2(keys + 1, FEW_TOKENS)
+        # a block that covers the text still does, and a kernel that is longer still is
+        block = min(self.block_size, -(-tokens // self.kernel_stride) * self.kernel_stride)
+        blocks = power_of_2(-(-keys // block), FEW_BLOCKS)
+        init, local = min(self.init_blocks, blocks), min(self.local_blocks, blocks)
+        return Sizes(
+            min(self.kernel_size, block), self.kernel_stride, block, min(self.topk, max(blocks, init + local)), init,
+            local, min(self.window_size, tokens),
+        )  # fmt: skip
+
+
+def check_int(name: str, value: object, least: int) -> None:
+    """Raises:
+    TypeError: not an int.
+    ValueError: smaller than `least`, or larger than positions are.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    if value > MOST:
+        raise ValueError(f"{name} must be at most 2^31 - 1 = {MOST}, got {value}")
+
+
+def power_of_2(count: int, least: int) -> int:
+    """`least` doubled until it is `count` or more."""
+    while least < count:
+        least *= 2
+    return least
 
 
 def n_blocks(tokens: int, kernel_size: int, kernel_stride: int) -> int:

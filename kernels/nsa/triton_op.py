@@ -182,7 +182,8 @@ def triton_attention(
     k_win: Tensor | None = None, v_win: Tensor | None = None, cu_seqlens: Tensor | None = None,
     starts: Tensor | None = None, lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`nsa_attention` by the Triton kernels; arguments as there, already checked. Returns output and selection.
+    """`nsa_attention` by the Triton kernels; arguments as there, already checked. Returns the output and the selection
+    `[B, T, Hk, at most topk]`.
 
     Raises:
         TypeError: float64, which the matrix units do not take.
@@ -197,6 +198,7 @@ def triton_attention(
             f"backend='triton' takes heads of at most {WIDEST_HEAD} numbers, got Dk = {q.shape[-1]} and "
             f"Dv = {v.shape[-1]}: use backend='reference'"
         )
+    sizes = sizes.within(k.shape[1])
     numbers = [
         sizes.kernel_size, sizes.kernel_stride, sizes.block_size, sizes.topk, sizes.init_blocks, sizes.local_blocks,
         sizes.window_size,
