@@ -134,11 +134,11 @@ class SafetensorsCheckpoint:
         if (self.folder / SINGLE).is_file() or not path.is_file():
             return {}
         try:
-            weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+            weight_map = read_json(path)["weight_map"]
             if not weight_map or any(Path(name).name != name for name in weight_map.values()):
                 raise ValueError("its weight_map must give each tensor's file in this folder")
             return dict(weight_map)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{path} is not an index of safetensors files ({error!r}): download it again"
             ) from error
@@ -260,6 +260,19 @@ def _read_into(file: io.RawIOBase, buffer: Tensor, path: Path) -> None:
         if not count:
             raise CheckpointError(f"{path} ends early: it changed while it was being read")
         view = view[count:]
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON, or nested deeper than any of ours or Transformers'.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

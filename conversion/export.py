@@ -11,7 +11,6 @@ branches they learned to use, and the report says what was measured of that.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from . import manifest as manifests
 from .checkpoint import CheckpointError, SafetensorsCheckpoint
 from .layout import layout_of
 from .loading import reading, transformers_progress
+from .model_folder import copy_file, refuse_adapter
 from .shards import ShardWriter, check_space
 from .staging import check_output, staged_folder, write_json
 
@@ -63,6 +63,7 @@ def export_dense(
     src, out = Path(src).expanduser(), Path(out).expanduser()
     with transformers_progress(progress):
         check_output(out, overwrite, keep=(src,))
+        refuse_adapter(src)
         manifest = manifests.read(src)
         with reading(src):
             config = AutoConfig.from_pretrained(src)
@@ -87,8 +88,7 @@ def export_dense(
             report["dropped"] = sum(torch.Size(shape).numel() for shape in layout.added.values())
             dense_config_of(config).save_pretrained(stage)
             for name in manifest.get("companions", []):
-                (stage / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(src / name, stage / name)
+                copy_file(src, name, stage)
             write_json(stage / RESULT, report)
     return report
 

@@ -13,14 +13,17 @@ from transformers.utils import logging
 from nsa_hf.errors import NsaError
 
 from .checkpoint import CheckpointError
+from .model_folder import refuse_adapter
 
 
 def load_whole(folder: Path, **options: Any) -> PreTrainedModel:
     """Transformers' model of a folder, in evaluation mode.
 
     Raises:
-        CheckpointError: weights were missing, which Transformers would only warn of and make up.
+        CheckpointError: weights were missing, which Transformers would only warn of and make up; or there is an
+            adapter, for which it would load other weights or none.
     """
+    refuse_adapter(folder)
     model, loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     missing = sorted(loaded["missing_keys"])
     if missing:

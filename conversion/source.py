@@ -16,7 +16,6 @@ Values are carried as Transformers loads them: a safetensors tensor in the dtype
 from __future__ import annotations
 
 import json
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterator
 from pathlib import Path
@@ -31,26 +30,11 @@ from yaml import YAMLError
 from .checkpoint import CheckpointError, Piece, SafetensorsCheckpoint, TensorInfo, describe_file, pieces_of
 from .hub import download
 from .loading import load_whole, reading, transformers_progress
+from .model_folder import COMPANIONS, INDICES, TERMS, WEIGHTS, copy_file, refuse_adapter, refuse_links_out
 from .pickled import PickleCheckpoint
 
-__all__ = ["COMPANIONS", "SafetensorsSource", "Source", "open_source", "transformers_progress"]
+__all__ = ["COMPANIONS", "TERMS", "SafetensorsSource", "Source", "open_source", "transformers_progress"]
 
-# Licenses must travel with a model.
-TERMS = ("LICENSE*", "NOTICE*", "*TERMS*")
-# What else does beside config and weights, copied as it is.
-COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "additional_chat_templates/*.jinja",
-    "generation_config.json",
-    *TERMS,
-)
 NEVER_COPIED = (".py", ".bin", ".pt", ".pth", ".safetensors", ".gguf")
 
 
@@ -165,11 +149,10 @@ class SafetensorsSource(Source):
         return sorted(path for path in found if path.suffix not in NEVER_COPIED)
 
     def save_companions(self, out: Path) -> list[str]:
-        names = [path.relative_to(self.folder) for path in self._companions()]
+        names = [path.relative_to(self.folder).as_posix() for path in self._companions()]
         for name in names:
-            (out / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(self.folder / name, out / name)
-        return [name.as_posix() for name in names]
+            copy_file(self.folder, name, out)
+        return names
 
     def files(self) -> list[Path]:
         return [self.folder / "config.json", *self.checkpoint.files, *self._companions()]
@@ -232,12 +215,16 @@ def open_source(
 
     path = Path(src).expanduser()
     if path.is_file() and path.suffix == ".gguf":
+        refuse_adapter(path.parent)
+        refuse_links_out(path.parent, TERMS)
         return GgufSource(str(src), path, None)
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{src} is a file: expected a model's folder, a .gguf file or a Hub id")
     commit = None
     if not path.exists():
         path, commit = download(str(src), revision, weights, allow_pickle)
+    refuse_adapter(path)
+    refuse_links_out(path, ("config.json", "README.md", *WEIGHTS, *INDICES, *COMPANIONS))
     files = sorted(path.glob("*.gguf"))
     if files and not (path / "config.json").is_file():
         if len(files) > 1:
@@ -245,8 +232,6 @@ def open_source(
                 f"{src} holds {len(files)} .gguf files: name one, {' or '.join(f.name for f in files)}"
             )
         return GgufSource(str(src), files[0], commit)
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        raise CheckpointError(f"{src} is a PEFT adapter: merge it into its base model, and convert that")
     if not (path / "config.json").is_file():
         raise CheckpointError(
             f"{src} has neither config.json nor a .gguf file: expected a model's folder (of a Hub "
