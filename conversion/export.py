@@ -18,7 +18,6 @@ import torch
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
-from transformers import AutoConfig
 
 from nsa_hf.errors import NsaError
 from nsa_hf.families import PREFIX, dense_config_of
@@ -26,7 +25,7 @@ from nsa_hf.families import PREFIX, dense_config_of
 from . import manifest as manifests
 from .checkpoint import CheckpointError, SafetensorsCheckpoint
 from .layout import layout_of
-from .loading import reading, transformers_progress
+from .loading import load_config, reading, transformers_progress
 from .model_folder import copy_file, refuse_adapter
 from .shards import ShardWriter, check_space
 from .staging import check_output, staged_folder, write_json
@@ -65,8 +64,7 @@ def export_dense(
         check_output(out, overwrite, keep=(src,))
         refuse_adapter(src)
         manifest = manifests.read(src)
-        with reading(src):
-            config = AutoConfig.from_pretrained(src)
+        config = load_config(src)
         if not config.model_type.startswith(PREFIX):
             raise NsaError(f"{src} is a {config.model_type} model, expected one that `nsa-hf convert` wrote")
         checkpoint = SafetensorsCheckpoint(src)

@@ -15,7 +15,6 @@ Values are carried as Transformers loads them: a safetensors tensor in the dtype
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterator
 from pathlib import Path
@@ -24,12 +23,13 @@ from typing import Any
 import torch
 from huggingface_hub.repocard import metadata_load
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
 from yaml import YAMLError
 
-from .checkpoint import CheckpointError, Piece, SafetensorsCheckpoint, TensorInfo, describe_file, pieces_of
+from .checkpoint import CheckpointError, Piece, SafetensorsCheckpoint, TensorInfo, describe_file, pieces_of, read_json
 from .hub import download
-from .loading import load_whole, reading, transformers_progress
+from .loading import load_config, load_whole, reading, transformers_progress
 from .model_folder import COMPANIONS, INDICES, TERMS, WEIGHTS, copy_file, refuse_adapter, refuse_links_out
 from .pickled import PickleCheckpoint
 
@@ -110,12 +110,18 @@ class SafetensorsSource(Source):
         trust_remote_code: bool = False,
     ):
         with reading(folder / "config.json"):
-            data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            data = read_json(folder / "config.json")
             if not data.get("model_type"):
                 raise ValueError("it names no model_type")
             if not trust_remote_code:
                 refuse_remote_code(name, data)
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        self.tokenizer_code = tokenizer_code(folder)
+        if self.tokenizer_code and not trust_remote_code and not str(data["model_type"]).startswith("nsa_"):
+            raise CheckpointError(
+                f"{name} has a tokenizer that is defined by code of its own ({self.tokenizer_code[0]}), which is not "
+                "taken unless trusted: read it, and give --trust-remote-code to carry it along"
+            )
+        config = load_config(folder, trust_remote_code)
         super().__init__(name, folder, config, revision)
         self.has_weights, self.trust_remote_code = weights, trust_remote_code
         if weights:
@@ -146,7 +152,8 @@ class SafetensorsSource(Source):
 
     def _companions(self) -> list[Path]:
         found = {path for pattern in COMPANIONS for path in self.folder.glob(pattern) if path.is_file()}
-        return sorted(path for path in found if path.suffix not in NEVER_COPIED)
+        code = {self.folder / name for name in self.tokenizer_code if name.endswith(".py")}
+        return sorted(code | {path for path in found if path.suffix not in NEVER_COPIED})
 
     def save_companions(self, out: Path) -> list[str]:
         names = [path.relative_to(self.folder).as_posix() for path in self._companions()]
@@ -182,6 +189,31 @@ def refuse_remote_code(name: str, config: dict[str, Any]) -> None:
         )
 
 
+def tokenizer_code(folder: Path) -> list[str]:
+    """The code that a folder's tokenizer is defined by: files in the folder, or classes in other repositories.
+
+    Raises:
+        CheckpointError: a file that is named is not there, or one that cannot be read.
+    """
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return []
+    with reading(path):
+        named = read_json(path).get("auto_map") or {}
+        # the class, or the slow and the fast one; once without saying that they are a tokenizer's
+        classes = named.get("AutoTokenizer") if isinstance(named, dict) else named
+        classes = [name for name in ([classes] if isinstance(classes, str) else classes or []) if name]
+        found = [name for name in classes if "--" in name]
+        modules = dict.fromkeys(f"{name.split('.')[0]}.py" for name in classes if name not in found)
+        if modules:
+            refuse_links_out(folder, ("*.py",))
+        for module in modules:
+            if Path(module).name != module:
+                raise ValueError(f"{module} is not in this folder")
+            found += [module, *(Path(file).name for file in get_relative_import_files(folder / module))]
+    return list(dict.fromkeys(found))
+
+
 def _checkpoint(folder: Path, allow_pickle: bool) -> SafetensorsCheckpoint | PickleCheckpoint:
     if (
         allow_pickle
@@ -206,7 +238,8 @@ def open_source(
         revision: branch, tag or commit of a Hub id.
         weights: False downloads no weights of a Hub id; only `config` is then good for anything.
         allow_pickle: read `pytorch_model.bin` where there are no safetensors (with `weights_only`, see pickled.py).
-        trust_remote_code: read the config, and load the dense model, by the code in its folder.
+        trust_remote_code: read the config, and load the dense model, by the code in its folder; the code of its
+            tokenizer is a companion then.
 
     Raises:
         CheckpointError: it is not there, damaged, or of a kind that is not read.

@@ -19,7 +19,6 @@ import torch
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
-from transformers import AutoConfig
 
 from nsa_hf.errors import NsaError
 
@@ -27,7 +26,7 @@ from . import manifest as manifests
 from .checkpoint import SafetensorsCheckpoint, hash_tensor, same_bits
 from .compare import compare_logits, final_hidden, has_tokenizer, next_tokens, token_windows
 from .layout import dtype_name
-from .loading import load_whole, reading, transformers_progress
+from .loading import load_config, load_whole, reading, transformers_progress
 from .metrics import NO_LABEL, Accumulator, position_edges
 from .rope import scale_model
 from .source import Source, open_source
@@ -67,7 +66,7 @@ def verify(
         texts: (name, text) pairs; None takes files of Python's standard library that training leaves out.
         device: where both models run.
         revision, allow_pickle: as for `convert`.
-        trust_remote_code: run the code that the source brings, as its dense model.
+        trust_remote_code: run the code that the source brings, as its dense model, and that of the tokenizer.
         progress: show bars on standard error.
 
     Returns:
@@ -87,11 +86,10 @@ def verify(
         manifest = manifests.read(out)
         source = open_source(src, revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
         checkpoint = SafetensorsCheckpoint(out)
-        with reading(out):
-            config = AutoConfig.from_pretrained(out)
+        config = load_config(out)
         length = min(length, getattr(config, "max_position_embeddings", None) or length)
         chosen = list(held_out_texts() if texts is None else texts)
-        windows = token_windows(out, chosen, length, documents, config.vocab_size)
+        windows = token_windows(out, chosen, length, documents, config.vocab_size, trust_remote_code)
         tensors = compare_tensors(source, checkpoint, manifest)
         source_matches = matches_manifest(source, manifest)
         changed_files = [] if manifest["trained"] else manifests.changed_files(manifest, out)
