@@ -21,20 +21,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.repocard import metadata_load
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
-from yaml import YAMLError
 
 from .checkpoint import CheckpointError, Piece, SafetensorsCheckpoint, TensorInfo, describe_file, pieces_of, read_json
 from .hub import download
 from .loading import load_config, load_whole, reading, transformers_progress
 from .model_folder import COMPANIONS, INDICES, TERMS, WEIGHTS, copy_file, refuse_adapter, refuse_links_out
 from .pickled import PickleCheckpoint
+from .plain_yaml import LONGEST, load_plain
 
 __all__ = ["COMPANIONS", "TERMS", "SafetensorsSource", "Source", "open_source", "transformers_progress"]
 
+# Of a license, as a card names it.
+LONGEST_NAME = 200
 NEVER_COPIED = (".py", ".bin", ".pt", ".pth", ".safetensors", ".gguf")
 
 
@@ -167,10 +169,13 @@ class SafetensorsSource(Source):
     def card(self) -> dict[str, Any]:
         path = self.folder / "README.md"
         try:
-            about = (metadata_load(path) if path.is_file() else None) or {}
-        except (ValueError, YAMLError):  # a card that cannot be read says nothing
+            with path.open(encoding="utf-8") as file:
+                header = REGEX_YAML_BLOCK.search(file.read(LONGEST))
+            about = load_plain(header.group(2)) if header else None
+        except (OSError, ValueError):  # a card that cannot be read says nothing
             return {}
-        return {"license": about["license"]} if isinstance(about.get("license"), str) else {}
+        said = about.get("license") if isinstance(about, dict) else None
+        return {"license": said} if isinstance(said, str) and len(said) <= LONGEST_NAME else {}
 
 
 def refuse_remote_code(name: str, config: dict[str, Any]) -> None:

@@ -168,7 +168,7 @@ def compare_tensors(source: Source, checkpoint: SafetensorsCheckpoint, manifest:
 
 def matches_manifest(source: Source, manifest: dict[str, Any]) -> bool:
     """Whether the source's files and tensors are those that the manifest was written of."""
-    if source.identity()["files"] != manifest["source"]["files"]:
+    if source.identity()["files"] != manifest["source"].get("files"):
         return False
     tensors, kind = {**manifest["tensors"], **manifest["source"].get("left_out", {})}, manifests.hash_kind(manifest)
     hashes = {name: said.get("source", said)[kind] for name, said in tensors.items() if said["from"] == "source"}

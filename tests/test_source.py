@@ -98,7 +98,25 @@ def test_identity_hashes_every_file_read_and_names_the_license(dense_dir):
         assert entry == {"bytes": size, kind: hashlib.sha256(data).hexdigest()}
 
 
-@pytest.mark.parametrize("text", ["", "# no front matter", "---\n: [\n---\n", "---\nlicense: [a, b]\n---\n"])
+# a thousand bytes that would be a billion values
+MERGED = "a0: &a0 {x: 1}\n" + "".join(f"a{n + 1}: &a{n + 1} {{<<: [{', '.join([f'*a{n}'] * 10)}]}}\n" for n in range(9))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "# no front matter",
+        "---\n: [\n---\n",
+        "---\n- a\n---\n",
+        "---\nlicense: [a, b]\n---\n",
+        f"---\n{MERGED}license: mit\n---\n",
+        "---\na: " + "[" * 5000 + "\nlicense: mit\n---\n",
+        "---\nlicense: mit\na: 2024-02-30\n---\n",
+        "---\nlicense: " + "x" * 5000 + "\n---\n",
+        "\udcff".encode("utf-8", "surrogateescape").decode("latin-1"),
+    ],
+)
 def test_a_card_that_says_nothing_is_no_error(dense_dir, text):
     (dense_dir / "README.md").write_text(text)
     assert "license" not in open_source(dense_dir).identity()
