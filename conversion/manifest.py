@@ -145,16 +145,23 @@ def check(manifest: Any) -> None:
     Raises:
         ValueError: naming what is not.
     """
-    needed = {"trained": bool, "exact_up_to": (int, NoneType), "source": dict, "tensors": dict}
-    further = {"model_type": str, "options": dict, "versions": dict, "companions": list, "files": dict}
+    needed: Types = {"trained": bool, "exact_up_to": (int, NoneType), "source": dict, "tensors": dict}
+    further: Types = {"model_type": str, "options": dict, "versions": dict, "companions": list, "files": dict}
     check_fields(manifest, needed, further)
     source = manifest["source"]
-    about = {"kind": str, "revision": (str, NoneType), "license": str, "model_name": str}
-    check_fields(source, {"name": str}, {**about, "files": dict, "left_out": dict}, "source.")
+    about: Types = {
+        "kind": str,
+        "revision": (str, NoneType),
+        "license": str,
+        "model_name": str,
+        "files": dict,
+        "left_out": dict,
+    }
+    check_fields(source, {"name": str}, about, "source.")
     for where, files in (("files", manifest.get("files", {})), ("source.files", source.get("files", {}))):
         for name, said in files.items():
             check_fields(said, {"bytes": int}, {"sha256": str, "header_sha256": str}, f"{where} {name}: ")
-    entry = {"dtype": str, "shape": list, "from": str, hash_kind(manifest): str}
+    entry: Types = {"dtype": str, "shape": list, "from": str, hash_kind(manifest): str}
     for where, tensors in (("tensors", manifest["tensors"]), ("source.left_out", source.get("left_out", {}))):
         for name, said in tensors.items():
             check_fields(said, entry, {"source": dict}, f"{where} {name}: ")

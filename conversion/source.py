@@ -262,7 +262,8 @@ def open_source(
     if not path.exists():
         path, commit = download(str(src), revision, weights, allow_pickle)
     refuse_adapter(path)
-    refuse_links_out(path, ("config.json", "README.md", *WEIGHTS, *INDICES, *COMPANIONS))
+    pickles = ("*.bin",) if allow_pickle else ()
+    refuse_links_out(path, ("config.json", "README.md", *WEIGHTS, *INDICES, *pickles, *COMPANIONS))
     files = sorted(path.glob("*.gguf"))
     if files and not (path / "config.json").is_file():
         if len(files) > 1:
