@@ -12,7 +12,6 @@ branches they learned to use, and the report says what was measured of that. A f
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from . import manifest as manifests
 from .checkpoint import HASH, CheckpointError, SafetensorsCheckpoint
 from .layout import layout_of
 from .loading import read_config, reading, transformers_progress
+from .model_folder import copy_file, refuse_adapter
 from .shards import ShardWriter, check_space
 from .source import open_source
 from .staging import check_output, staged_folder, write_json
@@ -63,6 +63,7 @@ def export_dense(
     src, out = Path(src).expanduser(), Path(out).expanduser()
     with transformers_progress(progress):
         check_output(out, overwrite, keep=(src,))
+        refuse_adapter(src)
         manifest = manifests.find(src)
         config = read_config(src)
         checkpoint = SafetensorsCheckpoint(src)
@@ -86,8 +87,7 @@ def export_dense(
             if manifest is None:
                 open_source(src).save_companions(stage)
             for name in (manifest or {}).get("companions", []):
-                (stage / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(src / name, stage / name)
+                copy_file(src, name, stage)
             write_json(stage / RESULT, report)
     return report
 

@@ -7,7 +7,6 @@ SmolLM2's Q4_1 file. Only so is the converted model bit for bit the one that Tra
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +20,8 @@ from transformers.integrations.gguf import read_gguf_metadata
 from .checkpoint import CheckpointError, TensorInfo
 from .gguf_contents import read_contents
 from .loading import load_whole, reading
-from .source import TERMS, Source
+from .model_folder import TERMS, copy_file
+from .source import Source
 
 
 class GgufSource(Source):
@@ -93,7 +93,7 @@ class GgufSource(Source):
         GenerationConfig.from_model_config(self.config).save_pretrained(out)
         for pattern in TERMS:
             for path in self.folder.glob(pattern):
-                shutil.copyfile(path, out / path.name)
+                copy_file(self.folder, path.name, out)
         return sorted({path.name for path in out.iterdir()} - before)
 
     def files(self) -> list[Path]:

@@ -72,7 +72,7 @@ def verify(
         texts: (name, text) pairs; None takes files of Python's standard library that training leaves out.
         device: where both models run.
         revision, allow_pickle: as for `convert`.
-        trust_remote_code: run the code that the source brings, as its dense model.
+        trust_remote_code: run the code that the source brings, as its dense model, and that of the tokenizer.
         progress: show bars on standard error.
 
     Returns:
@@ -96,7 +96,7 @@ def verify(
         config = read_config(out)
         length = min(length, getattr(config, "max_position_embeddings", None) or length)
         chosen = list(held_out_texts() if texts is None else texts)
-        windows = token_windows(out, chosen, length, documents, config.vocab_size)
+        windows = token_windows(out, chosen, length, documents, config.vocab_size, trust_remote_code)
         layout = layout_of(config)
         tensors = compare_tensors(source, checkpoint, manifest, layout.dense.keys() | layout.fused.keys())
         source_matches = matches_manifest(source, manifest)
@@ -182,7 +182,7 @@ def compare_tensors(
 
 def matches_manifest(source: Source, manifest: dict[str, Any] | None) -> bool | None:
     """Whether the source's files and tensors are those that the manifest was written of; None if it names none."""
-    if manifest is None or not manifest["source"]["files"]:
+    if manifest is None or not manifest["source"].get("files"):
         return None
     if source.identity()["files"] != manifest["source"]["files"]:
         return False
