@@ -134,11 +134,11 @@ class SafetensorsCheckpoint:
         if (self.folder / SINGLE).is_file() or not path.is_file():
             return {}
         try:
-            weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+            weight_map = read_json(path)["weight_map"]
             if not weight_map or any(Path(name).name != name for name in weight_map.values()):
                 raise ValueError("its weight_map must give each tensor's file in this folder")
             return dict(weight_map)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{path} is not an index of safetensors files ({error!r}): download it again"
             ) from error
@@ -262,6 +262,19 @@ def _read_into(file: io.RawIOBase, buffer: Tensor, path: Path) -> None:
         view = view[count:]
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON, or nested deeper than any of ours or Transformers'.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have one dtype, one shape and the same bits (NaN equal to itself, -0 unlike 0)."""
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(byte_view(a), byte_view(b))
@@ -283,7 +296,8 @@ def describe_file(path: Path) -> dict[str, Any]:
         if path.suffix != ".safetensors":
             return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
         size = file.read(8)
-        header = size + file.read(int.from_bytes(size, "little"))
+        # a damaged one may say anything
+        header = size + file.read(min(int.from_bytes(size, "little"), path.stat().st_size))
         return {"bytes": path.stat().st_size, "header_sha256": hashlib.sha256(header).hexdigest()}
 
 

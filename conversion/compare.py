@@ -26,7 +26,12 @@ from .metrics import NO_LABEL, Accumulator
 
 
 def token_windows(
-    out: Path, texts: Sequence[tuple[str, str]], length: int, documents: int, vocabulary: int
+    out: Path,
+    texts: Sequence[tuple[str, str]],
+    length: int,
+    documents: int,
+    vocabulary: int,
+    trust_remote_code: bool = False,
 ) -> list[tuple[str, Tensor]]:
     """The first `length` tokens (int64 [1, length]) of the first `documents` texts that have as many.
 
@@ -41,7 +46,7 @@ def token_windows(
         drawn = torch.randint(vocabulary, (documents, 1, length), generator=generator)
         return [(f"random tokens {index}", ids) for index, ids in enumerate(drawn)]
     with reading(out):
-        tokenizer = AutoTokenizer.from_pretrained(out)
+        tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=trust_remote_code)
     windows: list[tuple[str, Tensor]] = []
     longest = 0
     for name, text in texts:

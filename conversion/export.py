@@ -5,13 +5,13 @@
 
 An untrained conversion gives every tensor back bit for bit, and each is checked against the hash that the manifest has
 of it. After training the weights are those that were trained to run sparse: exported, they run dense without the
-branches they learned to use, and the report says what was measured of that.
+branches they learned to use, and the report says what was measured of that. A folder that something else saved
+(Trainer, TRL, a merge) has no manifest: it goes back too, and the report says that nothing was checked.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,16 @@ import torch
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
-from transformers import AutoConfig
 
-from nsa_hf.errors import NsaError
 from nsa_hf.families import PREFIX, dense_config_of
 
 from . import manifest as manifests
-from .checkpoint import CheckpointError, SafetensorsCheckpoint
+from .checkpoint import HASH, CheckpointError, SafetensorsCheckpoint
 from .layout import layout_of
-from .loading import reading, transformers_progress
+from .loading import read_config, reading, transformers_progress
+from .model_folder import copy_file, refuse_adapter
 from .shards import ShardWriter, check_space
+from .source import open_source
 from .staging import check_output, staged_folder, write_json
 
 RESULT = "export.json"
@@ -45,7 +45,7 @@ def export_dense(
     """Writes the dense model that an NSA checkpoint holds.
 
     Args:
-        src: a folder that `convert` wrote, or one trained from it.
+        src: a folder that `convert` wrote, or one trained from it, here or elsewhere.
         out: the folder to write; new or empty unless `overwrite`.
         overwrite: replace the model in `out`; it stays until the new one is complete.
         max_shard_size: largest safetensors file, in bytes or like "2GB".
@@ -55,7 +55,7 @@ def export_dense(
         The report, also in `out/export.json`: `model_type`, `trained`, `tensors` written, `as_in_source` (how many of
         them are bit for bit what the source held), `dropped` (new parameters left out), and of a trained model
         `perplexity`, rows by position with `dense` (these weights as exported) and `sparse` (as trained), or None where
-        training measured nothing.
+        training measured nothing. Without a manifest `trained` and `as_in_source` are None.
 
     Raises:
         NsaError: `src` is no NSA checkpoint or is damaged, or `out` cannot be written; nothing is left behind then.
@@ -63,18 +63,16 @@ def export_dense(
     src, out = Path(src).expanduser(), Path(out).expanduser()
     with transformers_progress(progress):
         check_output(out, overwrite, keep=(src,))
-        manifest = manifests.read(src)
-        with reading(src):
-            config = AutoConfig.from_pretrained(src)
-        if not config.model_type.startswith(PREFIX):
-            raise NsaError(f"{src} is a {config.model_type} model, expected one that `nsa-hf convert` wrote")
+        refuse_adapter(src)
+        manifest = manifests.find(src)
+        config = read_config(src)
         checkpoint = SafetensorsCheckpoint(src)
         layout = layout_of(config).as_stored(checkpoint.table)
         table = {name: info for name, info in checkpoint.table.items() if name in layout.dense}
         lacking = sorted(layout.dense.keys() - table.keys())
         if lacking:
             raise CheckpointError(f"{src} lacks {len(lacking)} tensors that its config asks for, {lacking[0]} for one")
-        kind = manifests.hash_kind(manifest)
+        kind = HASH if manifest is None else manifests.hash_kind(manifest)
         with (
             staged_folder(out, overwrite) as stage,
             ShardWriter(stage, table, max_shard_size, hash_kind=kind) as writer,
@@ -86,30 +84,32 @@ def export_dense(
             report = _report(src, manifest, config.model_type, writer.hashes)
             report["dropped"] = sum(torch.Size(shape).numel() for shape in layout.added.values())
             dense_config_of(config).save_pretrained(stage)
-            for name in manifest.get("companions", []):
-                (stage / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(src / name, stage / name)
+            if manifest is None:
+                open_source(src).save_companions(stage)
+            for name in (manifest or {}).get("companions", []):
+                copy_file(src, name, stage)
             write_json(stage / RESULT, report)
     return report
 
 
-def _report(src: Path, manifest: dict[str, Any], model_type: str, hashes: dict[str, str]) -> dict[str, Any]:
+def _report(src: Path, manifest: dict[str, Any] | None, model_type: str, hashes: dict[str, str]) -> dict[str, Any]:
+    report = {"model_type": model_type.removeprefix(PREFIX), "trained": None, "tensors": len(hashes)}
+    if manifest is None:
+        return {**report, "as_in_source": None, "perplexity": None}
     said, kind = {name: manifest["tensors"].get(name, {}) for name in hashes}, manifests.hash_kind(manifest)
-    if not manifest["trained"]:
-        changed = sorted(name for name in hashes if said[name].get(kind) != hashes[name])
-        if changed:
-            raise CheckpointError(
-                f"{src}: {len(changed)} tensors are not what its manifest says, {changed[0]} for one: convert again"
-            )
+    changed = sorted(name for name in hashes if said[name].get(kind) != hashes[name])
+    if changed:
+        raise CheckpointError(
+            f"{src}: {len(changed)} tensors are not what its manifest says, {changed[0]} for one: take a copy that is "
+            "not damaged, or make it again (if they were changed deliberately, remove its manifest.json)"
+        )
+    report["trained"] = manifests.is_trained(manifest)
     # what the source held is the entry itself, or where it was cast or trained the one inside it
-    kept = sum(said[name].get("source", said[name]).get(kind) == hashes[name] for name in hashes)
-    report = {
-        "model_type": model_type.removeprefix(PREFIX),
-        "trained": manifest["trained"],
-        "tensors": len(hashes),
-        "as_in_source": kept,
-    }
-    return {**report, "perplexity": _perplexity(src)} if manifest["trained"] else report
+    own = {} if report["trained"] else said
+    of_source = {name: said[name].get("source", own.get(name, {})).get(kind) for name in hashes}
+    kept = sum(of_source[name] == hashes[name] for name in hashes)
+    report["as_in_source"] = kept if all(of_source.values()) else None
+    return {**report, "perplexity": _perplexity(src)} if report["trained"] else report
 
 
 def _perplexity(src: Path) -> list[dict[str, Any]] | None:
@@ -127,14 +127,18 @@ def _perplexity(src: Path) -> list[dict[str, Any]] | None:
 def render_export(report: dict[str, Any]) -> RenderableType:
     """The report as rich tables, for `rich.print`."""
     facts = Table(title=f"Dense {escape(report['model_type'])}", show_header=False)
-    facts.add_row("Tensors", f"{report['as_in_source']} of {report['tensors']} bit for bit the source's")
+    tensors = f"{report['as_in_source']} of {report['tensors']} bit for bit the source's"
+    if report["as_in_source"] is None:
+        tensors = f"{report['tensors']}; what the source held is not known: no manifest.json says so"
+    facts.add_row("Tensors", tensors)
     facts.add_row("Left out", f"{report['dropped']:,} parameters: compression and gates")
-    if not report["trained"]:
+    if report["trained"] is False:
         return facts
+    since = "these weights were trained to run sparse" if report["trained"] else "if these weights were trained since"
     facts.add_row(
-        "Trained", "these weights were trained to run sparse; dense, the compressed branch, the window and the gates "
-        "that they learned to use are gone",
-    )  # fmt: skip
+        "Trained",
+        f"{since}; dense, the compressed branch, the window and the gates that they learned to use are gone",
+    )
     if report["perplexity"] is None:
         facts.add_row("Perplexity", "not measured: the folder has no training.json; compare with `nsa-hf eval`")
         return facts

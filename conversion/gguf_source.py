@@ -7,7 +7,6 @@ SmolLM2's Q4_1 file. Only so is the converted model bit for bit the one that Tra
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,8 +18,10 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, GgufConfig
 from transformers.integrations.gguf import read_gguf_metadata
 
 from .checkpoint import CheckpointError, TensorInfo
+from .gguf_contents import read_contents
 from .loading import load_whole, reading
-from .source import TERMS, Source
+from .model_folder import TERMS, copy_file
+from .source import Source
 
 
 class GgufSource(Source):
@@ -34,10 +35,13 @@ class GgufSource(Source):
             raise CheckpointError(f"reading {path.name} needs {' and '.join(missing)}: pip install 'nsa-hf[demo]'")
         self.path = path
         with reading(path):
+            self.contents = read_contents(path)
             self.metadata, _ = read_gguf_metadata(str(path))
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        if hasattr(config, "_model_name_or_path"):
-            del config._model_name_or_path
+            if hasattr(config, "_model_name_or_path"):
+                del config._model_name_or_path
+            config = self.contents.applied_to(config)
+            self.contents.check_tensors(config)
         config.dtype = torch.float32
         self._model: PreTrainedModel | None = None
         super().__init__(name, path.parent, config, revision)
@@ -66,6 +70,11 @@ class GgufSource(Source):
         yield from ((name, parameter.detach()) for name, parameter in model.named_parameters())
         yield from ((name, buffer) for name, buffer in model.named_buffers() if name in persistent)
 
+    def stored(self) -> Iterator[tuple[str, Tensor]]:
+        """As in Source: read with the `gguf` package, where `tensors` are what Transformers loads."""
+        with reading(self.path):
+            yield from self.contents.stored(self.config)
+
     def load_model(self, dtype: torch.dtype) -> PreTrainedModel:
         """As in Source; hands over the loaded weights, so that there is one copy of them."""
         model, self._model = self._loaded(), None
@@ -84,7 +93,7 @@ class GgufSource(Source):
         GenerationConfig.from_model_config(self.config).save_pretrained(out)
         for pattern in TERMS:
             for path in self.folder.glob(pattern):
-                shutil.copyfile(path, out / path.name)
+                copy_file(self.folder, path.name, out)
         return sorted({path.name for path in out.iterdir()} - before)
 
     def files(self) -> list[Path]:

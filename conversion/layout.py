@@ -21,6 +21,7 @@ from nsa_hf.families import family_of, nsa_config_from_dense
 from nsa_hf.fields import NSA_FIELDS
 
 from .checkpoint import CheckpointError, TensorInfo
+from .loading import IGNORED
 from .rope import parse_rope_scaling, scaled_config
 
 DTYPE_NAMES = {
@@ -31,9 +32,6 @@ DTYPE_NAMES = {
     "float16": torch.float16,
     "fp16": torch.float16,
 }
-
-# Old checkpoints stored RoPE's frequencies in each layer; Transformers computes them and ignores these.
-IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 
 
 @dataclass(frozen=True)

@@ -2,32 +2,103 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from nsa_hf.errors import NsaError
+from nsa_hf.families import PREFIX
+from nsa_hf.shape import check_shape
 
-from .checkpoint import CheckpointError
+from .checkpoint import CheckpointError, read_json
+from .model_folder import refuse_adapter
+
+# Fields that say how many parts there are, which are made one by one, and the most of them: the deepest model so far
+# has a thousand layers.
+MOST = {re.compile(r"(^|_)layers?$"): 1024, re.compile(r"(^|_)experts$"): 16384}
+
+# Old checkpoints stored RoPE's frequencies in each layer; Transformers computes them and ignores these.
+IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The config of a sparse model's folder.
+
+    Raises:
+        NsaError: it cannot be read, is of no sparse model, or of another one than the folder's manifest says.
+    """
+    config = load_config(folder)
+    check_shape(folder, config)
+    if not config.model_type.startswith(PREFIX):
+        raise CheckpointError(
+            f"{folder} holds a dense model ({config.model_type}): convert it first with `nsa-hf convert`"
+        )
+    return config
 
 
 def load_whole(folder: Path, **options: Any) -> PreTrainedModel:
     """Transformers' model of a folder, in evaluation mode.
 
     Raises:
-        CheckpointError: weights were missing, which Transformers would only warn of and make up.
+        NsaError: the folder's config is not of the model that its manifest says (see `nsa_hf.shape`).
+        CheckpointError: weights were missing, which Transformers would only warn of and make up, or left over, as when
+            the config asks for fewer layers; or there is an adapter, for which it would load other weights or none.
     """
+    refuse_adapter(folder)
+    check_shape(folder)
     model, loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     missing = sorted(loaded["missing_keys"])
     if missing:
         raise CheckpointError(
             f"{folder} lacks {len(missing)} tensors that its config asks for, {missing[0]} among them"
         )
+    left_over = sorted(name for name in loaded["unexpected_keys"] if not IGNORED.search(name))
+    if left_over:
+        raise CheckpointError(
+            f"{folder} holds {len(left_over)} tensors that its config does not ask for, {left_over[0]} among them"
+        )
     return model.eval()
+
+
+def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Transformers' config of a folder.
+
+    Raises:
+        CheckpointError: there is none, it cannot be read, or it asks for more parts than a model can have.
+    """
+    path = folder / "config.json"
+    with reading(path):
+        check_counts(read_json(path), str(path))
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def check_counts(config: Any, name: str) -> None:
+    """Refuses a config, as JSON, of more layers or experts than a model can have: Transformers makes each one by one.
+
+    Raises:
+        CheckpointError: naming the field.
+    """
+    todo = [config]
+    while todo:
+        part = todo.pop()
+        for key, value in part.items() if isinstance(part, dict) else enumerate(part):
+            if isinstance(value, dict | list):
+                todo.append(value)
+            for field, most in MOST.items():
+                if isinstance(value, int | float) and field.search(str(key)) and value > most:
+                    raise CheckpointError(f"{name}: {key} is {_short(value)}, and no model has more than {most:,}")
+
+
+def _short(value: float) -> str:
+    try:
+        return f"{value:,}"
+    except ValueError:  # more digits than Python writes out
+        return "a number of thousands of digits"
 
 
 @contextmanager

@@ -5,22 +5,35 @@ It holds no time and no path but what the user typed, so the same conversion wri
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from .checkpoint import HASH, HASHES, CheckpointError, TensorInfo, describe_file, hash_tensor
+from nsa_hf.shape import MANIFEST, shape_of
+
+from .checkpoint import (
+    HASH,
+    HASHES,
+    CheckpointError,
+    SafetensorsCheckpoint,
+    TensorInfo,
+    describe_file,
+    hash_tensor,
+    read_json,
+)
 from .layout import dtype_name
+from .loading import read_config
 from .staging import write_json
 
-NAME = "manifest.json"
+NAME = MANIFEST
 FORMAT = 2
+Types = Mapping[str, type | tuple[type, ...]]
 PACKAGES = ("nsa-hf", "torch", "transformers", "safetensors", "huggingface_hub", "gguf")
 
 
@@ -63,7 +76,9 @@ def describe_trained(tensor: Tensor, name: str, converted: Mapping[str, Any]) ->
     Args:
         converted: the manifest of the conversion.
     """
-    before = converted["tensors"].get(name, {"from": "nsa"})
+    before = converted["tensors"].get(name)
+    if before is None:
+        return describe(tensor, "nsa" if ".nsa." in name else "source", hash_kind(converted))
     after = describe(tensor, before["from"], hash_kind(converted))
     return after if before["from"] == "nsa" else {**after, "source": before.get("source", before)}
 
@@ -93,12 +108,55 @@ def build(
         "exact_up_to": config.nsa_topk * config.nsa_block_size,
         "source": dict(source),
         "model_type": config.model_type,
+        "shape": shape_of(config),
         "options": dict(options),
         "versions": versions(),
         "companions": companions,
         "files": dict(files),
         "tensors": dict(tensors),
     }
+
+
+def build_trained(
+    folder: Path, start: Path, converted: Mapping[str, Any] | None, companions: list[str], run: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The manifest of a trained model.
+
+    Args:
+        folder: all of it but the manifest, the run's own record among it: each tensor and each file gets its hash.
+        start: the folder that training started from.
+        converted: that folder's manifest; None where it had none.
+        companions: names of the tokenizer's and other files written beside.
+        run: the record of the run, by which `is_trained` knows the folder: `steps`, `fingerprint`.
+    """
+    config = read_config(folder)
+    if converted is None:
+        source = {"name": str(start), "kind": "a folder without manifest.json", "revision": None}
+        known: dict[str, Any] = {
+            "source": {**source, "files": {}},
+            "options": {},
+            "versions": versions(),
+            "tensors": {},
+        }
+        converted = {"format": FORMAT, "hash": HASH, **known}
+    tensors = SafetensorsCheckpoint(folder).tensors()
+    return {
+        **converted,
+        "trained": True,
+        "exact_up_to": None,
+        "model_type": config.model_type,
+        "shape": shape_of(config),
+        "companions": companions,
+        "files": describe_files(folder),
+        "tensors": {name: describe_trained(tensor, name, converted) for name, tensor in tensors},
+        "training": dict(run),
+    }
+
+
+def is_trained(manifest: Mapping[str, Any]) -> bool:
+    """Whether it is of a trained model, by the record of its run: the word `trained` alone is no proof."""
+    run = manifest.get("training")
+    return manifest["trained"] is True and isinstance(run, dict) and bool(run.get("steps") and run.get("fingerprint"))
 
 
 def write(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -118,21 +176,90 @@ def read(folder: Path) -> dict[str, Any]:
             f"{folder} has no {NAME}: expected a folder that `nsa-hf convert` or `nsa-hf train` wrote"
         )
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        written = manifest["format"]
-        lacking = [key for key in ("trained", "exact_up_to", "source", "tensors") if key not in manifest]
-        if lacking:
-            raise ValueError(f"it lacks {', '.join(lacking)}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error!r}): convert again") from error
-    if written > FORMAT:
-        raise CheckpointError(f"{path} has format {written} and this version reads up to {FORMAT}: update nsa-hf")
+        manifest = read_json(path)
+        check_fields(manifest, {"format": int}, {"hash": str})
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}): convert again") from error
+    if manifest["format"] > FORMAT:
+        raise CheckpointError(
+            f"{path} has format {manifest['format']} and this version reads up to {FORMAT}: update nsa-hf"
+        )
     if hash_kind(manifest) not in HASHES:
         raise CheckpointError(
             f"{path} has tensors hashed with {hash_kind(manifest)!r}, and this version knows {', '.join(HASHES)}: "
             "update nsa-hf"
         )
+    try:
+        check(manifest)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged ({error}): convert again") from error
     return manifest
+
+
+def find(folder: Path) -> dict[str, Any] | None:
+    """As `read`; None for a sparse model that something else saved: Trainer, TRL, `save_pretrained` after a merge.
+
+    Raises:
+        NsaError: it holds no sparse model, or its manifest is damaged or of another model.
+    """
+    if (folder / NAME).is_file() or not (folder / "config.json").is_file():
+        return read(folder)
+    read_config(folder)
+    return None
+
+
+def check(manifest: Any) -> None:
+    """Makes sure that everything in a manifest of a known format is of the type that its readers expect.
+
+    Raises:
+        ValueError: naming what is not.
+    """
+    needed: Types = {"trained": bool, "exact_up_to": (int, NoneType), "source": dict, "tensors": dict}
+    further: Types = {"model_type": str, "options": dict, "versions": dict, "companions": list, "files": dict}
+    check_fields(manifest, needed, further)
+    source = manifest["source"]
+    about: Types = {
+        "kind": str,
+        "revision": (str, NoneType),
+        "license": str,
+        "model_name": str,
+        "files": dict,
+        "left_out": dict,
+    }
+    check_fields(source, {"name": str}, about, "source.")
+    for where, files in (("files", manifest.get("files", {})), ("source.files", source.get("files", {}))):
+        for name, said in files.items():
+            check_fields(said, {"bytes": int}, {"sha256": str, "header_sha256": str}, f"{where} {name}: ")
+    entry: Types = {"dtype": str, "shape": list, "from": str, hash_kind(manifest): str}
+    for where, tensors in (("tensors", manifest["tensors"]), ("source.left_out", source.get("left_out", {}))):
+        for name, said in tensors.items():
+            check_fields(said, entry, {"source": dict}, f"{where} {name}: ")
+            if "source" in said:
+                check_fields(said["source"], entry, {}, f"{where} {name}: source: ")
+    check_fields(manifest.get("options", {}), {}, {"rope_scaling": dict}, "options.")
+    if scaling := manifest.get("options", {}).get("rope_scaling"):
+        check_fields(scaling, {"rope_type": str, "factor": (int, float)}, {}, "options.rope_scaling.")
+    for name in manifest.get("companions", []):
+        if not isinstance(name, str):
+            raise ValueError(f"companions must hold names, got {name!r:.40}")
+
+
+def check_fields(part: Any, needed: Types, further: Types, where: str = "") -> None:
+    """Makes sure that a part of a manifest has what is needed, of its types, and what it may have besides.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    if not isinstance(part, dict):
+        raise ValueError(f"{where or 'it '}must be an object, got {type(part).__name__}")
+    if lacking := [name for name in needed if name not in part]:
+        raise ValueError(f"{where or 'it '}lacks {', '.join(lacking)}")
+    for name, kinds in {**further, **needed}.items():
+        # a bool is an int in Python, and not here
+        allowed = kinds if isinstance(kinds, tuple) else (kinds,)
+        if name in part and type(part[name]) not in allowed:
+            names = " or ".join("null" if kind is NoneType else kind.__name__ for kind in allowed)
+            raise ValueError(f"{where}{name} must be {names}, got {type(part[name]).__name__}")
 
 
 def differences(manifest: Mapping[str, Any], tensors: Iterator[tuple[str, Tensor]]) -> list[str]:

@@ -5,7 +5,6 @@ A pickle is a program. It is read with `weights_only`, which builds tensors and 
 
 from __future__ import annotations
 
-import json
 import pickle
 import zipfile
 from collections.abc import Container, Iterator
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoint import DTYPES, CheckpointError, Piece, TensorInfo, pieces_of
+from .checkpoint import DTYPES, CheckpointError, Piece, TensorInfo, pieces_of, read_json
 
 SINGLE, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
@@ -39,7 +38,7 @@ class PickleCheckpoint:
             if not (folder / INDEX).is_file():
                 raise CheckpointError(f"{folder} holds no weights: expected safetensors, {SINGLE} or {INDEX}")
             try:
-                expected = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
+                expected = dict(read_json(folder / INDEX)["weight_map"])
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise CheckpointError(f"{folder / INDEX} is not an index of weights ({error!r})") from error
         paths = [folder / name for name in sorted({*expected.values()} or {SINGLE})]

@@ -23,7 +23,7 @@ from nsa_hf.fields import NSA_FIELDS
 from nsa_hf.kernels import Sizes, n_blocks
 
 from .layout import Layout, dtype_name, layout_of, nsa_options, parse_dtype, target_config
-from .loading import transformers_progress
+from .loading import reading, transformers_progress
 from .source import SafetensorsSource, open_source
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
@@ -64,8 +64,9 @@ def plan(
     """
     with transformers_progress(False):
         source = open_source(src, revision, False, allow_pickle, trust_remote_code)
-        config = target_config(source.config, options, parse_dtype(dtype))
-        layout = layout_of(config)
+        with reading(source.folder / "config.json"):
+            config = target_config(source.config, options, parse_dtype(dtype))
+            layout = layout_of(config)
         if isinstance(source, SafetensorsSource) and source.has_weights:
             layout.as_stored(source.table).check(source.table, str(src))
     dense, added = (sum(map(_numel, shapes.values())) for shapes in (layout.dense, layout.added))

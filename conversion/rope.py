@@ -49,6 +49,21 @@ def parse_rope_scaling(value: str | Mapping[str, Any] | None) -> dict[str, Any] 
         ) from error
 
 
+def added_scaling(dense: PreTrainedConfig, sparse: PreTrainedConfig) -> dict[str, Any] | None:
+    """The scaling that a sparse model has and its dense source has not, as `parse_rope_scaling` gives it."""
+    before, after = (_full_attention(config) for config in (dense, sparse))
+    kind = after.get("rope_type")
+    if kind not in KINDS or before.get("rope_type", "default") != "default":
+        return None
+    return {name: after[name] for name in ("rope_type", "factor", *KINDS[kind]) if name in after}
+
+
+def _full_attention(config: PreTrainedConfig) -> dict[str, Any]:
+    """The RoPE parameters of a config's full-attention layers; empty if they have none."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return rope.get("full_attention", rope) or {}
+
+
 def scaled_config(config: PreTrainedConfig, scaling: Mapping[str, Any]) -> PreTrainedConfig:
     """A dense config with its RoPE scaled: that of its full-attention layers, where kinds of layers have their own.
 
@@ -62,8 +77,7 @@ def scaled_config(config: PreTrainedConfig, scaling: Mapping[str, Any]) -> PreTr
     """
     config = copy.deepcopy(config)
     rope = getattr(config, "rope_parameters", None) or {}
-    nested = "full_attention" in rope
-    before = (rope["full_attention"] if nested else rope) or {}
+    nested, before = "full_attention" in rope, _full_attention(config)
     if "rope_theta" not in before:
         raise NsaError(f"rope_scaling: {config.model_type} has no RoPE in its full-attention layers to scale")
     if before.get("rope_type", "default") != "default":

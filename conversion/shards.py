@@ -187,7 +187,7 @@ class ShardWriter:
         header, positions = file_header({name: self.table[name] for name in self.split.filename_to_tensors[file]})
         self._begin.update(positions)
         try:
-            handle = os.open(self.folder / file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            handle = os.open(self.folder / file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
             _write(handle, memoryview(header), 0)
             return handle
         except OSError as error:

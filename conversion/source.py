@@ -15,42 +15,28 @@ Values are carried as Transformers loads them: a safetensors tensor in the dtype
 
 from __future__ import annotations
 
-import json
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.repocard import metadata_load
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from yaml import YAMLError
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
 
-from .checkpoint import CheckpointError, Piece, SafetensorsCheckpoint, TensorInfo, describe_file, pieces_of
+from .checkpoint import CheckpointError, Piece, SafetensorsCheckpoint, TensorInfo, describe_file, pieces_of, read_json
 from .hub import download
-from .loading import load_whole, reading, transformers_progress
+from .loading import load_config, load_whole, reading, transformers_progress
+from .model_folder import COMPANIONS, INDICES, TERMS, WEIGHTS, copy_file, refuse_adapter, refuse_links_out
 from .pickled import PickleCheckpoint
+from .plain_yaml import LONGEST, load_plain
 
-__all__ = ["COMPANIONS", "SafetensorsSource", "Source", "open_source", "transformers_progress"]
+__all__ = ["COMPANIONS", "TERMS", "SafetensorsSource", "Source", "open_source", "transformers_progress"]
 
-# Licenses must travel with a model.
-TERMS = ("LICENSE*", "NOTICE*", "*TERMS*")
-# What else does beside config and weights, copied as it is.
-COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "additional_chat_templates/*.jinja",
-    "generation_config.json",
-    *TERMS,
-)
+# Of a license, as a card names it.
+LONGEST_NAME = 200
 NEVER_COPIED = (".py", ".bin", ".pt", ".pth", ".safetensors", ".gguf")
 
 
@@ -82,6 +68,10 @@ class Source(ABC):
     @abstractmethod
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors as (name, CPU tensor), in the order of `table`."""
+
+    def stored(self) -> Iterator[tuple[str, Tensor]]:
+        """As `tensors`, read from the file itself in another way where `tensors` are what a loader made of it."""
+        return self.tensors()
 
     def pieces(self, wanted: Container[str]) -> Iterator[Piece]:
         """The tensors in `wanted`, in the order of `table`, a few megabytes at a time."""
@@ -126,12 +116,18 @@ class SafetensorsSource(Source):
         trust_remote_code: bool = False,
     ):
         with reading(folder / "config.json"):
-            data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            data = read_json(folder / "config.json")
             if not data.get("model_type"):
                 raise ValueError("it names no model_type")
             if not trust_remote_code:
                 refuse_remote_code(name, data)
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        self.tokenizer_code = tokenizer_code(folder)
+        if self.tokenizer_code and not trust_remote_code and not str(data["model_type"]).startswith("nsa_"):
+            raise CheckpointError(
+                f"{name} has a tokenizer that is defined by code of its own ({self.tokenizer_code[0]}), which is not "
+                "taken unless trusted: read it, and give --trust-remote-code to carry it along"
+            )
+        config = load_config(folder, trust_remote_code)
         super().__init__(name, folder, config, revision)
         self.has_weights, self.trust_remote_code = weights, trust_remote_code
         if weights:
@@ -162,14 +158,14 @@ class SafetensorsSource(Source):
 
     def _companions(self) -> list[Path]:
         found = {path for pattern in COMPANIONS for path in self.folder.glob(pattern) if path.is_file()}
-        return sorted(path for path in found if path.suffix not in NEVER_COPIED)
+        code = {self.folder / name for name in self.tokenizer_code if name.endswith(".py")}
+        return sorted(code | {path for path in found if path.suffix not in NEVER_COPIED})
 
     def save_companions(self, out: Path) -> list[str]:
-        names = [path.relative_to(self.folder) for path in self._companions()]
+        names = [path.relative_to(self.folder).as_posix() for path in self._companions()]
         for name in names:
-            (out / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(self.folder / name, out / name)
-        return [name.as_posix() for name in names]
+            copy_file(self.folder, name, out)
+        return names
 
     def files(self) -> list[Path]:
         return [self.folder / "config.json", *self.checkpoint.files, *self._companions()]
@@ -177,10 +173,13 @@ class SafetensorsSource(Source):
     def card(self) -> dict[str, Any]:
         path = self.folder / "README.md"
         try:
-            about = (metadata_load(path) if path.is_file() else None) or {}
-        except (ValueError, YAMLError):  # a card that cannot be read says nothing
+            with path.open(encoding="utf-8") as file:
+                header = REGEX_YAML_BLOCK.search(file.read(LONGEST))
+            about = load_plain(header.group(2)) if header else None
+        except (OSError, ValueError):  # a card that cannot be read says nothing
             return {}
-        return {"license": about["license"]} if isinstance(about.get("license"), str) else {}
+        said = about.get("license") if isinstance(about, dict) else None
+        return {"license": said} if isinstance(said, str) and len(said) <= LONGEST_NAME else {}
 
 
 def refuse_remote_code(name: str, config: dict[str, Any]) -> None:
@@ -197,6 +196,31 @@ def refuse_remote_code(name: str, config: dict[str, Any]) -> None:
             f"--trust-remote-code if it computes what Transformers' own {config['model_type']} does; `nsa-hf verify` "
             "with the same option compares with what it computes"
         )
+
+
+def tokenizer_code(folder: Path) -> list[str]:
+    """The code that a folder's tokenizer is defined by: files in the folder, or classes in other repositories.
+
+    Raises:
+        CheckpointError: a file that is named is not there, or one that cannot be read.
+    """
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return []
+    with reading(path):
+        named = read_json(path).get("auto_map") or {}
+        # the class, or the slow and the fast one; once without saying that they are a tokenizer's
+        classes = named.get("AutoTokenizer") if isinstance(named, dict) else named
+        classes = [name for name in ([classes] if isinstance(classes, str) else classes or []) if name]
+        found = [name for name in classes if "--" in name]
+        modules = dict.fromkeys(f"{name.split('.')[0]}.py" for name in classes if name not in found)
+        if modules:
+            refuse_links_out(folder, ("*.py",))
+        for module in modules:
+            if Path(module).name != module:
+                raise ValueError(f"{module} is not in this folder")
+            found += [module, *(Path(file).name for file in get_relative_import_files(folder / module))]
+    return list(dict.fromkeys(found))
 
 
 def _checkpoint(folder: Path, allow_pickle: bool) -> SafetensorsCheckpoint | PickleCheckpoint:
@@ -223,7 +247,8 @@ def open_source(
         revision: branch, tag or commit of a Hub id.
         weights: False downloads no weights of a Hub id; only `config` is then good for anything.
         allow_pickle: read `pytorch_model.bin` where there are no safetensors (with `weights_only`, see pickled.py).
-        trust_remote_code: read the config, and load the dense model, by the code in its folder.
+        trust_remote_code: read the config, and load the dense model, by the code in its folder; the code of its
+            tokenizer is a companion then.
 
     Raises:
         CheckpointError: it is not there, damaged, or of a kind that is not read.
@@ -232,12 +257,17 @@ def open_source(
 
     path = Path(src).expanduser()
     if path.is_file() and path.suffix == ".gguf":
+        refuse_adapter(path.parent)
+        refuse_links_out(path.parent, TERMS)
         return GgufSource(str(src), path, None)
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{src} is a file: expected a model's folder, a .gguf file or a Hub id")
     commit = None
     if not path.exists():
         path, commit = download(str(src), revision, weights, allow_pickle)
+    refuse_adapter(path)
+    pickles = ("*.bin",) if allow_pickle else ()
+    refuse_links_out(path, ("config.json", "README.md", *WEIGHTS, *INDICES, *pickles, *COMPANIONS))
     files = sorted(path.glob("*.gguf"))
     if files and not (path / "config.json").is_file():
         if len(files) > 1:
@@ -245,8 +275,6 @@ def open_source(
                 f"{src} holds {len(files)} .gguf files: name one, {' or '.join(f.name for f in files)}"
             )
         return GgufSource(str(src), files[0], commit)
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        raise CheckpointError(f"{src} is a PEFT adapter: merge it into its base model, and convert that")
     if not (path / "config.json").is_file():
         raise CheckpointError(
             f"{src} has neither config.json nor a .gguf file: expected a model's folder (of a Hub "

@@ -24,6 +24,9 @@ from typing import Any
 
 from nsa_hf.errors import NsaError
 
+from .checkpoint import read_json
+from .model_folder import foreign_files
+
 UNFINISHED = ".unfinished"
 
 
@@ -41,7 +44,7 @@ def check_output(out: Path, overwrite: bool = False, keep: tuple[Path, ...] = ()
 
     Raises:
         OutputError: `out` is a file, or must not be written, or lies on or above a folder to keep, or is not empty
-            without `overwrite`, or is not empty and, with it, no model folder.
+            without `overwrite`, or, with it, holds anything but a model.
     """
     target = out.resolve()
     for folder in keep:
@@ -68,6 +71,12 @@ def check_output(out: Path, overwrite: bool = False, keep: tuple[Path, ...] = ()
         raise OutputError(f"{out} exists and is not empty: choose another folder, or give --overwrite to replace it")
     if "config.json" not in names:
         raise OutputError(f"{out} is not empty and has no config.json, so it is no model folder: remove it by hand")
+    if foreign := foreign_files(out):
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        raise OutputError(
+            f"{out} holds files that belong to no model ({', '.join(foreign[:3])}{more}), which replacing it would "
+            "delete: move them away, or choose another folder"
+        )
 
 
 class Stage:
@@ -84,7 +93,7 @@ class Stage:
     def progress(self) -> dict[str, Any]:
         """What `save_progress` last noted of this job, by this process or by one that was killed; else empty."""
         try:
-            noted = json.loads((self.place / "progress.json").read_text(encoding="utf-8"))
+            noted = read_json(self.place / "progress.json")
             return noted["progress"] if noted["job"] == self._job else {}
         except (OSError, ValueError, KeyError, TypeError):
             return {}
@@ -136,6 +145,8 @@ def _stage(out: Path, overwrite: bool, job: Mapping[str, Any] | None) -> Iterato
             shutil.rmtree(stage.folder, ignore_errors=True)
         stage.folder.mkdir(exist_ok=True)
         yield stage
+        # somebody may have put something there meanwhile
+        check_output(out, overwrite)
         _finish(stage, target)
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | SystemExit)
@@ -162,14 +173,17 @@ def _lock(place: Path, out: Path) -> int:
     while True:
         with suppress(FileExistsError):
             place.mkdir()
+        if place.is_symlink() or place.is_file():
+            raise _in_the_way(place, out)
         try:
-            lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+            lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:  # the process that had it is done
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # it may have been removed, and made again, since it was opened
             if os.path.samestat(os.fstat(lock), os.stat(place)):
+                _check_place(place, out)
                 return lock
         except BlockingIOError as error:
             os.close(lock)
@@ -182,6 +196,26 @@ def _lock(place: Path, out: Path) -> int:
             os.close(lock)
             raise
         os.close(lock)
+
+
+def _check_place(place: Path, out: Path) -> None:
+    """Makes sure that everything in a hidden folder is of ours: we put no links there, and nothing else is deleted.
+
+    Raises:
+        OutputError: something is not.
+    """
+    for path in place.iterdir():
+        known = path.name in ("model", "replaced", "progress.json") or path.name.endswith(UNFINISHED)
+        if path.is_symlink() or not known:
+            raise _in_the_way(path, out)
+    for path in (place / "model").rglob("*"):
+        if path.is_symlink():
+            raise _in_the_way(path, out)
+
+
+def _in_the_way(path: Path, out: Path) -> OutputError:
+    what = "a link" if path.is_symlink() else "not of nsa-hf"
+    return OutputError(f"{path} is {what} and in the way of writing {out}: move it away by hand")
 
 
 def _recover(stage: Stage, out: Path) -> None:
@@ -215,6 +249,7 @@ def write_json(path: Path, data: Any) -> None:
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
+        temporary.unlink(missing_ok=True)  # never written through, should it be a link
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:

@@ -6,12 +6,16 @@
 Three things: every dense tensor is bit for bit the source's, and every tensor and file is what the manifest says; up
 to topk * block_size tokens the logits equal the dense model's (in float32, Transformers' own dense class against ours);
 and beyond, how far the two are apart by position. See compare.py for how this fits into little memory.
+
+Of a trained model every tensor and file is held against what training recorded. A folder that something else saved
+(Trainer, TRL, a merge) has no manifest: what then cannot be proved is said.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +23,16 @@ import torch
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
-from transformers import AutoConfig
 
 from nsa_hf.errors import NsaError
 
 from . import manifest as manifests
 from .checkpoint import SafetensorsCheckpoint, hash_tensor, same_bits
 from .compare import compare_logits, final_hidden, has_tokenizer, next_tokens, token_windows
-from .layout import dtype_name
-from .loading import load_whole, reading, transformers_progress
+from .layout import dtype_name, layout_of
+from .loading import load_whole, read_config, reading, transformers_progress
 from .metrics import NO_LABEL, Accumulator, position_edges
-from .rope import scale_model
+from .rope import added_scaling, scale_model
 from .source import Source, open_source
 from .staging import write_json
 from .texts import held_out_texts, provenance
@@ -41,7 +44,9 @@ LOGIT_TOLERANCE = 1e-3
 # Where the top token differs although the dense model's own lead is smaller than this, rounding has turned a tie.
 TIE = 1e-4
 
-NOT_APPLICABLE = "not applicable: trained"
+AS_RECORDED = "trained: differs from its source as recorded"
+NO_RECORD = "its manifest says that it was trained, and has no record of a run"
+NOTHING_VOUCHES = "no manifest.json, so nothing vouches for the new parameters and the other files"
 
 
 def verify(
@@ -61,19 +66,20 @@ def verify(
 
     Args:
         src: the dense source, as `convert` takes it.
-        out: a folder that `convert` wrote, or one trained from it.
+        out: a folder that `convert` wrote, or one trained from it, here or elsewhere.
         length: tokens of each text; not more than the model's max_position_embeddings are taken.
         documents: how many of the texts.
         texts: (name, text) pairs; None takes files of Python's standard library that training leaves out.
         device: where both models run.
         revision, allow_pickle: as for `convert`.
-        trust_remote_code: run the code that the source brings, as its dense model.
+        trust_remote_code: run the code that the source brings, as its dense model, and that of the tokenizer.
         progress: show bars on standard error.
 
     Returns:
-        The result, JSON-able. `exact` is True or False, or None with `why` "not applicable: trained"; `why` says what
-        it rests on or what failed; `tensors`, `exact_range`, `by_position` hold the figures (see metrics.py for the
-        rows).
+        The result, JSON-able. `exact` is True or False, or None where it does not apply: a trained model that is as
+        recorded, or one without a manifest that is not its source. `why` says what it rests on or what failed;
+        `tensors`, `exact_range`, `by_position` hold the figures (see metrics.py for the rows). Without a manifest
+        `trained`, `source_matches_manifest` and `tensors["unlike_manifest"]` are None.
 
     Raises:
         NsaError: the source or the checkpoint is not as it must be, or the texts are too short.
@@ -84,20 +90,21 @@ def verify(
             raise NsaError(f"{name} must be an int of at least {least}, got {value!r}")
     out = Path(out).expanduser()
     with transformers_progress(progress):
-        manifest = manifests.read(out)
+        manifest = manifests.find(out)
         source = open_source(src, revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
         checkpoint = SafetensorsCheckpoint(out)
-        with reading(out):
-            config = AutoConfig.from_pretrained(out)
+        config = read_config(out)
         length = min(length, getattr(config, "max_position_embeddings", None) or length)
         chosen = list(held_out_texts() if texts is None else texts)
-        windows = token_windows(out, chosen, length, documents, config.vocab_size)
-        tensors = compare_tensors(source, checkpoint, manifest)
+        windows = token_windows(out, chosen, length, documents, config.vocab_size, trust_remote_code)
+        layout = layout_of(config)
+        tensors = compare_tensors(source, checkpoint, manifest, layout.dense.keys() | layout.fused.keys())
         source_matches = matches_manifest(source, manifest)
-        changed_files = [] if manifest["trained"] else manifests.changed_files(manifest, out)
+        changed_files = [] if manifest is None else manifests.changed_files(manifest, out)
         dtype = config.dtype or torch.float32
         dense = source.load_model(dtype)
-        scaling = manifest.get("options", {}).get("rope_scaling")
+        options = (manifest or {}).get("options")
+        scaling = options.get("rope_scaling") if options else added_scaling(source.config, config)
         if scaling:
             dense = scale_model(dense, scaling)
         dense = dense.float().to(device)
@@ -120,7 +127,7 @@ def verify(
         "why": why,
         "source": str(src),
         "source_matches_manifest": source_matches,
-        "trained": manifest["trained"],
+        "trained": None if manifest is None else manifests.is_trained(manifest),
         "model_type": config.model_type,
         # the source was given the same, see rope.py
         "rope_scaling": scaling,
@@ -141,15 +148,20 @@ def verify(
     return result
 
 
-def compare_tensors(source: Source, checkpoint: SafetensorsCheckpoint, manifest: dict[str, Any]) -> dict[str, Any]:
+def compare_tensors(
+    source: Source, checkpoint: SafetensorsCheckpoint, manifest: dict[str, Any] | None, dense: AbstractSet[str]
+) -> dict[str, Any]:
     """How many of the source's tensors the checkpoint holds bit for bit, and whether its tensors are the manifest's.
 
     A tensor that was converted to another dtype is compared with the source's tensor in that dtype.
+
+    Args:
+        dense: names of the tensors that the config asks for.
     """
     kept, of, changed = 0, 0, []
-    for name, tensor in source.tensors():
+    for name, tensor in source.stored():
         if name not in checkpoint.table:
-            if name not in manifest["tensors"]:  # a tied copy, or one that the family ignores
+            if name not in dense:  # a tied copy, or one that the family ignores
                 continue
             changed.append(name)
         else:
@@ -158,18 +170,20 @@ def compare_tensors(source: Source, checkpoint: SafetensorsCheckpoint, manifest:
             if not same:
                 changed.append(name)
         of += 1
-    wrong = [] if manifest["trained"] else manifests.differences(manifest, checkpoint.tensors())
+    wrong = None if manifest is None else manifests.differences(manifest, checkpoint.tensors())
     return {
         "kept": kept,
         "of": of,
         "changed": changed,
         "written": len(checkpoint.table),
-        "unlike_manifest": None if manifest["trained"] else wrong,
+        "unlike_manifest": wrong,
     }
 
 
-def matches_manifest(source: Source, manifest: dict[str, Any]) -> bool:
-    """Whether the source's files and tensors are those that the manifest was written of."""
+def matches_manifest(source: Source, manifest: dict[str, Any] | None) -> bool | None:
+    """Whether the source's files and tensors are those that the manifest was written of; None if it names none."""
+    if manifest is None or not manifest["source"].get("files"):
+        return None
     if source.identity()["files"] != manifest["source"]["files"]:
         return False
     tensors, kind = {**manifest["tensors"], **manifest["source"].get("left_out", {})}, manifests.hash_kind(manifest)
@@ -178,7 +192,7 @@ def matches_manifest(source: Source, manifest: dict[str, Any]) -> bool:
 
 
 def judge(
-    manifest: dict[str, Any],
+    manifest: dict[str, Any] | None,
     tensors: dict[str, Any],
     difference: float,
     gap: float,
@@ -191,30 +205,36 @@ def judge(
         gap: largest lead of the dense model's top token where the other's differs, within the exact range.
         changed_files: config, tokenizer and other files beside the weights that are not what the manifest says.
     """
-    if manifest["trained"]:
-        return None, NOT_APPLICABLE
-    faults = []
+    trained = manifest is not None and manifests.is_trained(manifest)
+    unlike = []
+    if tensors["unlike_manifest"]:
+        unlike.append(f"{len(tensors['unlike_manifest'])} tensors are not the manifest's")
+    if changed_files:
+        unlike.append(f"{', '.join(changed_files)} changed since the {'training' if trained else 'conversion'}")
+    if trained:
+        return (False, f"not as trained: {'; '.join(unlike)}") if unlike else (None, AS_RECORDED)
+    faults = [NO_RECORD] if manifest is not None and manifest["trained"] else []
     if tensors["kept"] != tensors["of"]:
         faults.append(f"{tensors['of'] - tensors['kept']} of {tensors['of']} tensors are not the source's")
-    if tensors["unlike_manifest"]:
-        faults.append(f"{len(tensors['unlike_manifest'])} tensors are not the manifest's")
-    if changed_files:
-        faults.append(f"{', '.join(changed_files)} changed since the conversion")
+    faults += unlike
     if not difference < LOGIT_TOLERANCE:
         faults.append(f"a logit within the exact range differs by {difference:.3g}, more than {LOGIT_TOLERANCE:g}")
     if not gap <= TIE:
         faults.append(f"the top token within the exact range differs where the dense model leads by {gap:.3g}")
+    if manifest is None and faults:
+        return None, f"not proved: {'; '.join(faults)}; by training or by damage: there is no manifest.json to tell"
     if faults:
         return False, "; ".join(faults)
-    return True, "all tensors kept, and logits equal within the exact range"
+    kept = "all tensors kept, and logits equal within the exact range"
+    return True, f"{kept}; {NOTHING_VOUCHES}" if manifest is None else kept
 
 
 def render_verify(result: dict[str, Any]) -> RenderableType:
     """The result as rich tables, for `rich.print`."""
     tensors, exact = result["tensors"], result["exact_range"]
-    verdict = {True: "[green]exact[/]", False: "[red]NOT exact[/]", None: "exactness"}[result["exact"]]
+    verdict = {True: "[green]exact[/]: ", False: "[red]NOT exact[/]: ", None: ""}[result["exact"]]
     facts = Table(title=f"{escape(result['source'])} and its {result['model_type']}", show_header=False)
-    facts.add_row(f"Up to {exact['up_to']:,} tokens", f"{verdict}: {result['why']}")
+    facts.add_row(f"Up to {exact['up_to']:,} tokens", f"{verdict}{escape(result['why'])}")
     if scaling := result.get("rope_scaling"):
         facts.add_row("Source's RoPE", f"scaled as at conversion: {scaling['rope_type']}, factor {scaling['factor']:g}")
     facts.add_row("Tensors kept bit for bit", f"{tensors['kept']} of {tensors['of']}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ SETTINGS = (
     "nsa_gate",
 )
 
+# What reading a result raises that has something else in a place than our commands write.
+MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
 
 class CardError(ValueError):
     """A folder that a card cannot be made of."""
@@ -48,6 +52,8 @@ def render_card(out: str | Path) -> Path:
     """
     folder = Path(out)
     manifest, config = read_result(folder / "manifest.json"), read_result(folder / "config.json")
+    if manifest is None and str((config or {}).get("model_type")).startswith("nsa_"):
+        manifest = nothing_recorded(folder)
     if manifest is None or config is None:
         raise CardError(
             f"{folder} is no converted model: expected manifest.json and config.json, as nsa-hf convert writes"
@@ -57,17 +63,21 @@ def render_card(out: str | Path) -> Path:
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 
-        from .pictures import draw_pictures
+        from .pictures import draw_pictures, pictures_of
     except ImportError as error:
         raise CardError(f"a card needs the package {error.name}: pip install 'nsa-hf[eval]'") from error
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, keep_trailing_newline=True
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        finalize=escaped,
     )
     environment.filters.update(FILTERS)
     try:
-        pictures = draw_pictures(folder, results["training"], results["verify"], results["inspection"])
+        measured = results["training"], results["verify"], results["inspection"]
         text = environment.get_template(TEMPLATE).render(
             manifest=manifest,
+            trained=is_trained(manifest),
             config=config,
             settings={name: config[name] for name in SETTINGS if name in config},
             counts=count_tensors(manifest),
@@ -75,14 +85,16 @@ def render_card(out: str | Path) -> Path:
             source_name=source_name(manifest),
             folder=folder.name,
             front_matter=front_matter(manifest),
-            pictures=pictures,
+            pictures=[name for name, draw in pictures_of(*measured).items() if draw is not None],
             samples=samples,
             **{**results, "training": with_rows(results["training"])},
         )
-    except (KeyError, TypeError, IndexError, AttributeError, TemplateError) as error:
+        draw_pictures(folder, *measured)
+    except (TemplateError, *MALFORMED) as error:
         raise CardError(f"a result in {folder} lacks what the card shows ({error}): run its command again") from error
     path = folder / "README.md"
     temporary = path.with_name(".README.md.unfinished")
+    temporary.unlink(missing_ok=True)  # never written through, should it be a link
     temporary.write_text(tidy(text), encoding="utf-8")
     os.replace(temporary, path)
     return path
@@ -94,11 +106,23 @@ def read_result(path: Path) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CardError(f"{path} is damaged ({error}): run the command that wrote it again") from error
     if not isinstance(content, dict):
         raise CardError(f"{path} is damaged: expected an object, got {type(content).__name__}")
     return content
+
+
+def nothing_recorded(folder: Path) -> dict[str, Any]:
+    """In place of the manifest of a folder that something else saved: Trainer, TRL, `save_pretrained` after a merge."""
+    source: dict[str, Any] = {"name": folder.resolve().name, "kind": None, "revision": None, "files": {}}
+    return {"trained": None, "source": source, "versions": {}, "tensors": {}}
+
+
+def is_trained(manifest: dict[str, Any]) -> bool | None:
+    """Whether the model was trained, by the record of the run; None where nothing is recorded."""
+    trained = manifest["trained"]
+    return trained if trained is None else bool(trained and manifest.get("training"))
 
 
 def front_matter(manifest: dict[str, Any]) -> str:
@@ -113,7 +137,7 @@ def front_matter(manifest: dict[str, Any]) -> str:
         facts["base_model"] = source["name"]
     facts |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
     facts["tags"] = ["nsa", "native-sparse-attention", "sparse-attention", "long-context"]
-    return yaml.safe_dump(facts, sort_keys=False, allow_unicode=True).strip()
+    return Markdown(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True).strip())
 
 
 def source_name(manifest: dict[str, Any]) -> str:
@@ -152,18 +176,41 @@ def tidy(text: str) -> str:
     return "\n".join(lines).strip() + "\n"
 
 
+class Markdown(str):
+    """Text that goes into the card as it is; whatever else does is escaped."""
+
+
+def escaped(value: Any) -> Any:
+    """What the card shows of a value: names, licenses and texts come from others, and must not be read as Markdown."""
+    if isinstance(value, Markdown | int | float):
+        return value
+    line = re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(printable(str(value)).split()))
+    return re.sub(r"^([#+=~-])", r"\\\1", line)
+
+
+def printable(text: str) -> str:
+    """Without control characters, those that turn the direction of writing among them."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def code(value: Any) -> str:
+    """A name as code; where a backtick or a table's bar would end that, as escaped text."""
+    text = " ".join(printable(str(value)).split())
+    return Markdown(escaped(text) if not text or set(text) & set("`|") else f"`{text}`")
+
+
 def number(value: Any, form: str) -> str:
-    return "–" if value is None else format(value, form)
+    return Markdown("–" if value is None else format(value, form))
 
 
 def scientific(value: float | None) -> str:
     """0.00432 as 4.32e-03; what is only rounding, as a KL of equal models is, by its bound."""
-    return "under 1e-07" if value is not None and abs(value) < 1e-7 else number(value, ".2e")
+    return Markdown("under 1e-07") if value is not None and abs(value) < 1e-7 else number(value, ".2e")
 
 
 def block(text: str) -> str:
     """Text as an indented code block, safe whatever it holds."""
-    return "\n".join(f"    {line}" for line in text.strip("\n").splitlines()) or "    (nothing)"
+    return Markdown("\n".join(f"    {line}" for line in text.strip("\n").splitlines()) or "    (nothing)")
 
 
 FILTERS = {
@@ -172,8 +219,10 @@ FILTERS = {
     "scientific": scientific,
     "percent": lambda value: number(value, ".2%"),
     "plain": lambda value: number(value, "g"),
-    "span": lambda row: f"{row['from']:,}–{row['to']:,}",
-    "code": lambda text: f"`{text}`",
+    "span": lambda row: Markdown(f"{row['from']:,}–{row['to']:,}"),
+    "code": code,
+    "codes": lambda names: Markdown(", ".join(map(code, names))),
+    "quoted": lambda text: Markdown(json.dumps(text, ensure_ascii=False)),
     "versions": lambda versions: ", ".join(f"{name} {version}" for name, version in versions.items()),
     "block": block,
 }

@@ -23,22 +23,31 @@ DPI = 160
 MAPS_ACROSS, MAPS_DOWN = 6, 4  # layers and heads shown at most
 
 
-def draw_pictures(folder: Path, training: Result | None, verify: Result | None, inspection: Result | None) -> list[str]:
-    """Draws what was measured into `folder`; returns the files' names and removes pictures of what is not there."""
-    wanted: dict[str, Callable[[], Figure] | None] = {
+Pictures = dict[str, Callable[[], Figure] | None]
+
+
+def pictures_of(training: Result | None, verify: Result | None, inspection: Result | None) -> Pictures:
+    """The card's pictures by name, and how to draw each; None for one of what was not measured."""
+    return {
         "training.png": (lambda: training_curve(training)) if training else None,
         "perplexity.png": perplexity_picture(training, verify),
         "selection.png": (lambda: selection_maps(inspection)) if inspection and inspection["layers"] else None,
         "gates.png": (lambda: gate_lines(inspection)) if inspection and inspection["layers"] else None,
     }
-    names = []
-    for name, draw in wanted.items():
-        if draw is None:
-            (folder / name).unlink(missing_ok=True)
-            continue
-        draw().savefig(folder / name, dpi=DPI, facecolor="white", metadata={"Software": None})
-        names.append(name)
-    return names
+
+
+def draw_pictures(folder: Path, training: Result | None, verify: Result | None, inspection: Result | None) -> list[str]:
+    """Draws what was measured into `folder`; returns the files' names and removes pictures of what is not there.
+
+    A file is replaced, and not written through, should it be a link.
+    """
+    pictures = pictures_of(training, verify, inspection)
+    drawn = {name: draw() for name, draw in pictures.items() if draw is not None}
+    for name in pictures:
+        (folder / name).unlink(missing_ok=True)
+    for name, picture in drawn.items():
+        picture.savefig(folder / name, dpi=DPI, facecolor="white", metadata={"Software": None})
+    return list(drawn)
 
 
 def perplexity_picture(training: Result | None, verify: Result | None) -> Callable[[], Figure] | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from .modes import Mode, OfThread, OpenContexts, Recorded, added
 from .releases import CACHE, by_name, cache_among, tokens_held
 from .remote_code import SavedByImport
 from .segments import Segments, find_segments, static_segments
+from .shape import check_shape
 
 # What quantisers leave as it is, as their pattern: the gates and compressors, and keys and values per branch.
 NOT_QUANTISED = r".*\.nsa"
@@ -79,6 +82,17 @@ class NsaPreTrainedMixin(SavedByImport, NsaGenerationMixin):
                     "layers onto each GPU"
                 )
         return super().prepare_distribute_model(distributed_config, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers'; of a folder that `nsa-hf` wrote only with a config of the model in it.
+
+        Raises:
+            NsaError: layers, sizes or the like were edited in its config.json.
+        """
+        if isinstance(pretrained_model_name_or_path, str | os.PathLike):
+            check_shape(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         implementation = requested_attention or "nsa"

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from nsa_hf.conversion.loading import load_whole, transformers_progress
+from nsa_hf.conversion.loading import load_whole, read_config, transformers_progress
+from nsa_hf.conversion.source import tokenizer_code
 from nsa_hf.errors import NsaError
 
 
@@ -18,17 +19,11 @@ class LoadError(NsaError):
 
 def load_nsa_model(folder: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32") -> Any:
     """The sparse causal LM in `folder`, in evaluation mode; LoadError when there is none."""
-    from transformers import AutoConfig
-
     folder = Path(folder)
     if not (check_folder(folder) / "config.json").is_file():
         raise LoadError(f"{folder} holds no model: expected a folder that `nsa-hf convert` or `nsa-hf train` wrote")
     try:
-        config = AutoConfig.from_pretrained(folder)
-        if not hasattr(config, "nsa_topk"):
-            raise LoadError(
-                f"{folder} holds a dense model ({config.model_type}): convert it first with `nsa-hf convert`"
-            )
+        config = read_config(folder)
         with transformers_progress(False):
             return load_whole(folder, config=config, dtype=dtype).to(device)
     except NsaError:
@@ -37,14 +32,20 @@ def load_nsa_model(folder: str | Path, device: str | torch.device = "cpu", dtype
         raise LoadError(f"cannot load the model in {folder}: {error}") from error
 
 
-def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer in `folder`; LoadError when there is none."""
+def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in `folder`; LoadError when there is none, or it needs code of its own that is not trusted."""
     from transformers import AutoTokenizer
 
     if not any(check_folder(folder).glob("tokenizer*")):
         raise LoadError(f"{folder} has no tokenizer: copy the source's tokenizer files there")
+    code = tokenizer_code(Path(folder))
+    if code and not trust_remote_code:
+        raise LoadError(
+            f"the tokenizer in {folder} is defined by code of its own ({code[0]}), which is not run unless trusted "
+            "(trust_remote_code=True)"
+        )
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # as above
         raise LoadError(f"cannot load the tokenizer in {folder}: {error}") from error
 

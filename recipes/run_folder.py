@@ -51,7 +51,7 @@ class RunFolderError(NsaError):
 def fingerprint(config: RunConfig) -> dict[str, Any]:
     """What decides a run's weights, as far as settings and model folder say it: see `train` for text and processes."""
     model = Path(config.model)
-    manifest.read(model)
+    manifest.find(model)
     settings = {name: value for name, value in config.as_dict().items() if name not in FREE}
     weights = {file.name: hash_file(file) for file in SafetensorsCheckpoint(model).files}
     return {**settings, "model_config": hash_file(model / "config.json"), "weights": weights}
@@ -194,24 +194,9 @@ def save_trained(student: Any, config: RunConfig, depends: dict[str, Any], resul
         for weights in stage.glob("*.safetensors"):  # safetensors makes files that only their owner can read
             shutil.copymode(stage / "config.json", weights)
         companions = open_source(model).save_companions(stage)
-        converted = manifest.read(model)
-        tensors = {
-            name: manifest.describe_trained(tensor, name, converted)
-            for name, tensor in SafetensorsCheckpoint(stage).tensors()
-        }
-        manifest.write(
-            stage,
-            {
-                **converted,
-                "trained": True,
-                "exact_up_to": None,
-                "companions": companions,
-                "files": manifest.describe_files(stage),
-                "tensors": tensors,
-                "training": {"steps": config.steps, "fingerprint": record["fingerprint"]},
-            },
-        )
         write_json(stage / RESULT, record)
+        run = {"steps": config.steps, "fingerprint": record["fingerprint"]}
+        manifest.write(stage, manifest.build_trained(stage, model, manifest.find(model), companions, run))
     remove_run_folder(unfinished(config))
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 import nsa_hf  # noqa: F401 - registers the model classes
+from nsa_hf.conversion.loading import read_config
 from nsa_hf.errors import NsaError
 from nsa_hf.generation import PAGED
 
@@ -56,6 +57,7 @@ def serve(out: Path, arguments: list[str]) -> None:
 
     if not (check_folder(out) / "config.json").is_file():
         raise NsaError(f"no converted model in {out}: expected a folder with config.json")
+    read_config(out)
     if "--continuous-batching" in arguments:
         raise NsaError(PAGED)
     if not is_serve_available():

@@ -36,7 +36,8 @@ def manifest(trained: bool = False) -> dict[str, Any]:
     }
     tensors = {"model.norm.weight": {"from": "source"}, "model.layers.0.self_attn.nsa.gate.up.weight": {"from": "nsa"}}
     versions = {"python": "3.11.7", "torch": "2.13.0"}
-    return {"format": 1, "trained": trained, "source": source, "versions": versions, "tensors": tensors}
+    record = {"format": 1, "trained": trained, "source": source, "versions": versions, "tensors": tensors}
+    return record | ({"training": {"steps": 8, "fingerprint": {"seed": 0}}} if trained else {})
 
 
 def config() -> dict[str, Any]:
@@ -44,7 +45,11 @@ def config() -> dict[str, Any]:
 
 
 def verify(exact: bool | None = True) -> dict[str, Any]:
-    why = {True: "all kept", False: "1 of 272 tensors are not the source's", None: "not applicable: trained"}[exact]
+    why = {
+        True: "all kept",
+        False: "1 of 272 tensors are not the source's",
+        None: "trained: differs from its source as recorded",
+    }[exact]
     rows = [row(0, 512, 10.125, 10.125, 1e-12), row(512, 1024, 9.5, 9.5, 2e-12), row(1024, 2048, 7.25, 7.375, 0.03125)]
     return {
         "exact": exact,

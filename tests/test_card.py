@@ -1,3 +1,4 @@
+import json
 import re
 from pathlib import Path
 
@@ -49,6 +50,28 @@ def test_the_header_holds_what_is_known(tmp_path):
     assert "license" not in header
     assert "| license |" not in text
     assert "owner/dense, revision `0123abc`" in text
+
+
+def test_a_folder_that_was_saved_elsewhere_claims_nothing(tmp_path):
+    """As Trainer, TRL and a merged adapter leave it: no manifest.json."""
+    verify = {**results.verify(exact=None), "why": "not proved: 1 of 272 tensors are not the source's"}
+    folder = results.write(tmp_path / "tuned", verify=verify)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(CardError, match="is no converted model"):
+        render_card(folder)
+    (folder / "config.json").write_text(json.dumps({**results.config(), "model_type": "nsa_llama"}))
+    text = card_of(folder)
+    assert text.startswith("---\nlibrary_name: transformers") and "# tuned with Native Sparse Attention" in text
+    assert "what it\nwas made from, and whether it was trained since, is not recorded" in text
+    assert headings(text) == ["Settings", "What was kept"]
+    assert "Exactness is not proved: 1 of 272 tensors are not the source's." in text
+    for claim in ("has not been trained", "trained on", "it is the dense model", "does not apply", "| source |"):
+        assert claim not in text
+
+
+def test_the_bare_word_trained_makes_no_trained_model(tmp_path):
+    text = card_of(results.write(tmp_path, manifest={**results.manifest(), "trained": True}))
+    assert "It has not been trained since." in text
 
 
 def test_a_folder_on_disk_is_not_told(tmp_path):
@@ -155,6 +178,97 @@ def test_text_of_a_sample_cannot_break_the_card(tmp_path):
     text = card_of(results.write(tmp_path, long=results.sample(text="## Fake\n```\n| a |")))
     assert "Fake" not in headings(text)
     assert "    ## Fake\n    ```\n    | a |" in text
+
+
+EVIL = "x`](javascript:alert) | y\n\n## Fake\n<img src=x onerror=alert(1)> **b** \u202e\x1b[31m"
+SAFE = r"x\`\](javascript:alert) \| y ## Fake \<img src=x onerror=alert(1)\> \*\*b\*\* \[31m"
+
+
+def test_what_a_source_says_cannot_break_the_card(tmp_path):
+    """Licenses, names, revisions, versions and texts are others' words, wherever they stand."""
+    source = {**results.manifest()["source"], "license": EVIL, "model_name": EVIL}
+    source["files"] = {EVIL: {"bytes": 1, "sha256": EVIL}, "b": {"bytes": 1, "header_sha256": EVIL}}
+    manifest = {**results.manifest(), "source": source, "versions": {"torch": EVIL}}
+    verify = {**results.verify(exact=False), "why": EVIL, "computed_in": EVIL}
+    verify["documents"] = [{"name": EVIL, "tokens": 1}]
+    training = results.training()
+    training["held_out"]["names"] = [EVIL]
+    training["hardware"] = {"cpu": EVIL, "gpus": [EVIL]}
+    training["versions"] = {EVIL: EVIL}
+    folder = tmp_path / 'folder") ``` import os'
+    text = card_of(
+        results.write(
+            folder,
+            manifest=manifest,
+            config={**results.config(), "nsa_topk": EVIL, "nsa_block_size": EVIL, "nsa_window_size": EVIL},
+            verify=verify,
+            training=training,
+            inspection={**results.inspection(), "text": EVIL},
+            long={**results.sample(), "dtype": EVIL, "device": "cuda", "hardware": {"cpu": EVIL, "gpus": [EVIL]}},
+        )
+    )
+    assert "Fake" not in headings(text)
+    assert {"Made from", "Training", "What it attends to", "Samples"} <= {*headings(text)}
+    front, body = text.removeprefix("---\n").split("\n---\n", 1)
+    assert yaml.safe_load(front)["license"] == EVIL
+    body = body.replace(SAFE, "")
+    for sign in ("javascript", "<img", "onerror", "**b", "\u202e", "\x1b"):
+        assert sign not in body
+    assert f"| license | {SAFE}, as the source says |" in text
+    assert f"from_pretrained({json.dumps(folder.name)})" in text
+
+
+def test_a_name_that_is_only_a_name_is_left_as_it_is(tmp_path):
+    source = {**results.manifest()["source"], "model_name": "Smol_LM2-135M (Instruct), v1.0", "license": "cc-by-nc-4.0"}
+    text = card_of(results.write(tmp_path, manifest={**results.manifest(), "source": source}))
+    assert "# Smol_LM2-135M (Instruct), v1.0 with Native Sparse Attention" in text
+    assert "| license | cc-by-nc-4.0, as the source says |" in text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"source": []},
+        {"source": {"name": 7}},
+        {"source": {"name": "x", "kind": "gguf", "files": {"a": {"bytes": "many", "sha256": ""}}}},
+        {"source": {"name": "x", "kind": "gguf", "files": {"a": {"bytes": 1e400, "sha256": ""}}}},
+        {"tensors": {"a": None}},
+        {"versions": "none"},
+    ],
+)
+def test_a_manifest_of_wrong_types_is_named_and_nothing_is_lost(tmp_path, change):
+    folder = results.write(tmp_path, manifest={**results.manifest(), **change})
+    for name in ("perplexity.png", "README.md"):
+        (folder / name).write_text("mine")
+    with pytest.raises(CardError, match="lacks what the card shows"):
+        render_card(folder)
+    assert {path.name for path in folder.iterdir()} == {"manifest.json", "config.json", "perplexity.png", "README.md"}
+
+
+def test_another_tool_s_folder_loses_nothing(tmp_path):
+    """A web project has a manifest.json and may have a config.json."""
+    for name, text in (("manifest.json", '{"name": "App"}'), ("config.json", "{}"), ("gates.png", "mine")):
+        (tmp_path / name).write_text(text)
+    with pytest.raises(CardError, match="lacks what the card shows"):
+        render_card(tmp_path)
+    assert (tmp_path / "gates.png").read_text() == "mine"
+
+
+def test_nothing_is_written_through_a_link(tmp_path):
+    folder = results.write(tmp_path / "out", verify=results.verify())
+    (tmp_path / "other").write_text("precious")
+    for name in ("README.md", ".README.md.unfinished", "perplexity.png", "gates.png"):
+        (folder / name).symlink_to(tmp_path / "other")
+    card_of(folder)
+    assert (tmp_path / "other").read_text() == "precious"
+    assert not any(path.is_symlink() for path in folder.iterdir())
+
+
+def test_depth_is_no_traceback(tmp_path):
+    folder = results.write(tmp_path)
+    (folder / "verify.json").write_text("[" * 5000)
+    with pytest.raises(CardError, match=r"verify\.json is damaged"):
+        render_card(folder)
 
 
 def test_made_twice_it_is_the_same(tmp_path):

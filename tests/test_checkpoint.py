@@ -148,3 +148,12 @@ def test_a_piece_stays_as_it_is_while_it_is_in_hand_or_something_still_reads_it(
     for piece in pieces:
         time.sleep(0.002)
         assert torch.equal(piece.values, tensor[piece.start : piece.start + 256])
+
+
+@pytest.mark.parametrize("size", [10**8, 2**63, 2**64 - 1])
+def test_a_header_that_says_it_is_huge_is_not_made_room_for(tmp_path, size):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(size.to_bytes(8, "little") + b"{}")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        SafetensorsCheckpoint(tmp_path)
+    assert describe_file(path)["bytes"] == 10

@@ -16,7 +16,7 @@ from tiny_runs import tiny_run, write_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from nsa_hf import NsaError
-from nsa_hf.conversion import convert, export_dense, render_export
+from nsa_hf.conversion import convert, export_dense, manifest, render_export
 from nsa_hf.conversion.checkpoint import CheckpointError, SafetensorsCheckpoint, same_bits
 from nsa_hf.recipes import cli
 from nsa_hf.recipes.train import train
@@ -63,11 +63,11 @@ def change_as_training_does(folder, measured: bool) -> None:
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"] = weights["model.norm.weight"] + 1
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "trained": True}))
     rows = [{"from": 0, "to": 64, "ppl_reference": 12.5, "ppl": 11.25}]
     if measured:
         (folder / "training.json").write_text(json.dumps({"held_out": {"after_own_dense": rows}}))
+    start, run = manifest.read(folder), {"steps": 1, "fingerprint": {"seed": 0}}
+    manifest.write(folder, manifest.build_trained(folder, folder, start, start["companions"], run))
 
 
 @pytest.mark.parametrize("measured", [True, False])
@@ -90,9 +90,37 @@ def test_a_flipped_bit_is_found(converted, tmp_path):
     assert not (tmp_path / "dense").exists()
 
 
+def test_a_model_trained_and_saved_elsewhere_goes_back_too(converted, tiny_dense_dir, tmp_path):
+    """As Trainer, TRL and a merged adapter leave it: weights, config and tokenizer, and no manifest."""
+    model = AutoModelForCausalLM.from_pretrained(converted)
+    model.model.norm.weight.data += 1
+    model.save_pretrained(tmp_path / "saved")
+    AutoTokenizer.from_pretrained(converted).save_pretrained(tmp_path / "saved")
+    report = export_dense(tmp_path / "saved", tmp_path / "dense")
+    assert (report["trained"], report["as_in_source"], report["perplexity"]) == (None, None, None)
+    assert "what the source held is not known: no manifest.json says so" in rendered(report)
+    assert "if these weights were trained since" in rendered(report)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert type(dense) is LlamaForCausalLM and torch.equal(dense.model.norm.weight, model.model.norm.weight)
+    assert AutoTokenizer.from_pretrained(tmp_path / "dense")("ab") == AutoTokenizer.from_pretrained(tiny_dense_dir)(
+        "ab"
+    )
+
+
+def test_the_bare_word_trained_skips_no_check(converted, tmp_path):
+    weights = load_file(converted / "model.safetensors")
+    weights["model.norm.weight"].view(torch.int32)[3] ^= 1
+    save_file(weights, converted / "model.safetensors", metadata={"format": "pt"})
+    manifest.write(converted, {**manifest.read(converted), "trained": True})
+    with pytest.raises(CheckpointError, match=r"1 tensors are not what its manifest says"):
+        export_dense(converted, tmp_path / "dense")
+
+
 def test_what_is_no_conversion_is_refused(tiny_dense_dir, converted, tmp_path):
-    with pytest.raises(CheckpointError, match=r"has no manifest\.json"):
+    with pytest.raises(CheckpointError, match=r"holds a dense model \(llama\)"):
         export_dense(tiny_dense_dir, tmp_path / "dense")
+    with pytest.raises(CheckpointError, match=r"has no manifest\.json"):
+        export_dense(tmp_path / "gone", tmp_path / "dense")
     with pytest.raises(NsaError, match="exists and is not empty"):
         export_dense(converted, tiny_dense_dir)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import nsa_hf
 from nsa_hf.conversion import convert
@@ -106,3 +106,35 @@ def test_a_config_from_the_hub_is_saved_without_the_name_of_its_repository(folde
     config.auto_map = {auto: f"owner/name--{path}" for auto, path in AUTO_MAP.items()}
     config.save_pretrained(tmp_path)
     check_folder(tmp_path)
+
+
+TOKENIZER = """
+import builtins, sys
+from transformers import AutoProcessor, AutoTokenizer, GenerationConfig, pipeline
+def asked(*_):
+    sys.exit("asked")
+builtins.input = asked
+known, folders = sys.argv[1] == "known", sys.argv[2:]
+if known:
+    import nsa_hf
+trust = {} if known else {"trust_remote_code": False}
+for folder in folders:
+    for auto in (AutoTokenizer, AutoProcessor):
+        tokenizer = auto.from_pretrained(folder, **trust)
+        assert tokenizer.decode(tokenizer("abc").input_ids) == "abc"
+        assert tokenizer.apply_chat_template([{"role": "user", "content": "abc"}], tokenize=False) == "user: abc\\n"
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == 1
+    if known:
+        assert type(pipeline("text-generation", folder).model) is nsa_hf.NsaLlamaForCausalLM
+assert known is ("nsa_hf" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("known", ["known", "unknown"])
+def test_tokenizer_and_the_like_load_without_a_question(folder, tmp_path, known):
+    """Where nsa_hf is not imported, with `trust_remote_code=False`: left out, AutoTokenizer asks about the config of
+    any model that it does not know and that names code, and goes on without it whatever the answer is."""
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    done = run(TOKENIZER, known, folder, tmp_path / "again", cache=tmp_path)
+    assert done.returncode == 0, done.stderr

@@ -51,6 +51,9 @@ def test_verify_compares_with_the_scaled_source(tiny_dense_dir, tiny_sizes, tmp_
     result = verify(tiny_dense_dir, tmp_path / "nsa", length=100, documents=1, texts=[text])
     assert result["exact"] is True and result["rope_scaling"] == {"rope_type": "yarn", "factor": 2.0}
     assert "scaled as at conversion: yarn, factor 2" in rendered(render_verify(result))
+    (tmp_path / "nsa" / "manifest.json").unlink()  # as a folder that Trainer saved
+    again = verify(tiny_dense_dir, tmp_path / "nsa", length=100, documents=1, texts=[text])
+    assert again["exact"] is True and again["rope_scaling"] == {"rope_type": "yarn", "factor": 2.0}
     said = plan(tiny_dense_dir, rope_scaling="yarn:2", **tiny_sizes)
     assert "64 tokens, with its RoPE scaled alike (yarn, factor 2)" in rendered(render_plan(said))
 

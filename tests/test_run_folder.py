@@ -220,7 +220,7 @@ def test_an_out_without_a_name_of_its_own(nsa_dir, tmp_path, monkeypatch):
 
 
 def test_only_converted_models_have_runs(tiny_dense_dir, tmp_path):
-    with pytest.raises(NsaError, match=r"manifest\.json"):
+    with pytest.raises(NsaError, match=r"holds a dense model"):
         fingerprint(tiny_run(tiny_dense_dir, tmp_path, tmp_path / "out"))
 
 

@@ -12,9 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from nsa_hf.conversion import convert, export_dense, plan, verify
 from nsa_hf.conversion import source as sources
 from nsa_hf.conversion.checkpoint import CheckpointError, same_bits
 from nsa_hf.conversion.source import SafetensorsSource, open_source, transformers_progress
+from nsa_hf.errors import NsaError
+from nsa_hf.recipes.load import load_tokenizer
 
 
 @pytest.fixture
@@ -95,7 +98,25 @@ def test_identity_hashes_every_file_read_and_names_the_license(dense_dir):
         assert entry == {"bytes": size, kind: hashlib.sha256(data).hexdigest()}
 
 
-@pytest.mark.parametrize("text", ["", "# no front matter", "---\n: [\n---\n", "---\nlicense: [a, b]\n---\n"])
+# a thousand bytes that would be a billion values
+MERGED = "a0: &a0 {x: 1}\n" + "".join(f"a{n + 1}: &a{n + 1} {{<<: [{', '.join([f'*a{n}'] * 10)}]}}\n" for n in range(9))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "# no front matter",
+        "---\n: [\n---\n",
+        "---\n- a\n---\n",
+        "---\nlicense: [a, b]\n---\n",
+        f"---\n{MERGED}license: mit\n---\n",
+        "---\na: " + "[" * 5000 + "\nlicense: mit\n---\n",
+        "---\nlicense: mit\na: 2024-02-30\n---\n",
+        "---\nlicense: " + "x" * 5000 + "\n---\n",
+        "\udcff".encode("utf-8", "surrogateescape").decode("latin-1"),
+    ],
+)
 def test_a_card_that_says_nothing_is_no_error(dense_dir, text):
     (dense_dir / "README.md").write_text(text)
     assert "license" not in open_source(dense_dir).identity()
@@ -149,6 +170,96 @@ def test_a_hub_id_is_downloaded_and_its_commit_recorded(tiny_dense_dir, tmp_path
     # for a plan the config is enough: no weights are fetched, and none are looked at
     assert not open_source("owner/name", weights=False).has_weights
     assert asked[1] == ("owner/name", None, False)
+
+
+TOKENIZER = """
+from transformers import PreTrainedTokenizerFast
+from .tokenization_parts import SUFFIX
+
+class XTokenizer(PreTrainedTokenizerFast):
+    def _encode_plus(self, text, *args, **kwargs):
+        return super()._encode_plus(text + SUFFIX, *args, **kwargs)
+"""
+NAMED = {"AutoTokenizer": [None, "tokenization_x.XTokenizer"]}
+
+
+@pytest.fixture
+def code_dir(dense_dir, tmp_path, monkeypatch) -> Path:
+    """A model whose tokenizer is defined by two files in its folder."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    name_tokenizer(dense_dir, NAMED)
+    (dense_dir / "tokenization_x.py").write_text(TOKENIZER)
+    (dense_dir / "tokenization_parts.py").write_text("SUFFIX = 'z' * 100\n")
+    (dense_dir / "train.py").write_text("not of the tokenizer")
+    return dense_dir
+
+
+def name_tokenizer(folder: Path, auto_map) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": auto_map}))
+
+
+def test_a_tokenizer_with_code_of_its_own_is_carried_where_it_is_trusted(code_dir, tmp_path, tiny_sizes):
+    out = tmp_path / "out"
+    for run in (plan, lambda src: convert(src, out)):
+        with pytest.raises(CheckpointError, match=r"tokenizer that is defined by code of its own \(tokenization_x"):
+            run(code_dir)
+    assert not out.exists()
+    assert plan(code_dir, trust_remote_code=True)["exact_up_to"]
+    convert(code_dir, out, trust_remote_code=True, **tiny_sizes)
+    for name in ("tokenization_x.py", "tokenization_parts.py", "tokenizer_config.json"):
+        assert (out / name).read_bytes() == (code_dir / name).read_bytes()
+    assert not (out / "train.py").exists()
+    record = json.loads((out / "manifest.json").read_text())
+    assert {"tokenization_x.py", "tokenization_parts.py"} <= {*record["companions"]} & record["files"].keys()
+    # also to what is trained, and back
+    assert {"tokenization_x.py", "tokenization_parts.py"} <= {*open_source(out).save_companions(tmp_path)}
+    export_dense(out, tmp_path / "back")
+    assert (tmp_path / "back" / "tokenization_x.py").is_file()
+
+
+def test_its_code_is_run_where_that_is_asked_for_and_nobody_is_asked(code_dir, tmp_path, tiny_sizes):
+    out = convert(code_dir, tmp_path / "out", trust_remote_code=True, **tiny_sizes)
+    texts = [("a", "a" * 100)]
+    with pytest.raises(CheckpointError, match="code of its own"):
+        verify(code_dir, out, texts=texts, length=200, documents=1)
+    # so long only with what the code puts behind it
+    result = verify(code_dir, out, texts=texts, length=200, documents=1, trust_remote_code=True)
+    assert (result["exact"], result["length"]) == (True, 200)
+    assert len(load_tokenizer(out, trust_remote_code=True)("a").input_ids) == 101
+    with pytest.raises(NsaError, match=r"code of its own \(tokenization_x.py\), which is not run unless trusted"):
+        load_tokenizer(out)
+
+
+@pytest.mark.parametrize(
+    "auto_map", [["tokenization_x.XTokenizer", None], {"AutoTokenizer": "tokenization_x.XTokenizer"}]
+)
+def test_other_ways_to_name_it(code_dir, auto_map):
+    name_tokenizer(code_dir, auto_map)
+    assert sources.tokenizer_code(code_dir) == ["tokenization_x.py", "tokenization_parts.py"]
+
+
+@pytest.mark.parametrize("auto_map", [None, {}, {"AutoTokenizer": None}, {"AutoProcessor": "processing_x.X"}])
+def test_no_code_of_its_own(code_dir, auto_map):
+    name_tokenizer(code_dir, auto_map)
+    assert sources.tokenizer_code(code_dir) == []
+
+
+@pytest.mark.parametrize(
+    ("auto_map", "message"),
+    [
+        ({"AutoTokenizer": "absent.X"}, r"tokenizer_config\.json: .*absent\.py"),
+        ({"AutoTokenizer": "/etc/absent.X"}, "is not in this folder"),
+        ({"AutoTokenizer": "../absent.X"}, r"tokenizer_config\.json"),
+        ({"AutoTokenizer": 7}, r"tokenizer_config\.json"),
+        ({"AutoTokenizer": "owner/other--tokenization_x.X"}, r"\(owner/other--tokenization_x.X\)"),
+    ],
+)
+def test_code_that_is_not_there(code_dir, auto_map, message):
+    name_tokenizer(code_dir, auto_map)
+    with pytest.raises(CheckpointError, match=message):
+        open_source(code_dir, trust_remote_code="--" not in message)
 
 
 @pytest.mark.parametrize("before", [True, False])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from nsa_hf.conversion.staging import OutputError, check_output, resumable_folder, staged_folder, write_json
+from nsa_hf.conversion.staging import OutputError, Stage, check_output, resumable_folder, staged_folder, write_json
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -18,10 +19,13 @@ def tree(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
 
 
+CONFIG = '{"model_type": "llama"}'
+
+
 def model_folder(folder: Path) -> Path:
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
-    (folder / "old").write_text("old")
+    (folder / "config.json").write_text(CONFIG)
+    (folder / "old.safetensors").write_text("old")
     return folder
 
 
@@ -57,7 +61,7 @@ def test_overwrite_replaces_the_whole_folder_at_the_end(tmp_path):
     out = model_folder(tmp_path / "out")
     with staged_folder(out, overwrite=True) as stage:
         (stage / "a").write_text("1")
-        assert tree(out) == {"config.json": "{}", "old": "old"}
+        assert tree(out) == {"config.json": CONFIG, "old.safetensors": "old"}
     assert tree(tmp_path) == {"out/a": "1"}
 
 
@@ -65,7 +69,7 @@ def test_overwrite_that_fails_keeps_the_old(tmp_path, monkeypatch):
     out = model_folder(tmp_path / "out")
     with pytest.raises(RuntimeError), staged_folder(out, overwrite=True):
         raise RuntimeError
-    assert tree(tmp_path) == {"out/config.json": "{}", "out/old": "old"}
+    assert tree(tmp_path) == {"out/config.json": CONFIG, "out/old.safetensors": "old"}
 
     # the last step itself fails: the new folder cannot be renamed
     rename = Path.rename
@@ -81,7 +85,7 @@ def test_overwrite_that_fails_keeps_the_old(tmp_path, monkeypatch):
         staged_folder(out, overwrite=True),
     ):
         pass
-    assert tree(tmp_path) == {"out/config.json": "{}", "out/old": "old"}
+    assert tree(tmp_path) == {"out/config.json": CONFIG, "out/old.safetensors": "old"}
 
 
 def test_a_full_disk_is_a_clear_error(tmp_path):
@@ -180,10 +184,10 @@ def test_killed_between_the_two_renames_the_old_model_comes_back(tmp_path, monke
         (stage.folder / "a").write_text("1")
         stage.save_progress({"done": ["a"]})
     monkeypatch.undo()
-    assert tree(tmp_path).keys() > {".out.unfinished/replaced/old"}
+    assert tree(tmp_path).keys() > {".out.unfinished/replaced/old.safetensors"}
     with pytest.raises(OutputError, match="--overwrite"), resumable_folder(out, JOB):
         pass
-    assert tree(out) == {"config.json": "{}", "old": "old"}
+    assert tree(out) == {"config.json": CONFIG, "old.safetensors": "old"}
 
 
 def test_killed_after_the_renames_what_was_replaced_is_cleared(tmp_path):
@@ -201,6 +205,61 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path):
         (stage / "a").write_text("1")
     assert (tmp_path / "out").is_symlink()
     assert (tmp_path / "real" / "a").read_text() == "1"
+
+
+def test_what_was_put_into_the_output_meanwhile_stays(tmp_path):
+    with pytest.raises(OutputError, match="exists and is not empty"), staged_folder(tmp_path / "out") as stage:
+        (stage / "a").write_text("1")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "diary").write_text("x")
+    assert tree(tmp_path) == {"out/diary": "x"}
+
+
+LINKS = {
+    "the hidden folder": lambda place, other: place.symlink_to(other),
+    "the model in it": lambda place, other: (place.mkdir(), (place / "model").symlink_to(other / "model")),
+    "what was replaced": lambda place, other: (place.mkdir(), (place / "replaced").symlink_to(other / "model")),
+    "its notes": lambda place, other: (
+        place.mkdir(), (place / "progress.json").symlink_to(other / "progress.json"),
+    ),
+    "a file of the model": lambda place, other: (
+        (place / "model").mkdir(parents=True), (place / "model" / "a").symlink_to(other / "model" / "a"),
+    ),
+    "a folder of the model": lambda place, other: (
+        (place / "model").mkdir(parents=True), (place / "model" / "sub").symlink_to(other / "model"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("job", [None, JOB])
+@pytest.mark.parametrize("link", LINKS)
+def test_links_in_the_hidden_folder_are_not_followed(tmp_path, link, job):
+    """Neither deleted nor replaced is what they lead to; with the notes of the same job there is something to go on."""
+    other, out = tmp_path / "other", tmp_path / "new" / "out"
+    (other / "model").mkdir(parents=True)
+    (other / "model" / "a").write_text("precious")
+    out.parent.mkdir()
+    Stage(other, JOB).save_progress({"done": []})
+    before = tree(other)
+    place = out.parent / ".out.unfinished"
+    LINKS[link](place, other)
+    if place.is_dir() and not (place / "progress.json").exists() and job:
+        Stage(place, JOB).save_progress({"done": []})
+    with (
+        pytest.raises(OutputError, match=r"is a link and in the way of writing"),
+        staged_folder(out) if job is None else resumable_folder(out, JOB),
+    ):
+        pytest.fail("entered")
+    assert tree(other) == before
+    assert not out.exists()
+
+
+def test_somebody_elses_hidden_folder_is_left_alone(tmp_path):
+    (tmp_path / ".out.unfinished").mkdir()
+    (tmp_path / ".out.unfinished" / "diary").write_text("x")
+    with pytest.raises(OutputError, match="diary is not of nsa-hf"), staged_folder(tmp_path / "out"):
+        pytest.fail("entered")
+    assert tree(tmp_path) == {".out.unfinished/diary": "x"}
 
 
 def test_a_mount_point_is_refused_before_any_work(tmp_path, monkeypatch):
@@ -250,6 +309,10 @@ def test_refusals_before_any_work(tmp_path):
         check_output(tmp_path / "file", overwrite=True)
     with pytest.raises(OutputError, match="no model folder: remove it by hand"):
         check_output(tmp_path / "other", overwrite=True)
+    (full / "diary").write_text("x")
+    with pytest.raises(OutputError, match=r"holds files that belong to no model \(diary\)"):
+        check_output(full, overwrite=True)
+    (full / "diary").unlink()
     for out in (full, tmp_path, full / ".." / "model"):
         with pytest.raises(OutputError, match="is, or holds, the source"):
             check_output(out, overwrite=True, keep=(full,))
@@ -264,5 +327,13 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
         write_json(path, {"x": float("nan")})
     assert json.loads(path.read_text(encoding="utf-8")) == {"π": [1, None]}
     assert list(tmp_path.iterdir()) == [path]
+    # not through a link, also not under the name that it has while it is written
+    (tmp_path / "other").write_text("precious")
+    path.unlink()
+    for link in (path, tmp_path / f".a.json.{os.getpid()}.unfinished"):
+        link.symlink_to(tmp_path / "other")
+    write_json(path, [1])
+    assert (json.loads(path.read_text()), path.is_symlink()) == ([1], False)
+    assert (tmp_path / "other").read_text() == "precious"
     with pytest.raises(OutputError, match="cannot write"):
         write_json(tmp_path / "nowhere" / "a.json", {})

@@ -16,7 +16,7 @@ from tiny_runs import converted, folder_hashes, tiny_run, write_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nsa_hf
-from nsa_hf.conversion import manifest
+from nsa_hf.conversion import export_dense, manifest
 from nsa_hf.conversion.checkpoint import SafetensorsCheckpoint
 from nsa_hf.errors import NsaError
 from nsa_hf.recipes.checkpointing import Checkpoints, hash_file
@@ -85,6 +85,35 @@ def test_its_manifest_is_of_a_trained_model(finished, nsa_dir):
     assert {name: entry["from"] for name, entry in trained["tensors"].items()} == {
         name: entry["from"] for name, entry in untrained["tensors"].items()
     }
+
+
+def test_every_tensor_and_file_of_it_has_its_hash(finished):
+    out, _, _ = finished
+    record = manifest.read(out)
+    assert manifest.is_trained(record) and manifest.changed_files(record, out) == []
+    beside = {path.name for path in out.iterdir()} - {"manifest.json", "model.safetensors"}
+    assert record["files"].keys() == beside and "training.json" in beside
+
+
+def test_it_starts_from_a_folder_that_was_saved_elsewhere(nsa_dir, texts, tmp_path):
+    """As Trainer, TRL and a merged adapter leave it: no manifest.json."""
+    saved = tmp_path / "saved"
+    AutoModelForCausalLM.from_pretrained(nsa_dir).save_pretrained(saved)
+    AutoTokenizer.from_pretrained(nsa_dir).save_pretrained(saved)
+    config = tiny_run(saved, texts, tmp_path / "out", steps=1)
+    record = manifest.read(train(config))
+    assert (record["source"]["name"], record["source"]["kind"]) == (str(saved), "a folder without manifest.json")
+    assert manifest.is_trained(record)
+    assert "source" not in record["tensors"]["model.norm.weight"]
+    assert manifest.differences(record, SafetensorsCheckpoint(tmp_path / "out").tensors()) == []
+    report = export_dense(tmp_path / "out", tmp_path / "dense")
+    assert (report["trained"], report["as_in_source"]) == (True, None)
+    # other weights are another run
+    weights = weights_of(saved)
+    weights["model.norm.weight"] += 1
+    save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunFolderError, match="weights"):
+        train(config)
 
 
 def test_its_result_holds_what_was_measured(finished):
@@ -188,7 +217,7 @@ def test_the_gates_blend_in(tiny_dense_dir, tiny_sizes, texts, tmp_path):
 def test_what_cannot_be_trained_is_named(nsa_dir, texts, tmp_path, tiny_dense_dir):
     for settings, message in [
         ({"gate_blend_steps": 2}, "gate_blend_steps needs nsa_gate 'blend', the model has 'residual'"),
-        ({"model": str(tiny_dense_dir)}, r"manifest\.json"),
+        ({"model": str(tiny_dense_dir)}, r"holds a dense model"),
         ({"model": str(tmp_path / "none")}, r"manifest\.json"),
         ({"length": 4000}, "tokens"),
         ({"data": str(tmp_path / "nowhere")}, "no text at"),

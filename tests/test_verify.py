@@ -23,6 +23,7 @@ from nsa_hf.errors import NsaError
 
 LENGTH = 150
 NORM = "model.layers.1.input_layernorm.weight"
+KEPT = {"kept": 3, "of": 3, "unlike_manifest": []}
 
 
 @pytest.fixture(scope="module")
@@ -214,19 +215,92 @@ def test_against_another_source_it_is_not_exact(tiny_dense_dir, converted, tmp_p
     assert result["tensors"]["changed"] == ["model.norm.weight"]
 
 
-def test_a_trained_model_is_compared_but_exactness_does_not_apply(tiny_dense_dir, copy):
-    model = AutoModelForCausalLM.from_pretrained(copy)
+def train_elsewhere(folder: Path) -> None:
+    """Other weights, saved over a folder as Trainer, TRL or a merge do."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
     model.model.norm.weight.data *= 1.01
     randomize_nsa(model)
-    model.save_pretrained(copy)
-    edit_manifest(copy, lambda record: record.update(trained=True))
-    result = verify(tiny_dense_dir, copy, length=100, documents=1)
-    assert (result["exact"], result["why"]) == (None, "not applicable: trained")
-    assert (result["tensors"]["kept"], result["tensors"]["unlike_manifest"]) == (28, None)
+    model.save_pretrained(folder)
+
+
+@pytest.fixture
+def trained(copy) -> Path:
+    """As `train` leaves it."""
+    start = manifest.read(copy)
+    train_elsewhere(copy)
+    (copy / "training.json").write_text("{}")
+    run = {"steps": 1, "fingerprint": {"seed": 0}}
+    manifest.write(copy, manifest.build_trained(copy, copy, start, start["companions"], run))
+    return copy
+
+
+def test_a_trained_model_is_compared_but_exactness_does_not_apply(tiny_dense_dir, trained):
+    result = verify(tiny_dense_dir, trained, length=100, documents=1)
+    assert (result["exact"], result["why"]) == (None, "trained: differs from its source as recorded")
+    assert (result["tensors"]["kept"], result["tensors"]["unlike_manifest"], result["trained"]) == (28, [], True)
     assert result["by_position"][0]["kl"] > 0
     console = Console(file=io.StringIO(), width=120)
     console.print(render_verify(result))
-    assert "not applicable: trained" in console.file.getvalue()
+    assert "trained: differs from its source as recorded" in console.file.getvalue()
+
+
+@pytest.mark.parametrize("name", [NORM, "model.layers.0.self_attn.nsa.compress_k.position"])
+def test_a_single_flipped_bit_of_a_trained_model_is_found(name, tiny_dense_dir, trained, tmp_path):
+    flip_bit(trained, name)
+    result = verify(tiny_dense_dir, trained, length=100, documents=1)
+    assert (result["exact"], result["why"]) == (False, "not as trained: 1 tensors are not the manifest's")
+    assert result["tensors"]["unlike_manifest"] == [name]
+    if name == NORM:
+        with pytest.raises(CheckpointError, match=f"1 tensors are not what its manifest says, {NORM} for one"):
+            export_dense(trained, tmp_path / "dense")
+
+
+@pytest.mark.parametrize("name", ["config.json", "training.json"])
+def test_an_edited_file_of_a_trained_model_is_found(name, tiny_dense_dir, trained):
+    content = json.loads((trained / name).read_text())
+    (trained / name).write_text(json.dumps({**content, "nsa_topk": 5}))
+    result = verify(tiny_dense_dir, trained, length=100, documents=1)
+    assert (result["exact"], result["why"]) == (False, f"not as trained: {name} changed since the training")
+
+
+@pytest.mark.parametrize("record", [{}, {"training": {}}, {"training": {"steps": 9}}, {"training": True}])
+def test_the_bare_word_trained_makes_no_trained_model(record, copy):
+    edit_manifest(copy, lambda found: found.update(trained=True, **record))
+    found = manifest.read(copy)
+    assert not manifest.is_trained(found)
+    assert judge(found, KEPT, 0.0, 0.0) == (False, "its manifest says that it was trained, and has no record of a run")
+
+
+def test_an_untrained_model_is_not_waved_through_as_trained(tiny_dense_dir, copy):
+    edit_manifest(copy, lambda found: found.update(trained=True))
+    result = verify(tiny_dense_dir, copy, length=100, documents=1)
+    assert (result["exact"], result["trained"]) == (False, False)
+
+
+def test_a_folder_that_was_saved_elsewhere_is_held_against_its_source(tiny_dense_dir, copy, tmp_path):
+    saved = tmp_path / "saved"
+    AutoModelForCausalLM.from_pretrained(copy).save_pretrained(saved)
+    AutoTokenizer.from_pretrained(copy).save_pretrained(saved)
+    result = verify(tiny_dense_dir, saved, length=100, documents=1)
+    assert (result["exact"], result["trained"], result["source_matches_manifest"]) == (True, None, None)
+    assert result["why"].endswith("; no manifest.json, so nothing vouches for the new parameters and the other files")
+    train_elsewhere(saved)
+    result = verify(tiny_dense_dir, saved, length=100, documents=1)
+    assert (result["exact"], result["tensors"]["kept"], result["tensors"]["unlike_manifest"]) == (None, 28, None)
+    assert result["why"].startswith("not proved: 1 of 29 tensors are not the source's; a logit within the exact range")
+    assert result["why"].endswith("; by training or by damage: there is no manifest.json to tell")
+    console = Console(file=io.StringIO(), width=120)
+    console.print(render_verify(result))
+    assert "not proved" in console.file.getvalue()
+
+
+def test_of_a_tensor_lost_elsewhere_nothing_is_made_up(tiny_dense_dir, copy):
+    tensors = load_file(copy / "model.safetensors")
+    del tensors[NORM]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    (copy / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="lacks 1 tensors"):
+        verify(tiny_dense_dir, copy, length=100)
 
 
 def test_in_another_dtype_it_is_exact_with_respect_to_the_rounded_source(tiny_dense_dir, tiny_sizes, tmp_path):
@@ -266,8 +340,10 @@ def test_what_is_missing_or_damaged_is_refused_and_the_old_result_stays(tiny_den
     (copy / "verify.json").write_text("old")
     with pytest.raises(CheckpointError, match="there is no folder"):
         verify(tmp_path / "gone", copy)
-    with pytest.raises(CheckpointError, match=r"has no manifest\.json"):
+    with pytest.raises(CheckpointError, match=r"holds a dense model \(llama\)"):
         verify(tiny_dense_dir, tiny_dense_dir)
+    with pytest.raises(CheckpointError, match=r"has no manifest\.json"):
+        verify(tiny_dense_dir, tmp_path)
     path = copy / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(CheckpointError, match="damaged"):
@@ -281,9 +357,6 @@ def test_weights_the_checkpoint_lacks_are_not_made_up(tiny_dense_dir, copy):
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="lacks 1 tensors"):
         verify(tiny_dense_dir, copy, length=100)
-
-
-KEPT = {"kept": 3, "of": 3, "unlike_manifest": []}
 
 
 @pytest.mark.parametrize(
@@ -302,7 +375,11 @@ KEPT = {"kept": 3, "of": 3, "unlike_manifest": []}
 def test_judgement(tensors, difference, gap, expected):
     assert judge({"trained": False}, tensors, difference, gap)[0] is expected
     assert judge({"trained": False}, tensors, difference, gap, ["config.json"])[0] is False
-    assert judge({"trained": True}, tensors, difference, gap) == (None, "not applicable: trained")
+    assert judge({"trained": True}, tensors, difference, gap)[0] is False
+    alone = judge(None, {**tensors, "unlike_manifest": None}, difference, gap)[0]
+    assert alone is (True if expected or tensors["unlike_manifest"] else None)
+    trained = {"trained": True, "training": {"steps": 1, "fingerprint": {"seed": 0}}}
+    assert judge(trained, tensors, difference, gap)[0] is (False if tensors["unlike_manifest"] else None)
 
 
 def test_rendering_shows_the_verdict_and_the_figures(tiny_dense_dir, converted):

@@ -1,0 +1,154 @@
+"""The files of a model's folder by name: which are copied along, which lie elsewhere, and whether there are others.
+
+A folder may be replaced only where it holds nothing but a model; a file is copied only where it is in the folder
+itself, and not behind a link that leads out of it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+
+from .checkpoint import CheckpointError, read_json
+
+# Licenses must travel with a model.
+TERMS = ("LICENSE*", "NOTICE*", "*TERMS*")
+# What else does beside config and weights, copied as it is.
+COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+    "generation_config.json",
+    *TERMS,
+)
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
+INDICES = ("*.safetensors.index.json", "pytorch_model*.bin.index.json")
+ADAPTER = ("adapter_config.json", "adapter_model*.safetensors", "adapter_model*.bin")
+# What Transformers, the Hub and `export-dense` put beside them.
+BESIDE = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template.*",
+    "additional_chat_templates/*.jinja",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "configuration_*.py",
+    "modeling_*.py",
+    "tokenization_*.py",
+    "export.json",
+    "README.md",
+    ".gitattributes",
+    ".cache/huggingface/*",
+    *TERMS,
+)
+# What our commands put into a folder of ours, whose manifest names the rest.
+RESULTS = ("*.json", "*.png")
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """What keeps a folder from being replaced as a model's: the files in it that are not of one.
+
+    A folder without weights, or without a config that names a model type, holds no model: all its files are foreign.
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    config, manifest = _object(folder / "config.json"), _object(folder / "manifest.json")
+    if "model_type" not in config or not any(_fits(name, WEIGHTS) for name in names):
+        return names
+    known = (*WEIGHTS, *INDICES, *BESIDE)
+    if {"format", "trained", "source", "tensors"} <= manifest.keys():
+        written = manifest.get("files")
+        known = (*known, *RESULTS, *(written if isinstance(written, dict) else ()))
+    return [name for name in names if name not in known and not _fits(name, known)]
+
+
+def _fits(name: str, patterns: tuple[str, ...]) -> bool:
+    # a pattern without a folder is of the folder itself
+    return any(fnmatchcase(name, pattern) for pattern in patterns if "/" in pattern or "/" not in name)
+
+
+def _object(path: Path) -> dict:
+    try:
+        content = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def leads_out(folder: Path, path: Path) -> bool:
+    """Whether a path in a model's folder leads out of it, through a link or "..".
+
+    A snapshot in the Hub's cache consists of links to the blobs of its repository, which are its own.
+    """
+    home, real = folder.resolve(), path.resolve()
+    repositories = [
+        above.parent for above in home.parents if above.name == "snapshots" and above.parent.name.startswith("models--")
+    ]
+    return not (real.is_relative_to(home) or any(real.parent == repository / "blobs" for repository in repositories))
+
+
+def refuse_links_out(folder: Path, patterns: tuple[str, ...]) -> None:
+    """Refuses a folder with files of these names that are links out of it.
+
+    Raises:
+        CheckpointError: naming the first.
+    """
+    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
+        if leads_out(folder, path):
+            raise CheckpointError(
+                f"{path} is a link out of its folder, to {path.resolve()}, which is not read: put the file itself there"
+            )
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Refuses a folder with a PEFT adapter: weights beside it are not the model, and Transformers loads others for it.
+
+    Raises:
+        CheckpointError: naming the adapter's files, and how to merge it.
+    """
+    found = sorted(path.name for pattern in ADAPTER for path in folder.glob(pattern))
+    if not found:
+        return
+    how = (
+        "PeftModel.from_pretrained(base, ADAPTER).merge_and_unload().save_pretrained(MERGED), and the tokenizer's "
+        "save_pretrained(MERGED)"
+    )
+    weights = {path.name for pattern in WEIGHTS for path in folder.glob(pattern)} - set(found)
+    if not weights or not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} is a PEFT adapter: merge it into its base model with {how}; then take MERGED")
+    raise CheckpointError(
+        f"{folder} holds a PEFT adapter ({', '.join(found)}) beside whole weights, which lack it: merge it with {how}, "
+        "and take MERGED; or move the adapter's files away to take the weights without it"
+    )
+
+
+def copy_file(folder: Path, name: str, out: Path) -> None:
+    """Copies one file of a model's folder to the same place in `out`.
+
+    Args:
+        name: relative to `folder`, like "additional_chat_templates/tool.jinja".
+
+    Raises:
+        CheckpointError: there is no such file in the folder itself.
+    """
+    parts = PurePosixPath(name)
+    if parts.is_absolute() or ".." in parts.parts or not (folder / name).is_file() or leads_out(folder, folder / name):
+        raise CheckpointError(f"{folder} has no file {name} of its own, which belongs to the model: put it there")
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(folder / name, out / name)
