@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from nsa_hf.errors import NsaError
 from nsa_hf.fields import NSA_FIELDS
@@ -64,9 +63,11 @@ def read_options(path: Path) -> dict[str, Any]:
     Raises:
         NsaError: it cannot be read, is not a list of settings, or gives one twice.
     """
+    from nsa_hf.conversion.plain_yaml import load_plain
+
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        found = load_plain(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise NsaError(f"cannot read the options in {path}: {error}") from error
     if not isinstance(found, dict):
         raise NsaError(f"{path} must hold options such as `topk: 32`, one a line, got {type(found).__name__}")

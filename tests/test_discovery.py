@@ -85,7 +85,7 @@ def test_import_makes_no_family_and_auto_config_finds_them_all():
 import sys, nsa_hf, transformers
 from transformers import AutoConfig
 made = [name for name in sys.modules if name.startswith("transformers.models.") and ".modeling_" in name]
-assert made == ["transformers.models.auto.modeling_auto"], made
+assert set(made) <= {"transformers.models.auto.modeling_auto"}, made
 assert type(AutoConfig.for_model("nsa_qwen3")) is nsa_hf.NsaQwen3Config
 assert type(AutoConfig.for_model("qwen3")) is transformers.Qwen3Config
 assert AutoConfig.for_model("nsa_granitemoehybrid").model_type == "nsa_granitemoehybrid"
