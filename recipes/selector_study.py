@@ -248,6 +248,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--most", type=int, default=10**9, help="documents at the most; the first calibrates")
+    parser.add_argument("--bos", action="store_true", help="begin every document with the tokenizer's first token")
     parser.add_argument("--single-layers", action="store_true", help="one layer sparse at a time instead")
     parser.add_argument("--commit", default="", help="noted in the rows")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no document after so many")
@@ -259,7 +260,9 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).eval()
     study = Study(model)
     texts = [one["text"] for one in json.loads(args.documents.read_text(encoding="utf-8"))][: args.most + 1]
-    encoded = [tokenizer(text, return_tensors="pt").input_ids[:, : args.tokens].to(device) for text in texts]
+    first = tokenizer.bos_token if args.bos else ""
+    given = {"return_tensors": "pt", "add_special_tokens": not args.bos}
+    encoded = [tokenizer(first + text, **given).input_ids[:, : args.tokens].to(device) for text in texts]
     encoded = [ids for ids in encoded if ids.shape[1] == args.tokens]
 
     study.calibrating = True
