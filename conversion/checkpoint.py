@@ -11,7 +11,7 @@ import io
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -285,6 +285,20 @@ def hash_tensor(tensor: Tensor, kind: str = HASH) -> str:
     digest = HASHES[kind]()
     digest.update(byte_view(tensor).numpy().data)
     return str(digest.hexdigest())
+
+
+def hash_parts(parts: Iterable[bytes]) -> str:
+    """The hash of bytes that come in parts, with its name before it: "xxh3_128:1f...", as a training run notes it."""
+    digest = HASHES[HASH]()
+    for part in parts:
+        digest.update(part)
+    return f"{HASH}:{digest.hexdigest()}"
+
+
+def hash_file(path: Path) -> str:
+    """`hash_parts` of a file's bytes."""
+    with path.open("rb") as file:
+        return hash_parts(iter(lambda: file.read(PIECE), b""))
 
 
 def describe_file(path: Path) -> dict[str, Any]:

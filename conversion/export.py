@@ -11,7 +11,6 @@ branches they learned to use, and the report says what was measured of that. A f
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,11 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from nsa_hf.families import PREFIX, dense_config_of
+from nsa_hf.families import dense_config_of
+from nsa_hf.registration import PREFIX
 
 from . import manifest as manifests
-from .checkpoint import HASH, CheckpointError, SafetensorsCheckpoint
+from .checkpoint import HASH, CheckpointError, SafetensorsCheckpoint, read_json
 from .layout import layout_of
 from .loading import read_config, reading, transformers_progress
 from .model_folder import copy_file, refuse_adapter
@@ -118,7 +118,7 @@ def _perplexity(src: Path) -> list[dict[str, Any]] | None:
     if not path.is_file():
         return None
     with reading(path):
-        rows = json.loads(path.read_text(encoding="utf-8"))["held_out"]["after_own_dense"]
+        rows = read_json(path)["held_out"]["after_own_dense"]
         return [
             {"from": row["from"], "to": row["to"], "dense": row["ppl_reference"], "sparse": row["ppl"]} for row in rows
         ]

@@ -11,8 +11,8 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from nsa_hf.errors import NsaError
-from nsa_hf.families import PREFIX
+from nsa_hf.errors import NsaError, check_folder
+from nsa_hf.registration import PREFIX
 from nsa_hf.shape import check_shape
 
 from .checkpoint import CheckpointError, read_json
@@ -30,8 +30,13 @@ def read_config(folder: Path) -> PreTrainedConfig:
     """The config of a sparse model's folder.
 
     Raises:
-        NsaError: it cannot be read, is of no sparse model, or of another one than the folder's manifest says.
+        NsaError: there is no such folder or no config in it, or the config cannot be read, is of no sparse model, or of
+            another one than the folder's manifest says.
     """
+    if not (check_folder(folder) / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} holds no model: expected a folder that `nsa-hf convert` or `nsa-hf train` wrote"
+        )
     config = load_config(folder)
     check_shape(folder, config)
     if not config.model_type.startswith(PREFIX):

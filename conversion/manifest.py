@@ -6,7 +6,7 @@ It holds no time and no path but what the user typed, so the same conversion wri
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import NoneType
@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from nsa_hf.errors import check_folder
 from nsa_hf.shape import MANIFEST, shape_of
 
 from .checkpoint import (
@@ -37,10 +38,10 @@ Types = Mapping[str, type | tuple[type, ...]]
 PACKAGES = ("nsa-hf", "torch", "transformers", "safetensors", "huggingface_hub", "gguf")
 
 
-def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that a conversion goes through; absent packages are left out."""
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """The versions of Python and of packages, by default those that a conversion goes through; absent ones left out."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -131,14 +132,9 @@ def build_trained(
     """
     config = read_config(folder)
     if converted is None:
-        source = {"name": str(start), "kind": "a folder without manifest.json", "revision": None}
-        known: dict[str, Any] = {
-            "source": {**source, "files": {}},
-            "options": {},
-            "versions": versions(),
-            "tensors": {},
-        }
-        converted = {"format": FORMAT, "hash": HASH, **known}
+        source = {"name": str(start), "kind": "a folder without manifest.json", "revision": None, "files": {}}
+        nothing_known: dict[str, Any] = {"source": source, "options": {}, "versions": versions(), "tensors": {}}
+        converted = {"format": FORMAT, "hash": HASH, **nothing_known}
     tensors = SafetensorsCheckpoint(folder).tensors()
     return {
         **converted,
@@ -200,9 +196,9 @@ def find(folder: Path) -> dict[str, Any] | None:
     """As `read`; None for a sparse model that something else saved: Trainer, TRL, `save_pretrained` after a merge.
 
     Raises:
-        NsaError: it holds no sparse model, or its manifest is damaged or of another model.
+        NsaError: there is no such folder, it holds no sparse model, or its manifest is damaged or of another model.
     """
-    if (folder / NAME).is_file() or not (folder / "config.json").is_file():
+    if (check_folder(folder) / NAME).is_file() or not (folder / "config.json").is_file():
         return read(folder)
     read_config(folder)
     return None
@@ -230,12 +226,12 @@ def check(manifest: Any) -> None:
     for where, files in (("files", manifest.get("files", {})), ("source.files", source.get("files", {}))):
         for name, said in files.items():
             check_fields(said, {"bytes": int}, {"sha256": str, "header_sha256": str}, f"{where} {name}: ")
-    entry: Types = {"dtype": str, "shape": list, "from": str, hash_kind(manifest): str}
+    tensor: Types = {"dtype": str, "shape": list, "from": str, hash_kind(manifest): str}
     for where, tensors in (("tensors", manifest["tensors"]), ("source.left_out", source.get("left_out", {}))):
         for name, said in tensors.items():
-            check_fields(said, entry, {"source": dict}, f"{where} {name}: ")
+            check_fields(said, tensor, {"source": dict}, f"{where} {name}: ")
             if "source" in said:
-                check_fields(said["source"], entry, {}, f"{where} {name}: source: ")
+                check_fields(said["source"], tensor, {}, f"{where} {name}: source: ")
     check_fields(manifest.get("options", {}), {}, {"rope_scaling": dict}, "options.")
     if scaling := manifest.get("options", {}).get("rope_scaling"):
         check_fields(scaling, {"rope_type": str, "factor": (int, float)}, {}, "options.rope_scaling.")

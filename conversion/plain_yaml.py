@@ -1,7 +1,8 @@
-"""YAML of settings: names and plain values, without what makes a short text long (aliases) or deep."""
+"""YAML of settings: names and plain values, without what makes a short text long (aliases) or deep, each name once."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -10,23 +11,54 @@ LONGEST = 1 << 20
 DEEPEST = 50
 
 
-def load_plain(text: str) -> Any:
+def read_plain(path: Path, longest: int = LONGEST) -> Any:
+    """`load_plain` of a file, of which no more is read than may be in it.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no UTF-8, or as in `load_plain`.
+    """
+    with path.open(encoding="utf-8") as file:
+        return load_plain(file.read(longest + 1), longest)
+
+
+def load_plain(text: str, longest: int = LONGEST) -> Any:
     """What a YAML text holds.
 
     Raises:
-        ValueError: it is no YAML, has aliases, is longer than LONGEST characters or nested deeper than DEEPEST, or
-            holds a value that cannot be (the 30th of February).
+        ValueError: it is no YAML, has aliases, gives a name twice, is longer than `longest` characters or nested deeper
+            than DEEPEST, or holds a value that cannot be (the 30th of February).
     """
-    if len(text) > LONGEST:
-        raise ValueError(f"it has {len(text):,} characters: expected at most {LONGEST:,}")
+    if len(text) > longest:
+        raise ValueError(f"it has more than {longest:,} characters")
     try:
-        depth = 0
-        for event in yaml.parse(text, yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):
-                raise ValueError(f"it has an alias (*{event.anchor}): write the value itself")
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > DEEPEST:
-                raise ValueError(f"it is nested deeper than {DEEPEST}")
-        return yaml.safe_load(text)
+        return yaml.load(text, PlainLoader)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
+
+
+class PlainLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, which stops at the first thing that is not plain."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        line = f"line {event.start_mark.line + 1}"
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"{line}: an alias (*{event.anchor}), in whose place the value itself must stand")
+        if self.depth > DEEPEST:
+            raise ValueError(f"{line}: nested deeper than {DEEPEST}")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for name in (name for name, _ in node.value if isinstance(name, yaml.ScalarNode)):
+            if name.value in seen:
+                raise ValueError(f"line {name.start_mark.line + 1}: {name.value[:80]} is given twice")
+            seen.add(name.value)
+        return node

@@ -165,31 +165,51 @@ def _stage(out: Path, overwrite: bool, job: Mapping[str, Any] | None) -> Iterato
 
 
 def _lock(place: Path, out: Path) -> int:
-    """Makes `place` and locks it; the file descriptor that holds the lock until it is closed or the process ends."""
+    """`lock_folder` of the hidden folder, in which nothing of others may be."""
+    try:
+        lock = lock_folder(place)
+    except BlockingIOError as error:
+        raise OutputError(
+            f"another process is writing {out}: wait until it is done, or choose another folder"
+        ) from error
+    except OSError as error:
+        if place.is_symlink() or place.is_file():
+            raise _in_the_way(place, out) from error
+        raise
+    try:
+        _check_place(place, out)
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
+
+
+def lock_folder(folder: Path) -> int:
+    """Makes a folder, where it is not there yet, and locks it for this process.
+
+    Returns:
+        The file descriptor that holds the lock, until it is closed or the process ends.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        OSError: it cannot be made, is a file, or is a link.
+        OutputError: this system has no such locks.
+    """
     try:
         import fcntl
     except ImportError as error:
         raise OutputError("writing a model folder needs a system with file locks of POSIX (Linux, macOS)") from error
     while True:
-        with suppress(FileExistsError):
-            place.mkdir()
-        if place.is_symlink() or place.is_file():
-            raise _in_the_way(place, out)
+        folder.mkdir(parents=True, exist_ok=True)
         try:
-            lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:  # the process that had it is done
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # it may have been removed, and made again, since it was opened
-            if os.path.samestat(os.fstat(lock), os.stat(place)):
-                _check_place(place, out)
+            if os.path.samestat(os.fstat(lock), os.stat(folder)):
                 return lock
-        except BlockingIOError as error:
-            os.close(lock)
-            raise OutputError(
-                f"another process is writing {out}: wait until it is done, or choose another folder"
-            ) from error
         except FileNotFoundError:
             pass
         except BaseException:

@@ -32,7 +32,7 @@ from .discovery import DenseFamily, attention_arguments, causal_model_types, fin
 from .errors import NotPlain, NsaError
 from .fields import NSA_FIELDS
 from .modeling import HandsDown, NsaModelMixin, NsaPreTrainedMixin, TakesFromLayer
-from .registration import PREFIX as PREFIX
+from .registration import PREFIX
 from .releases import positional_names
 
 # What a config says of its own classes and files.
@@ -223,7 +223,7 @@ def nsa_config_from_dense(dense_config: PreTrainedConfig, **nsa_fields: Any) -> 
         NsaError: the family or a feature of it is not supported, a field is unknown, or a field breaks a rule.
     """
     model_type = dense_config.model_type
-    if model_type.startswith("nsa_"):
+    if model_type.startswith(PREFIX):
         raise NsaError(f"the model is already a sparse one ({model_type}): convert its dense source")
     try:
         family = define_family(model_type)

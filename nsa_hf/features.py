@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from .discovery import CHECKED_ARGUMENTS
 from .errors import NotPlain
+from .registration import PREFIX
 
 # Kinds of layers that have no attention: where a family builds one in them, it is not used.
 WITHOUT_ATTENTION = {"linear_attention", "conv", "mamba", "moe", "mlp"}
@@ -30,7 +31,7 @@ def layer_window(
         NotPlain: it has something that sparse attention does not have, or a window where full attention was expected.
     """
     given = {name: _value(expression, attention) for name, expression in handed.items() if name in CHECKED_ARGUMENTS}
-    family = config.model_type.removeprefix("nsa_")
+    family = config.model_type.removeprefix(PREFIX)
     if given.get("softcap") is not None:
         raise NotPlain(f"softcap: {family} caps the logits of its attention at {given['softcap']}")
     if given.get("s_aux") is not None:

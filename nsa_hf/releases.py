@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Cache
 
 from .errors import NsaError
+from .registration import PREFIX
 
 INSTALLED = Version(transformers.__version__)
 
@@ -64,7 +65,7 @@ def checkpoint_activations(model: Any, every_n_layers: int) -> None:
     """
     if not model.supports_gradient_checkpointing:
         raise NsaError(
-            f"gradient checkpointing: Transformers has none for {model.config.model_type.removeprefix('nsa_')} models, "
+            f"gradient checkpointing: Transformers has none for {model.config.model_type.removeprefix(PREFIX)} models, "
             "set gradient_checkpointing=0"
         )
     # 5.23: the method's name

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from .errors import NsaError
+from .registration import PREFIX
 
 MANIFEST = "manifest.json"
 
@@ -59,10 +60,10 @@ def check_shape(folder: str | os.PathLike, config: PreTrainedConfig | None = Non
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         kind, shape = manifest.get("model_type"), manifest.get("shape", {})
-        if not str(kind).startswith("nsa_"):  # another program's file of that name, or an old one's
+        if not str(kind).startswith(PREFIX):  # another program's file of that name, or an old one's
             return
         recorded = {"model_type": kind, **shape}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise NsaError(f"{path} is damaged ({error!r}): convert again, or remove it if its model is sound") from error
     config = config or AutoConfig.from_pretrained(folder)
     found = {"model_type": config.model_type, **shape_of(config)}

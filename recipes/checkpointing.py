@@ -12,8 +12,6 @@ beside it, and the pruning.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import random
@@ -27,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from nsa_hf.conversion.checkpoint import HASH, HASHES
+from nsa_hf.conversion.checkpoint import hash_file, read_json
 from nsa_hf.conversion.staging import OutputError, write_json
 from nsa_hf.errors import NsaError
 
@@ -129,7 +127,7 @@ class Checkpoints:
         unlikely = random.getstate()
         try:
             accelerator.load_state(str(path))
-            state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+            state: dict[str, Any] = read_json(path / STATE)
         except Exception as error:  # each file format has its own
             random.setstate(before)
             raise CheckpointingError(
@@ -155,20 +153,14 @@ def hidden(path: Path) -> Path:
 def damage_of(path: Path) -> str | None:
     """What is wrong with a checkpoint, None when every file in it is as it was written."""
     try:
-        said: dict[str, str] = json.loads((path / FILES).read_text(encoding="utf-8"))["files"]
+        said: dict[str, str] = read_json(path / FILES)["files"]
         changed = [name for name, digest in said.items() if hash_file(path / name) != digest]
         if changed:
             return f"{', '.join(sorted(changed))} not as written"
-        step = json.loads((path / STATE).read_text(encoding="utf-8"))["step"]
+        step = read_json(path / STATE)["step"]
         return None if step == step_of(path) else f"{STATE} is of step {step}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
-
-
-def hash_file(path: Path) -> str:
-    """The hash of a file's bytes."""
-    with path.open("rb") as file:
-        return f"{HASH}:{hashlib.file_digest(file, HASHES[HASH]).hexdigest()}"
 
 
 def free_space(folder: Path) -> str:

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from nsa_hf import NsaError, __version__
+from nsa_hf.errors import check_folder
 
 from .cli import FAILED
 from .nsa_options import given, with_nsa_options
@@ -34,6 +35,9 @@ AllowPickle = Annotated[
 ]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Accept a source that brings its own code, and run that code.")
+]
+TrustTokenizer = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code of its own that OUT's tokenizer may have.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of tables.")]
 
@@ -225,6 +229,7 @@ def evaluate(
     documents: Annotated[int, typer.Option(help="Held-out texts read.")] = 2,
     text: Annotated[str, typer.Option(help="stdlib, a text file, a folder, a .jsonl or .parquet.")] = "stdlib",
     device: Device = None,
+    trust_remote_code: TrustTokenizer = False,
     as_json: Json = False,
 ) -> None:
     """Measure perplexity by position.
@@ -234,7 +239,14 @@ def evaluate(
     from .evaluate import evaluate, render_rows
     from .load import pick_device
 
-    result = evaluate(out, text=text, documents=documents, length=length, device=pick_device(device))
+    result = evaluate(
+        out,
+        text=text,
+        documents=documents,
+        length=length,
+        device=pick_device(device),
+        trust_remote_code=trust_remote_code,
+    )
     show(result, lambda found: render_rows(found["rows"], f"{out}: the same weights dense and sparse"), as_json)
 
 
@@ -246,6 +258,7 @@ def inspect(
     ] = None,
     length: Annotated[int, typer.Option(help="Tokens read of it.")] = 2048,
     device: Device = None,
+    trust_remote_code: TrustTokenizer = False,
     as_json: Json = False,
 ) -> None:
     """Show what is selected and how open gates are.
@@ -256,7 +269,8 @@ def inspect(
     from .load import pick_device
 
     given_text = (text.name, read_text(text)) if text else None
-    show(inspect_model(out, given_text, length, device=pick_device(device)), render_inspection, as_json)
+    result = inspect_model(out, given_text, length, pick_device(device), trust_remote_code)
+    show(result, render_inspection, as_json)
 
 
 @app.command()
@@ -274,6 +288,7 @@ def generate(
     device: Device = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     save: Annotated[Path | None, typer.Option(help="Also write prompt, text and speed to this JSON file.")] = None,
+    trust_remote_code: TrustTokenizer = False,
 ) -> None:
     """Generate from a prompt.
 
@@ -298,6 +313,7 @@ def generate(
         device=pick_device(device),
         dtype=dtype,
         save=save,
+        trust_remote_code=trust_remote_code,
     )
 
 
@@ -321,7 +337,7 @@ def card(out: Out) -> None:
     """
     from nsa_hf.model_cards.card import render_card
 
-    print(f"model card: {render_card(out)}")
+    print(f"model card: {render_card(check_folder(out))}")
 
 
 @app.command()

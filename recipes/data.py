@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nsa_hf.conversion.checkpoint import HASH, HASHES
+from nsa_hf.conversion.checkpoint import hash_parts
 from nsa_hf.conversion.texts import HELD_OUT, held_out_texts
 from nsa_hf.errors import NsaError
 
@@ -226,20 +226,13 @@ def held_out_windows(texts: list[tuple[str, str]], tokenizer: Any, length: int) 
 
 def hash_texts(texts: Iterable[tuple[str, str]]) -> str:
     """One hash of all texts, by what they say, where each ends, their order and their names."""
-    digest = HASHES[HASH]()
-    for name, text in texts:
-        for part in (name.encode(), text.encode()):
-            digest.update(len(part).to_bytes(8, "little"))
-            digest.update(part)
-    return f"{HASH}:{digest.hexdigest()}"
+    written = (part.encode() for named in texts for part in named)
+    return hash_parts(piece for part in written for piece in (len(part).to_bytes(8, "little"), part))
 
 
 def hash_windows(windows: Iterable[Sequence[int]]) -> str:
     """One hash of all windows' token ids."""
-    digest = HASHES[HASH]()
-    for ids in windows:
-        digest.update(array("q", ids).tobytes())
-    return f"{HASH}:{digest.hexdigest()}"
+    return hash_parts(array("q", ids).tobytes() for ids in windows)
 
 
 def import_datasets() -> Any:

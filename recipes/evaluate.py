@@ -101,9 +101,17 @@ def mean_kl(rows: Sequence[Row], start: int = 0) -> float | None:
     return sum(row["kl"] * row["tokens"] for row in counted) / tokens if tokens else None
 
 
-def evaluate(out: Path, *, text: str = "stdlib", documents: int = 2, length: int = 2048, device: str = "cpu") -> Row:
+def evaluate(
+    out: Path,
+    *,
+    text: str = "stdlib",
+    documents: int = 2,
+    length: int = 2048,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> Row:
     """Compares the model in `out` with the same weights run dense; writes `out`/eval.json and returns it."""
-    model, tokenizer = load_nsa_model(out, device), load_tokenizer(out)
+    model, tokenizer = load_nsa_model(out, device), load_tokenizer(out, trust_remote_code)
     texts = held_out_documents(text, documents)
     windows = held_out_windows(texts, tokenizer, length)
     states = final_states(model, windows)

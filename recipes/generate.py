@@ -57,6 +57,7 @@ def generate(
     device: str = "cpu",
     dtype: str = "float32",
     save: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Generates with the cache from `prompt` and prints it; the result, also written to `save`.
 
@@ -65,7 +66,7 @@ def generate(
     or the folder are wrong.
     """
     check_settings(max_new_tokens, temperature, top_p, top_k, seed, prompt_tokens, dtype)
-    tokenizer = load_tokenizer(out)
+    tokenizer = load_tokenizer(out, trust_remote_code)
     ids = prompt_ids(tokenizer, prompt, chat)[:, :prompt_tokens]
     if ids.shape[1] == 0:
         raise NsaError("the prompt is empty: give at least one token")

@@ -27,7 +27,11 @@ MAP_BINS = 64  # a map has at most this many rows and columns
 
 
 def inspect_model(
-    out: Path, text: tuple[str, str] | None = None, length: int = 2048, device: str = "cpu"
+    out: Path,
+    text: tuple[str, str] | None = None,
+    length: int = 2048,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Runs the model once over the first `length` tokens of `text` (name, text; None takes a held-out one).
 
@@ -36,7 +40,7 @@ def inspect_model(
     `distance[layer]` the share of the selections that are not forced by distance in blocks. NsaError when the folder or
     the text is wrong.
     """
-    model, tokenizer = load_nsa_model(out, device), load_tokenizer(out)
+    model, tokenizer = load_nsa_model(out, device), load_tokenizer(out, trust_remote_code)
     chosen = text or held_out_documents("stdlib", 1)[0]
     name, ids = held_out_windows([chosen], tokenizer, length)[0]
     check_token_ids(model, ids)

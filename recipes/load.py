@@ -10,7 +10,7 @@ import torch
 
 from nsa_hf.conversion.loading import load_whole, read_config, transformers_progress
 from nsa_hf.conversion.source import tokenizer_code
-from nsa_hf.errors import NsaError
+from nsa_hf.errors import NsaError, check_folder
 
 
 class LoadError(NsaError):
@@ -20,8 +20,6 @@ class LoadError(NsaError):
 def load_nsa_model(folder: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32") -> Any:
     """The sparse causal LM in `folder`, in evaluation mode; LoadError when there is none."""
     folder = Path(folder)
-    if not (check_folder(folder) / "config.json").is_file():
-        raise LoadError(f"{folder} holds no model: expected a folder that `nsa-hf convert` or `nsa-hf train` wrote")
     try:
         config = read_config(folder)
         with transformers_progress(False):
@@ -41,8 +39,8 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
     code = tokenizer_code(Path(folder))
     if code and not trust_remote_code:
         raise LoadError(
-            f"the tokenizer in {folder} is defined by code of its own ({code[0]}), which is not run unless trusted "
-            "(trust_remote_code=True)"
+            f"the tokenizer in {folder} is defined by code of its own ({code[0]}), which is not run unless trusted: "
+            "read it, and give --trust-remote-code (of a training run, trust_remote_code=true)"
         )
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -59,15 +57,6 @@ def pick_device(device: str | None) -> str:
     except (RuntimeError, AssertionError) as error:
         raise NsaError(f"no device {device!r} here: {str(error).splitlines()[0]}") from error
     return device
-
-
-def check_folder(folder: str | Path) -> Path:
-    """The folder as a path; LoadError when there is none."""
-    path = Path(folder)
-    if not path.is_dir():
-        what = "is a file" if path.exists() else "does not exist"
-        raise LoadError(f"{path} {what}: expected a folder that `nsa-hf convert` or `nsa-hf train` wrote")
-    return path
 
 
 def check_token_ids(model: Any, ids: Sequence[int] | torch.Tensor) -> None:

@@ -63,10 +63,11 @@ def read_options(path: Path) -> dict[str, Any]:
     Raises:
         NsaError: it cannot be read, is not a list of settings, or gives one twice.
     """
-    from nsa_hf.conversion.plain_yaml import load_plain
+    # here: with its package come PyTorch and Transformers, for which --help does not wait
+    from nsa_hf.conversion.plain_yaml import read_plain
 
     try:
-        found = load_plain(path.read_text(encoding="utf-8"))
+        found = read_plain(path)
     except (OSError, ValueError) as error:
         raise NsaError(f"cannot read the options in {path}: {error}") from error
     if not isinstance(found, dict):

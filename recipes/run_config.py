@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from itertools import islice
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from nsa_hf.errors import NsaError
 
@@ -58,6 +55,7 @@ class RunConfig:
     keep: int = setting("checkpoints kept while running, at least two: one to go back to when the last is damaged", 2)
     log_every: int = setting("steps between progress lines", 1)
     deterministic: bool = setting("the same weights from the same settings; on a GPU this may cost speed", True)
+    trust_remote_code: bool = setting("run the code of its own that the model's tokenizer may have", False)
     seed: int = setting("order of the text and every random number", 0)
 
     def as_dict(self) -> dict[str, Any]:
@@ -89,53 +87,18 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
 
 
 def read_run_file(path: Path) -> dict[str, Any]:
+    # here: with its package come PyTorch and Transformers, for which --help does not wait
+    from nsa_hf.conversion.plain_yaml import read_plain
+
     try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(LONGEST + 1)
-        if len(text) > LONGEST:
-            raise RunConfigError(f"{path} is no run file: it has more than {LONGEST:,} characters")
-        check_plain(path, text)
-        content = yaml.safe_load(text)
+        content = read_plain(path, LONGEST)
     except FileNotFoundError as error:
         raise RunConfigError(f"no run file at {path}; recipes/runs/demo.yaml is one to start from") from error
-    except RunConfigError:
-        raise
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a number or date that is none
+    except (OSError, ValueError) as error:
         raise RunConfigError(f"cannot read the run file {path}: {shortened(str(error))}") from error
-    return content
-
-
-def check_plain(path: Path, text: str) -> None:
-    """Refuses what is no list of 'name: value' lines, before anything is built: nesting, references, names twice."""
-    events = values_in(text)
-    if not isinstance(next(events, None), yaml.MappingStartEvent):
+    if not isinstance(content, dict):
         raise RunConfigError(f"{path} must hold settings as 'name: value' lines")
-    seen: set[str] = set()
-    for name in events:
-        place = f"{path}, line {name.start_mark.line + 1 if name.start_mark else '?'}"
-        if isinstance(name, yaml.MappingEndEvent):
-            break
-        if not isinstance(name, yaml.ScalarEvent):
-            raise RunConfigError(f"{place}: a setting has a name, got {kind_of(name)}")
-        value = next(events)
-        if not isinstance(value, yaml.ScalarEvent):
-            raise RunConfigError(f"{place}: {shortened(name.value)} is one value, got {kind_of(value)}")
-        if name.value in seen:
-            raise RunConfigError(f"{place}: {shortened(name.value)} is set twice")
-        seen.add(name.value)
-    if any(isinstance(event, yaml.DocumentStartEvent) for event in events):
-        raise RunConfigError(f"{path} holds more than one document: a run is one")
-
-
-def values_in(text: str) -> Iterator[yaml.Event]:
-    """YAML's events from the first value on, read as they are asked for: what is nested deep takes long to read."""
-    return islice(yaml.parse(text, Loader=yaml.SafeLoader), 2, None)
-
-
-def kind_of(event: yaml.Event) -> str:
-    if isinstance(event, yaml.AliasEvent):
-        return f"a reference (*{event.anchor})"
-    return "a list or a mapping"
+    return content
 
 
 def shortened(text: str, most: int = 200) -> str:
@@ -145,16 +108,13 @@ def shortened(text: str, most: int = 200) -> str:
 
 
 def parse_override(key: str, text: str) -> Any:
+    from nsa_hf.conversion.plain_yaml import load_plain  # as in `read_run_file`
+
     if field_type(key) == "str":
         return text
     try:
-        first = next(values_in(text), None)
-        if isinstance(first, (yaml.CollectionStartEvent, yaml.AliasEvent)):
-            raise RunConfigError(f"{key} is one value, got {kind_of(first)}")
-        return yaml.safe_load(text)
-    except RunConfigError:
-        raise
-    except (ValueError, yaml.YAMLError) as error:
+        return load_plain(text)
+    except ValueError as error:
         raise RunConfigError(f"cannot read the value of {key}={shortened(text)!r}: {shortened(str(error))}") from error
 
 

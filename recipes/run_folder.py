@@ -7,32 +7,29 @@ with "trained": true, and `training.json`.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nsa_hf.conversion import manifest
-from nsa_hf.conversion.checkpoint import SafetensorsCheckpoint
+from nsa_hf.conversion.checkpoint import SafetensorsCheckpoint, hash_file, read_json
 from nsa_hf.conversion.loading import transformers_progress
 from nsa_hf.conversion.source import open_source
-from nsa_hf.conversion.staging import check_output, staged_folder, write_json
+from nsa_hf.conversion.staging import check_output, lock_folder, staged_folder, write_json
 from nsa_hf.errors import NsaError
 
-from .checkpointing import hash_file
 from .run_config import RunConfig
 
 RUN, RESULT = "run.json", "training.json"
 FORMAT = 1
 # may differ when a run goes on: they do not change its weights
-FREE = {"model", "out", "save_every", "keep", "log_every"}
+FREE = {"model", "out", "save_every", "keep", "log_every", "trust_remote_code"}
 # what a fingerprint has hashes of, and how a change of it is told
 CONTENTS = {
     "training_text": "the training text, data={data}, has changed",
@@ -71,7 +68,7 @@ def finished_run(config: RunConfig, depends: dict[str, Any]) -> bool:
     path = Path(config.out) / RESULT
     if not path.is_file():
         return False
-    noted = read_json(path)["fingerprint"]
+    noted = noted_fingerprint(path)
     check_same(config, path, noted, {name: value for name, value in depends.items() if name in noted})
     remove_run_folder(unfinished(config))
     return True
@@ -97,7 +94,7 @@ def open_run_folder(config: RunConfig, depends: dict[str, Any]) -> Iterator[Path
             yield None
             return
         if path.is_file():
-            check_same(config, path, read_json(path)["fingerprint"], depends)
+            check_same(config, path, noted_fingerprint(path), depends)
         elif foreign := [file.name for file in folder.iterdir() if not file.name.startswith(f".{RUN}.")]:
             raise RunFolderError(f"{folder} is where the run would live, and holds {foreign[0]}: give another out=")
         else:
@@ -114,25 +111,13 @@ def open_run_folder(config: RunConfig, depends: dict[str, Any]) -> Iterator[Path
 def locked(folder: Path, config: RunConfig) -> Iterator[None]:
     """Holds `folder`, made if it is not there, for this process alone; the lock ends with the process."""
     try:
-        import fcntl
-    except ImportError as error:
-        raise RunFolderError("training needs a system with file locks of POSIX (Linux, macOS)") from error
-    while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except OSError as error:
-            raise RunFolderError(f"cannot make {folder}: {error.strerror or error}") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if folder.exists() and os.path.samestat(os.fstat(lock), folder.stat()):
-                break
-            os.close(lock)  # the process that had it has removed it
-        except BlockingIOError as error:
-            os.close(lock)
-            raise RunFolderError(
-                f"another process trains {config.out} now: wait until it is done, or give another out="
-            ) from error
+        lock = lock_folder(folder)
+    except BlockingIOError as error:
+        raise RunFolderError(
+            f"another process trains {config.out} now: wait until it is done, or give another out="
+        ) from error
+    except OSError as error:
+        raise RunFolderError(f"cannot make {folder}: {error.strerror or error}") from error
     try:
         yield
     finally:
@@ -175,12 +160,11 @@ def check_same(config: RunConfig, path: Path, before: dict[str, Any], now: dict[
         )
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def noted_fingerprint(path: Path) -> dict[str, Any]:
+    """The fingerprint in a run's record, unfinished or finished; RunFolderError when it is damaged."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        dict(content["fingerprint"])
-        return content
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return dict(read_json(path)["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunFolderError(f"{path} is damaged ({error!r}): remove its folder and run again") from error
 
 
@@ -202,15 +186,9 @@ def save_trained(student: Any, config: RunConfig, depends: dict[str, Any], resul
 
 def machine() -> dict[str, Any]:
     """Hardware and versions that the figures were measured with."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     hardware = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "gpus": gpus}
-    return {"hardware": hardware, "versions": versions}
+    return {"hardware": hardware, "versions": manifest.versions(PACKAGES)}
 
 
 def cpu_name() -> str:

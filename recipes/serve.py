@@ -27,7 +27,7 @@ from nsa_hf.generation import PAGED
 from .chat_template import apply_chat_template
 from .cli import INTERRUPTED
 from .generate import as_one_text
-from .load import check_folder, check_token_ids, load_tokenizer
+from .load import check_token_ids, load_tokenizer
 
 # The least and the largest value of a request's numbers; all may be absent or null.
 NUMBERS = {
@@ -55,14 +55,12 @@ def serve(out: Path, arguments: list[str]) -> None:
     """
     from transformers.utils.import_utils import is_serve_available
 
-    if not (check_folder(out) / "config.json").is_file():
-        raise NsaError(f"no converted model in {out}: expected a folder with config.json")
     read_config(out)
     if "--continuous-batching" in arguments:
         raise NsaError(PAGED)
     if not is_serve_available():
         raise NsaError("the server needs more packages: pip install 'nsa-hf[serve]'")
-    tokenizer = load_tokenizer(out)
+    tokenizer = load_tokenizer(out, "--trust-remote-code" in arguments)
     if tokenizer.chat_template:
         # it runs in the server's own process for each request: one that never ends would be the end of the server
         apply_chat_template(tokenizer, [{"role": "user", "content": "hello"}])

@@ -24,7 +24,9 @@ from typing import Any
 
 import torch
 
+from nsa_hf.conversion.loading import read_config
 from nsa_hf.conversion.plan import training_hindrance
+from nsa_hf.conversion.source import open_source
 from nsa_hf.conversion.texts import provenance
 from nsa_hf.errors import NsaError
 from nsa_hf.releases import checkpoint_activations
@@ -39,7 +41,7 @@ from .data import (
     training_windows,
 )
 from .evaluate import compare_models, final_states, mean_kl, render_before_after
-from .load import load_nsa_model, load_tokenizer
+from .load import check_token_ids, load_nsa_model, load_tokenizer
 from .losses import LossModel
 from .optimizer import make_optimizer, set_rates
 from .run_config import RunConfig, load_run_config
@@ -76,11 +78,12 @@ def train(config: RunConfig) -> Path:
 def run(config: RunConfig) -> Path:
     out = Path(config.out)
     check_out(config)
+    check_model(config)
     accelerator = make_accelerator(config)
     with deterministic(config.deterministic), ExitStack() as stack:
         # text
         depends = fingerprint(config)
-        tokenizer = load_tokenizer(config.model)
+        tokenizer = load_tokenizer(config.model, config.trust_remote_code)
         texts = held_out_documents(config.held_out, config.held_out_documents)
         held_out = held_out_windows(texts, tokenizer, config.length)
         documents = load_documents(config.data)
@@ -103,6 +106,8 @@ def run(config: RunConfig) -> Path:
 
         # models
         teacher = load_nsa_model(config.model, accelerator.device).requires_grad_(False)
+        for ids in windows["input_ids"]:
+            check_token_ids(teacher, ids)
         student = load_student(config, accelerator.device)
         model, optimizer, loader = accelerator.prepare(
             LossModel(student, teacher if config.kl_weight else None, config.loss_chunk),
@@ -257,6 +262,16 @@ def check_launch(config: RunConfig) -> None:
             )
 
 
+def check_model(config: RunConfig) -> None:
+    """Refuses a model that cannot be trained as `config` says, or whose other files cannot go along with the result."""
+    model = read_config(Path(config.model))
+    if hindrance := training_hindrance(model):
+        raise TrainingError(f"{config.model}: {hindrance}")
+    if config.gate_blend_steps and model.nsa_gate != "blend":
+        raise TrainingError(f"gate_blend_steps needs nsa_gate 'blend', the model has {model.nsa_gate!r}")
+    open_source(config.model)
+
+
 def make_accelerator(config: RunConfig) -> Any:
     check_launch(config)
     try:
@@ -275,12 +290,8 @@ def make_accelerator(config: RunConfig) -> Any:
 def load_student(config: RunConfig, device: Any) -> Any:
     """The model to train, what has rate 0 frozen."""
     student = load_nsa_model(config.model, device)
-    if hindrance := training_hindrance(student.config):
-        raise TrainingError(f"{config.model}: {hindrance}")
     for name, parameter in student.named_parameters():
         parameter.requires_grad_((config.lr_nsa if ".nsa." in name else config.lr_backbone) > 0)
-    if config.gate_blend_steps and student.config.nsa_gate != "blend":
-        raise TrainingError(f"gate_blend_steps needs nsa_gate 'blend', the model has {student.config.nsa_gate!r}")
     if config.gradient_checkpointing:
         checkpoint_activations(student, config.gradient_checkpointing)
     return student.train()

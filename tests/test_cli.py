@@ -151,6 +151,21 @@ def test_wrong_input_is_one_line(nsa_dir, tmp_path, capsys):
         fails(capsys, arguments, message)
 
 
+def test_a_model_folder_that_is_not_there_is_called_that_by_every_command(tiny_dense_dir, tmp_path, capsys):
+    gone = tmp_path / "gone"
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text(f"model: {gone}\nout: {tmp_path / 'out'}\n")
+    for arguments in (
+        ["verify", tiny_dense_dir, gone],
+        ["export-dense", gone, tmp_path / "out"],
+        ["train", run_file],
+        *([command, gone] for command in ("card", "eval", "inspect", "serve")),
+        ["generate", gone, "--prompt", "a"],
+    ):
+        fails(capsys, arguments, "gone does not exist: expected a folder that `nsa-hf convert` or `nsa-hf train` wrote")
+    assert not (tmp_path / "out").exists()
+
+
 def test_debug_shows_the_traceback(tmp_path, capsys):
     for arguments in (["--debug", "plan", str(tmp_path / "none")], ["plan", str(tmp_path / "none"), "--debug"]):
         assert run(arguments) == 2
@@ -166,12 +181,12 @@ def test_our_own_bugs_are_not_hidden(monkeypatch, tmp_path):
         run(["card", str(tmp_path)])
 
 
-def test_interrupted(monkeypatch):
+def test_interrupted(monkeypatch, tmp_path):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("nsa_hf.model_cards.card.render_card", interrupt)
-    assert run(["card", "x"]) == 130
+    assert run(["card", str(tmp_path)]) == 130
 
 
 def test_an_interrupted_conversion_says_how_to_go_on(tiny_dense_dir, tmp_path, monkeypatch, capsys):

@@ -119,7 +119,7 @@ def test_the_bare_word_trained_skips_no_check(converted, tmp_path):
 def test_what_is_no_conversion_is_refused(tiny_dense_dir, converted, tmp_path):
     with pytest.raises(CheckpointError, match=r"holds a dense model \(llama\)"):
         export_dense(tiny_dense_dir, tmp_path / "dense")
-    with pytest.raises(CheckpointError, match=r"has no manifest\.json"):
+    with pytest.raises(NsaError, match="gone does not exist"):
         export_dense(tmp_path / "gone", tmp_path / "dense")
     with pytest.raises(NsaError, match="exists and is not empty"):
         export_dense(converted, tiny_dense_dir)

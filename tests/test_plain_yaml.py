@@ -15,15 +15,16 @@ def test_plain_values_come_as_yaml_has_them():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: &x 1\nb: *x", r"it has an alias \(\*x\)"),
+        ("a: &x 1\nb: *x", r"line 2: an alias \(\*x\)"),
         ("<<: &x {a: 1}\n<<: *x", "alias"),
         ("{a: " * 5000, "nested deeper than 50"),
         ("- " * 5000 + "x", "nested deeper than 50"),
-        ("x" * ((1 << 20) + 1), "expected at most 1,048,576"),
+        ("x" * ((1 << 20) + 1), "more than 1,048,576 characters"),
         ("a: 2024-02-30", "day is out of range"),
         ("a: " + "9" * 5000, "4300 digits"),
         ("a: !!python/object:os.system {}", "could not determine a constructor"),
         ("a: [", "expected the node content"),
+        ("a: {b: 1}\nc: 2\n? a\n: 3", "line 3: a is given twice"),
         ("\0", "not allowed"),
     ],
 )

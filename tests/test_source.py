@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import tiny_run, write_texts
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -17,7 +19,9 @@ from nsa_hf.conversion import source as sources
 from nsa_hf.conversion.checkpoint import CheckpointError, same_bits
 from nsa_hf.conversion.source import SafetensorsSource, open_source, transformers_progress
 from nsa_hf.errors import NsaError
+from nsa_hf.recipes.cli import run
 from nsa_hf.recipes.load import load_tokenizer
+from nsa_hf.recipes.train import train
 
 
 @pytest.fixture
@@ -187,6 +191,10 @@ NAMED = {"AutoTokenizer": [None, "tokenization_x.XTokenizer"]}
 def code_dir(dense_dir, tmp_path, monkeypatch) -> Path:
     """A model whose tokenizer is defined by two files in its folder."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    # nor is it looked for in another test's cache
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if not Path(path, "transformers_modules").is_dir()])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
     name_tokenizer(dense_dir, NAMED)
     (dense_dir / "tokenization_x.py").write_text(TOKENIZER)
@@ -202,9 +210,9 @@ def name_tokenizer(folder: Path, auto_map) -> None:
 
 def test_a_tokenizer_with_code_of_its_own_is_carried_where_it_is_trusted(code_dir, tmp_path, tiny_sizes):
     out = tmp_path / "out"
-    for run in (plan, lambda src: convert(src, out)):
+    for make in (plan, lambda src: convert(src, out)):
         with pytest.raises(CheckpointError, match=r"tokenizer that is defined by code of its own \(tokenization_x"):
-            run(code_dir)
+            make(code_dir)
     assert not out.exists()
     assert plan(code_dir, trust_remote_code=True)["exact_up_to"]
     convert(code_dir, out, trust_remote_code=True, **tiny_sizes)
@@ -228,6 +236,18 @@ def test_its_code_is_run_where_that_is_asked_for_and_nobody_is_asked(code_dir, t
     result = verify(code_dir, out, texts=texts, length=200, documents=1, trust_remote_code=True)
     assert (result["exact"], result["length"]) == (True, 200)
     assert len(load_tokenizer(out, trust_remote_code=True)("a").input_ids) == 101
+    (tmp_path / "a.txt").write_text("a" * 150)
+    for arguments in (
+        ["generate", "--prompt", "a", "--max-new-tokens", "1"],
+        ["eval", "--text", tmp_path / "a.txt", "--documents", "1", "--length", "200"],
+        ["inspect", "--text", tmp_path / "a.txt", "--length", "200"],
+    ):
+        command = [str(part) for part in (arguments[0], out, *arguments[1:])]
+        assert run(command) == 2
+        assert run([*command, "--trust-remote-code"]) == 0
+    write_texts(tmp_path / "texts")
+    config = tiny_run(out, tmp_path / "texts", tmp_path / "trained", steps=1, trust_remote_code=True)
+    assert (train(config) / "tokenization_x.py").is_file()
     with pytest.raises(NsaError, match=r"code of its own \(tokenization_x.py\), which is not run unless trusted"):
         load_tokenizer(out)
 

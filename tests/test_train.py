@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nsa_hf
 from nsa_hf.conversion import export_dense, manifest
-from nsa_hf.conversion.checkpoint import SafetensorsCheckpoint
+from nsa_hf.conversion.checkpoint import SafetensorsCheckpoint, hash_file
 from nsa_hf.errors import NsaError
-from nsa_hf.recipes.checkpointing import Checkpoints, hash_file
+from nsa_hf.recipes.checkpointing import Checkpoints
 from nsa_hf.recipes.run_folder import RunFolderError
 from nsa_hf.recipes.train import TrainingError, main, train
 
@@ -218,13 +218,29 @@ def test_what_cannot_be_trained_is_named(nsa_dir, texts, tmp_path, tiny_dense_di
     for settings, message in [
         ({"gate_blend_steps": 2}, "gate_blend_steps needs nsa_gate 'blend', the model has 'residual'"),
         ({"model": str(tiny_dense_dir)}, r"holds a dense model"),
-        ({"model": str(tmp_path / "none")}, r"manifest\.json"),
+        ({"model": str(tmp_path / "none")}, "none does not exist"),
         ({"length": 4000}, "tokens"),
         ({"data": str(tmp_path / "nowhere")}, "no text at"),
         ({"lr_nsa": 1e30, "lr_backbone": 1e30}, "the loss is not finite at step"),
     ]:
         with pytest.raises(NsaError, match=message):
             train(tiny_run(**{"model": nsa_dir, "texts": texts, "out": tmp_path / f"o{len(message)}", **settings}))
+
+
+def test_what_saving_or_a_step_would_stop_at_is_refused_before_the_first(nsa_dir, texts, tmp_path):
+    (tmp_path / "secret").write_text("mine")
+    linked = Path(shutil.copytree(nsa_dir, tmp_path / "linked"))
+    (linked / "LICENSE").symlink_to(tmp_path / "secret")
+    with pytest.raises(NsaError, match="LICENSE is a link out of its folder"):
+        train(tiny_run(linked, tmp_path / "no text", tmp_path / "out"))
+    tokenizer = AutoTokenizer.from_pretrained(nsa_dir)
+    tokenizer.add_tokens(["beyond"])
+    other = Path(shutil.copytree(nsa_dir, tmp_path / "other"))
+    tokenizer.save_pretrained(other)
+    (tmp_path / "data.txt").write_text("and beyond it, " * 100)
+    with pytest.raises(NsaError, match="the tokenizer gives token 256, and the model's vocabulary ends at 255"):
+        train(tiny_run(other, texts, tmp_path / "out", data=str(tmp_path / "data.txt")))
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_main_prints_errors_without_a_traceback(tmp_path, capsys):
