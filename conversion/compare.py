@@ -39,7 +39,7 @@ def token_windows(
     nothing about language.
 
     Raises:
-        NsaError: the texts are too short.
+        NsaError: the texts are too short, or the tokenizer is another model's.
     """
     if not has_tokenizer(out):
         generator = torch.Generator().manual_seed(0)
@@ -55,6 +55,7 @@ def token_windows(
         ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :length]
         longest = max(longest, ids.shape[1])
         if ids.shape[1] == length:
+            check_token_ids(ids, vocabulary)
             windows.append((name, ids))
     if len(windows) < documents:
         raise NsaError(
@@ -67,6 +68,21 @@ def token_windows(
 def has_tokenizer(folder: Path) -> bool:
     """Whether a checkpoint has a tokenizer beside it."""
     return any(folder.glob("tokenizer*"))
+
+
+def check_token_ids(ids: Tensor, vocabulary: int) -> None:
+    """Whether a model has an embedding for each of a tokenizer's ids.
+
+    The model itself would stop with an index error, and on a GPU with one of the whole process.
+
+    Raises:
+        NsaError: one is beyond its vocabulary.
+    """
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+        raise NsaError(
+            f"the tokenizer gives token {int(ids.max())}, and the model's vocabulary ends at {vocabulary - 1}: "
+            "the tokenizer is another model's, so copy the source's tokenizer files into the folder"
+        )
 
 
 def next_tokens(ids: Tensor) -> Tensor:

@@ -76,12 +76,14 @@ class GgufContents:
     Attributes:
         path: of the file.
         architecture: llama.cpp's name of it.
+        metadata: all that the header says of the model and its tokenizer, by name.
         keys: the architecture's metadata, without the prefix that names it.
         tensors: the `gguf` package's, by name; their data is read when it is asked for.
     """
 
     path: Path
     architecture: str
+    metadata: Mapping[str, Any]
     keys: Mapping[str, Any]
     tensors: Mapping[str, Any]
 
@@ -146,9 +148,9 @@ class GgufContents:
         """Every tensor of the model as (name, float32 tensor), made of the file's without Transformers' loader."""
         from gguf import dequantize
 
-        state = _skeleton(config)
-        shapes = {name: tensor.shape for name, tensor in state.state_dict().items()}
-        for name, sources in self._names(state).items():
+        model = _skeleton(config)
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        for name, sources in self._names(model).items():
             parts = [
                 _as_the_model(
                     self.architecture,
@@ -290,7 +292,7 @@ def read_contents(path: Path) -> GgufContents:
             right. The file formats raise their own errors, see `loading.reading`.
     """
     # Its reader ends with the file, whatever lengths and counts the file says; the `gguf` package's may never end.
-    read_gguf_metadata(str(path))
+    metadata, _ = read_gguf_metadata(str(path))
     from gguf import GGUFReader
 
     reader = GGUFReader(path)
@@ -319,14 +321,14 @@ def read_contents(path: Path) -> GgufContents:
         if isinstance(value, float) and not math.isfinite(value):
             raise CheckpointError(f"{path}: {prefix}{key} is {value}: expected a finite number")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    count = keys.get("block_count")
+    count = keys["block_count"]
     blocks = {int(found[1]) for name in tensors if (found := re.match(r"blk\.(\d{1,9})\.", name))}
     if not isinstance(count, int) or len(blocks) != count or max(blocks, default=-1) != count - 1:
         held = f"{min(blocks)} to {max(blocks)}" if blocks else "none"
         raise CheckpointError(
             f"{path}: {prefix}block_count is {count}, and the file holds tensors of {len(blocks)} blocks ({held})"
         )
-    return GgufContents(path, architecture, keys, tensors)
+    return GgufContents(path, architecture, metadata, keys, tensors)
 
 
 def _field(config: PreTrainedConfig, key: str) -> str | None:

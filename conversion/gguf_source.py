@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedModel
-from transformers.integrations.gguf import read_gguf_metadata
 
 from .checkpoint import CheckpointError, TensorInfo
 from .gguf_contents import read_contents
@@ -36,7 +35,6 @@ class GgufSource(Source):
         self.path = path
         with reading(path):
             self.contents = read_contents(path)
-            self.metadata, _ = read_gguf_metadata(str(path))
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
             if hasattr(config, "_model_name_or_path"):
                 del config._model_name_or_path
@@ -85,7 +83,7 @@ class GgufSource(Source):
         with reading(self.path):
             tokenizer = AutoTokenizer.from_pretrained(self.folder, gguf_file=self.path.name)
             for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-                index = self.metadata.get(f"tokenizer.ggml.{key}_token_id")
+                index = self.contents.metadata.get(f"tokenizer.ggml.{key}_token_id")
                 # Transformers 5.17 guesses these; 5.23 reads them as the file has them
                 if index is not None and getattr(tokenizer, f"{role}_token_id") != index:
                     setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(index))
@@ -100,5 +98,6 @@ class GgufSource(Source):
         return [self.path]
 
     def card(self) -> dict[str, Any]:
+        said = self.contents.metadata
         names = {"license": "general.license", "model_name": "general.name"}
-        return {name: self.metadata[key] for name, key in names.items() if isinstance(self.metadata.get(key), str)}
+        return {name: said[key] for name, key in names.items() if isinstance(said.get(key), str)}

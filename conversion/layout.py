@@ -18,7 +18,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from nsa_hf.errors import NsaError
 from nsa_hf.families import family_of, nsa_config_from_dense
-from nsa_hf.fields import NSA_FIELDS
+from nsa_hf.fields import NSA_FIELDS, full_name
 
 from .checkpoint import CheckpointError, TensorInfo
 from .loading import IGNORED
@@ -141,7 +141,7 @@ def nsa_options(options: Mapping[str, Any]) -> dict[str, Any]:
         if option == "rope_scaling":
             named |= {option: parse_rope_scaling(value)} if value is not None else {}
             continue
-        name = option if option.startswith("nsa_") else f"nsa_{option}"
+        name = full_name(option)
         if name not in NSA_FIELDS or name == "nsa_format":
             choices = [field.removeprefix("nsa_") for field in NSA_FIELDS if field != "nsa_format"]
             near = get_close_matches(name.removeprefix("nsa_"), choices, n=1)

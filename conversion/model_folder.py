@@ -10,6 +10,8 @@ import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
+from nsa_hf.shape import MANIFEST
+
 from .checkpoint import CheckpointError, read_json
 
 # Licenses must travel with a model.
@@ -68,7 +70,7 @@ def foreign_files(folder: Path) -> list[str]:
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     names = [path.relative_to(folder).as_posix() for path in paths]
-    config, manifest = _object(folder / "config.json"), _object(folder / "manifest.json")
+    config, manifest = _json_object(folder / "config.json"), _json_object(folder / MANIFEST)
     if "model_type" not in config or not any(_fits(name, WEIGHTS) for name in names):
         return names
     known = (*WEIGHTS, *INDICES, *BESIDE)
@@ -83,7 +85,8 @@ def _fits(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns if "/" in pattern or "/" not in name)
 
 
-def _object(path: Path) -> dict:
+def _json_object(path: Path) -> dict:
+    """What a JSON file holds, empty where that is no object."""
     try:
         content = read_json(path)
     except (OSError, ValueError):

@@ -26,17 +26,18 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from nsa_hf.registration import PREFIX
+
 from .checkpoint import CheckpointError, Piece, SafetensorsCheckpoint, TensorInfo, describe_file, pieces_of, read_json
 from .hub import download
-from .loading import load_config, load_whole, reading, transformers_progress
+from .loading import load_config, load_whole, reading
 from .model_folder import COMPANIONS, INDICES, TERMS, WEIGHTS, copy_file, refuse_adapter, refuse_links_out
 from .pickled import PickleCheckpoint
 from .plain_yaml import LONGEST, load_plain
 
-__all__ = ["COMPANIONS", "TERMS", "SafetensorsSource", "Source", "open_source", "transformers_progress"]
-
-# Of a license, as a card names it.
-LONGEST_NAME = 200
+# Longer names of licenses are not taken over from a source's card.
+LONGEST_LICENSE = 200
+# What is no companion, whatever its name.
 NEVER_COPIED = (".py", ".bin", ".pt", ".pth", ".safetensors", ".gguf")
 
 
@@ -119,10 +120,12 @@ class SafetensorsSource(Source):
             data = read_json(folder / "config.json")
             if not data.get("model_type"):
                 raise ValueError("it names no model_type")
-            if not trust_remote_code:
-                refuse_remote_code(name, data)
+        # a folder of ours names our own code, and carries a tokenizer's that was trusted at conversion
+        trusted = trust_remote_code or str(data["model_type"]).startswith(PREFIX)
+        if not trusted:
+            refuse_remote_code(name, data)
         self.tokenizer_code = tokenizer_code(folder)
-        if self.tokenizer_code and not trust_remote_code and not str(data["model_type"]).startswith("nsa_"):
+        if self.tokenizer_code and not trusted:
             raise CheckpointError(
                 f"{name} has a tokenizer that is defined by code of its own ({self.tokenizer_code[0]}), which is not "
                 "taken unless trusted: read it, and give --trust-remote-code to carry it along"
@@ -179,7 +182,7 @@ class SafetensorsSource(Source):
         except (OSError, ValueError):  # a card that cannot be read says nothing
             return {}
         said = about.get("license") if isinstance(about, dict) else None
-        return {"license": said} if isinstance(said, str) and len(said) <= LONGEST_NAME else {}
+        return {"license": said} if isinstance(said, str) and len(said) <= LONGEST_LICENSE else {}
 
 
 def refuse_remote_code(name: str, config: dict[str, Any]) -> None:
@@ -190,7 +193,7 @@ def refuse_remote_code(name: str, config: dict[str, Any]) -> None:
     """
     named = config.get("auto_map") or {}
     code = [named[auto] for auto in ("AutoModelForCausalLM", "AutoModel", "AutoConfig") if auto in named]
-    if code and not str(config["model_type"]).startswith("nsa_"):
+    if code:
         raise CheckpointError(
             f"{name} is defined by code of its own ({code[0]}), which is not run unless trusted: read it, and give "
             f"--trust-remote-code if it computes what Transformers' own {config['model_type']} does; `nsa-hf verify` "
@@ -253,7 +256,7 @@ def open_source(
     Raises:
         CheckpointError: it is not there, damaged, or of a kind that is not read.
     """
-    from .gguf_source import GgufSource
+    from .gguf_source import GgufSource  # here: it imports this module
 
     path = Path(src).expanduser()
     if path.is_file() and path.suffix == ".gguf":

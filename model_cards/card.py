@@ -120,9 +120,11 @@ def nothing_recorded(folder: Path) -> dict[str, Any]:
 
 
 def is_trained(manifest: dict[str, Any]) -> bool | None:
-    """Whether the model was trained, by the record of the run; None where nothing is recorded."""
-    trained = manifest["trained"]
-    return trained if trained is None else bool(trained and manifest.get("training"))
+    """Whether the model was trained, by the record of the run, as `verify` takes it; None where nothing is recorded."""
+    trained, run = manifest["trained"], manifest.get("training")
+    if trained is None:
+        return None
+    return trained is True and isinstance(run, dict) and bool(run.get("steps") and run.get("fingerprint"))
 
 
 def front_matter(manifest: dict[str, Any]) -> str:

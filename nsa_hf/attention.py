@@ -207,8 +207,8 @@ def nsa_attention_forward(
     k_win, v_win = (None, None) if window is None else (x.to(value.dtype).transpose(1, 2) for x in window)
     gates = gate_values(nsa.gate(nsa_hidden_states), config.nsa_gate, nsa_mode.gate_blend)
     inputs = (*(x.transpose(1, 2) for x in (query, key, value)), *(x.to(value.dtype) for x in entries), gates)
+    # so the selection, which is always made, is no wider than the text needs
     sizes = nsa_mode.sizes.within(key.shape[2])
-    by_name: dict[str, Any] = sizes.by_name()
     places: dict[str, Any] = {"starts": starts, "lengths": lengths, "cu_seqlens": cu_seqlens}
     places |= {"k_win": k_win, "v_win": v_win}
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -216,9 +216,8 @@ def nsa_attention_forward(
     if nsa_mode.weights:
         out, selection, weights = reference_attention(*inputs, sizes=sizes, scale=scale, return_weights=True, **places)
     else:
-        out, selection = nsa_attention(
-            *inputs, **by_name, scale=scale, return_selection=True, **places, backend=nsa_mode.backend,
-        )  # fmt: skip
+        options: dict[str, Any] = {**sizes.by_name(), **places}
+        out, selection = nsa_attention(*inputs, scale=scale, return_selection=True, backend=nsa_mode.backend, **options)
     if nsa_mode.recorded is not None:
         nsa_mode.recorded.selections[module.layer_idx] = selection
     return out, weights

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from .registration import PREFIX
+
 # Written into configs; older formats load, newer ones are refused.
 NSA_FORMAT = 1
 
@@ -41,3 +43,8 @@ class NsaFields:
 
 
 NSA_FIELDS = {member.name: member for member in fields(NsaFields)}
+
+
+def full_name(option: str) -> str:
+    """A field's name, of one that may lack the prefix: `topk` is `nsa_topk`."""
+    return option if option.startswith(PREFIX) else PREFIX + option

@@ -11,12 +11,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from .branches import dense_twin
 from .errors import NsaError
 from .families import family_of, initial_nsa_state, nsa_config_from_dense
-from .fields import NSA_FIELDS
+from .fields import NSA_FIELDS, full_name
+from .registration import PREFIX
 
 
 def from_dense(cls: type[PreTrainedModel], source: Any, seed: int, options: dict[str, Any]) -> PreTrainedModel:
     """See `NsaPreTrainedMixin.from_dense`. A model that is given keeps its own parameters: the new one has copies."""
     fields = {full: value for name, value in options.items() if (full := full_name(name)) in NSA_FIELDS}
+    for name in fields:
+        if name in options and name.removeprefix(PREFIX) in options:
+            raise NsaError(f"{name} is given twice, with and without its prefix: give it once")
     loading = {name: value for name, value in options.items() if full_name(name) not in NSA_FIELDS}
     given = isinstance(source, PreTrainedModel)
     if given and loading:
@@ -43,10 +47,6 @@ def from_dense(cls: type[PreTrainedModel], source: Any, seed: int, options: dict
     take_buffers(model, dense)
     model.generation_config = dense.generation_config
     return model.train(dense.training)
-
-
-def full_name(option: str) -> str:
-    return option if option.startswith("nsa_") else f"nsa_{option}"
 
 
 def take_buffers(model: PreTrainedModel, dense: PreTrainedModel) -> None:

@@ -73,7 +73,7 @@ class OpenContexts(OfThread):
 
 @contextmanager
 def added(entry: Any, lists: list[list[Any]]) -> Iterator[None]:
-    """Has an entry in all the lists meanwhile: such contexts may end in any order, and in any thread."""
+    """Adds an entry to each list for the length of the block; such blocks may end in any order, and in any thread."""
     for one in lists:
         one.append(entry)
     try:

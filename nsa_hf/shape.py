@@ -1,4 +1,4 @@
-"""A folder whose config.json was edited until it is of another model than its weights, by its manifest.json."""
+"""Whether a folder's config.json is still of the model that its manifest.json, and its weights, are of."""
 
 from __future__ import annotations
 

@@ -178,8 +178,7 @@ def verify(
     """Prove what OUT kept of SRC.
 
     Weights kept, largest logit difference in the exact range, and perplexity and KL by position beyond it; also written
-    to OUT/verify.json. Exit code 1 when an untrained conversion is not exact, or a trained
-    model is not as recorded.
+    to OUT/verify.json. Exit code 1 when an untrained conversion is not exact, or a trained model is not as recorded.
     """
     from nsa_hf.conversion import render_verify, verify
 

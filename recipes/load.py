@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
+from nsa_hf.conversion import compare
 from nsa_hf.conversion.loading import load_whole, read_config, transformers_progress
 from nsa_hf.conversion.source import tokenizer_code
 from nsa_hf.errors import NsaError, check_folder
@@ -32,9 +34,7 @@ def load_nsa_model(folder: str | Path, device: str | torch.device = "cpu", dtype
 
 def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer in `folder`; LoadError when there is none, or it needs code of its own that is not trusted."""
-    from transformers import AutoTokenizer
-
-    if not any(check_folder(folder).glob("tokenizer*")):
+    if not compare.has_tokenizer(check_folder(folder)):
         raise LoadError(f"{folder} has no tokenizer: copy the source's tokenizer files there")
     code = tokenizer_code(Path(folder))
     if code and not trust_remote_code:
@@ -60,14 +60,5 @@ def pick_device(device: str | None) -> str:
 
 
 def check_token_ids(model: Any, ids: Sequence[int] | torch.Tensor) -> None:
-    """That the model has an embedding for each of the tokenizer's `ids`; LoadError when one is beyond its vocabulary.
-
-    The model itself would stop with an index error, and on a GPU with one of the whole process.
-    """
-    tokens = torch.as_tensor(ids)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
-        raise LoadError(
-            f"the tokenizer gives token {int(tokens.max())}, and the model's vocabulary ends at {vocabulary - 1}: "
-            "the tokenizer is another model's, so copy the source's tokenizer files into the folder"
-        )
+    """Whether the model has an embedding for each of the `ids` of its tokenizer; NsaError where it has not."""
+    compare.check_token_ids(torch.as_tensor(ids), model.get_input_embeddings().weight.shape[0])

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from nsa_hf.errors import NsaError
-from nsa_hf.fields import NSA_FIELDS
+from nsa_hf.fields import NSA_FIELDS, full_name
 
 NSA_OPTIONS = {name: member for name, member in NSA_FIELDS.items() if name != "nsa_format"}
 # A field's type, as the config writes it, on the command line; the layers are a list such as 0,1,-1.
@@ -74,7 +74,7 @@ def read_options(path: Path) -> dict[str, Any]:
         raise NsaError(f"{path} must hold options such as `topk: 32`, one a line, got {type(found).__name__}")
     options: dict[str, Any] = {}
     for name, value in found.items():
-        full = f"nsa_{name}" if f"nsa_{name}" in NSA_OPTIONS else str(name)
+        full = full_name(str(name)) if full_name(str(name)) in NSA_OPTIONS else str(name)
         if full in options:
             raise NsaError(f"{path} gives {full} twice, with and without its prefix: give it once")
         options[full] = value

@@ -139,7 +139,7 @@ def write_gguf_of(model_type: str, path: Path) -> Path:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([f"t{index}" for index in range(config.vocab_size)])
     random = np.random.default_rng(0)
-    names = GgufContents(path, architecture, {"block_count": config.num_hidden_layers}, {})._names(model)
+    names = GgufContents(path, architecture, {}, {"block_count": config.num_hidden_layers}, {})._names(model)
     for name, sources in names.items():
         shape = list(model.state_dict()[name].shape)
         if len(sources) == 2:  # gate and up of the experts

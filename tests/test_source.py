@@ -17,7 +17,8 @@ from transformers.utils import logging as transformers_logging
 from nsa_hf.conversion import convert, export_dense, plan, verify
 from nsa_hf.conversion import source as sources
 from nsa_hf.conversion.checkpoint import CheckpointError, same_bits
-from nsa_hf.conversion.source import SafetensorsSource, open_source, transformers_progress
+from nsa_hf.conversion.loading import transformers_progress
+from nsa_hf.conversion.source import SafetensorsSource, open_source
 from nsa_hf.errors import NsaError
 from nsa_hf.recipes.cli import run
 from nsa_hf.recipes.load import load_tokenizer

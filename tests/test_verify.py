@@ -311,6 +311,14 @@ def test_in_another_dtype_it_is_exact_with_respect_to_the_rounded_source(tiny_de
     assert result["exact_range"]["max_abs_diff"] < 1e-5
 
 
+def test_a_tokenizer_of_another_model_is_named(tiny_dense_dir, copy):
+    tokenizer = AutoTokenizer.from_pretrained(copy)
+    tokenizer.add_tokens(["beyond"])
+    tokenizer.save_pretrained(copy)
+    with pytest.raises(NsaError, match="the tokenizer gives token 256, and the model's vocabulary ends at 255"):
+        verify(tiny_dense_dir, copy, texts=[("text", "and beyond it, " * 40)], length=100, documents=1)
+
+
 def test_without_a_tokenizer_random_tokens_show_exactness_and_no_perplexity(tiny_dense_dir, tiny_sizes, tmp_path):
     AutoModelForCausalLM.from_pretrained(tiny_dense_dir).save_pretrained(tmp_path / "dense")
     out = convert(tmp_path / "dense", tmp_path / "out", **tiny_sizes)

@@ -140,9 +140,11 @@ def check_packed(like: Tensor, batch: int, tokens: int, keys: int, cu_seqlens: T
 
 
 def check_scale(scale: object) -> None:
-    """Raises:
-    TypeError: neither a number nor None.
-    ValueError: not positive, not finite in float32, in which logits are computed.
+    """Whether it is a scale of logits, or None for the default.
+
+    Raises:
+        TypeError: neither a number nor None.
+        ValueError: not positive, or not finite in float32, in which logits are computed.
     """
     if scale is None:
         return

@@ -86,7 +86,7 @@ def nsa_attention(
     }  # fmt: skip
     triton = load_triton(q.device.type) if backend == "triton" or (backend == "auto" and q.is_cuda) else None
     if 0 in q.shape[:2]:
-        out, selection = nothing(*inputs, k_win, v_win)
+        out, selection = empty_result(*inputs, k_win, v_win)
     elif triton is not None:
         out, selection = triton(*inputs, **options)
     else:
@@ -94,7 +94,7 @@ def nsa_attention(
     return (out, fill_up(selection, topk)) if return_selection else out
 
 
-def nothing(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
+def empty_result(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
     """Output and selection of no rows or no queries. The gradients of all inputs are zero, not absent."""
     (batch, tokens, heads, _), (kv_heads, value_dim) = q.shape, v.shape[2:]
     out = torch.cat([x[:0].flatten().to(q.dtype) for x in (q, k, v, *others) if x is not None])

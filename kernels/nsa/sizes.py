@@ -96,9 +96,11 @@ class Sizes:
 
 
 def check_int(name: str, value: object, least: int) -> None:
-    """Raises:
-    TypeError: not an int.
-    ValueError: smaller than `least`, or larger than positions are.
+    """Whether a size is an int of at least `least`.
+
+    Raises:
+        TypeError: not an int.
+        ValueError: smaller, or larger than positions are.
     """
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {value!r}")
