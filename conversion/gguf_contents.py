@@ -8,6 +8,8 @@
 Transformers makes a config and weights of a file, and passes over what it does not know. So each of the architecture's
 keys is one that the config says too, or is brought into it, or is refused by name; each tensor is one of the model's,
 or refused. `stored` gives the weights without Transformers' loader: what `verify` holds them against.
+
+(`gguf` is an extra, and imported where it is needed: whoever converts no such file has none.)
 """
 
 from __future__ import annotations

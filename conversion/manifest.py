@@ -132,9 +132,10 @@ def build_trained(
     """
     config = read_config(folder)
     if converted is None:
-        source = {"name": str(start), "kind": "a folder without manifest.json", "revision": None, "files": {}}
-        nothing_known: dict[str, Any] = {"source": source, "options": {}, "versions": versions(), "tensors": {}}
-        converted = {"format": FORMAT, "hash": HASH, **nothing_known}
+        kind = f"a folder without {NAME}"
+        source: dict[str, Any] = {"name": str(start), "kind": kind, "revision": None, "files": {}}
+        known: dict[str, Any] = {"source": source, "options": {}, "versions": versions(), "tensors": {}}
+        converted = {"format": FORMAT, "hash": HASH, **known}
     tensors = SafetensorsCheckpoint(folder).tensors()
     return {
         **converted,

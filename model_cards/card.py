@@ -13,6 +13,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 TEMPLATE = "template.md.j2"
 # result's name in the template: its file
 RESULTS = {
@@ -129,8 +131,6 @@ def is_trained(manifest: dict[str, Any]) -> bool | None:
 
 def front_matter(manifest: dict[str, Any]) -> str:
     """The card's YAML header: only what is known."""
-    import yaml
-
     source = manifest["source"]
     facts: dict[str, Any] = {}
     if source.get("license"):

@@ -1,4 +1,7 @@
-"""What goes wrong because of what a user gave: the message says what was expected, what came and what to do."""
+"""What goes wrong because of what a user gave: the message says what was expected, what came and what to do.
+
+Nothing is imported here but the standard library, so that commands can say it at once.
+"""
 
 from __future__ import annotations
 

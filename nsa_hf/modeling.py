@@ -137,7 +137,7 @@ class NsaPreTrainedMixin(SavedByImport, NsaGenerationMixin):
         Raises:
             NsaError: the model is of another family or cannot be converted, or an option breaks a rule.
         """
-        from .from_dense import from_dense
+        from .from_dense import from_dense  # here: it makes families, which are made of this module
 
         return from_dense(cls, source, seed, options)
 

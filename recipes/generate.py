@@ -30,6 +30,9 @@ RETURNS = ["return_dict_in_generate", "output_scores", "output_logits", "output_
 USUAL = {"transformers_version", "_from_model_config", "bos_token_id", "eos_token_id", "pad_token_id"}
 USUAL |= {"do_sample", "temperature", "top_p", "top_k", "max_length", "max_new_tokens", "use_cache"}
 
+TEMPERATURES = (1e-6, 1e6)  # the least and the largest beside 0, which takes the likeliest token
+SEEDS = (-(2**63), 2**63 - 1)
+
 
 class TimedStreamer(TextStreamer):
     """Prints text as it comes and keeps when each token came."""
@@ -155,11 +158,11 @@ def check_settings(
 ) -> None:
     if new < 1 or (prompt_tokens is not None and prompt_tokens < 1):
         raise NsaError(f"--max-new-tokens and --prompt-tokens must be at least 1, got {new} and {prompt_tokens}")
-    if temperature != 0 and not 1e-6 <= temperature <= 1e6:
+    if temperature != 0 and not TEMPERATURES[0] <= temperature <= TEMPERATURES[1]:
         raise NsaError(f"temperature must be 0 (the likeliest token) or from 1e-6 to 1e6, got {temperature}")
     if not 0 < top_p <= 1:
         raise NsaError(f"top_p must be in (0, 1], got {top_p}")
-    if not -(2**63) <= seed < 2**63:
+    if not SEEDS[0] <= seed <= SEEDS[1]:
         raise NsaError(f"seed must have at most 63 bits, got {seed}")
     if top_k < 0:
         raise NsaError(f"top_k must be at least 0 (all tokens), got {top_k}")

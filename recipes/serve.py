@@ -18,6 +18,7 @@ from threading import Event
 from typing import Any
 
 import torch
+from transformers.utils.import_utils import is_serve_available
 
 import nsa_hf  # noqa: F401 - registers the model classes
 from nsa_hf.conversion.loading import read_config
@@ -26,16 +27,16 @@ from nsa_hf.generation import PAGED
 
 from .chat_template import apply_chat_template
 from .cli import INTERRUPTED
-from .generate import as_one_text
+from .generate import SEEDS, TEMPERATURES, as_one_text
 from .load import check_token_ids, load_tokenizer
 
 # The least and the largest value of a request's numbers; all may be absent or null.
 NUMBERS = {
     **dict.fromkeys(("max_tokens", "max_completion_tokens", "max_output_tokens"), (1, math.inf)),
-    "temperature": (0, 1e6),
+    "temperature": (0, TEMPERATURES[1]),
     "top_p": (0, 1),
     "frequency_penalty": (-0.99, 100),
-    "seed": (-(2**63), 2**63 - 1),
+    "seed": SEEDS,
 }
 WHOLE = ("max_tokens", "max_completion_tokens", "max_output_tokens", "seed")
 # What each of the server's handlers makes an answer to.
@@ -53,8 +54,6 @@ def serve(out: Path, arguments: list[str]) -> None:
         NsaError: no model is there, its chat template goes wrong, the server's packages are missing, or continuous
             batching is asked for.
     """
-    from transformers.utils.import_utils import is_serve_available
-
     read_config(out)
     if "--continuous-batching" in arguments:
         raise NsaError(PAGED)
@@ -64,7 +63,7 @@ def serve(out: Path, arguments: list[str]) -> None:
     if tokenizer.chat_template:
         # it runs in the server's own process for each request: one that never ends would be the end of the server
         apply_chat_template(tokenizer, [{"role": "user", "content": "hello"}])
-    from transformers.cli.transformers import app
+    from transformers.cli.transformers import app  # here: it needs what was just asked for
 
     settle()
     app(["serve", str(out), *arguments], prog_name="nsa-hf")
@@ -154,7 +153,7 @@ def check_request(body: Mapping[str, Any], needed: str | None = None) -> None:
             kind = "a whole number" if name in WHOLE else "a number"
             most = "" if largest == math.inf else f" and at most {largest}"
             raise NsaError(f"{name} must be {kind} of at least {least}{most}, got {value!r}")
-    if 0 < (body.get("temperature") or 0) < 1e-6:
+    if 0 < (body.get("temperature") or 0) < TEMPERATURES[0]:
         raise NsaError(f"temperature must be 0 (the likeliest token) or at least 1e-6, got {body['temperature']}")
     if body.get("n") not in (None, 1):
         raise NsaError(f"n must be 1, one answer to a request, got {body['n']!r}")

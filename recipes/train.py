@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from nsa_hf.conversion.loading import read_config
 from nsa_hf.conversion.plan import training_hindrance
@@ -309,8 +310,6 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
 
 def report(figures: dict[str, Any], out: Path) -> None:
-    from rich.console import Console
-
     Console().print(render_before_after(figures))
     print(f"held-out KL to the teacher: {figures['kl_before']:.6f} before, {figures['kl_after']:.6f} after")
     print(f"trained model: {out}")
