@@ -8,7 +8,7 @@ from transformers.cache_utils import DynamicLayer
 
 from nsa_hf.kernels import MeanCompressor, n_blocks
 
-from .dynamic_cache import COMPRESSED, NsaDynamicLayer
+from .dynamic_cache import NsaDynamicLayer
 from .errors import NsaError
 
 FILLED_BY_ANOTHER = (
@@ -28,7 +28,7 @@ class NsaIndependentLayer(NsaDynamicLayer):
     """
 
     catches_up = False
-    EXTRA = (*COMPRESSED, *PENDING, *WINDOW)
+    EXTRA = (*NsaDynamicLayer.EXTRA, *PENDING, *WINDOW)
 
     def __init__(self) -> None:
         super().__init__()

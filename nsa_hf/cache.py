@@ -13,6 +13,7 @@ from .config import NsaConfigMixin
 from .dynamic_cache import NsaDynamicLayer
 from .errors import NsaError
 from .releases import INSTALLED
+from .segments import Segments
 from .static_cache import OFFLOADED_STATIC, NsaStaticLayer, NsaStaticWindowLayer
 from .tested import NEWEST
 
@@ -88,6 +89,39 @@ def check_in_step(cache: Cache, layer_idx: int, past: int) -> None:
         raise NsaError(
             f"layer {layer_idx} of this cache holds {held} tokens and the first {past}: a crop or a forward stopped "
             "halfway, or more was cropped than there is. Call cache.reset() and start anew"
+        )
+
+
+def check_starts(cache: Cache, segments: Segments, tokens: int) -> None:
+    """Before a forward: whether the rows begin where they did when the entries in this cache were compressed.
+
+    A row that held nothing but padding may begin now, and one that is done may be masked from end to end. What is
+    compiled is not looked at.
+
+    Args:
+        segments: of the new tokens, `tokens` of each row.
+
+    Raises:
+        NsaError: another mask came than before, or none.
+        RuntimeError: the same for single tokens on a GPU in a static cache, as in `static_segments`.
+    """
+    if torch.compiler.is_compiling():
+        return
+    layer = next((one for one in cache.layers if isinstance(one, NsaDynamicLayer | NsaStaticLayer)), None)
+    if layer is None or not layer.knows_starts or (layer.starts is None and segments.starts is None):
+        return
+    now, then, lengths = segments.starts, layer.starts, segments.lengths
+    now = torch.zeros_like(then) if now is None else now
+    then = torch.zeros_like(now) if then is None else then.to(now.device)
+    past = torch.full_like(now, segments.past) if lengths is None else lengths.to(now.device) - tokens
+    moved = (now.minimum(past) != then.minimum(past)) & (now < past + tokens)
+    if lengths is not None and tokens == 1 and now.device.type != "cpu":
+        torch._assert_async(~moved.any(), "attention_mask: rows begin at other tokens than when this cache was filled")
+    elif bool(moved.any()):
+        raise NsaError(
+            f"attention_mask: this cache holds rows that begin at token {then.tolist()}, and now they would begin at "
+            f"{now.tolist()}: give the same padding with every forward, the mask of all tokens so far, or start with "
+            "an empty cache"
         )
 
 

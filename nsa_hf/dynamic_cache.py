@@ -25,15 +25,16 @@ class NsaDynamicLayer(DynamicLayer):
     # what came without `extend` (a dense forward) is compressed with the next one
     catches_up = True
     # the tensors that a plain layer does not have
-    EXTRA: tuple[str, ...] = COMPRESSED
+    EXTRA: tuple[str, ...] = (*COMPRESSED, "starts")
 
     def __init__(self) -> None:
         super().__init__()
         self.compressed_keys: Tensor | None = None
         self.compressed_values: Tensor | None = None
         self.compressed_length = 0
-        # of the entries held: kernel_size and kernel_stride
+        # of the entries held: kernel_size and kernel_stride, and the rows' first real positions, int32 [B]; None = 0
         self.block: tuple[int, int] | None = None
+        self.starts: Tensor | None = None
         self.packed = False
         self.offloaded = False
 
@@ -43,6 +44,10 @@ class NsaDynamicLayer(DynamicLayer):
         adopted = cls()
         adopted.__dict__.update(layer.__dict__)
         return adopted
+
+    @property
+    def knows_starts(self) -> bool:
+        return self.compressed_length > 0
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -73,7 +78,7 @@ class NsaDynamicLayer(DynamicLayer):
         kernel_stride: int, starts: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`extend`, of keys and values that begin at token `base`."""
-        self.block = (compress_k.kernel_size, kernel_stride)
+        self.block, self.starts = (compress_k.kernel_size, kernel_stride), starts
         entries = []
         for name, states, compressor in zip(COMPRESSED, (keys, values), (compress_k, compress_v), strict=True):
             held, x = getattr(self, name), states.transpose(1, 2)
@@ -150,7 +155,7 @@ class NsaDynamicLayer(DynamicLayer):
         self.keys = self.values = None
         self.is_initialized = False
         super().reset()
-        self.compressed_keys = self.compressed_values = None
+        self.compressed_keys = self.compressed_values = self.starts = None
         self.compressed_length, self.packed, self.block = 0, False, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -16,7 +16,7 @@ from transformers.distributed import DistributedConfig
 from nsa_hf.kernels import LearnedCompressor, ZeroLinear
 
 from .attention import IMPLEMENTATIONS, NsaAttentionMixin
-from .cache import UNUSABLE, check_reached, static_length
+from .cache import UNUSABLE, check_reached, check_starts, static_length
 from .errors import NsaError
 from .generation import NsaGenerationMixin
 from .modes import Mode, OfThread, OpenContexts, Recorded, added
@@ -281,6 +281,8 @@ class NsaModelMixin(NsaPreTrainedMixin):
         else:
             past = tokens_held(cache) if cache is not None else 0
             segments = find_segments(batch, tokens, past, **said)
+        if cache is not None:
+            check_starts(cache, segments, tokens)
         if self.is_recurrent and (segments.cu_seqlens is not None or static is not None):
             what = "packed documents" if static is None else "a static cache"
             raise NsaError(

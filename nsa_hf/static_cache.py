@@ -37,6 +37,9 @@ class NsaStaticLayer(StaticLayer):
         # how many tokens came last, and whether some came before whose blocks have not been compressed
         self.new_tokens = 0
         self.behind = False
+        # of the entries held, the rows' first real positions, int32 [B]; None = 0. Nothing compiled notes them.
+        self.starts: Tensor | None = None
+        self.knows_starts = False
 
     @classmethod
     def adopt(cls, layer: StaticLayer, kernel_size: int, kernel_stride: int) -> NsaStaticLayer:
@@ -93,6 +96,8 @@ class NsaStaticLayer(StaticLayer):
         if self.compressed_keys.shape[2] != keys.shape[1]:
             # a family may repeat its heads behind the cache; this happens with the first tokens only
             self.allocate_compressed(keys, values)
+        if not is_torchdynamo_compiling():
+            self.starts, self.knows_starts = starts, True
         entries = self.compressed_keys.shape[1]
         if entries == 0:
             return self.compressed_keys, self.compressed_values
@@ -130,7 +135,7 @@ class NsaStaticLayer(StaticLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.behind = False
+        self.behind = self.knows_starts = False
         for buffer in (self.compressed_keys, self.compressed_values):
             if buffer is not None:
                 buffer.zero_()
@@ -140,6 +145,8 @@ class NsaStaticLayer(StaticLayer):
             if buffer is not None:
                 # in place: graphs know the buffers by their addresses
                 buffer.copy_(buffer.index_select(0, beam_idx.to(buffer.device)))
+        if self.starts is not None:
+            self.starts = self.starts.index_select(0, beam_idx.to(self.starts.device))
 
     def offload(self) -> None:
         raise NsaError(OFFLOADED_STATIC)

@@ -87,3 +87,41 @@ def test_keys_and_values_per_branch_have_their_own_layer():
 def test_a_dynamic_cache_is_not_static(tiny_nsa_model):
     assert static_length(None) is None and static_length(DynamicCache()) is None
     assert static_length(DynamicCache(config=tiny_nsa_model().config)) is None
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static", "independent"])
+def test_rows_begin_where_they_began(kind, tiny_nsa_model):
+    """Entries are of blocks counted from a row's first token: with another mask they would be of no row's blocks."""
+    model = tiny_nsa_model(nsa_compression="mlp", nsa_branch_kv="independent" if kind == "independent" else "shared")
+    x = torch.randint(3, 250, (3, 90), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(90) >= torch.tensor([[0], [37], [9]])).long()
+    moved = mask.clone()
+    moved[0, :20] = 0
+
+    def filled(*pieces: tuple[int, torch.Tensor | None]):
+        cache = StaticCache(model.config, max_cache_len=100) if kind == "static" else DynamicCache()
+        start, logits = 0, []
+        for end, given in pieces:
+            given = given if given is None else given[:, :end]
+            logits.append(model(x[:, start:end], attention_mask=given, **{CACHE: cache}).logits)
+            start = end
+        return cache, torch.cat(logits, 1)
+
+    with torch.no_grad():
+        for first, second, begin in ((mask, None, r"\[0, 0, 0\]"), (None, mask, r"\[0, 37, 9\]"), (mask, moved, "20")):
+            with pytest.raises(NsaError, match=f"this cache holds rows that begin at .* would begin at .*{begin}"):
+                filled((60, first), (90, second))
+        # a row that has not begun yet, and one that is done
+        whole, gone = model(x, attention_mask=mask).logits, mask.clone()
+        gone[2] = 0
+        cache, logits = filled((20, mask), (89, mask), (90, gone))
+        torch.testing.assert_close(logits[:2][mask[:2] > 0], whole[:2][mask[:2] > 0], atol=1e-5, rtol=0)
+        # rows that are put in another order begin where they begin there
+        cache, _ = filled((60, mask))
+        order = torch.tensor([2, 0, 1])
+        cache.reorder_cache(order)
+        logits = model(x[order, 60:], attention_mask=mask[order], **{CACHE: cache}).logits
+        torch.testing.assert_close(logits, whole[order, 60:], atol=1e-5, rtol=0)
+        cache.reset()
+        again = model(x, **{CACHE: cache}).logits
+        torch.testing.assert_close(again, model(x).logits, atol=1e-5, rtol=0)
