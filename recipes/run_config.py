@@ -140,6 +140,8 @@ def make_run_config(values: dict[str, Any]) -> RunConfig:
         raise RunConfigError(f"max_grad_norm must be above 0, got {config.max_grad_norm}; a large one clips nothing")
     if config.ce_weight == 0 and config.kl_weight == 0:
         raise RunConfigError("ce_weight and kl_weight are both 0: there is no loss; raise one of them")
+    if config.lr_nsa == 0 and config.lr_backbone == 0:
+        raise RunConfigError("lr_nsa and lr_backbone are both 0: nothing is trained; raise one of them")
     if config.mixed_precision not in ("no", "bf16", "fp16"):
         raise RunConfigError(f"mixed_precision must be 'no', 'bf16' or 'fp16', got {config.mixed_precision!r}")
     return config

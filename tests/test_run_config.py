@@ -75,6 +75,11 @@ def test_a_run_without_any_loss_is_refused(run_file):
         load_run_config(run_file, ["ce_weight=0", "kl_weight=0"])
 
 
+def test_a_run_that_trains_nothing_is_refused(run_file):
+    with pytest.raises(RunConfigError, match="both 0: nothing is trained"):
+        load_run_config(run_file, ["lr_nsa=0", "lr_backbone=0"])
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
