@@ -72,6 +72,7 @@ RULES = {
     "keep": 2,  # when the last one is damaged, a run goes on from the one before
 }  # the least value of each number
 MOST = 2**32 - 1  # of whole numbers: what NumPy takes as a seed, and far beyond any run
+LARGEST = 1e30  # of other numbers: an optimizer's float32 has room for it and for what it is multiplied with
 LONGEST = 1 << 16  # characters of a run file
 
 
@@ -129,14 +130,15 @@ def make_run_config(values: dict[str, Any]) -> RunConfig:
         value = getattr(config, name)
         if not least <= value < math.inf:
             raise RunConfigError(f"{name} must be finite and at least {least}, got {shown(value)}")
-        if isinstance(value, int) and value > MOST:
-            raise RunConfigError(f"{name} must be at most {MOST}, got {shown(value)}")
+        most = MOST if isinstance(value, int) else LARGEST
+        if value > most:
+            raise RunConfigError(f"{name} must be at most {most}, got {shown(value)}")
     for name in ("beta1", "beta2"):
         if getattr(config, name) >= 1:
             raise RunConfigError(f"{name} must be below 1, got {getattr(config, name)}")
     if config.adam_eps <= 0:
         raise RunConfigError(f"adam_eps must be above 0, got {config.adam_eps}")
-    if config.max_grad_norm <= 0:
+    if not config.max_grad_norm > 0:  # nor is NaN
         raise RunConfigError(f"max_grad_norm must be above 0, got {config.max_grad_norm}; a large one clips nothing")
     if config.ce_weight == 0 and config.kl_weight == 0:
         raise RunConfigError("ce_weight and kl_weight are both 0: there is no loss; raise one of them")

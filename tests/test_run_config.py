@@ -57,6 +57,8 @@ def test_as_dict_builds_the_same_config(run_file):
         ("steps=!!python/name:os.system 3", "cannot read the value of steps"),
         ("beta2=1", "beta2 must be below 1"),
         ("max_grad_norm=0", "max_grad_norm must be above 0"),
+        ("max_grad_norm=.nan", "max_grad_norm must be above 0, got nan"),
+        ("lr_backbone=1e39", "lr_backbone must be at most 1e.30, got 1e"),
         ("mixed_precision=int4", "mixed_precision must be"),
         ("steps", "an override is key=value, got 'steps'"),
         ("steps=[", "cannot read the value of steps"),
