@@ -14,7 +14,7 @@ from .dynamic_cache import NsaDynamicLayer
 from .errors import NsaError
 from .releases import INSTALLED
 from .segments import Segments
-from .static_cache import OFFLOADED_STATIC, NsaStaticLayer, NsaStaticWindowLayer
+from .static_cache import OFFLOADED_STATIC, NsaStaticLayer, NsaStaticWindowLayer, in_a_graph
 from .tested import NEWEST
 
 OFFLOADED_ON_CPU = "an offloaded cache waits in CPU memory for the GPU, and this model is on the CPU: do without"
@@ -95,8 +95,8 @@ def check_in_step(cache: Cache, layer_idx: int, past: int) -> None:
 def check_starts(cache: Cache, segments: Segments, tokens: int) -> None:
     """Before a forward: whether the rows begin where they did when the entries in this cache were compressed.
 
-    A row that held nothing but padding may begin now, and one that is done may be masked from end to end. What is
-    compiled is not looked at.
+    A row that held nothing but padding may begin now, and one that is done may be masked from end to end. Graphs
+    (`torch.compile`, CUDA's) are not looked at.
 
     Args:
         segments: of the new tokens, `tokens` of each row.
@@ -105,7 +105,7 @@ def check_starts(cache: Cache, segments: Segments, tokens: int) -> None:
         NsaError: another mask came than before, or none.
         RuntimeError: the same for single tokens on a GPU in a static cache, as in `static_segments`.
     """
-    if torch.compiler.is_compiling():
+    if in_a_graph():
         return
     layer = next((one for one in cache.layers if isinstance(one, NsaDynamicLayer | NsaStaticLayer)), None)
     if layer is None or not layer.knows_starts or (layer.starts is None and segments.starts is None):

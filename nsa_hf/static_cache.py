@@ -12,6 +12,11 @@ from nsa_hf.kernels import MeanCompressor, compress_blocks, n_blocks
 from .errors import NsaError
 
 
+def in_a_graph() -> bool:
+    """Whether what runs now is compiled or recorded, and run again with other tensors."""
+    return is_torchdynamo_compiling() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+
+
 class NsaStaticLayer(StaticLayer):
     """A `StaticLayer` that also holds the compressed entries of its keys and values, `[B, N, Hk, D]` from the start.
 
@@ -37,7 +42,7 @@ class NsaStaticLayer(StaticLayer):
         # how many tokens came last, and whether some came before whose blocks have not been compressed
         self.new_tokens = 0
         self.behind = False
-        # of the entries held, the rows' first real positions, int32 [B]; None = 0. Nothing compiled notes them.
+        # of the entries held, the rows' first real positions, int32 [B]; None = 0. No graph notes them.
         self.starts: Tensor | None = None
         self.knows_starts = False
 
@@ -96,7 +101,7 @@ class NsaStaticLayer(StaticLayer):
         if self.compressed_keys.shape[2] != keys.shape[1]:
             # a family may repeat its heads behind the cache; this happens with the first tokens only
             self.allocate_compressed(keys, values)
-        if not is_torchdynamo_compiling():
+        if not in_a_graph():
             self.starts, self.knows_starts = starts, True
         entries = self.compressed_keys.shape[1]
         if entries == 0:
