@@ -108,11 +108,14 @@ def check_starts(cache: Cache, segments: Segments, tokens: int) -> None:
     if in_a_graph():
         return
     layer = next((one for one in cache.layers if isinstance(one, NsaDynamicLayer | NsaStaticLayer)), None)
-    if layer is None or not layer.knows_starts or (layer.starts is None and segments.starts is None):
+    if layer is None or not layer.knows_starts:
         return
-    now, then, lengths = segments.starts, layer.starts, segments.lengths
-    now = torch.zeros_like(then) if now is None else now
-    then = torch.zeros_like(now) if then is None else then.to(now.device)
+    lengths = segments.lengths
+    known = layer.starts if segments.starts is None else segments.starts
+    if known is None:
+        return  # all rows began at the first token, and do
+    now = torch.zeros_like(known) if segments.starts is None else known
+    then = torch.zeros_like(known) if layer.starts is None else layer.starts.to(known.device)
     past = torch.full_like(now, segments.past) if lengths is None else lengths.to(now.device) - tokens
     moved = (now.minimum(past) != then.minimum(past)) & (now < past + tokens)
     if lengths is not None and tokens == 1 and now.device.type != "cpu":
