@@ -11,6 +11,7 @@ that needs neither, `nsa-hf --help` for one, does not wait for them.
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -53,7 +54,12 @@ class RegistersWhenImported:
 
 
 def register_now_or_when_imported() -> None:
-    """To be called once, by `import nsa_hf`."""
+    """To be called by `import nsa_hf`, and again by each that imports it anew: a notebook, `importlib.reload`."""
+    # by name: the class may be of an earlier import; two of them would ask each other without end
+    earlier = [finder for finder in sys.meta_path if type(finder).__name__ == RegistersWhenImported.__name__]
+    for finder in earlier:
+        sys.meta_path.remove(finder)
     sys.meta_path.insert(0, RegistersWhenImported())
     if TABLE in sys.modules:
-        register(sys.modules[TABLE])
+        # waits for another thread that is importing it
+        register(import_module(TABLE))

@@ -75,3 +75,43 @@ def test_registering_twice_is_registering_once() -> None:
     assert before == table.CONFIG_MAPPING_NAMES
     assert before["nsa_llama"] == "NsaLlamaConfig" and "nsa_nsa_llama" not in before
     assert table.CONFIG_MAPPING["nsa_llama"] is nsa_hf.NsaLlamaConfig
+
+
+AGAIN = """
+import importlib, sys
+import nsa_hf
+{again}
+from transformers import AutoConfig
+assert [type(finder).__name__ for finder in sys.meta_path].count("RegistersWhenImported") == 1
+print(AutoConfig.from_pretrained({folder!r}).model_type)
+"""
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        "importlib.reload(nsa_hf)",
+        "for name in [name for name in sys.modules if name.startswith('nsa_hf')]: del sys.modules[name]\nimport nsa_hf",
+    ],
+    ids=["reloaded", "forgotten"],
+)
+def test_ours_may_be_imported_anew(again: str, nsa_dir) -> None:
+    """As a notebook does."""
+    assert python(AGAIN.format(again=again, folder=str(nsa_dir))) == "nsa_llama"
+
+
+def test_another_thread_imports_transformers_meanwhile(nsa_dir) -> None:
+    code = f"""
+import sys, threading
+sys.setswitchinterval(1e-6)
+def ours():
+    while "{TABLE}" not in sys.modules:
+        pass
+    import nsa_hf
+thread = threading.Thread(target=ours)
+thread.start()
+from transformers import AutoConfig
+thread.join()
+print(AutoConfig.from_pretrained({str(nsa_dir)!r}, trust_remote_code=False).model_type)
+"""
+    assert python(code) == "nsa_llama"
