@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from nsa_hf.branches import dense_twin
+from nsa_hf.errors import NsaError
 from nsa_hf.families import initial_nsa_state
 
 from . import manifest
@@ -78,6 +79,8 @@ def convert(
     """
     out = Path(out).expanduser()
     as_dtype = parse_dtype(dtype)
+    if not isinstance(seed, int) or not -(2**62) <= seed < 2**62:
+        raise NsaError(f"seed must be a whole number of at most 62 bits, got {seed!r}")
     asked = {
         **nsa_options(options),
         "dtype": dtype_name(as_dtype) if as_dtype else None,

@@ -23,7 +23,7 @@ from nsa_hf.families import dense_config_of
 from nsa_hf.registration import PREFIX
 
 from . import manifest as manifests
-from .checkpoint import HASH, CheckpointError, SafetensorsCheckpoint, read_json
+from .checkpoint import HASH, CheckpointError, SafetensorsCheckpoint, read_json, same_bits
 from .layout import layout_of
 from .loading import read_config, reading, transformers_progress
 from .model_folder import copy_file, refuse_adapter
@@ -68,10 +68,14 @@ def export_dense(
         config = read_config(src)
         checkpoint = SafetensorsCheckpoint(src)
         layout = layout_of(config).as_stored(checkpoint.table)
-        table = {name: info for name, info in checkpoint.table.items() if name in layout.dense}
-        lacking = sorted(layout.dense.keys() - table.keys())
-        if lacking:
-            raise CheckpointError(f"{src} lacks {len(lacking)} tensors that its config asks for, {lacking[0]} for one")
+        old = {name: info for name, info in checkpoint.table.items() if name not in layout.added}
+        table = {name: old[name] for name in layout.check(old, str(src))}
+        for copy, original in layout.tied.items():
+            if copy in old and not same_bits(checkpoint.read(copy), checkpoint.read(original)):
+                raise CheckpointError(
+                    f"{src}: its config ties {copy} to {original}, but it holds two different tensors: set "
+                    "tie_word_embeddings to false in its config.json, or drop one"
+                )
         kind = HASH if manifest is None else manifests.hash_kind(manifest)
         with (
             staged_folder(out, overwrite) as stage,

@@ -144,7 +144,7 @@ class GgufContents:
         ahead = tuple(f"blk.{layer}." for layer in range(self.layers, self.keys["block_count"]))
         others = [name for name in self.tensors.keys() - needed - {ROPE_FACTORS} if not name.startswith(ahead)]
         if others:
-            raise self._refusal(f"it holds {len(others)} tensors that are no part of it, {min(others)} for one,")
+            raise self._refusal(f"it holds {len(others)} tensors that are no part of it, {min(others)} for one")
 
     def stored(self, config: PreTrainedConfig) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the model as (name, float32 tensor), made of the file's without Transformers' loader."""

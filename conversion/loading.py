@@ -19,8 +19,8 @@ from .checkpoint import CheckpointError, read_json
 from .model_folder import refuse_adapter
 
 # Fields that say how many parts there are, which are made one by one, and the most of them: the deepest model so far
-# has a thousand layers.
-MOST = {re.compile(r"(^|_)layers?$"): 1024, re.compile(r"(^|_)experts$"): 16384}
+# has a thousand layers. (Each label gets a name.)
+MOST = {re.compile(r"(^|_)layers?$"): 1024, re.compile(r"(^|_)experts$"): 16384, re.compile(r"^num_labels$"): 1 << 20}
 
 # Old checkpoints stored RoPE's frequencies in each layer; Transformers computes them and ignores these.
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")
@@ -83,7 +83,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
 
 
 def check_counts(config: Any, name: str) -> None:
-    """Refuses a config, as JSON, of more layers or experts than a model can have: Transformers makes each one by one.
+    """Refuses a config, as JSON, of more layers, experts or labels than a model can have: Transformers makes each one by one.
 
     Raises:
         CheckpointError: naming the field.

@@ -57,6 +57,9 @@ BESIDE = (
     "README.md",
     ".gitattributes",
     ".cache/huggingface/*",
+    # left by whoever looked into the folder, or imported from it
+    ".DS_Store",
+    "__pycache__/*.pyc",
     *TERMS,
 )
 # What our commands put into a folder of ours, whose manifest names the rest.

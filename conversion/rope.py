@@ -9,6 +9,7 @@ Scaling changes the dense model too: the conversion is exact beside the source w
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,7 +40,7 @@ def parse_rope_scaling(value: str | Mapping[str, Any] | None) -> dict[str, Any] 
         else:
             given = dict(value)
         kind, factor, more = given.pop("rope_type"), float(given.pop("factor")), given
-        if kind not in KINDS or factor <= 1 or not more.keys() <= KINDS[kind].keys():
+        if kind not in KINDS or not 1 < factor < math.inf or not more.keys() <= KINDS[kind].keys():
             raise ValueError
         return {"rope_type": kind, "factor": factor, **KINDS[kind], **{name: float(more[name]) for name in more}}
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -81,7 +81,7 @@ class ShardWriter:
                 filename_pattern="model{suffix}.safetensors",
                 max_shard_size=max_shard_size,
             )
-        except ValueError as error:
+        except (ValueError, OverflowError, TypeError) as error:
             raise NsaError(f"max_shard_size must be a number of bytes or like '2GB', got {max_shard_size!r}") from error
         self.file_of: dict[str, str] = dict(self.split.tensor_to_filename)
         self.lacking: dict[str, set[str]] = {file: set(names) for file, names in self.split.filename_to_tensors.items()}

@@ -28,7 +28,16 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from nsa_hf.registration import PREFIX
 
-from .checkpoint import CheckpointError, Piece, SafetensorsCheckpoint, TensorInfo, describe_file, pieces_of, read_json
+from .checkpoint import (
+    DTYPES,
+    CheckpointError,
+    Piece,
+    SafetensorsCheckpoint,
+    TensorInfo,
+    describe_file,
+    pieces_of,
+    read_json,
+)
 from .hub import download
 from .loading import load_config, load_whole, reading
 from .model_folder import COMPANIONS, INDICES, TERMS, WEIGHTS, copy_file, refuse_adapter, refuse_links_out
@@ -120,6 +129,11 @@ class SafetensorsSource(Source):
             data = read_json(folder / "config.json")
             if not data.get("model_type"):
                 raise ValueError("it names no model_type")
+            if data.get("transformers_weights"):
+                raise CheckpointError(
+                    f"{name}: its config names a weight file of its own (transformers_weights), which is not followed: "
+                    "rename that file to model.safetensors, in a folder without others, and take the field out"
+                )
         # a folder of ours names our own code, and carries a tokenizer's that was trusted at conversion
         trusted = trust_remote_code or str(data["model_type"]).startswith(PREFIX)
         if not trusted:
@@ -140,6 +154,11 @@ class SafetensorsSource(Source):
             # as Transformers' dtype="auto" has it
             floating = (info.dtype for info in self.table.values() if info.dtype.is_floating_point) if weights else ()
             config.dtype = next(iter(floating), torch.float32)
+        if not config.dtype.is_floating_point or config.dtype not in DTYPES.values():
+            raise CheckpointError(
+                f"{name}: its config says dtype {config.dtype}, and new parameters get that too: expected float32, "
+                "bfloat16 or float16"
+            )
 
     @property
     def table(self) -> dict[str, TensorInfo]:

@@ -151,6 +151,8 @@ def _stage(out: Path, overwrite: bool, job: Mapping[str, Any] | None) -> Iterato
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | SystemExit)
         if lock is not None and not (stopped and job is not None):
+            if os.path.lexists(stage.replaced) and not os.path.lexists(target):
+                stage.replaced.rename(target)
             shutil.rmtree(stage.place, ignore_errors=True)
         for folder in made:
             with suppress(OSError):

@@ -70,7 +70,7 @@ class NsaConfigMixin(NsaFields, SavedConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise NsaError(f"{name} must be an int of at least 1, got {value!r}")
-        if not 0 <= self.nsa_gate_blend <= 1:
+        if not isinstance(self.nsa_gate_blend, int | float) or not 0 <= self.nsa_gate_blend <= 1:
             raise NsaError(f"nsa_gate_blend must be between 0 and 1, got {self.nsa_gate_blend!r}")
         self.nsa_dense_layers = self.checked_layers(self.nsa_dense_layers or [])
 
@@ -87,7 +87,9 @@ class NsaConfigMixin(NsaFields, SavedConfig):
 
     def checked_layers(self, layers: list[int]) -> list[int]:
         count = self.num_hidden_layers  # type: ignore[attr-defined]
-        if isinstance(layers, str) or not all(isinstance(layer, int) and -count <= layer < count for layer in layers):
+        if not isinstance(layers, list | tuple | set) or not all(
+            isinstance(layer, int) and -count <= layer < count for layer in layers
+        ):
             raise NsaError(f"nsa_dense_layers must be layers within {-count} .. {count - 1}, got {layers!r}")
         return sorted({layer % count for layer in layers})
 

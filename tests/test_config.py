@@ -40,11 +40,13 @@ def test_every_field_is_documented_and_flat():
         ({"nsa_compression": "max"}, "nsa_compression must be one of mean, linear, mlp, got 'max'"),
         ({"nsa_gate": "softmax"}, "nsa_gate must be one of residual, sigmoid, blend"),
         ({"nsa_gate_blend": 1.5}, "nsa_gate_blend must be between 0 and 1, got 1.5"),
+        ({"nsa_gate_blend": "half"}, "nsa_gate_blend must be between 0 and 1, got 'half'"),
         ({"nsa_gate_dim": 0}, "nsa_gate_dim must be an int of at least 1, got 0"),
         ({"nsa_format": 99}, "nsa_format is 99, .* newer"),
         ({"nsa_rope_order": "pre"}, "nsa_rope_order='pre' is not supported yet"),
         ({"nsa_branch_kv": "own"}, "nsa_branch_kv must be one of shared, independent, got 'own'"),
         ({"nsa_dense_layers": [32]}, "nsa_dense_layers must be layers within -32 .. 31"),
+        ({"nsa_dense_layers": 5}, "nsa_dense_layers must be layers within -32 .. 31, got 5"),
     ],
 )
 def test_broken_rules_name_field_value_and_rule(fields, message):

@@ -199,6 +199,8 @@ def poison(value: float, name: str = "model.layers.1.mlp.up_proj.weight"):
         (lambda d: None, {"topq": 1}, "unknown option 'topq'"),
         (lambda d: None, {"dtype": "int4"}, "dtype must be one of"),
         (lambda d: None, {"max_shard_size": "many"}, "max_shard_size must be"),
+        (lambda d: None, {"max_shard_size": "1e400GB"}, "max_shard_size must be"),
+        (lambda d: None, {"seed": 10**30}, "seed must be a whole number of at most 62 bits"),
         (lambda d: None, {"dense_layers": [3]}, "nsa_dense_layers must be layers within"),
     ],
 )

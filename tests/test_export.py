@@ -107,6 +107,23 @@ def test_a_model_trained_and_saved_elsewhere_goes_back_too(converted, tiny_dense
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("v_head.weight", (1, 48), r"1 unknown tensors \(v_head.weight\)"),
+        ("lm_head.weight", (256, 48), "ties lm_head.weight to model.embed_tokens.weight, but it holds two different"),
+    ],
+)
+def test_what_would_be_lost_is_named(name, shape, message, converted, tmp_path):
+    """Transformers leaves a head untied that differs: dense, with the embedding for a head, it would be another."""
+    (converted / "manifest.json").unlink()
+    weights = {**load_file(converted / "model.safetensors"), name: torch.ones(shape)}
+    save_file(weights, converted / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=message):
+        export_dense(converted, tmp_path / "dense")
+    assert not (tmp_path / "dense").exists()
+
+
 def test_the_bare_word_trained_skips_no_check(converted, tmp_path):
     weights = load_file(converted / "model.safetensors")
     weights["model.norm.weight"].view(torch.int32)[3] ^= 1

@@ -110,9 +110,10 @@ def test_what_is_not_the_models_shape_may_be_edited(nsa_dir, tmp_path):
     (folder / "manifest.json").write_text('{"name": "an app"}')
     edit_config(folder, {"nsa_topk": 6})
     assert AutoModelForCausalLM.from_pretrained(folder).config.nsa_topk == 6
-    (folder / "manifest.json").write_text("{")
-    with pytest.raises(NsaError, match=r"manifest.json is damaged"):
-        AutoModelForCausalLM.from_pretrained(folder)
+    for damaged in ("{", "[" * 100_000):
+        (folder / "manifest.json").write_text(damaged)
+        with pytest.raises(NsaError, match=r"manifest.json is damaged"):
+            AutoModelForCausalLM.from_pretrained(folder)
 
 
 def test_devices():

@@ -64,6 +64,12 @@ def test_every_family_s_name_for_them_wherever_it_stands(name):
         check_counts({"text_config": [{name: 999_999}]}, "config.json")
 
 
+def test_nor_a_billion_names_of_labels(dense_dir, soon):
+    edit_config(dense_dir, num_labels=10**9)
+    with pytest.raises(CheckpointError, match="num_labels is 1,000,000,000, and no model has more than 1,048,576"):
+        plan(dense_dir)
+
+
 @pytest.mark.parametrize(
     "field", ["hidden_size", "intermediate_size", "vocab_size", "head_dim", "num_key_value_heads", "pad_token_id"]
 )

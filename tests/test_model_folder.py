@@ -69,6 +69,10 @@ def test_models_may_be_replaced_and_what_a_user_put_beside_them_not(dense_dir, t
         (out / name).write_text("{}")
     assert foreign_files(out) == []
     assert foreign_files(dense_dir) == []
+    for name in (".DS_Store", "__pycache__/modeling_nsa.cpython-311.pyc"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_bytes(b"")
+    assert foreign_files(out) == []
     for name in ("notes.txt", "app.py", ".git/config", "src/data.json", "vocabulary.docx"):
         path = dense_dir / name
         path.parent.mkdir(exist_ok=True)

@@ -70,7 +70,18 @@ def test_how_it_is_written():
     assert parse_rope_scaling(None) is None
     assert parse_rope_scaling(" YaRN:4") == parse_rope_scaling({"rope_type": "yarn", "factor": 4})
     assert parse_rope_scaling({"rope_type": "llama3", "factor": 8, "low_freq_factor": 2})["low_freq_factor"] == 2
-    for wrong in ("yarn", "ntk:4", "yarn:1", "yarn:x", "yarn:4:2", {"rope_type": "yarn"}, 4, {"factor": 2}):
+    for wrong in (
+        "yarn",
+        "ntk:4",
+        "yarn:1",
+        "yarn:x",
+        "yarn:4:2",
+        "yarn:inf",
+        "linear:nan",
+        {"rope_type": "yarn"},
+        4,
+        {"factor": 2},
+    ):
         with pytest.raises(NsaError, match="rope_scaling must be KIND:FACTOR with a kind of yarn, linear, llama3"):
             parse_rope_scaling(wrong)
 

@@ -137,6 +137,9 @@ def test_a_card_that_says_nothing_is_no_error(dense_dir, text):
         (lambda d: edit_config(d, hidden_size="wide"), "cannot read .*hidden_size"),
         (lambda d: edit_config(d, quantization_config={"quant_method": "gptq", "bits": 4}), "is quantised .*gptq"),
         (lambda d: (d / "model.safetensors").unlink(), "holds no weights"),
+        (lambda d: edit_config(d, transformers_weights="other.safetensors"), "names a weight file of its own"),
+        (lambda d: edit_config(d, dtype="float8_e4m3fn"), "its config says dtype torch.float8_e4m3fn"),
+        (lambda d: edit_config(d, dtype="int8"), "its config says dtype torch.int8"),
     ],
 )
 def test_bad_folders_are_refused(dense_dir, spoil, message):

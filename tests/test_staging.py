@@ -190,6 +190,21 @@ def test_killed_between_the_two_renames_the_old_model_comes_back(tmp_path, monke
     assert tree(out) == {"config.json": CONFIG, "old.safetensors": "old"}
 
 
+def test_stopped_between_the_two_renames_the_old_model_is_put_back(tmp_path, monkeypatch):
+    out = model_folder(tmp_path / "out")
+    rename = Path.rename
+
+    def stopped(self, target):
+        if self.name == "model":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises(KeyboardInterrupt), staged_folder(out, overwrite=True) as stage:
+        (stage / "a").write_text("1")
+    assert tree(tmp_path) == {"out/config.json": CONFIG, "out/old.safetensors": "old"}
+
+
 def test_killed_after_the_renames_what_was_replaced_is_cleared(tmp_path):
     out = model_folder(tmp_path / "out")
     (tmp_path / ".out.unfinished" / "replaced").mkdir(parents=True)
