@@ -83,7 +83,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
 
 
 def check_counts(config: Any, name: str) -> None:
-    """Refuses a config, as JSON, of more layers, experts or labels than a model can have: Transformers makes each one by one.
+    """Refuses a config, as JSON, of more layers, experts or labels than a model can have; Transformers makes each one.
 
     Raises:
         CheckpointError: naming the field.

@@ -141,8 +141,9 @@ def make_family(model_type: str) -> Family:
         **shared,
     )  # fmt: skip
     globals().update({sparse.__name__: sparse for sparse in made.values()})
-    AutoModel.register(config, made[dense.model])
-    AutoModelForCausalLM.register(config, made[dense.causal_lm])
+    # anew, where nsa_hf was imported anew
+    AutoModel.register(config, made[dense.model], exist_ok=True)
+    AutoModelForCausalLM.register(config, made[dense.causal_lm], exist_ok=True)
     put_into_transformers(made[dense.causal_lm], config.model_type)
     # how experts and their like are stored
     for name in (model_type, dense.model.__name__, dense.causal_lm.__name__):

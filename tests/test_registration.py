@@ -80,11 +80,11 @@ def test_registering_twice_is_registering_once() -> None:
 AGAIN = """
 import importlib, sys
 import nsa_hf
+{before}
 {again}
 from transformers import AutoConfig
 assert [type(finder).__name__ for finder in sys.meta_path].count("RegistersWhenImported") == 1
-print(AutoConfig.from_pretrained({folder!r}).model_type)
-"""
+print(AutoConfig.from_pretrained({folder!r}).model_type)"""
 
 
 @pytest.mark.parametrize(
@@ -95,9 +95,11 @@ print(AutoConfig.from_pretrained({folder!r}).model_type)
     ],
     ids=["reloaded", "forgotten"],
 )
-def test_ours_may_be_imported_anew(again: str, nsa_dir) -> None:
+@pytest.mark.parametrize("before", ["", "nsa_hf.NsaLlamaForCausalLM"], ids=["untouched", "made"])
+def test_ours_may_be_imported_anew(again: str, before: str, nsa_dir) -> None:
     """As a notebook does."""
-    assert python(AGAIN.format(again=again, folder=str(nsa_dir))) == "nsa_llama"
+    then = AGAIN.format(before=before, again=again, folder=str(nsa_dir))
+    assert python(f"{then}; assert isinstance(nsa_hf.NsaLlamaForCausalLM, type)") == "nsa_llama"
 
 
 def test_another_thread_imports_transformers_meanwhile(nsa_dir) -> None:
