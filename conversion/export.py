@@ -91,6 +91,8 @@ def export_dense(
             if manifest is None:
                 open_source(src).save_companions(stage)
             for name in (manifest or {}).get("companions", []):
+                if (stage / name).exists():
+                    raise CheckpointError(f"{src}: its manifest calls {name} a companion: convert again")
                 copy_file(src, name, stage)
             write_json(stage / RESULT, report)
     return report

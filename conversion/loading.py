@@ -74,11 +74,18 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
     """Transformers' config of a folder.
 
     Raises:
-        CheckpointError: there is none, it cannot be read, or it asks for more parts than a model can have.
+        CheckpointError: there is none, it cannot be read, asks for more parts than a model can have, or names another
+            weight file than we read.
     """
     path = folder / "config.json"
     with reading(path):
-        check_counts(read_json(path), str(path))
+        said = read_json(path)
+        check_counts(said, str(path))
+        if said.get("transformers_weights"):
+            raise CheckpointError(
+                f"{path} names a weight file of its own (transformers_weights), which is not followed: rename that "
+                "file to model.safetensors, in a folder without others, and take the field out"
+            )
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 

@@ -30,6 +30,7 @@ from .checkpoint import (
 )
 from .layout import dtype_name
 from .loading import read_config
+from .rope import parse_rope_scaling
 from .staging import write_json
 
 NAME = MANIFEST
@@ -235,7 +236,7 @@ def check(manifest: Any) -> None:
                 check_fields(said["source"], tensor, {}, f"{where} {name}: source: ")
     check_fields(manifest.get("options", {}), {}, {"rope_scaling": dict}, "options.")
     if scaling := manifest.get("options", {}).get("rope_scaling"):
-        check_fields(scaling, {"rope_type": str, "factor": (int, float)}, {}, "options.rope_scaling.")
+        parse_rope_scaling(scaling)
     for name in manifest.get("companions", []):
         if not isinstance(name, str):
             raise ValueError(f"companions must hold names, got {name!r:.40}")

@@ -9,7 +9,6 @@ Scaling changes the dense model too: the conversion is exact beside the source w
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +22,8 @@ KINDS: dict[str, dict[str, float]] = {
     "linear": {},
     "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
 }
+# Any more makes no positions that a computer could count.
+LARGEST = 1e6
 
 
 def parse_rope_scaling(value: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -40,7 +41,7 @@ def parse_rope_scaling(value: str | Mapping[str, Any] | None) -> dict[str, Any] 
         else:
             given = dict(value)
         kind, factor, more = given.pop("rope_type"), float(given.pop("factor")), given
-        if kind not in KINDS or not 1 < factor < math.inf or not more.keys() <= KINDS[kind].keys():
+        if kind not in KINDS or not 1 < factor <= LARGEST or not more.keys() <= KINDS[kind].keys():
             raise ValueError
         return {"rope_type": kind, "factor": factor, **KINDS[kind], **{name: float(more[name]) for name in more}}
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -129,11 +129,6 @@ class SafetensorsSource(Source):
             data = read_json(folder / "config.json")
             if not data.get("model_type"):
                 raise ValueError("it names no model_type")
-            if data.get("transformers_weights"):
-                raise CheckpointError(
-                    f"{name}: its config names a weight file of its own (transformers_weights), which is not followed: "
-                    "rename that file to model.safetensors, in a folder without others, and take the field out"
-                )
         # a folder of ours names our own code, and carries a tokenizer's that was trusted at conversion
         trusted = trust_remote_code or str(data["model_type"]).startswith(PREFIX)
         if not trusted:

@@ -16,6 +16,9 @@ FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 
 def main(arguments: list[str] | None = None) -> None:
     """The entry point: runs one command and leaves with its exit code."""
+    if hasattr(sys.stdout, "reconfigure"):
+        # a model writes any letter, a path has any byte, and a terminal or file knows some of them
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 

@@ -1,4 +1,5 @@
 import inspect
+import io
 import json
 import os
 import resource
@@ -51,6 +52,16 @@ def test_every_command_and_parameter_explains_itself(name, capsys):
     assert COMMANDS[name].help
     for parameter in COMMANDS[name].params:
         assert getattr(parameter, "help", None), f"{name} {parameter.name}"
+
+
+def test_letters_that_the_output_has_not_are_written_out(nsa_dir, monkeypatch):
+    """As where it goes into a file of an older encoding."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
+    with pytest.raises(SystemExit) as left:
+        main(["generate", str(nsa_dir), "--prompt", "hello", "--max-new-tokens", "12", "--device", "cpu"])
+    assert left.value.code == 0
+    assert b"\\ufffd" in written.getvalue()  # half a character, by the byte tokenizer
 
 
 def test_train_help_names_the_settings(capsys):

@@ -124,6 +124,21 @@ def test_what_would_be_lost_is_named(name, shape, message, converted, tmp_path):
     assert not (tmp_path / "dense").exists()
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_no_companion_replaces_the_model(name, converted, tmp_path):
+    manifest.write(converted, {**manifest.read(converted), "companions": [name]})
+    with pytest.raises(CheckpointError, match=f"its manifest calls {name} a companion"):
+        export_dense(converted, tmp_path / "dense")
+    assert not (tmp_path / "dense").exists()
+
+
+def test_other_weights_than_a_config_names_are_not_exported(converted, tmp_path):
+    config = json.loads((converted / "config.json").read_text())
+    (converted / "config.json").write_text(json.dumps({**config, "transformers_weights": "other.safetensors"}))
+    with pytest.raises(CheckpointError, match="names a weight file of its own"):
+        export_dense(converted, tmp_path / "dense")
+
+
 def test_the_bare_word_trained_skips_no_check(converted, tmp_path):
     weights = load_file(converted / "model.safetensors")
     weights["model.norm.weight"].view(torch.int32)[3] ^= 1

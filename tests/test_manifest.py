@@ -133,6 +133,15 @@ def test_fields_of_wrong_types_are_named(converted, tiny_dense_dir, tmp_path, pl
             manifest.read(tmp_path)
 
 
+@pytest.mark.parametrize("scaling", [{"rope_type": "zz", "factor": 2}, {"rope_type": "yarn", "factor": 1e308}, {}, "x"])
+def test_a_scaling_that_is_none_is_named(converted, tmp_path, scaling):
+    record = manifest.read(converted)
+    options = {**record["options"], "rope_scaling": scaling or {"rope_type": "yarn"}}
+    (tmp_path / manifest.NAME).write_text(json.dumps({**record, "options": options}))
+    with pytest.raises(CheckpointError, match=r"is damaged \(.*rope_scaling must be"):
+        manifest.read(tmp_path)
+
+
 @pytest.mark.parametrize("text", ["[" * 5000, '{"a": ' * 5000 + "1" + "}" * 5000, '{"format": %s}' % ("9" * 5000)])
 def test_depth_and_length_are_no_traceback(tmp_path, text):
     (tmp_path / manifest.NAME).write_text(text)

@@ -78,6 +78,7 @@ def test_how_it_is_written():
         "yarn:4:2",
         "yarn:inf",
         "linear:nan",
+        "yarn:1e308",
         {"rope_type": "yarn"},
         4,
         {"factor": 2},
