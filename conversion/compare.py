@@ -67,7 +67,7 @@ def token_windows(
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a checkpoint has a tokenizer beside it."""
-    return any(folder.glob("tokenizer*"))
+    return any(path for pattern in ("tokenizer*", "vocab.*") for path in folder.glob(pattern))
 
 
 def check_token_ids(ids: Tensor, vocabulary: int) -> None:

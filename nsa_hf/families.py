@@ -24,6 +24,7 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTr
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
 from .attention import NsaAttentionMixin
 from .branches import dense_twin
@@ -144,6 +145,9 @@ def make_family(model_type: str) -> Family:
     # anew, where nsa_hf was imported anew
     AutoModel.register(config, made[dense.model], exist_ok=True)
     AutoModelForCausalLM.register(config, made[dense.causal_lm], exist_ok=True)
+    # of a folder whose files do not name its tokenizer's class
+    if (tokenizer := TOKENIZER_MAPPING.get(dense.config, None)) is not None:
+        TOKENIZER_MAPPING.register(config, tokenizer, exist_ok=True)
     put_into_transformers(made[dense.causal_lm], config.model_type)
     # how experts and their like are stored
     for name in (model_type, dense.model.__name__, dense.causal_lm.__name__):

@@ -14,6 +14,8 @@ import pytest
 import torch
 from gguf_file import write_gguf
 from safetensors.torch import load_file, save_file
+from tiny_families import tiny_dense
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import nsa_hf
@@ -23,6 +25,7 @@ from nsa_hf.conversion.checkpoint import CheckpointError, SafetensorsCheckpoint,
 from nsa_hf.conversion.shards import ShardWriter
 from nsa_hf.conversion.staging import OutputError
 from nsa_hf.families import initial_nsa_state
+from nsa_hf.recipes.load import load_tokenizer
 
 # the module: the package's attribute of that name is the function
 convert_module = importlib.import_module("nsa_hf.conversion.convert")
@@ -160,6 +163,19 @@ def test_a_sharded_source_and_a_converted_layer_choice(tiny_dense_dir, tmp_path)
 def test_from_python_by_the_short_name(tiny_dense_dir, tmp_path):
     assert nsa_hf.convert is convert
     assert manifest.read(nsa_hf.convert(str(tiny_dense_dir), str(tmp_path / "out"), topk=5))["options"]["nsa_topk"] == 5
+
+
+def test_a_tokenizer_whose_class_only_the_family_tells(tmp_path, tiny_sizes):
+    """As old folders have it: vocabulary and merges."""
+    tiny_dense("qwen2").save_pretrained(tmp_path / "dense")
+    alphabet = sorted(ByteLevel.alphabet())
+    (tmp_path / "dense" / "vocab.json").write_text(json.dumps({letter: at for at, letter in enumerate(alphabet)}))
+    (tmp_path / "dense" / "merges.txt").write_text("#version: 0.2\n")
+    out = convert(tmp_path / "dense", tmp_path / "out", **tiny_sizes)
+    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "dense", out))
+    assert type(after) is type(before)
+    assert after("hi").input_ids == before("hi").input_ids == [71, 72]
+    assert type(load_tokenizer(out)) is type(before)
 
 
 def test_a_gguf_source(tmp_path):
