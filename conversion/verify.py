@@ -119,6 +119,8 @@ def verify(
         compare_logits(comparison, labels.to(device), dense, reference, sparse, hidden)
     exact_range = comparison.between(0, min(exact_tokens, length))
     exact, why = judge(manifest, tensors, exact_range.max_abs_diff, exact_range.top1_gap, changed_files)
+    if exact and manifest is None and scaling:
+        exact, why = None, f"not proved: its config scales RoPE, and the source's does not; scaled alike, {why}"
     read = {name for name, _ in windows}
     used = [text for text in chosen if text[0] in read]
     result = {
@@ -236,7 +238,9 @@ def render_verify(result: dict[str, Any]) -> RenderableType:
     facts = Table(title=f"{escape(result['source'])} and its {result['model_type']}", show_header=False)
     facts.add_row(f"Up to {exact['up_to']:,} tokens", f"{verdict}{escape(result['why'])}")
     if scaling := result.get("rope_scaling"):
-        facts.add_row("Source's RoPE", f"scaled as at conversion: {scaling['rope_type']}, factor {scaling['factor']:g}")
+        facts.add_row(
+            "Source's RoPE", f"scaled as the converted one: {scaling['rope_type']}, factor {scaling['factor']:g}"
+        )
     facts.add_row("Tensors kept bit for bit", f"{tensors['kept']} of {tensors['of']}")
     if tensors["unlike_manifest"] is not None:
         facts.add_row(

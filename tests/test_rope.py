@@ -50,7 +50,7 @@ def test_verify_compares_with_the_scaled_source(tiny_dense_dir, tiny_sizes, tmp_
     text = ("text", "for i in range(10):\n    print(i)\n" * 40)
     result = verify(tiny_dense_dir, tmp_path / "nsa", length=100, documents=1, texts=[text])
     assert result["exact"] is True and result["rope_scaling"] == {"rope_type": "yarn", "factor": 2.0}
-    assert "scaled as at conversion: yarn, factor 2" in rendered(render_verify(result))
+    assert "scaled as the converted one: yarn, factor 2" in rendered(render_verify(result))
     (tmp_path / "nsa" / "manifest.json").unlink()  # as a folder that Trainer saved
     again = verify(tiny_dense_dir, tmp_path / "nsa", length=100, documents=1, texts=[text])
     assert again["exact"] is True and again["rope_scaling"] == {"rope_type": "yarn", "factor": 2.0}

@@ -294,6 +294,16 @@ def test_a_folder_that_was_saved_elsewhere_is_held_against_its_source(tiny_dense
     assert "not proved" in console.file.getvalue()
 
 
+def test_scaling_that_nothing_vouches_for_is_not_called_exact(tiny_dense_dir, copy):
+    (copy / "manifest.json").unlink()
+    config = json.loads((copy / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    (copy / "config.json").write_text(json.dumps(config))
+    result = verify(tiny_dense_dir, copy, length=100, documents=1)
+    assert (result["exact"], result["tensors"]["kept"]) == (None, 29)
+    assert result["why"].startswith("not proved: its config scales RoPE, and the source's does not; scaled alike, all")
+
+
 def test_of_a_tensor_lost_elsewhere_nothing_is_made_up(tiny_dense_dir, copy):
     tensors = load_file(copy / "model.safetensors")
     del tensors[NORM]
