@@ -53,7 +53,8 @@ def test_verify_compares_with_the_scaled_source(tiny_dense_dir, tiny_sizes, tmp_
     assert "scaled as the converted one: yarn, factor 2" in rendered(render_verify(result))
     (tmp_path / "nsa" / "manifest.json").unlink()  # as a folder that Trainer saved
     again = verify(tiny_dense_dir, tmp_path / "nsa", length=100, documents=1, texts=[text])
-    assert again["exact"] is True and again["rope_scaling"] == {"rope_type": "yarn", "factor": 2.0}
+    assert again["exact"] is None and again["why"].startswith("not proved: its config scales RoPE")
+    assert again["rope_scaling"] == {"rope_type": "yarn", "factor": 2.0}
     said = plan(tiny_dense_dir, rope_scaling="yarn:2", **tiny_sizes)
     assert "64 tokens, with its RoPE scaled alike (yarn, factor 2)" in rendered(render_plan(said))
 
