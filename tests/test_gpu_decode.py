@@ -202,7 +202,7 @@ def test_generate_compiles_steps_over_a_long_static_cache() -> None:
     assert compiled < 0.005 and kernels < 0.05
 
 
-HOLES = """
+ANOTHER_MASK = """
 import torch
 from test_triton_model import make_model
 from transformers import StaticCache
@@ -216,17 +216,22 @@ with torch.no_grad():
     model(tokens[:, 48:49], **{CACHE: cache}, attention_mask=mask[:, :49])
     torch.cuda.synchronize()
     print("right", flush=True)
-    mask[1, 7] = 0
+    mask[1, MASKED] = 0
     model(tokens[:, 49:], **{CACHE: cache}, attention_mask=mask)
     torch.cuda.synchronize()
 print("wrong")
 """
 
 
-def test_a_step_stops_at_a_mask_with_holes() -> None:
+@pytest.mark.parametrize(
+    ("masked", "message"),
+    [("7", "attention_mask has holes"), ("3:5", "rows begin at other tokens than when this cache was filled")],
+)
+def test_a_step_stops_at_a_wrong_mask(masked: str, message: str) -> None:
     """In a process of its own: what fails on a GPU ends all work there."""
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     environment = os.environ | {"PYTHONPATH": paths}
-    ran = subprocess.run([sys.executable, "-c", HOLES], env=environment, capture_output=True, text=True)
+    script = ANOTHER_MASK.replace("MASKED", masked)
+    ran = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert ran.returncode != 0 and ran.stdout == "right\n"
-    assert "attention_mask has holes" in ran.stderr
+    assert message in ran.stderr

@@ -117,18 +117,32 @@ def test_generation_on_a_gpu_is_that_on_the_cpu() -> None:
 
 
 @pytest.mark.gpu
-def test_a_static_decoding_step_waits_for_nothing() -> None:
+@pytest.mark.parametrize("padding", [None, 7])
+def test_a_static_decoding_step_waits_for_nothing(padding: int | None) -> None:
     """No value is read off the device, and the step can be captured as a CUDA graph by hand."""
     model, x = make_model("cuda"), torch.randint(3, 256, (2, TOKENS), device="cuda")
-    cache, eager = (StaticCache(model.config, max_cache_len=TOKENS + 20) for _ in range(2))
+    room = TOKENS + 20
+    cache, eager = (StaticCache(model.config, max_cache_len=room) for _ in range(2))
+    mask = None
+    if padding is not None:
+        mask = (torch.arange(room, device="cuda") < 50).long().expand(2, room).contiguous()
+        mask[1, :padding] = 0
     with torch.no_grad():
         for held in (cache, eager):
-            model(x[:, :50], **{CACHE: held})
+            model(x[:, :50], attention_mask=None if mask is None else mask[:, :50], **{CACHE: held})
         token, position = x[:, 50:51].clone(), torch.full((2, 1), 50, device="cuda")
 
         def step(held: Cache) -> Tensor:
-            return model(token, position_ids=position, **{CACHE: held}).logits
+            return model(token, attention_mask=mask, position_ids=position, **{CACHE: held}).logits
 
+        def move_to(place: int) -> None:
+            token.copy_(x[:, place : place + 1])
+            position.fill_(place)
+            if mask is not None:
+                mask[:, 50 : place + 1] = 1
+                position[1] -= padding
+
+        move_to(50)
         torch.cuda.set_sync_debug_mode("error")
         try:
             step(eager), step(cache)
@@ -139,7 +153,6 @@ def test_a_static_decoding_step_waits_for_nothing() -> None:
         with torch.cuda.graph(graph, stream=side):
             captured = step(cache)
         for place in range(50, TOKENS):
-            token.copy_(x[:, place : place + 1])
-            position.fill_(place)
+            move_to(place)
             graph.replay()
             torch.testing.assert_close(captured, step(eager), atol=1e-4, rtol=1e-4)
