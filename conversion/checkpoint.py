@@ -101,8 +101,7 @@ class SafetensorsCheckpoint:
     """The weights of a folder.
 
     Args:
-        folder: holds `model.safetensors`, or `model.safetensors.index.json` and the files it names, or files with other
-            names and no index, which then must not share a tensor.
+        folder: holds `model.safetensors`, or `model.safetensors.index.json` and the files it names.
         only: name of the one file to open, whatever else is there.
 
     Attributes:
@@ -110,7 +109,8 @@ class SafetensorsCheckpoint:
         table: name to TensorInfo, in the files' order.
 
     Raises:
-        CheckpointError: no weights, a missing or damaged file, or an index that disagrees with the files.
+        CheckpointError: no weights, or under names that Transformers does not load; a missing or damaged file, or an
+            index that disagrees with the files.
     """
 
     def __init__(self, folder: Path, only: str | None = None):
@@ -119,7 +119,7 @@ class SafetensorsCheckpoint:
         self.file_of: dict[str, Path] = {}
         self.begin: dict[str, int] = {}
         expected = self._weight_map() if only is None else {}
-        shards = [only] if only else sorted({*expected.values()}) if expected else self._loose_files()
+        shards = [only] if only else sorted({*expected.values()}) if expected else [self._single_file()]
         missing = [name for name in shards if not (folder / name).is_file()]
         if missing:
             raise CheckpointError(f"{folder} lacks {', '.join(missing)}, which its index names: download it again")
@@ -143,14 +143,17 @@ class SafetensorsCheckpoint:
                 f"{path} is not an index of safetensors files ({error!r}): download it again"
             ) from error
 
-    def _loose_files(self) -> list[str]:
+    def _single_file(self) -> str:
         if (self.folder / SINGLE).is_file():
-            return [SINGLE]
+            return SINGLE
         names = sorted(path.name for path in self.folder.glob("*.safetensors"))
         if names:
             if any("-of-" in name for name in names):
                 raise CheckpointError(f"{self.folder} has shards but no {INDEX}: download it again")
-            return names
+            how = f"rename it to {SINGLE}" if len(names) == 1 else "save the model with save_pretrained"
+            raise CheckpointError(
+                f"{self.folder} has its weights as {', '.join(names)}, which Transformers does not load: {how}"
+            )
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in self.folder.glob(pattern))
         if pickles:
             raise CheckpointError(

@@ -272,6 +272,8 @@ def open_source(
     """
     from .gguf_source import GgufSource  # here: it imports this module
 
+    if not str(src):
+        raise CheckpointError("the source is empty: expected a model's folder, a .gguf file or a Hub id")
     path = Path(src).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         refuse_adapter(path.parent)

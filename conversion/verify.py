@@ -85,9 +85,9 @@ def verify(
         NsaError: the source or the checkpoint is not as it must be, or the texts are too short.
     """
     began = time.perf_counter()
-    for name, value, least in (("length", length, 2), ("documents", documents, 1)):
-        if not isinstance(value, int) or value < least:
-            raise NsaError(f"{name} must be an int of at least {least}, got {value!r}")
+    for name, value, least, most in (("length", length, 2, 1 << 24), ("documents", documents, 1, 10_000)):
+        if not isinstance(value, int) or not least <= value <= most:
+            raise NsaError(f"{name} must be an int of at least {least} and at most {most:,}, got {value!r}")
     out = Path(out).expanduser()
     with transformers_progress(progress):
         manifest = manifests.find(out)

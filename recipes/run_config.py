@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -125,6 +126,9 @@ def make_run_config(values: dict[str, Any]) -> RunConfig:
     missing = [f.name for f in fields(RunConfig) if f.default is MISSING and not checked.get(f.name)]
     if missing:
         raise RunConfigError(f"no value for {' and '.join(missing)}: write it in the run file or add {missing[0]}=...")
+    for name in ("model", "out", "data", "held_out"):
+        if name in checked:
+            checked[name] = os.path.expanduser(checked[name])  # "~", which no shell expands behind "model="
     config = RunConfig(**checked)
     for name, least in RULES.items():
         value = getattr(config, name)

@@ -12,7 +12,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -30,15 +30,17 @@ from .cli import INTERRUPTED
 from .generate import SEEDS, TEMPERATURES, as_one_text
 from .load import check_token_ids, load_tokenizer
 
+# Names of how long an answer may be, in requests and in the generation config that one can hold.
+MOST_TOKENS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens", "max_length")
 # The least and the largest value of a request's numbers; all may be absent or null.
 NUMBERS = {
-    **dict.fromkeys(("max_tokens", "max_completion_tokens", "max_output_tokens"), (1, math.inf)),
+    **dict.fromkeys(MOST_TOKENS, (1, math.inf)),
     "temperature": (0, TEMPERATURES[1]),
     "top_p": (0, 1),
     "frequency_penalty": (-0.99, 100),
     "seed": SEEDS,
 }
-WHOLE = ("max_tokens", "max_completion_tokens", "max_output_tokens", "seed")
+WHOLE = (*MOST_TOKENS, "seed")
 # What each of the server's handlers makes an answer to.
 NEEDED = {"ChatCompletionHandler": "messages", "CompletionHandler": "prompt", "ResponseHandler": "input"}
 
@@ -72,7 +74,7 @@ def serve(out: Path, arguments: list[str]) -> None:
 def settle() -> None:
     """Puts our parts into Transformers' server, for good: this process is the server."""
     from transformers import StoppingCriteriaList
-    from transformers.cli.serving import server, utils
+    from transformers.cli.serving import response, server, utils
 
     validate, build = utils.BaseHandler._validate_request, server.build_server
     stopping = Event()
@@ -114,8 +116,27 @@ def settle() -> None:
         return application
 
     utils.BaseHandler._validate_request = validate_request
+    for handler, name in (
+        (utils.BaseHandler, "get_processor_inputs_from_messages"),
+        (response.ResponseHandler, "_normalize_input"),
+    ):
+        setattr(handler, name, staticmethod(understood(getattr(handler, name))))
     utils.GenerateManager = WithinTheModel
     server.build_server = build_server
+
+
+def understood(read: Callable[..., Any]) -> Callable[..., Any]:
+    """The server's `read`, for which what a request lacks, or has of another kind, is the request's fault."""
+
+    def read_or_refuse(*args: Any) -> Any:
+        try:
+            return read(*args)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise NsaError(
+                f"the request cannot be read, something in it is missing or of another kind: {error!r}"
+            ) from None
+
+    return read_or_refuse
 
 
 def stop_well(server_class: Any, stopping: Event) -> None:
@@ -144,15 +165,7 @@ def stop_well(server_class: Any, stopping: Event) -> None:
 def check_request(body: Mapping[str, Any], needed: str | None = None) -> None:
     """Whether the server can answer a request at all, which must have `needed`; ValueError with what is wrong in it."""
     json.dumps(body, ensure_ascii=False).encode()  # halves of characters, which JSON can hold
-    for name, (least, largest) in NUMBERS.items():
-        value = body.get(name)
-        kinds = int if name in WHOLE else (int, float)
-        if value is None:
-            continue
-        if not isinstance(value, kinds) or isinstance(value, bool) or not least <= value <= largest:
-            kind = "a whole number" if name in WHOLE else "a number"
-            most = "" if largest == math.inf else f" and at most {largest}"
-            raise NsaError(f"{name} must be {kind} of at least {least}{most}, got {value!r}")
+    check_numbers(body)
     if 0 < (body.get("temperature") or 0) < TEMPERATURES[0]:
         raise NsaError(f"temperature must be 0 (the likeliest token) or at least 1e-6, got {body['temperature']}")
     if body.get("n") not in (None, 1):
@@ -166,10 +179,23 @@ def check_request(body: Mapping[str, Any], needed: str | None = None) -> None:
     config = body.get("generation_config")
     if config is not None and not (isinstance(config, str) and isinstance(json.loads(config), dict)):
         raise NsaError(f"generation_config must be an object, written as JSON in a text, got {config!r}")
+    check_numbers(json.loads(config or "{}"))
     if needed is not None and not body.get(needed):
         raise NsaError(f"{needed} is empty or missing: there is nothing to answer")
     if needed == "messages":
         check_messages(body["messages"])
+
+
+def check_numbers(body: Mapping[str, Any]) -> None:
+    for name, (least, largest) in NUMBERS.items():
+        value = body.get(name)
+        kinds = int if name in WHOLE else (int, float)
+        if value is None:
+            continue
+        if not isinstance(value, kinds) or isinstance(value, bool) or not least <= value <= largest:
+            kind = "a whole number" if name in WHOLE else "a number"
+            most = "" if largest == math.inf else f" and at most {largest}"
+            raise NsaError(f"{name} must be {kind} of at least {least}{most}, got {value!r}")
 
 
 def check_messages(messages: Any) -> None:

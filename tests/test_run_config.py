@@ -23,6 +23,12 @@ def test_file_and_overrides(run_file):
     assert config.deterministic is False
 
 
+def test_the_users_folder_is_found(run_file, monkeypatch):
+    monkeypatch.setenv("HOME", "/of/mine")
+    config = load_run_config(run_file, ["model=~/a", "held_out=~/b"])
+    assert (config.model, config.held_out) == ("/of/mine/a", "/of/mine/b")
+
+
 def test_as_dict_builds_the_same_config(run_file):
     config = load_run_config(run_file)
     assert RunConfig(**config.as_dict()) == config

@@ -131,6 +131,8 @@ def test_an_answer_ends_where_the_models_positions_do(stream, client, nsa_dir):
         ({"max_tokens": 0}, "max_tokens must be a whole number of at least 1, got 0"),
         ({"temperature": -1}, "temperature must be a number of at least 0 and at most 1000000.0, got -1"),
         ({"logit_bias": {"no token": 1}}, "invalid literal for int"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]}, "cannot be read.*'arguments'"),
+        ({"messages": [{"role": "assistant", "tool_calls": 5}]}, "cannot be read.*not iterable"),
         ({"messages": [{"role": "user", "content": "x" * 200}]}, "and the model takes 160: shorten it"),
     ],
 )
@@ -140,6 +142,15 @@ def test_what_cannot_be_answered_is_a_bad_request(stream, change, message, clien
 
     with pytest.raises(openai.BadRequestError, match=message):
         client.chat.completions.create(**{"model": str(nsa_dir), "messages": TURN, "stream": stream, **change})
+
+
+@OURS
+@pytest.mark.parametrize("turns", [[{"role": "user", "content": 5}], [5], [*TURN, {"type": "function_call"}]])
+def test_turns_of_the_other_interface_that_cannot_be_read(turns, client, nsa_dir):
+    import openai
+
+    with pytest.raises(openai.BadRequestError, match="cannot be read"):
+        client.responses.create(model=str(nsa_dir), input=turns)
 
 
 def test_the_pipeline_generates(nsa_dir, expected):
@@ -191,6 +202,8 @@ def test_a_template_that_goes_wrong_is_not_served(nsa_dir, tmp_path):
         ({"chat_template_kwargs": 5}, "chat_template_kwargs must be an object, got 5"),
         ({"generation_config": "[1]"}, "generation_config must be an object"),
         ({"generation_config": {}}, "generation_config must be an object"),
+        ({"generation_config": '{"max_new_tokens": "many"}'}, "max_new_tokens must be a whole number of at least 1"),
+        ({"generation_config": '{"temperature": -1}'}, "temperature must be a number of at least 0"),
     ],
 )
 def test_what_a_request_may_not_ask_for(body, message):

@@ -160,6 +160,9 @@ def test_what_is_no_source(tmp_path, monkeypatch):
         open_source(tmp_path / "file.txt")
     with pytest.raises(CheckpointError, match="there is no folder"):
         open_source(tmp_path / "absent")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="the source is empty"):
+        open_source("")
 
 
 def test_a_hub_id_is_downloaded_and_its_commit_recorded(tiny_dense_dir, tmp_path, monkeypatch):

@@ -348,7 +348,7 @@ def test_length_stops_at_what_the_model_was_made_for(tiny_dense_dir, tiny_sizes,
     assert verify(dense, out, documents=1)["length"] == 90
 
 
-@pytest.mark.parametrize("options", [{"length": 1}, {"documents": 0}, {"length": 64.5}])
+@pytest.mark.parametrize("options", [{"length": 1}, {"documents": 0}, {"length": 64.5}, {"documents": 10**9}])
 def test_bad_options(tiny_dense_dir, converted, options):
     with pytest.raises(NsaError, match=r"(length|documents) must be an int of at least"):
         verify(tiny_dense_dir, converted, **options)
