@@ -113,8 +113,9 @@ def pickle_index(folder: Path) -> None:
 
 
 def two_copies(folder: Path) -> None:
-    (folder / WEIGHTS).rename(folder / "one.safetensors")
-    save_file({NORM: torch.zeros(48)}, folder / "two.safetensors")
+    index = json.loads((folder / INDEX).read_text())["weight_map"]
+    path = folder / next(name for name in sorted(index.values(), reverse=True) if name != index[NORM])
+    save_file({**load_file(path), NORM: torch.zeros(48)}, path)
 
 
 def gguf(spoil: Callable[[Path], object]) -> Callable[[Path], None]:
@@ -186,7 +187,8 @@ SOURCES = {
     "an index that swaps": (index(lambda m: m.update({NORM: m["model.embed_tokens.weight"]})), [], "disagrees with"),
     "an index that lacks": (index(lambda m: m.pop(NORM)), [], f"{NORM} should be in none"),
     "an index that invents": (index(lambda m: m.update(x=m[NORM])), [], "and is in none"),
-    "one tensor in two files": (two_copies, [], f"{NORM} is in both one.safetensors and two.safetensors"),
+    "one tensor in two files": (sharded(two_copies), [], f"{NORM} is in both model-0"),
+    "another name": (lambda d: (d / WEIGHTS).rename(d / "model.fp16.safetensors"), [], "Transformers does not load"),
     "pickle": (pickled(), [], "has its weights as pickle (pytorch_model.bin)"),
     "a pickle that is a program": (pickled(state={UP: Program()}), ["--allow-pickle"], "holds more than tensors"),
     "a truncated pickle": (pickled(lambda path: os.truncate(path, 999)), ["--allow-pickle"], "is damaged"),
