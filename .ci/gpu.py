@@ -63,7 +63,7 @@ def side_by_side() -> list[str]:
 
 def tests() -> None:
     # Only their files: others may import what is not installed here.
-    files = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
+    files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
     if not files:
         sys.exit("error: no test in tests/ is marked `gpu`")
     run("-m", "pytest", "-m", "gpu", "--durations=5", *side_by_side(), *files)
@@ -71,12 +71,12 @@ def tests() -> None:
 
 def operation() -> None:
     """Training and prefill: whole passes and parts, every shape, 4k to 128k."""
-    run("-m", "nsa_hf.recipes.benchmark")
+    run("-m", "nsa_hf.recipes.benchmarks.operation")
 
 
 def decode() -> None:
     """One step of decoding."""
-    run("-m", "nsa_hf.recipes.benchmark_decode")
+    run("-m", "nsa_hf.recipes.benchmarks.decode")
 
 
 def generate() -> None:
@@ -89,7 +89,7 @@ def generate() -> None:
     ):
         for system in systems:
             given = ("--phase", phase, "--systems", system)
-            if exit_code("-m", "nsa_hf.recipes.benchmark_generate", *given) != 0:
+            if exit_code("-m", "nsa_hf.recipes.benchmarks.generate", *given) != 0:
                 failed.append(f"{phase} {system}")
     if failed:
         sys.exit(f"error: not measured: {', '.join(failed)}")

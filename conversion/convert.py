@@ -28,13 +28,13 @@ from nsa_hf.errors import NsaError
 from nsa_hf.families import initial_nsa_state
 
 from . import manifest
-from .casts import Casts
-from .checkpoint import HASH, HASHES, CheckpointError, Piece, TensorInfo, byte_view, pieces_of
+from .files.casts import Casts
+from .files.checkpoint import HASH, HASHES, CheckpointError, Piece, TensorInfo, byte_view, pieces_of
+from .files.loading import reading, transformers_progress
+from .files.shards import ShardWriter, check_space
+from .files.staging import Stage, check_output, resumable_folder
 from .layout import Layout, dtype_name, layout_of, nsa_options, parse_dtype, target_config
-from .loading import reading, transformers_progress
-from .shards import ShardWriter, check_space
-from .source import Source, open_source
-from .staging import Stage, check_output, resumable_folder
+from .sources import Source, open_source
 
 
 def convert(

@@ -23,13 +23,13 @@ from nsa_hf.families import dense_config_of
 from nsa_hf.registration import PREFIX
 
 from . import manifest as manifests
-from .checkpoint import HASH, CheckpointError, SafetensorsCheckpoint, read_json, same_bits
+from .files.checkpoint import HASH, CheckpointError, SafetensorsCheckpoint, read_json, same_bits
+from .files.loading import read_config, reading, transformers_progress
+from .files.model_folder import copy_file, refuse_adapter
+from .files.shards import ShardWriter, check_space
+from .files.staging import check_output, staged_folder, write_json
 from .layout import layout_of
-from .loading import read_config, reading, transformers_progress
-from .model_folder import copy_file, refuse_adapter
-from .shards import ShardWriter, check_space
-from .source import open_source
-from .staging import check_output, staged_folder, write_json
+from .sources import open_source
 
 RESULT = "export.json"
 

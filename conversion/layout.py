@@ -20,8 +20,8 @@ from nsa_hf.errors import NsaError
 from nsa_hf.families import family_of, nsa_config_from_dense
 from nsa_hf.fields import NSA_FIELDS, full_name
 
-from .checkpoint import CheckpointError, TensorInfo
-from .loading import IGNORED
+from .files.checkpoint import CheckpointError, TensorInfo
+from .files.loading import IGNORED
 from .rope import parse_rope_scaling, scaled_config
 
 DTYPE_NAMES = {

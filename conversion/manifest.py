@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from nsa_hf.errors import check_folder
 from nsa_hf.shape import MANIFEST, shape_of
 
-from .checkpoint import (
+from .files.checkpoint import (
     HASH,
     HASHES,
     CheckpointError,
@@ -28,10 +28,10 @@ from .checkpoint import (
     hash_tensor,
     read_json,
 )
+from .files.loading import read_config
+from .files.staging import write_json
 from .layout import dtype_name
-from .loading import read_config
 from .rope import parse_rope_scaling
-from .staging import write_json
 
 NAME = MANIFEST
 FORMAT = 2

@@ -22,9 +22,10 @@ from transformers import PreTrainedConfig
 from nsa_hf.fields import NSA_FIELDS
 from nsa_hf.kernels import Sizes, n_blocks
 
+from .files.loading import reading, transformers_progress
 from .layout import Layout, dtype_name, layout_of, nsa_options, parse_dtype, target_config
-from .loading import reading, transformers_progress
-from .source import SafetensorsSource, open_source
+from .sources import open_source
+from .sources.folder import SafetensorsSource
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 

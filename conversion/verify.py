@@ -27,15 +27,15 @@ from rich.table import Table
 from nsa_hf.errors import NsaError
 
 from . import manifest as manifests
-from .checkpoint import SafetensorsCheckpoint, hash_tensor, same_bits
-from .compare import compare_logits, final_hidden, has_tokenizer, next_tokens, token_windows
+from .compare.metrics import NO_LABEL, Accumulator, position_edges
+from .compare.models import compare_logits, final_hidden, has_tokenizer, next_tokens, token_windows
+from .compare.texts import held_out_texts, provenance
+from .files.checkpoint import SafetensorsCheckpoint, hash_tensor, same_bits
+from .files.loading import load_whole, read_config, reading, transformers_progress
+from .files.staging import write_json
 from .layout import dtype_name, layout_of
-from .loading import load_whole, read_config, reading, transformers_progress
-from .metrics import NO_LABEL, Accumulator, position_edges
 from .rope import added_scaling, scale_model
-from .source import Source, open_source
-from .staging import write_json
-from .texts import held_out_texts, provenance
+from .sources import Source, open_source
 
 RESULT = "verify.json"
 

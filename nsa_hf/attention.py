@@ -15,16 +15,16 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from nsa_hf.kernels import ZeroLinear, build_compressor, compress, nsa_attention, reference_attention
 
 from .branches import BRANCHES, KeysAndValues, branch_modules, stand_in
-from .cache import CACHE_LOST, check_in_step, nsa_cache_layer, nsa_window_layer
+from .cache.adopt import CACHE_LOST, check_in_step, nsa_cache_layer, nsa_window_layer
+from .cache.dynamic import NsaDynamicLayer
+from .cache.static import NsaStaticLayer
 from .config import NsaConfigMixin
-from .dynamic_cache import NsaDynamicLayer
 from .errors import NsaError
 from .features import head_sizes, layer_window
 from .modes import Mode
 from .releases import by_name, cache_among
 from .segments import Segments
 from .sliding import dense_weights, sliding_attention
-from .static_cache import NsaStaticLayer
 
 # The user's choice in `attn_implementation`, and the backend of `nsa_attention` that it means.
 IMPLEMENTATIONS = {"nsa": "auto", "eager": "reference"}

@@ -7,11 +7,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .cache import OFFLOADED_ON_CPU, nsa_cache_layer, nsa_window_layer, static_length
+from .cache.adopt import OFFLOADED_ON_CPU, nsa_cache_layer, nsa_window_layer, static_length
+from .cache.static import OFFLOADED_STATIC
 from .errors import NsaError
 from .releases import CACHE, cache_among
 from .segments import refuse_right_padding, row_starts, static_mask
-from .static_cache import OFFLOADED_STATIC
 
 REFUSED = {
     "quantized": (

@@ -16,7 +16,7 @@ from transformers.distributed import DistributedConfig
 from nsa_hf.kernels import LearnedCompressor, ZeroLinear
 
 from .attention import IMPLEMENTATIONS, NsaAttentionMixin
-from .cache import UNUSABLE, check_reached, check_starts, static_length
+from .cache.adopt import UNUSABLE, check_reached, check_starts, static_length
 from .errors import NsaError
 from .generation import NsaGenerationMixin
 from .modes import Mode, OfThread, OpenContexts, Recorded, added

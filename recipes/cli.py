@@ -11,7 +11,7 @@ from __future__ import annotations
 # All else is imported where an early Ctrl-C is caught.
 import sys
 
-FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
+from .exit_codes import INTERRUPTED, WRONG_INPUT
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -33,7 +33,7 @@ def run(arguments: list[str]) -> int:
         return INTERRUPTED
     try:
         plain = [argument for argument in arguments if argument != "--debug"]
-        code = app(plain, prog_name="nsa-hf", standalone_mode=False)
+        code = app(plain, prog_name="nsa-hf", standalone_mode=False, obj=run)
         return code if isinstance(code, int) else 0
     except (typer.Abort, KeyboardInterrupt):
         return INTERRUPTED

@@ -17,10 +17,10 @@ import typer
 from nsa_hf import NsaError, __version__
 from nsa_hf.errors import check_folder
 
-from .cli import FAILED
+from .exit_codes import FAILED
 from .nsa_options import given, with_nsa_options
-from .run_config import load_run_config, settings_help
 from .terminal import read_text, show
+from .training.config import load_run_config, settings_help
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -112,7 +112,8 @@ def convert(
     Every weight is carried bit for bit; with the defaults the result is the dense model up to 1,024 tokens. When it was
     stopped, the same command goes on where it was.
     """
-    from nsa_hf.conversion import convert, hub
+    from nsa_hf.conversion import convert
+    from nsa_hf.conversion.sources import hub
 
     if push_to_hub:
         from nsa_hf.model_cards.card import render_card
@@ -216,7 +217,7 @@ def train(
     On several GPUs: accelerate launch -m nsa_hf.recipes.train RUN.yaml KEY=VALUE
     """
     config = load_run_config(run, overrides or [])
-    from .train import train
+    from .training.loop import train
 
     train(config)
 
@@ -235,8 +236,8 @@ def evaluate(
 
     Sparse beside the same weights run dense, on held-out text; also written to OUT/eval.json.
     """
-    from .evaluate import evaluate, render_rows
     from .load import pick_device
+    from .training.evaluate import evaluate, render_rows
 
     result = evaluate(
         out,
@@ -341,6 +342,7 @@ def card(out: Out) -> None:
 
 @app.command()
 def demo(
+    context: typer.Context,
     work: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = Path("demo"),
     run: Annotated[
         Path | None, typer.Option(help="The training run's settings. [default: the package's demo.yaml]")
@@ -352,4 +354,4 @@ def demo(
     """
     from .demo import demo
 
-    demo(work, run)
+    demo(work, run, context.obj)

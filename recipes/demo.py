@@ -11,6 +11,7 @@ import shlex
 import sys
 import sysconfig
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,8 +67,17 @@ def demo_steps(work: Path, run: Path) -> list[Step]:
     ]
 
 
-def demo(work: Path, run: Path | None = None) -> None:
-    """Runs the demo in folder `work`; DemoError when a step fails (it can be started again)."""
+def demo(work: Path, run: Path | None, run_command: Callable[[list[str]], int]) -> None:
+    """Runs the demo in a folder.
+
+    Args:
+        work: for everything that it makes.
+        run: the training run's settings; None for the package's own.
+        run_command: runs one command line of `nsa-hf` and gives its exit code.
+
+    Raises:
+        DemoError: a step failed; started again, the demo goes on from there.
+    """
     began = time.perf_counter()
     times: list[tuple[str, float]] = []
     print(f"# source: {PACKAGE} {VERSION} from the Python package index", flush=True)
@@ -75,7 +85,7 @@ def demo(work: Path, run: Path | None = None) -> None:
     times.append(("source", time.perf_counter() - began))
     for step in demo_steps(work, run or RUN):
         start = time.perf_counter()
-        run_step(step)
+        run_step(step, run_command)
         times.append((step.title, time.perf_counter() - start))
     print("\n# done")
     for title, seconds in [*times, ("all", time.perf_counter() - began)]:
@@ -83,15 +93,13 @@ def demo(work: Path, run: Path | None = None) -> None:
     print(f"{peak_gib():7.2f} GiB of memory at most\nmodel and card: {work / 'trained'}")
 
 
-def run_step(step: Step) -> None:
+def run_step(step: Step, run_command: Callable[[list[str]], int]) -> None:
     """Prints a step's command and runs it unless its result is there."""
-    from .cli import run
-
     print(f"\n# {step.title}\n$ nsa-hf {shlex.join(step.arguments)}", flush=True)
     if step.result is not None and step.result.is_file():
         print(f"(done before: {step.result})")
         return
-    code = run(step.arguments)
+    code = run_command(step.arguments)
     if code:
         raise DemoError(f"the step '{step.title}' failed with exit code {code}; nsa-hf demo goes on from there")
 

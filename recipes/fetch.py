@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from nsa_hf.conversion.staging import staged_folder, write_json
+from nsa_hf.conversion.files.staging import staged_folder, write_json
 from nsa_hf.errors import NsaError
 
 SOURCE = "source.json"

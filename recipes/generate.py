@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from nsa_hf.conversion.staging import write_json
+from nsa_hf.conversion.files.staging import write_json
 from nsa_hf.errors import NsaError
 
 from .chat_template import apply_chat_template
 from .load import check_token_ids, load_nsa_model, load_tokenizer
-from .run_folder import machine
+from .training.folder import machine
 
 # What a checkpoint's generation_config may ask for in place of one text, token after token: beams, several sequences,
 # tokens guessed ahead.

@@ -15,11 +15,11 @@ from rich.table import Table
 from torch import Tensor
 
 from nsa_hf.attention import NsaAttentionMixin, gate_values
-from nsa_hf.conversion.staging import write_json
+from nsa_hf.conversion.files.staging import write_json
 
-from .data import held_out_documents, held_out_windows
 from .load import check_token_ids, load_nsa_model, load_tokenizer
-from .run_folder import machine
+from .training.data import held_out_documents, held_out_windows
+from .training.folder import machine
 
 NAME = "inspect.json"
 BRANCHES = ("compressed", "selected", "window")

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from nsa_hf.conversion import compare
-from nsa_hf.conversion.loading import load_whole, read_config, transformers_progress
-from nsa_hf.conversion.source import tokenizer_code
+from nsa_hf.conversion.compare import models as compare
+from nsa_hf.conversion.files.loading import load_whole, read_config, transformers_progress
+from nsa_hf.conversion.sources.folder import tokenizer_code
 from nsa_hf.errors import NsaError, check_folder
 
 

@@ -64,7 +64,7 @@ def read_options(path: Path) -> dict[str, Any]:
         NsaError: it cannot be read, is not a list of settings, or gives one twice.
     """
     # here: with its package come PyTorch and Transformers, for which --help does not wait
-    from nsa_hf.conversion.plain_yaml import read_plain
+    from nsa_hf.conversion.files.plain_yaml import read_plain
 
     try:
         found = read_plain(path)

@@ -21,12 +21,12 @@ import torch
 from transformers.utils.import_utils import is_serve_available
 
 import nsa_hf  # noqa: F401 - registers the model classes
-from nsa_hf.conversion.loading import read_config
+from nsa_hf.conversion.files.loading import read_config
 from nsa_hf.errors import NsaError
 from nsa_hf.generation import PAGED
 
 from .chat_template import apply_chat_template
-from .cli import INTERRUPTED
+from .exit_codes import INTERRUPTED
 from .generate import SEEDS, TEMPERATURES, as_one_text
 from .load import check_token_ids, load_tokenizer
 

@@ -7,34 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import TINY_LLAMA, TINY_SIZES, byte_tokenizer, randomize_nsa, tiny_dense_model
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-# Small enough that a hundred tokens cross every border: exact up to 4 * 16 = 64 tokens, a window of 24.
-TINY_SIZES = {
-    "nsa_kernel_size": 8,
-    "nsa_kernel_stride": 4,
-    "nsa_block_size": 16,
-    "nsa_topk": 4,
-    "nsa_init_blocks": 1,
-    "nsa_local_blocks": 1,
-    "nsa_window_size": 24,
-}
-TINY_LLAMA = {
-    "vocab_size": 256,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": True,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-    "attn_implementation": "sdpa",
-}
 
 
 @pytest.fixture(autouse=True)
@@ -57,34 +33,6 @@ def tiny_sizes() -> dict:
     return dict(TINY_SIZES)
 
 
-def tiny_dense_model(**changes):
-    """A tiny random dense Llama in float32, the same at every call."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**{**TINY_LLAMA, "initializer_range": 0.1, **changes}))
-    return model.eval()
-
-
-def byte_tokenizer():
-    """A tokenizer of 256 bytes with a chat template, made here: nothing is downloaded."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token=alphabet[0], eos_token=alphabet[1], pad_token=alphabet[2]
-    )
-    tokenizer.chat_template = (
-        "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
-    )
-    return tokenizer
-
-
 @pytest.fixture(scope="session")
 def tiny_dense_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved tiny dense Llama with tokenizer, chat template and generation config."""
@@ -92,14 +40,6 @@ def tiny_dense_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_dense_model().save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
-
-
-def randomize_nsa(model, std: float = 0.3, seed: int = 1) -> None:
-    """Random NSA parameters: at their initial values many mistakes are invisible."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if ".nsa." in name:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
 
 @pytest.fixture

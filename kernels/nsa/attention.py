@@ -105,7 +105,7 @@ def load_triton(device: str) -> Callable[..., tuple[Tensor, Tensor]]:
     """The Triton backend, imported when it is first used: Triton is optional, and its import takes a while."""
     if not torch.compiler.is_compiling():
         check_triton(device)
-    from .triton_op import triton_attention
+    from .gpu.op import triton_attention
 
     return triton_attention
 

@@ -1,0 +1,1 @@
+"""Reading and writing: nothing lost, nothing half-written."""

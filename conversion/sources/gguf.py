@@ -1,0 +1,118 @@
+"""A .gguf file as a source, loaded and dequantised by Transformers, always in float32.
+
+A quantised weight is scale * integer + offset, computed in float32; bfloat16 would change two of three values of
+SmolLM2's Q4_1 file. Only so is the converted model bit for bit the one that Transformers loads from that file;
+`convert(..., dtype="bfloat16")` rounds deliberately.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedModel
+
+from ..files.checkpoint import CheckpointError, TensorInfo
+from ..files.loading import load_whole, reading
+from ..files.model_folder import TERMS, copy_file
+from .gguf_contents import read_contents
+from .source import Source
+
+# Words, names, numbers, code and letters with accents: what a tokenizer takes apart in different ways.
+SAMPLE = "The quick brown fox: SPDX-License-Identifier (GPL-2.0+)\n\tdef über(x): return 12345  # naïve façade"
+
+
+class GgufSource(Source):
+    """One .gguf file, loaded and dequantised by Transformers; its weights are read once, when first asked for."""
+
+    kind = "gguf"
+
+    def __init__(self, name: str, path: Path, revision: str | None):
+        missing = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
+        if missing:
+            raise CheckpointError(f"reading {path.name} needs {' and '.join(missing)}: pip install 'nsa-hf[demo]'")
+        self.path = path
+        with reading(path):
+            self.contents = read_contents(path)
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+            if hasattr(config, "_model_name_or_path"):
+                del config._model_name_or_path
+            config = self.contents.applied_to(config)
+            self.contents.check_tensors(config)
+        config.dtype = torch.float32
+        self._model: PreTrainedModel | None = None
+        super().__init__(name, path.parent, config, revision)
+
+    def _loaded(self) -> PreTrainedModel:
+        if self._model is None:
+            with reading(self.path):
+                self._model = load_whole(
+                    self.folder,
+                    gguf_file=self.path.name,
+                    config=self.config,
+                    quantization_config=GgufConfig(dequantize=True),
+                    dtype=torch.float32,
+                    attn_implementation="sdpa",
+                )
+        return self._model
+
+    @property
+    def table(self) -> dict[str, TensorInfo]:
+        return {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in self.tensors()}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        model = self._loaded()
+        persistent = model.state_dict()
+        # named_parameters gives a tied weight once
+        yield from ((name, parameter.detach()) for name, parameter in model.named_parameters())
+        yield from ((name, buffer) for name, buffer in model.named_buffers() if name in persistent)
+
+    def stored(self) -> Iterator[tuple[str, Tensor]]:
+        """As in Source: read with the `gguf` package, where `tensors` are what Transformers loads."""
+        with reading(self.path):
+            yield from self.contents.stored(self.config)
+
+    def load_model(self, dtype: torch.dtype) -> PreTrainedModel:
+        """As in Source; hands over the loaded weights, so that there is one copy of them."""
+        model, self._model = self._loaded(), None
+        return model.to(dtype)
+
+    def save_companions(self, out: Path) -> list[str]:
+        before = {path.name for path in out.iterdir()}
+        with reading(self.path):
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, gguf_file=self.path.name)
+            for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+                index = self.contents.metadata.get(f"tokenizer.ggml.{key}_token_id")
+                # Transformers 5.17 guesses these; 5.23 reads them as the file has them
+                if index is not None and getattr(tokenizer, f"{role}_token_id") != index:
+                    setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(index))
+            tokenizer.save_pretrained(out)
+        if not saved_alike(tokenizer, out):
+            raise CheckpointError(
+                f"{self.path}: Transformers {transformers.__version__} saves another tokenizer than it reads from the "
+                "file (5.17 loses the merges of Gemma's): pip install -U transformers"
+            )
+        GenerationConfig.from_model_config(self.config).save_pretrained(out)
+        for pattern in TERMS:
+            for path in self.folder.glob(pattern):
+                copy_file(self.folder, path.name, out)
+        return sorted({path.name for path in out.iterdir()} - before)
+
+    def files(self) -> list[Path]:
+        return [self.path]
+
+    def card(self) -> dict[str, Any]:
+        said = self.contents.metadata
+        names = {"license": "general.license", "model_name": "general.name"}
+        return {name: said[key] for name, key in names.items() if isinstance(said.get(key), str)}
+
+
+def saved_alike(tokenizer: Any, folder: Path) -> bool:
+    """Whether the tokenizer that was saved in a folder takes a text apart as it did before."""
+    again = type(tokenizer).from_pretrained(folder)
+    return bool(again(SAMPLE)["input_ids"] == tokenizer(SAMPLE)["input_ids"])

@@ -1,0 +1,75 @@
+"""What every source of a dense model gives: its config, its tensors one at a time, its model, its companion files."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Container, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..files.checkpoint import CheckpointError, Piece, TensorInfo, describe_file, pieces_of
+
+
+class Source(ABC):
+    """A dense model that can be converted.
+
+    Attributes:
+        name: as the user gave it.
+        folder: where its files are.
+        config: the dense family's config, its `dtype` set to that of the weights.
+        revision: the Hub's commit, or None for local files.
+    """
+
+    kind: str
+
+    def __init__(self, name: str, folder: Path, config: PreTrainedConfig, revision: str | None):
+        self.name, self.folder, self.config, self.revision = name, folder, config, revision
+        quantization = getattr(config, "quantization_config", None)
+        if quantization:
+            raise CheckpointError(
+                f"{name} is quantised ({quantization}): expected plain weights, so dequantise it first"
+            )
+
+    @property
+    @abstractmethod
+    def table(self) -> dict[str, TensorInfo]:
+        """Shape and dtype of every stored tensor by name."""
+
+    @abstractmethod
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors as (name, CPU tensor), in the order of `table`."""
+
+    def stored(self) -> Iterator[tuple[str, Tensor]]:
+        """As `tensors`, read from the file itself in another way where `tensors` are what a loader made of it."""
+        return self.tensors()
+
+    def pieces(self, wanted: Container[str]) -> Iterator[Piece]:
+        """The tensors in `wanted`, in the order of `table`, a few megabytes at a time."""
+        for name, tensor in self.tensors():
+            if name in wanted:
+                yield from pieces_of(name, tensor)
+
+    @abstractmethod
+    def load_model(self, dtype: torch.dtype) -> PreTrainedModel:
+        """Transformers' dense model of these weights on the CPU, in evaluation mode, with SDPA attention."""
+
+    @abstractmethod
+    def save_companions(self, out: Path) -> list[str]:
+        """Writes tokenizer, chat template and generation config into `out`, where there are any; gives their names."""
+
+    @abstractmethod
+    def files(self) -> list[Path]:
+        """The files that the conversion reads."""
+
+    @abstractmethod
+    def card(self) -> dict[str, Any]:
+        """What the source says of itself, where it does: `license`, `model_name`."""
+
+    def identity(self) -> dict:
+        """Name, kind, revision, what the source says of itself, and `describe_file` of each file."""
+        files = {path.relative_to(self.folder).as_posix(): describe_file(path) for path in sorted(self.files())}
+        return {"name": self.name, "kind": self.kind, "revision": self.revision, **self.card(), "files": files}

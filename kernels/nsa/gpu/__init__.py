@@ -1,0 +1,1 @@
+"""The operation on a GPU, in Triton: forward and backward."""

@@ -1,0 +1,1 @@
+"""A few queries a row over a long past, without gradients."""

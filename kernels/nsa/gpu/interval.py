@@ -1,0 +1,148 @@
+"""Attention of every query over one run of keys `[low, high)`: the window, the compressed blocks and the local blocks.
+
+`low` and `high` are int32 `[B, T]`, neither ever falls from one query of a row to the next that sees anything, and
+`low = high = 0` for a query that sees nothing. No key outside the runs is read. No atomics: the same inputs give the
+same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import (
+    SMALL_SHARED_MEMORY,
+    bytes_a_row,
+    cdiv,
+    finish_softmax,
+    load_tile,
+    next_power_of_2,
+    online_softmax_update,
+    padded,
+    precision,
+    shared_memory,
+    store_tile,
+)
+
+
+@triton.jit
+def forward_step(
+    acc, top, total, q, k, v, n, last, low, high, k_stride, v_stride, scale_log2,
+    DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The keys `[n, n + BN)`; all of them seen by all queries unless MASKED."""
+    index = tl.arange(0, BN)
+    inside = (n + index < last) if MASKED else tl.full([BN], True, tl.int1)
+    keys = load_tile(k + tl.cast(n, tl.int64) * k_stride, index, k_stride, inside, DK, DKP)
+    logits = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale_log2
+    if MASKED:
+        seen = (n + index[None, :] >= low[:, None]) & (n + index[None, :] < high[:, None])
+        logits = tl.where(seen, logits, float("-inf"))
+    weights, factor, top, total = online_softmax_update(top, total, logits)
+    values = load_tile(v + tl.cast(n, tl.int64) * v_stride, index, v_stride, inside, DV, DVP)
+    acc = tl.dot(weights.to(values.dtype), values, acc * factor[:, None], input_precision=PRECISION)
+    return acc, top, total
+
+
+@triton.jit
+def tile_bounds(low, high, exists, N, BN: tl.constexpr):
+    """Of a tile's runs: their union `[first, last)` and, a multiple of BN, the part `[middle, end)` that all see."""
+    sees = high > low
+    first = tl.min(tl.where(sees, low, N))
+    last = tl.max(tl.where(sees, high, 0))
+    # a query that does not exist is never stored: it may see everything
+    common_low = tl.max(tl.where(exists, low, 0))
+    common_high = tl.min(tl.where(exists, high, N))
+    middle = tl.minimum(first + tl.cdiv(tl.maximum(common_low - first, 0), BN) * BN, tl.maximum(first, last))
+    end = middle + tl.maximum(common_high - middle, 0) // BN * BN
+    return first, middle, end, last
+
+
+@triton.jit
+def border(i, first, middle, end):
+    """Where the `i`-th number of `[first, middle)` and, going on, of `[end, ...)` stands."""
+    return tl.where(i < middle - first, first + i, end + i - (middle - first))
+
+
+@triton.jit
+def interval_forward_kernel(
+    q, k, v, low_ptr, high_ptr, out, lse, scale_log2, T, N, HQ, HK,
+    DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`out = softmax(q k^T * scale over [low, high)) v` and its log2-sum-exp; one program: BM queries of one head."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest runs first
+    batch, head = tl.program_id(1) // HQ, tl.program_id(1) % HQ
+    kv_head = head // (HQ // HK)
+    rows = tile * BM + tl.arange(0, BM)
+    exists = rows < T
+    low = tl.load(low_ptr + batch * T + rows, mask=exists, other=0)
+    high = tl.load(high_ptr + batch * T + rows, mask=exists, other=0)
+    first, middle, end, last = tile_bounds(low, high, exists, N, BN)
+
+    origin = (batch * T + tile * BM).to(tl.int64) * HQ + head
+    index = tl.arange(0, BM)
+    queries = load_tile(q + origin * DK, index, HQ * DK, exists & (high > low), DK, DKP)
+    k += (batch.to(tl.int64) * N * HK + kv_head) * DK
+    v += (batch.to(tl.int64) * N * HK + kv_head) * DV
+    acc = tl.zeros([BM, DVP], tl.float32)
+    top = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    for n in tl.range(middle, end, BN):
+        acc, top, total = forward_step(
+            acc, top, total, queries, k, v, n, last, low, high, HK * DK, HK * DV, scale_log2,
+            DK, DKP, DV, DVP, BN, False, PRECISION,
+        )  # fmt: skip
+    # what only some see, on either side
+    for i in tl.range(0, middle - first + tl.maximum(last - end, 0), BN):
+        acc, top, total = forward_step(
+            acc, top, total, queries, k, v, border(i, first, middle, end), last, low, high, HK * DK, HK * DV,
+            scale_log2, DK, DKP, DV, DVP, BN, True, PRECISION,
+        )  # fmt: skip
+    result, log_sum = finish_softmax(acc, top, total)
+    store_tile(out + origin * DV, index, HQ * DV, exists, result, DV, DVP)
+    tl.store(lse + origin + index * HQ, log_sum, mask=exists)
+
+
+def widths(q: Tensor, v: Tensor) -> dict:
+    key_dim, value_dim = q.shape[-1], v.shape[-1]
+    return {
+        "DK": key_dim, "DKP": padded(key_dim), "DV": value_dim, "DVP": padded(value_dim),
+        "PRECISION": precision(q.dtype),
+    }  # fmt: skip
+
+
+def forward_tiles(q: Tensor, v: Tensor, long_runs: bool) -> dict:
+    """Tile sizes of the forward pass, fixed by the width of a row and the card's shared memory."""
+    row, small = bytes_a_row(q, v.shape[-1]), shared_memory(q.device) < SMALL_SHARED_MEMORY
+    if q.dtype == torch.float32:  # no matrix units: what is in flight are registers
+        tiles = {"BM": 32, "BN": 32 if row <= 512 else 16, "num_warps": 4, "num_stages": 1}
+    elif 128 < row <= 256 and long_runs and not small:
+        tiles = {"BM": 128, "BN": 128, "num_warps": 8, "num_stages": 3}
+    elif row <= 256:
+        tiles = {"BM": 128 if row <= 128 else 64, "BN": 64, "num_warps": 4, "num_stages": 2 if small else 3}
+    else:
+        tiles = {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 2}
+    return {**tiles, "BM": max(16, min(tiles["BM"], next_power_of_2(q.shape[1])))}
+
+
+def interval_forward(
+    q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, scale_log2: float, *, long_runs: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Output `[B, T, Hq, Dv]` in q's dtype and log2-sum-exp `[B, T, Hq]` float32.
+
+    Args:
+        long_runs: most runs are many tiles long, so that larger tiles pay.
+    """
+    batch, tokens, heads, _ = q.shape
+    out = q.new_empty(batch, tokens, heads, v.shape[-1])
+    lse = q.new_empty(batch, tokens, heads, dtype=torch.float32)
+    tiles = forward_tiles(q, v, long_runs and tokens >= 1024)
+    grid = (cdiv(tokens, tiles["BM"]), batch * heads)
+    interval_forward_kernel[grid](
+        q, k, v, low, high, out, lse, scale_log2, tokens, k.shape[1], heads, k.shape[2], **widths(q, v), **tiles
+    )
+    return out, lse

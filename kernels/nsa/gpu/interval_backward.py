@@ -1,0 +1,361 @@
+"""The gradients of attention over one run of keys (`triton_interval`): of the queries, and of keys and values.
+
+What belongs to a query and branch (log2-sum-exp, gate, `dout . out`) stands in `rows [B, Hq, 3, T]` float32, queries
+side by side, so that a tile of it is read at once and ahead of its use. No atomics: the same inputs give the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import (
+    SMALL_SHARED_MEMORY,
+    bytes_a_row,
+    cdiv,
+    load_tile,
+    lower_bound,
+    search_steps,
+    shared_memory,
+    store_tile,
+)
+from .interval import border, tile_bounds, widths
+from .layout import Layout
+
+
+@triton.jit
+def weight_gradient(logits, dots, lse, gate, correction, seen, MASKED: tl.constexpr):
+    """`p` and `ds` of softmax attention whose output enters a sum with weight `gate`; both 0 where not `seen`.
+
+    With `dots = dout v^T`, which must be finite, and `correction = dout . o`: `p = gate * softmax`,
+    `ds = p * (dots - correction)`. Without MASKED everything is seen.
+    """
+    p = tl.exp2(logits - lse) * gate
+    if MASKED:
+        p = tl.where(seen, p, 0.0)
+    return p, p * (dots - correction)
+
+
+@triton.jit
+def load_rows(rows, head, t, T, mask):
+    """Log2-sum-exp, gate and correction of the queries `t` of head `head` (of all rows), from `rows [B, Hq, 3, T]`."""
+    rows += head.to(tl.int64) * 3 * T + t
+    log_sum = tl.load(rows, mask=mask, other=0.0)
+    gate = tl.load(rows + T, mask=mask, other=0.0)
+    return log_sum, gate, tl.load(rows + 2 * T, mask=mask, other=0.0)
+
+
+@triton.jit
+def dq_step(
+    acc, queries, douts, k, v, n, lowest, last, low, high, log_sum, gate, correction, low2, log_sum2, gate2,
+    correction2, k_stride, v_stride, scale_log2,
+    DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr, SECOND: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`acc + sum_n ds k` over the keys `[n, n + BN)`; all of them in all queries' first run unless MASKED."""
+    index = tl.arange(0, BN)
+    inside = ((n + index >= lowest) & (n + index < last)) if MASKED else tl.full([BN], True, tl.int1)
+    keys = load_tile(k + tl.cast(n, tl.int64) * k_stride, index, k_stride, inside, DK, DKP)
+    values = load_tile(v + tl.cast(n, tl.int64) * v_stride, index, v_stride, inside, DV, DVP)
+    logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale_log2
+    dots = tl.dot(douts, tl.trans(values), input_precision=PRECISION)
+    key = n + index[None, :]
+    before_end = key < high[:, None]
+    _, ds = weight_gradient(
+        logits, dots, log_sum[:, None], gate[:, None], correction[:, None], (key >= low[:, None]) & before_end, MASKED
+    )
+    if SECOND:
+        _, ds2 = weight_gradient(
+            logits, dots, log_sum2[:, None], gate2[:, None], correction2[:, None],
+            (key >= low2[:, None]) & before_end, True,
+        )  # fmt: skip
+        ds += ds2
+    return tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def interval_dq_kernel(
+    q, k, v, low_ptr, high_ptr, low2_ptr, dout, rows, rows2, dq, scale, scale_log2, T, N, HQ, HK,
+    DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, SECOND: tl.constexpr,
+    ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`dq = scale * sum_n ds k` (added to what `dq` holds if ADD); one program: BM queries of one head.
+
+    SECOND: of two branches whose runs end together, `[low, high)` and `[low2, high)`, over the same keys.
+    """
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    batch, head = tl.program_id(1) // HQ, tl.program_id(1) % HQ
+    kv_head = head // (HQ // HK)
+    row = tl.arange(0, BM)
+    t = tile * BM + row
+    exists = t < T
+    low = tl.load(low_ptr + batch * T + t, mask=exists, other=0)
+    high = tl.load(high_ptr + batch * T + t, mask=exists, other=0)
+    first, middle, end, last = tile_bounds(low, high, exists, N, BN)
+    sees = high > low
+    low2, lowest = low, first
+    if SECOND:
+        low2 = tl.load(low2_ptr + batch * T + t, mask=exists, other=0)
+        lowest = tl.minimum(first, tl.min(tl.where(sees, low2, N)))
+        # whole tiles more
+        first -= tl.cdiv(first - lowest, BN) * BN
+
+    origin = (batch * T + tile * BM).to(tl.int64) * HQ + head
+    queries = load_tile(q + origin * DK, row, HQ * DK, sees, DK, DKP)
+    douts = load_tile(dout + origin * DV, row, HQ * DV, sees, DV, DVP)
+    log_sum, gate, correction = load_rows(rows, batch * HQ + head, t, T, sees)
+    log_sum2, gate2, correction2 = log_sum, gate, correction
+    if SECOND:
+        log_sum2, gate2, correction2 = load_rows(rows2, batch * HQ + head, t, T, sees)
+    k += (batch.to(tl.int64) * N * HK + kv_head) * DK
+    v += (batch.to(tl.int64) * N * HK + kv_head) * DV
+    acc = tl.zeros([BM, DKP], tl.float32)
+    for n in tl.range(middle, end, BN):
+        acc = dq_step(
+            acc, queries, douts, k, v, n, lowest, last, low, high, log_sum, gate, correction, low2, log_sum2, gate2,
+            correction2, HK * DK, HK * DV, scale_log2, DK, DKP, DV, DVP, BN, SECOND, False, PRECISION,
+        )  # fmt: skip
+    for i in tl.range(0, middle - first + tl.maximum(last - end, 0), BN):
+        acc = dq_step(
+            acc, queries, douts, k, v, border(i, first, middle, end), lowest, last, low, high, log_sum, gate,
+            correction, low2, log_sum2, gate2, correction2, HK * DK, HK * DV, scale_log2, DK, DKP, DV, DVP, BN, SECOND,
+            True, PRECISION,
+        )  # fmt: skip
+    acc *= scale
+    if ADD:
+        acc += load_tile(dq + origin * DK, row, HQ * DK, exists, DK, DKP)
+    store_tile(dq + origin * DK, row, HQ * DK, exists, acc, DK, DKP)
+
+
+@triton.jit
+def dkv_step(
+    dk_acc, dv_acc, keys, values, q, dout, rows, low_ptr, high_ptr, t, stop, start, batch, head, scale_log2, T, HQ,
+    DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds `ds^T q` and `p^T dout` of the queries `[t, t + BM)` before `stop`; all see all keys unless MASKED.
+
+    Everything is turned round, `[BN, BM]`, so that `p^T` and `ds^T` go from registers into the products.
+    """
+    row = tl.arange(0, BM)
+    exists = (t + row < stop) if MASKED else tl.full([BM], True, tl.int1)
+    query = (batch * T + t).to(tl.int64) * HQ + head
+    queries = load_tile(q + query * DK, row, HQ * DK, exists, DK, DKP)
+    douts = load_tile(dout + query * DV, row, HQ * DV, exists, DV, DVP)
+    log_sum, gate, correction = load_rows(rows, batch * HQ + head, t + row, T, exists)
+    logits = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * scale_log2
+    dots = tl.dot(values, tl.trans(douts), input_precision=PRECISION)
+    seen = exists[None, :]
+    if MASKED:
+        key = start + tl.arange(0, BN)[:, None]
+        low = tl.load(low_ptr + batch * T + t + row, mask=exists, other=0)
+        high = tl.load(high_ptr + batch * T + t + row, mask=exists, other=0)
+        seen = (key >= low[None, :]) & (key < high[None, :])
+    p, ds = weight_gradient(logits, dots, log_sum[None, :], gate[None, :], correction[None, :], seen, MASKED)
+    dv_acc = tl.dot(p.to(douts.dtype), douts, dv_acc, input_precision=PRECISION)
+    dk_acc = tl.dot(ds.to(queries.dtype), queries, dk_acc, input_precision=PRECISION)
+    return dk_acc, dv_acc
+
+
+@triton.jit
+def interval_dkv_kernel(
+    q, k, v, low_ptr, high_ptr, borders, dout, rows, dk_in, dv_in, dk, dv, scale, scale_log2, T, N, HQ, HK, BATCH,
+    TILES,
+    DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`dv = sum p^T dout`, `dk = scale * sum ds^T q` over queries and heads of the group, plus `dv_in`, `dk_in` if ADD.
+
+    One program: BN keys of one KV head and every `num_programs(2)`-th tile of the queries that see any of them.
+    """
+    tile, split, splits = tl.program_id(0), tl.program_id(2), tl.num_programs(2)
+    batch, kv_head = tl.program_id(1) // HK, tl.program_id(1) % HK
+    group = HQ // HK
+    start = tile * BN
+    index = tl.arange(0, BN)
+    exists = start + index < N
+    origin = (batch.to(tl.int64) * N + start) * HK + kv_head
+    borders += (batch * TILES + tile) * 4
+    first, middle = tl.load(borders), tl.load(borders + 1)
+    middle_end, end = tl.load(borders + 2), tl.load(borders + 3)
+    # what none of these queries sees may be anything, NaN too, and is not read
+    least = tl.load(low_ptr + batch * T + first, mask=first < end, other=0)
+    most = tl.load(high_ptr + batch * T + end - 1, mask=first < end, other=0)
+    read = exists & (start + index >= least) & (start + index < most)
+    keys = load_tile(k + origin * DK, index, HK * DK, read, DK, DKP)
+    values = load_tile(v + origin * DV, index, HK * DV, read, DV, DVP)
+
+    dk_acc = tl.zeros([BN, DKP], tl.float32)
+    dv_acc = tl.zeros([BN, DVP], tl.float32)
+    # tiles of queries that all see all keys
+    tiles = tl.cdiv(tl.maximum((middle_end - middle) // BM - split, 0), splits)
+    for i in tl.range(0, tiles * group):
+        dk_acc, dv_acc = dkv_step(
+            dk_acc, dv_acc, keys, values, q, dout, rows, low_ptr, high_ptr, middle + (split + i // group * splits) * BM,
+            end, start, batch, kv_head * group + i % group, scale_log2, T, HQ, DK, DKP, DV, DVP, BM, BN, False,
+            PRECISION,
+        )  # fmt: skip
+    # those on either side
+    before = tl.cdiv(middle - first, BM)
+    tiles = tl.cdiv(tl.maximum(before + tl.cdiv(end - middle_end, BM) - split, 0), splits)
+    for i in tl.range(0, tiles * group):
+        which = split + i // group * splits
+        dk_acc, dv_acc = dkv_step(
+            dk_acc, dv_acc, keys, values, q, dout, rows, low_ptr, high_ptr,
+            tl.where(which < before, first + which * BM, middle_end + (which - before) * BM),
+            tl.where(which < before, middle, end), start, batch, kv_head * group + i % group, scale_log2, T, HQ,
+            DK, DKP, DV, DVP, BM, BN, True, PRECISION,
+        )  # fmt: skip
+    dk_acc *= scale
+    if ADD:
+        dk_acc += load_tile(dk_in + origin * DK, index, HK * DK, exists, DK, DKP).to(tl.float32)
+        dv_acc += load_tile(dv_in + origin * DV, index, HK * DV, exists, DV, DVP).to(tl.float32)
+    origin += split.to(tl.int64) * BATCH * N * HK
+    store_tile(dk + origin * DK, index, HK * DK, exists, dk_acc, DK, DKP)
+    store_tile(dv + origin * DV, index, HK * DV, exists, dv_acc, DV, DVP)
+
+
+def backward_tiles(q: Tensor, v: Tensor, keys_outside: bool) -> dict:
+    """Tile sizes of the backward passes: over the keys for each tile of queries, or the other way round."""
+    row, small = bytes_a_row(q, v.shape[-1]), shared_memory(q.device) < SMALL_SHARED_MEMORY
+    if q.dtype == torch.float32:
+        outer, inner, warps, stages = (32, 16, 4, 1) if row <= 512 else (16, 16, 4, 1)
+    elif row > 256:
+        outer, inner, warps, stages = (32, 32, 4, 1) if small else (64, 32, 8, 2 if keys_outside else 1)
+    elif not keys_outside:
+        outer, inner, warps, stages = 64, 64, 4, 1 if small and row > 128 else 2
+    elif row <= 128:
+        outer, inner, warps, stages = 64, 64, 4, 2 if small else 3
+    else:
+        outer, inner, warps, stages = (64, 32, 4, 2) if small else (128, 32, 8, 3)
+    names = ("BN", "BM") if keys_outside else ("BM", "BN")
+    return {names[0]: outer, names[1]: inner, "num_warps": warps, "num_stages": stages}
+
+
+class Second(NamedTuple):
+    """A second branch over the same keys whose runs end where the first one's do: where they begin, and its rows."""
+
+    low: Tensor
+    rows: Tensor
+
+
+def interval_dq(
+    q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, dout: Tensor, rows: Tensor, scale: float,
+    scale_log2: float, dq: Tensor, *, add: bool, second: Second | None = None,
+) -> None:  # fmt: skip
+    """Writes (or adds) the gradient of the queries into `dq [B, T, Hq, Dk]` float32.
+
+    Args:
+        rows: log2-sum-exp, gate and `dout . out` of each query, `[B, Hq, 3, T]` float32.
+        second: another branch at once, for little more than one alone.
+    """
+    batch, tokens, heads, _ = q.shape
+    tiles = backward_tiles(q, v, keys_outside=False)
+    grid = (cdiv(tokens, tiles["BM"]), batch * heads)
+    low2, rows2 = second or (low, rows)
+    interval_dq_kernel[grid](
+        q, k, v, low, high, low2, dout, rows, rows2, dq, scale, scale_log2, tokens, k.shape[1], heads, k.shape[2],
+        SECOND=second is not None, ADD=add, **widths(q, v), **tiles,
+    )  # fmt: skip
+
+
+@triton.jit
+def borders_kernel(
+    runs, borders, T, TILES, STEPS, BN: tl.constexpr, BM: tl.constexpr, AT_ONCE: tl.constexpr
+):  # fmt: skip
+    """Of the runs `[low, high)` in `runs [3, 2, B, T]` and each tile of BN keys, `borders [3, B, TILES, 4]`: the
+    queries `[first, end)` that see any of them, and, a multiple of BM, those `[middle, middle_end)` that see all. They
+    stand together, since `low` and `high` only rise."""
+    batch, branch = tl.program_id(1), tl.program_id(2)
+    tile = tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE)
+    low = runs + (branch * 2 * tl.num_programs(1) + batch) * T
+    high = low + tl.num_programs(1) * T
+    start = tile * BN
+    first = lower_bound(high, T, start + 1, STEPS)
+    middle = lower_bound(high, T, start + BN, STEPS)
+    middle_end = lower_bound(low, T, start + 1, STEPS)
+    end = tl.maximum(lower_bound(low, T, start + BN, STEPS), first)
+    middle = tl.minimum(middle, end)
+    middle_end = middle + tl.maximum(tl.minimum(middle_end, end) - middle, 0) // BM * BM
+    borders += ((branch * tl.num_programs(1) + batch) * TILES + tile) * 4
+    tl.store(borders, first, mask=tile < TILES)
+    tl.store(borders + 1, middle, mask=tile < TILES)
+    tl.store(borders + 2, middle_end, mask=tile < TILES)
+    tl.store(borders + 3, end, mask=tile < TILES)
+
+
+def find_borders(q: Tensor, v: Tensor, layout: Layout, keys: int) -> tuple[Tensor, ...]:
+    """Which queries see the tiles of keys that `interval_dkv` takes, for the layout's three kinds of runs.
+
+    Args:
+        keys: most keys of any.
+    """
+    tiles = backward_tiles(q, v, keys_outside=True)
+    batch, tokens = layout.relative.shape
+    count = cdiv(keys, tiles["BN"])
+    borders = layout.runs.new_empty(3, batch, count, 4)
+    borders_kernel[(cdiv(count, 64), batch, 3)](
+        layout.runs, borders, tokens, count, search_steps(tokens), BN=tiles["BN"], BM=tiles["BM"], AT_ONCE=64,
+        num_warps=2,
+    )  # fmt: skip
+    return borders.unbind()
+
+
+@triton.jit
+def sum_splits_kernel(partial, out, NUMBERS, SPLITS, BM: tl.constexpr):
+    """`out [NUMBERS]`, the sum of `partial [SPLITS, NUMBERS]` in order, rounded once."""
+    index = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    acc = tl.zeros([BM], tl.float32)
+    for _ in tl.range(0, SPLITS):
+        acc += tl.load(partial + index, mask=index < NUMBERS, other=0.0)
+        partial += NUMBERS
+    tl.store(out + index, acc.to(out.dtype.element_ty), mask=index < NUMBERS)
+
+
+def sum_splits(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    out = torch.empty_like(partial[0], dtype=dtype)
+    sum_splits_kernel[(cdiv(out.numel(), 512),)](partial, out, out.numel(), len(partial), BM=512, num_warps=4)
+    return out
+
+
+def interval_dkv(
+    q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, dout: Tensor, rows: Tensor, scale: float,
+    scale_log2: float, borders: Tensor, *, dtype: torch.dtype, add: tuple[Tensor, Tensor] | None = None,
+    few_keys: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of keys and values, `[B, N, Hk, *]` in `dtype`, plus `add` where given.
+
+    Args:
+        rows: as in `interval_dq`.
+        borders: as `find_borders` gives them for these runs, `[B, tiles, 4]` int32.
+        few_keys: there are far fewer keys than queries and each is seen by many of these: the queries are split over
+            several programs, whose float32 sums are added in a fixed order.
+    """
+    batch, tokens, heads, key_dim = q.shape
+    keys, kv_heads, value_dim = v.shape[1:]
+    if keys == 0:
+        return k.new_zeros(k.shape, dtype=dtype), v.new_zeros(v.shape, dtype=dtype)
+    tiles = backward_tiles(q, v, keys_outside=True)
+    count = cdiv(keys, tiles["BN"])
+    splits = 1
+    if few_keys:
+        splits = max(1, min(cdiv(1024, count * batch * kv_heads), cdiv(tokens, 4 * tiles["BM"])))
+    shape = (batch, keys, kv_heads)
+    if splits > 1:
+        assert add is None
+        dk = k.new_empty(splits, *shape, key_dim, dtype=torch.float32)
+        dv = k.new_empty(splits, *shape, value_dim, dtype=torch.float32)
+    else:
+        dk, dv = k.new_empty(*shape, key_dim, dtype=dtype), k.new_empty(*shape, value_dim, dtype=dtype)
+    dk_in, dv_in = add if add is not None else (dk, dv)
+    interval_dkv_kernel[(count, batch * kv_heads, splits)](
+        q, k, v, low, high, borders, dout, rows, dk_in, dv_in, dk, dv, scale, scale_log2, tokens, keys, heads,
+        kv_heads, batch, borders.shape[1], ADD=add is not None, **widths(q, v), **tiles,
+    )  # fmt: skip
+    if splits > 1:
+        return sum_splits(dk, dtype), sum_splits(dv, dtype)
+    return dk, dv

@@ -1,0 +1,211 @@
+"""`nsa_attention(backend="triton")`: the kernels put together, forward and backward, as PyTorch custom operators.
+
+    compressed   runs of compressed blocks (eqs. 7, 8)                triton_interval
+    selection    scores, forced blocks, top-k (eqs. 8 to 12)          triton_select
+    selected     local blocks as runs of keys, the others gathered    triton_interval, triton_gather, triton_selected
+                 or, for large groups, one query after another        triton_query_major
+    window       runs of the last w keys                              triton_interval
+    combination  the gated sum (eq. 5)                                triton_gates
+
+A few queries a row without gradients, as in decoding, have kernels of their own (`triton_decode`).
+
+Custom operators with declared shapes (`torch.compile` takes them as they are); every pass gives the same bits for the
+same inputs. What the backward pass keeps: the inputs, the selection and what `Saved` names.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..sizes import Sizes
+from .common import LOG2E, largest_part
+from .decode.op import decode_op, last_contiguous, takes_decode
+from .gates import combine, gate_gradient
+from .gather import Gather, Pieces, count_slots, gather_queries
+from .interval import interval_forward
+from .interval_backward import Second, find_borders, interval_dkv, interval_dq
+from .layout import Layout, count_parts, find_layout, part_shape
+from .query_major import query_major_forward, takes_query_major
+from .scores.compressed import select
+from .selected import find_pieces, selected_backward, selected_forward
+
+CMP, SLC, WIN = 0, 1, 2
+WIDEST_HEAD = 256
+
+
+class Saved(NamedTuple):
+    """What the backward pass takes over from the forward pass.
+
+    Outputs of the branches `[B, T, Hq, Dv]`, their log2-sum-exps `[B, T, Hq]` float32, the layout (`find_layout`), and
+    the selection turned round (`Gather`; empty where the forward pass does without).
+    """
+
+    out_cmp: Tensor
+    out_slc: Tensor
+    out_win: Tensor
+    lse_cmp: Tensor
+    lse_slc: Tensor
+    lse_win: Tensor
+    queries: Tensor
+    parts: Tensor
+    order: Tensor
+    offsets: Tensor
+
+
+def entries_of(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, parts: int) -> Pieces | None:
+    """How the (query, block) pairs that are not local are cut; None: there are none."""
+    per_block = part_shape(sizes.block_size, largest_part(q, v.shape[-1]))[1]
+    slots = count_slots(sizes, per_block, k.shape[1])
+    return find_pieces(q, v, parts, slots) if slots else None
+
+
+@torch.library.custom_op("nsa_hf::forward", mutates_args=())
+def forward_op(
+    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, k_win: Tensor | None,
+    v_win: Tensor | None, cu_seqlens: Tensor | None, starts: Tensor | None, lengths: Tensor | None,
+    sizes: list[int], scale: float,
+) -> list[Tensor]:  # fmt: skip
+    """Output, selection, and what `Saved` names."""
+    size, scale_log2 = Sizes(*sizes), scale * LOG2E
+    near_k, near_v = (k, v) if k_win is None or v_win is None else (k_win, v_win)
+    queries, parts = find_layout(q, k, v, near_k.shape[1], size, cu_seqlens, starts, lengths)
+    layout = Layout.of(queries, parts, size.block_size, largest_part(q, v.shape[-1]), cu_seqlens is not None)
+
+    out_cmp, lse_cmp = interval_forward(q, k_cmp, v_cmp, *layout.compressed, scale_log2, long_runs=True)
+    selection = select(q, k_cmp, lse_cmp, layout, size, k.shape[1], scale_log2)
+    order, offsets = selection.new_empty(0), selection.new_empty(0)
+    if takes_query_major(q, k):
+        out_slc, lse_slc = query_major_forward(q, k, v, selection, layout, size, scale_log2)
+    else:
+        out_slc, lse_slc = interval_forward(q, k, v, *layout.local, scale_log2)
+        if pieces := entries_of(q, k, v, size, parts.shape[-1]):
+            gather = gather_queries(selection, layout, size, pieces)
+            order, offsets = gather.order, gather.offsets
+            selected_forward(q, k, v, gather, layout, size, scale_log2, out_slc, lse_slc)
+    out_win, lse_win = interval_forward(q, near_k, near_v, *layout.window, scale_log2)
+    out = combine(out_cmp, out_slc, out_win, gates, layout.relative)
+    saved = Saved(out_cmp, out_slc, out_win, lse_cmp, lse_slc, lse_win, queries, parts, order, offsets)
+    return [out, selection, *saved]
+
+
+@forward_op.register_fake
+def _(q, k, v, k_cmp, v_cmp, gates, k_win, v_win, cu_seqlens, starts, lengths, sizes, scale):
+    size, (batch, tokens, heads, _) = Sizes(*sizes), q.shape
+    outs = [q.new_empty(batch, tokens, heads, v.shape[-1]) for _ in range(4)]
+    lses = [q.new_empty(batch, tokens, heads, dtype=torch.float32) for _ in range(3)]
+    index = partial(q.new_empty, dtype=torch.int32)
+    parts = count_parts(k.shape[1], cu_seqlens, size.block_size, largest_part(q, v.shape[-1]))
+    pieces = None if takes_query_major(q, k) else entries_of(q, k, v, size, parts)
+    order, offsets = (pieces.entries, pieces.groups * parts + 1) if pieces else (0, 0)
+    selection = index(batch, tokens, k.shape[2], size.topk)
+    layout = (index(9, batch, tokens), index(2, batch, parts))
+    return [outs[0], selection, *outs[1:], *lses, *layout, index(order), index(offsets)]
+
+
+@torch.library.custom_op("nsa_hf::backward", mutates_args=())
+def backward_op(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, k_win: Tensor | None,
+    v_win: Tensor | None, packed: bool, selection: Tensor, saved: list[Tensor], sizes: list[int], scale: float,
+) -> list[Tensor]:  # fmt: skip
+    """The gradients of q, k, v, k_cmp, v_cmp, gates and, where given, k_win, v_win."""
+    size, scale_log2, known = Sizes(*sizes), scale * LOG2E, Saved(*saved)
+    near_k, near_v = (k, v) if k_win is None or v_win is None else (k_win, v_win)
+    layout = Layout.of(known.queries, known.parts, size.block_size, largest_part(q, v.shape[-1]), packed)
+    dgates, rows, records = gate_gradient(known[:3], known[3:6], dout, gates, layout.relative)
+    scales = (scale, scale_log2)
+    cmp = (*layout.compressed, dout, rows[CMP], *scales)
+    local = (*layout.local, dout, rows[SLC], *scales)
+    win = (*layout.window, dout, rows[WIN], *scales)
+    # over the same keys, the local blocks' runs and the window's end together: both for little more than one
+    both = Second(layout.local[0], rows[SLC]) if k_win is None else None
+
+    dq = torch.empty_like(q, dtype=torch.float32)
+    interval_dq(q, k_cmp, v_cmp, *cmp, dq, add=False)
+    interval_dq(q, near_k, near_v, *win, dq, add=True, second=both)
+    if both is None:
+        interval_dq(q, k, v, *local, dq, add=True)
+    borders = find_borders(q, v, layout, max(k.shape[1], k_cmp.shape[1]))
+    dk_cmp, dv_cmp = interval_dkv(q, k_cmp, v_cmp, *cmp, borders[CMP], dtype=q.dtype, few_keys=True)
+
+    dk_dv, summed = None, torch.empty_like(q)
+    if pieces := entries_of(q, k, v, size, known.parts.shape[-1]):
+        gather = Gather(known.order, known.offsets, pieces)
+        if not known.offsets.numel():
+            gather = gather_queries(selection, layout, size, pieces)
+        dk_dv = selected_backward(q, k, v, gather, layout, size, dout, records, scale, scale_log2, dq, summed)
+    else:
+        summed.copy_(dq)
+    del dq
+    if k_win is not None:
+        dk, dv = interval_dkv(q, k, v, *local, borders[SLC], dtype=q.dtype, add=dk_dv)
+        dk_win, dv_win = interval_dkv(q, near_k, near_v, *win, borders[WIN], dtype=q.dtype)
+        return [summed, dk, dv, dk_cmp, dv_cmp, dgates, dk_win, dv_win]
+    dk_dv = interval_dkv(q, k, v, *local, borders[SLC], dtype=torch.float32, add=dk_dv)
+    dk, dv = interval_dkv(q, k, v, *win, borders[WIN], dtype=q.dtype, add=dk_dv)
+    return [summed, dk, dv, dk_cmp, dv_cmp, dgates]
+
+
+@backward_op.register_fake
+def _(dout, q, k, v, k_cmp, v_cmp, gates, k_win, v_win, *rest):
+    inputs = [q, k, v, k_cmp, v_cmp, gates, *([] if k_win is None else [k_win, v_win])]
+    return [torch.empty_like(x) for x in inputs]
+
+
+def setup_context(ctx, inputs, output) -> None:
+    *tensors, cu_seqlens, _, _, ctx.sizes, ctx.scale = inputs
+    ctx.packed = cu_seqlens is not None
+    ctx.mark_non_differentiable(output[1], *output[-4:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output[1:])
+
+
+def backward(ctx, grads):
+    if grads[0] is None:
+        return (None,) * 13
+    q, k, v, k_cmp, v_cmp, gates, k_win, v_win, selection, *saved = ctx.saved_tensors  # unpacked once, or recomputed
+    tensors = (q, k, v, k_cmp, v_cmp, gates, k_win, v_win)
+    dout = grads[0].contiguous()
+    found = backward_op(dout, *tensors, ctx.packed, selection, saved, ctx.sizes, ctx.scale)
+    own_window = found[6:] if len(found) > 6 else [None, None]
+    return (*found[:6], *own_window, None, None, None, None, None)
+
+
+forward_op.register_autograd(backward, setup_context=setup_context)
+
+
+def triton_attention(
+    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, *, sizes: Sizes, scale: float,
+    k_win: Tensor | None = None, v_win: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    starts: Tensor | None = None, lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`nsa_attention` by the Triton kernels; arguments as there, already checked. Returns the output and the selection
+    `[B, T, Hk, at most topk]`.
+
+    Raises:
+        TypeError: float64, which the matrix units do not take.
+        ValueError: heads wider than 256, a card older than compute capability 8.0, and the limits that `select` and
+            `gather_queries` name.
+    """
+    if q.dtype == torch.float64:
+        raise TypeError("backend='triton' takes float16, bfloat16 or float32, got float64: use backend='reference'")
+    widest = max(q.shape[-1], v.shape[-1])
+    if widest > WIDEST_HEAD:
+        raise ValueError(
+            f"backend='triton' takes heads of at most {WIDEST_HEAD} numbers, got Dk = {q.shape[-1]} and "
+            f"Dv = {v.shape[-1]}: use backend='reference'"
+        )
+    sizes = sizes.within(k.shape[1])
+    numbers = [
+        sizes.kernel_size, sizes.kernel_stride, sizes.block_size, sizes.topk, sizes.init_blocks, sizes.local_blocks,
+        sizes.window_size,
+    ]  # fmt: skip
+    inputs = [q, k, v, k_cmp, v_cmp, gates, k_win, v_win]
+    if takes_decode(inputs, q.shape[1], cu_seqlens):
+        return decode_op(*map(last_contiguous, (*inputs, starts, lengths)), numbers, float(scale))
+    tensors = [None if x is None else x.contiguous() for x in (*inputs, cu_seqlens, starts, lengths)]
+    out, selection, *_ = forward_op(*tensors, numbers, float(scale))
+    return out, selection

@@ -1,0 +1,330 @@
+"""Attention over the selected blocks, one block after another over the queries that selected it.
+
+A query's group of heads is too few rows for a matrix product when groups are small, and every block would be read once
+a query. Turned round, a block is read once and the rows are whichever queries chose it, all heads of a group side by
+side (row `r` of a part is head `r % G` of entry `r // G`: nothing is padded whatever the group). Each (query, slot) has
+its own partial result, in q's dtype, rounded once and summed in float32: no atomics. Pieces of the queries bound the
+memory of the partial results.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..sizes import Sizes
+from .common import (
+    SMALL_SHARED_MEMORY,
+    bytes_a_row,
+    cdiv,
+    load_tile,
+    next_power_of_2,
+    padded,
+    shared_memory,
+    store_tile,
+)
+from .gather import Gather, Pieces, cut_queries, entries_a_tile, launches
+from .interval import widths
+from .interval_backward import weight_gradient
+from .layout import Layout
+
+
+def partial_bytes(q: Tensor) -> int:
+    """Bytes of partial results that are held at once (more where a single query of one head needs more).
+
+    Larger pieces are faster, but they count in the backward pass's peak: so they grow with the inputs.
+    """
+    return max(1 << 29, min(1 << 30, 8 * q.nbytes))
+
+
+def entry_bytes(q: Tensor, v: Tensor) -> int:
+    """What one (query, slot)'s partial result takes, of the output or of dq."""
+    return q.shape[2] // v.shape[2] * max(q.shape[-1], v.shape[-1]) * q.element_size()
+
+
+def find_pieces(q: Tensor, v: Tensor, parts: int, slots: int) -> Pieces:
+    """How the queries are cut, the same in both passes."""
+    return cut_queries(q.shape[0], q.shape[1], v.shape[2], parts, slots, entry_bytes(q, v), partial_bytes(q))
+
+
+@triton.jit
+def entry_rows(order, first, last, r, T, SLOTS, piece_first, G, HQ, head, batch):
+    """Of rows `r` of the entries `[first, last)`: whether they exist, the query's row in `[B*T*HQ]`, the result's row.
+
+    The latter counts `(query of the piece, slot, head of the group)`.
+    """
+    exists = first + r // G < last
+    entry = tl.load(order + first + r // G, mask=exists, other=0)
+    token, slot = entry // SLOTS, entry % SLOTS
+    query = (batch * T + token).to(tl.int64) * HQ + head * G + r % G
+    partial = ((token - piece_first).to(tl.int64) * SLOTS + slot) * G + r % G
+    return exists, query, partial
+
+
+@triton.jit
+def selected_forward_kernel(
+    q, k, v, order, offsets, item_part, item_chunk, part_first, part_end, partial, partial_lse, scale_log2,
+    first_group, T, S, HQ, HK, BH, SLOTS, PARTS, PIECE, CHUNK,
+    DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Softmax attention of CHUNK entries over their part alone: output and log2-sum-exp of each (query, slot, head)."""
+    group = first_group + tl.program_id(1)
+    part = tl.load(item_part + group.to(tl.int64) * tl.num_programs(0) + tl.program_id(0))
+    if part < PARTS:
+        chunk = tl.load(item_chunk + group.to(tl.int64) * tl.num_programs(0) + tl.program_id(0))
+        batch, head = group % BH // HK, group % HK
+        heads = HQ // HK
+        first = tl.load(offsets + group * PARTS + part) + chunk * CHUNK
+        last = tl.minimum(tl.load(offsets + group * PARTS + part + 1), first + CHUNK)
+        begin = tl.load(part_first + batch * PARTS + part)
+        index = tl.arange(0, BN)
+        inside = begin + index < tl.load(part_end + batch * PARTS + part)
+        origin = (batch.to(tl.int64) * S + begin) * HK + head
+        keys = load_tile(k + origin * DK, index, HK * DK, inside, DK, DKP)
+        values = load_tile(v + origin * DV, index, HK * DV, inside, DV, DVP)
+        place = tl.program_id(1).to(tl.int64) * PIECE * SLOTS * heads
+        for row in tl.range(0, (last - first) * heads, BM):
+            r = row + tl.arange(0, BM)
+            exists, query, target = entry_rows(
+                order, first, last, r, T, SLOTS, group // BH * PIECE, heads, HQ, head, batch
+            )
+            queries = load_tile(q, query, DK, exists, DK, DKP)
+            logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale_log2
+            logits = tl.where(inside[None, :], logits, float("-inf"))
+            top = tl.max(logits, 1)
+            weights = tl.exp2(logits - top[:, None])
+            total = tl.sum(weights, 1)
+            result = tl.dot(weights.to(values.dtype), values, input_precision=PRECISION) / total[:, None]
+            store_tile(partial, place + target, DV, exists, result, DV, DVP)
+            tl.store(partial_lse + place + target, top + tl.log2(total), mask=exists)
+
+
+@triton.jit
+def used_slots(relative, BLOCK: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, PIECES: tl.constexpr):
+    """How many slots of a query hold an entry; they come first."""
+    blocks = tl.where(relative < 0, 0, relative // BLOCK + 1)
+    return tl.maximum(tl.minimum(blocks, TOPK) - LOCAL, 0) * PIECES
+
+
+@triton.jit
+def merge_kernel(
+    partial, partial_lse, relative_ptr, out, lse, first_group, T, HQ, HK, BH, SLOTS, PIECE,
+    DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr, LOCAL: tl.constexpr,
+    TOPK: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """Adds the partial results to what `out` and `lse` hold of the local blocks: softmax over all of them (eq. 12)."""
+    group = first_group + tl.program_id(1)
+    batch, head = group % BH // HK, group % HK
+    heads = HQ // HK
+    r = tl.program_id(0) * BM + tl.arange(0, BM)
+    token = group // BH * PIECE + r // heads
+    exists = (r < PIECE * heads) & (token < T)
+    relative = tl.load(relative_ptr + batch * T + token, mask=exists, other=-1)
+    used = used_slots(relative, BLOCK, LOCAL, TOPK, PIECES)
+    row = (batch * T + token).to(tl.int64) * HQ + head * heads + r % heads
+    acc = load_tile(out, row, DV, exists, DV, DVP).to(tl.float32)
+    top = tl.load(lse + row, mask=exists, other=0.0)
+    total = tl.full([BM], 1.0, tl.float32)
+    source = tl.program_id(1).to(tl.int64) * PIECE * SLOTS * heads
+    source += (r // heads).to(tl.int64) * SLOTS * heads + r % heads
+    for slot in tl.range(0, tl.max(used)):
+        here = slot < used
+        log_sum = tl.load(partial_lse + source + slot * heads, mask=here, other=float("-inf"))
+        new = tl.maximum(top, log_sum)
+        weight, factor = tl.exp2(log_sum - new), tl.exp2(top - new)
+        x = load_tile(partial, source + slot * heads, DV, here, DV, DVP).to(tl.float32)
+        acc = acc * factor[:, None] + weight[:, None] * x
+        total = total * factor + weight
+        top = new
+    store_tile(out, row, DV, exists & (used > 0), acc / total[:, None], DV, DVP)
+    tl.store(lse + row, top + tl.log2(total), mask=exists & (used > 0))
+
+
+@triton.jit
+def selected_backward_kernel(
+    q, k, v, order, offsets, item_part, item_chunk, part_first, part_end, dout, records,
+    dq_partial, dk_partial, dv_partial, scale_log2, first_group, T, S, HQ, HK, BH, SLOTS, PARTS, PIECE, CHUNK,
+    DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PART: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Of CHUNK entries: `dv = p^T dout` and `dk = ds^T q` summed, and `dq = ds k` of each (query, slot, head)."""
+    group = first_group + tl.program_id(1)
+    part = tl.load(item_part + group.to(tl.int64) * tl.num_programs(0) + tl.program_id(0))
+    if part < PARTS:
+        chunk = tl.load(item_chunk + group.to(tl.int64) * tl.num_programs(0) + tl.program_id(0))
+        batch, head = group % BH // HK, group % HK
+        heads = HQ // HK
+        first = tl.load(offsets + group * PARTS + part) + chunk * CHUNK
+        last = tl.minimum(tl.load(offsets + group * PARTS + part + 1), first + CHUNK)
+        begin = tl.load(part_first + batch * PARTS + part)
+        index = tl.arange(0, BN)
+        inside = begin + index < tl.load(part_end + batch * PARTS + part)
+        origin = (batch.to(tl.int64) * S + begin) * HK + head
+        keys = load_tile(k + origin * DK, index, HK * DK, inside, DK, DKP)
+        values = load_tile(v + origin * DV, index, HK * DV, inside, DV, DVP)
+        place = tl.program_id(1).to(tl.int64) * PIECE * SLOTS * heads
+        dk_acc = tl.zeros([BN, DKP], tl.float32)
+        dv_acc = tl.zeros([BN, DVP], tl.float32)
+        for row in tl.range(0, (last - first) * heads, BM):
+            r = row + tl.arange(0, BM)
+            exists, query, target = entry_rows(
+                order, first, last, r, T, SLOTS, group // BH * PIECE, heads, HQ, head, batch
+            )
+            queries = load_tile(q, query, DK, exists, DK, DKP)
+            douts = load_tile(dout, query, DV, exists, DV, DVP)
+            log_sum = tl.load(records + query * 3, mask=exists, other=float("inf"))  # of no weight
+            gate = tl.load(records + query * 3 + 1, mask=exists, other=0.0)
+            correct = tl.load(records + query * 3 + 2, mask=exists, other=0.0)
+            # [BM, BN]: what belongs to a query is then one register a row, not one a column
+            logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale_log2
+            dots = tl.dot(douts, tl.trans(values), input_precision=PRECISION)
+            p, ds = weight_gradient(
+                logits, dots, log_sum[:, None], gate[:, None], correct[:, None], inside[None, :], True
+            )
+            ds = ds.to(queries.dtype)
+            dv_acc = tl.dot(tl.trans(p.to(douts.dtype)), douts, dv_acc, input_precision=PRECISION)
+            dk_acc = tl.dot(tl.trans(ds), queries, dk_acc, input_precision=PRECISION)
+            dq = tl.dot(ds, keys, input_precision=PRECISION)
+            store_tile(dq_partial, place + target, DK, exists, dq, DK, DKP)
+        target = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * PART
+        store_tile(dk_partial + target * DK, index, DK, index < PART, dk_acc, DK, DKP)
+        store_tile(dv_partial + target * DV, index, DV, index < PART, dv_acc, DV, DVP)
+
+
+@triton.jit
+def sum_items_kernel(
+    partial, item_first, part_first, part_end, total, factor, first_group, items, S, HK, BH, PARTS,
+    D: tl.constexpr, PART: tl.constexpr, WIDTH: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Adds `factor` times the sum of a part's items, in a fixed order, to WIDTH numbers of `total [B, S, Hk, D]`."""
+    part, group = tl.program_id(0), first_group + tl.program_id(1)
+    batch, head = group % BH // HK, group % HK
+    begin = tl.load(part_first + batch * PARTS + part)
+    row = group.to(tl.int64) * (PARTS + 1) + part
+    first, end = tl.load(item_first + row), tl.load(item_first + row + 1)
+    if first < end:
+        index = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
+        inside = (begin + index // D < tl.load(part_end + batch * PARTS + part)) & (index < PART * D)
+        acc = tl.zeros([WIDTH], tl.float32)
+        for item in tl.range(first, end, AT_ONCE):
+            several = item + tl.arange(0, AT_ONCE)
+            source = (tl.program_id(1).to(tl.int64) * items + several) * (PART * D)
+            mask = (several < end)[:, None] & inside[None, :]
+            acc += tl.sum(tl.load(partial + source[:, None] + index[None, :], mask=mask, other=0.0), 0)
+        target = total + ((batch.to(tl.int64) * S + begin) * HK + head) * D + index // D * (HK * D) + index % D
+        tl.store(target, tl.load(target, mask=inside, other=0.0) + factor * acc, mask=inside)
+
+
+@triton.jit
+def sum_dq_kernel(
+    partial, relative_ptr, dq_in, dq, scale, first_group, T, HQ, HK, BH, SLOTS, PIECE,
+    DK: tl.constexpr, DKP: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr, LOCAL: tl.constexpr,
+    TOPK: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """`dq = dq_in + scale * sum of the query's partial results`, in float32, rounded once."""
+    group = first_group + tl.program_id(1)
+    batch, head = group % BH // HK, group % HK
+    heads = HQ // HK
+    r = tl.program_id(0) * BM + tl.arange(0, BM)
+    token = group // BH * PIECE + r // heads
+    exists = (r < PIECE * heads) & (token < T)
+    relative = tl.load(relative_ptr + batch * T + token, mask=exists, other=-1)
+    used = used_slots(relative, BLOCK, LOCAL, TOPK, PIECES)
+    row = (batch * T + token).to(tl.int64) * HQ + head * heads + r % heads
+    source = tl.program_id(1).to(tl.int64) * PIECE * SLOTS * heads
+    source += (r // heads).to(tl.int64) * SLOTS * heads + r % heads
+    acc = tl.zeros([BM, DKP], tl.float32)
+    for slot in tl.range(0, tl.max(used)):
+        acc += load_tile(partial, source + slot * heads, DK, slot < used, DK, DKP).to(tl.float32)
+    acc = acc * scale + load_tile(dq_in, row, DK, exists, DK, DKP)
+    store_tile(dq, row, DK, exists, acc, DK, DKP)
+
+
+def gather_tiles(q: Tensor, v: Tensor, layout: Layout, backward: bool) -> dict:
+    """Tile sizes: all keys of a part, and as many rows as the width of a row and the card's shared memory allow."""
+    row, small = bytes_a_row(q, v.shape[-1]), shared_memory(q.device) < SMALL_SHARED_MEMORY
+    if q.dtype == torch.float32:
+        tiles = {"BM": 32 if row <= 512 else 16, "num_warps": 4, "num_stages": 1}
+    elif row <= 256:
+        tiles = {"BM": 64, "num_warps": 4, "num_stages": 3 if backward and row <= 128 and not small else 1}
+    else:
+        tiles = {"BM": 16 if small else 32, "num_warps": 8 if backward else 4, "num_stages": 1}
+    return {**tiles, "BN": max(16, next_power_of_2(layout.part_size))}
+
+
+def merge_shape(sizes: Sizes, layout: Layout, keys: int) -> dict:
+    return {
+        "BLOCK": sizes.block_size, "LOCAL": sizes.local_blocks, "PIECES": layout.parts_a_block,
+        "TOPK": min(sizes.topk, (keys - 1) // sizes.block_size + 1), "BM": 32, "num_warps": 4,
+    }  # fmt: skip
+
+
+def selected_forward(
+    q: Tensor, k: Tensor, v: Tensor, gather: Gather, layout: Layout, sizes: Sizes, scale_log2: float, out: Tensor,
+    lse: Tensor,
+) -> None:  # fmt: skip
+    """Adds the selected blocks that are not local to `out [B, T, Hq, Dv]` and `lse [B, T, Hq]`, which hold those."""
+    heads, kv_heads, keys, value_dim = q.shape[2], k.shape[2], k.shape[1], v.shape[3]
+    group, tokens, pieces = heads // kv_heads, q.shape[1], gather.pieces
+    runs = launches(pieces, entry_bytes(q, v), partial_bytes(q))
+    tiles = gather_tiles(q, v, layout, backward=False)
+    work = gather.work(entries_a_tile(4 * tiles["BM"], group))
+    results = max(count for _, count in runs) * pieces.tokens * pieces.slots * group
+    partial, partial_lse = q.new_empty(results, value_dim), q.new_empty(results, dtype=torch.float32)
+    shape = {key: x for key, x in widths(q, v).items() if key.startswith("DV")}
+    merge = merge_shape(sizes, layout, keys)
+    per_piece = pieces.groups // pieces.count
+    for first, count in runs:
+        selected_forward_kernel[(work.part.shape[1], count)](
+            q, k, v, gather.order, gather.offsets, work.part, work.chunk, layout.part_first, layout.part_end,
+            partial, partial_lse, scale_log2, first, tokens, keys, heads, kv_heads, per_piece, pieces.slots,
+            pieces.parts, pieces.tokens, work.most, **widths(q, v), **tiles,
+        )  # fmt: skip
+        merge_kernel[(cdiv(pieces.tokens * group, merge["BM"]), count)](
+            partial, partial_lse, layout.relative, out, lse, first, tokens, heads, kv_heads, per_piece, pieces.slots,
+            pieces.tokens, **shape, **merge,
+        )  # fmt: skip
+
+
+def selected_backward(
+    q: Tensor, k: Tensor, v: Tensor, gather: Gather, layout: Layout, sizes: Sizes, dout: Tensor, records: Tensor,
+    scale: float, scale_log2: float, dq_in: Tensor, dq: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Writes `dq = dq_in +` its share, and returns its share of dk and dv, `[B, S, Hk, *]` float32.
+
+    Args:
+        records: log2-sum-exp, gate and `dout . out` of each query, `[B, T, Hq, 3]` float32.
+    """
+    heads, kv_heads, keys, key_dim, value_dim = q.shape[2], k.shape[2], k.shape[1], k.shape[3], v.shape[3]
+    group, tokens, pieces = heads // kv_heads, q.shape[1], gather.pieces
+    runs = launches(pieces, entry_bytes(q, v), partial_bytes(q))
+    tiles = gather_tiles(q, v, layout, backward=True)
+    work = gather.work(entries_a_tile(32 * tiles["BM"], group))
+    at_once, items = max(count for _, count in runs), work.part.shape[1]
+    dq_partial = q.new_empty(at_once * pieces.tokens * pieces.slots * group, key_dim)
+    dk_partial = q.new_empty(at_once, items, layout.part_size, key_dim, dtype=torch.float32)
+    dv_partial = q.new_empty(at_once, items, layout.part_size, value_dim, dtype=torch.float32)
+    dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
+    merge = merge_shape(sizes, layout, keys)
+    per_piece = pieces.groups // pieces.count
+    for first, count in runs:
+        selected_backward_kernel[(items, count)](
+            q, k, v, gather.order, gather.offsets, work.part, work.chunk, layout.part_first, layout.part_end, dout,
+            records, dq_partial, dk_partial, dv_partial, scale_log2, first, tokens, keys, heads, kv_heads, per_piece,
+            pieces.slots, pieces.parts, pieces.tokens, work.most, PART=layout.part_size, **widths(q, v), **tiles,
+        )  # fmt: skip
+        for partial, total, factor in ((dk_partial, dk, scale), (dv_partial, dv, 1.0)):
+            numbers = layout.part_size * total.shape[-1]
+            sum_items_kernel[(pieces.parts, count, cdiv(numbers, 512))](
+                partial, work.first, layout.part_first, layout.part_end, total, factor, first, items, keys,
+                kv_heads, per_piece, pieces.parts, D=total.shape[-1], PART=layout.part_size, WIDTH=512, AT_ONCE=4,
+                num_warps=4,
+            )  # fmt: skip
+        sum_dq_kernel[(cdiv(pieces.tokens * group, merge["BM"]), count)](
+            dq_partial, layout.relative, dq_in, dq, scale, first, tokens, heads, kv_heads, per_piece, pieces.slots,
+            pieces.tokens, DK=key_dim, DKP=padded(key_dim), **merge,
+        )  # fmt: skip
+    return dk, dv

@@ -1,0 +1,1 @@
+"""What is kept between forwards: keys, values and compressed entries."""

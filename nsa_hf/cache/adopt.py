@@ -1,0 +1,154 @@
+"""Where caches come in: a user's or `generate()`'s own, whose layers are made such as hold compressed entries too."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer, StaticSlidingWindowLayer
+
+from nsa_hf.kernels import Sizes
+
+from ..config import NsaConfigMixin
+from ..errors import NsaError
+from ..releases import INSTALLED
+from ..segments import Segments
+from ..tested import NEWEST
+from .branches import FILLED_BY_ANOTHER, NsaIndependentLayer
+from .dynamic import NsaDynamicLayer
+from .static import OFFLOADED_STATIC, NsaStaticLayer, NsaStaticWindowLayer, in_a_graph
+
+OFFLOADED_ON_CPU = "an offloaded cache waits in CPU memory for the GPU, and this model is on the CPU: do without"
+
+UNUSABLE = (
+    "sparse attention cannot use a {}: it would give wrong tokens. Use DynamicCache(), which generate() makes by "
+    "itself when cache_implementation is not set, or StaticCache (cache_implementation='static')"
+)
+
+CACHE_LOST = (
+    f"the cache did not reach the sparse layers: Transformers {INSTALLED} hands it over in a way that this nsa_hf does "
+    f"not know (tested up to {NEWEST}): pip install 'transformers=={NEWEST}.*', or a newer nsa-hf"
+)
+
+
+def nsa_cache_layer(
+    cache: Cache, layer_idx: int, sizes: Sizes, device: torch.device, independent: bool = False
+) -> NsaDynamicLayer | NsaStaticLayer:
+    """Layer `layer_idx` of a user's or `generate()`'s cache, made one that holds compressed entries too.
+
+    Args:
+        cache: dynamic (offloaded or not) or static.
+        sizes: the model's; a static layer's buffers are made for them.
+        device: where the model is.
+        independent: whether the branches have keys and values of their own.
+
+    Raises:
+        NsaError: the cache is of a kind that sparse attention cannot use, or holds what a model of other sizes or
+            branches left there; names it and what to use instead.
+    """
+    if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
+        raise NsaError(UNUSABLE.format(type(cache).__name__))
+    if cache.offloading and any(type(layer) is StaticLayer for layer in cache.layers):
+        raise NsaError(OFFLOADED_STATIC)
+    if cache.offloading and device.type == "cpu":
+        raise NsaError(f"{type(cache).__name__}(offloading=True) cannot be used: {OFFLOADED_ON_CPU}")
+    if cache.layer_class_to_replicate is DynamicLayer:
+        while len(cache.layers) <= layer_idx:
+            cache.layers.append(DynamicLayer())
+    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    if type(layer) is DynamicLayer:
+        layer = cache.layers[layer_idx] = (NsaIndependentLayer if independent else NsaDynamicLayer).adopt(layer)
+    if type(layer) is StaticLayer:
+        if independent:
+            raise NsaError(
+                "a model with nsa_branch_kv='independent' does not support the static cache yet: use DynamicCache(), "
+                "which generate() makes by itself when cache_implementation is not set"
+            )
+        layer = cache.layers[layer_idx] = NsaStaticLayer.adopt(layer, sizes.kernel_size, sizes.kernel_stride)
+    if isinstance(layer, NsaDynamicLayer) and isinstance(layer, NsaIndependentLayer) is not independent:
+        raise NsaError(FILLED_BY_ANOTHER)
+    if not isinstance(layer, NsaDynamicLayer | NsaStaticLayer):
+        kind = type(cache).__name__ if layer is None else f"{type(cache).__name__} ({type(layer).__name__})"
+        raise NsaError(UNUSABLE.format(kind))
+    wanted = (sizes.kernel_size, sizes.kernel_stride)
+    if layer.block not in (None, wanted):
+        raise NsaError(
+            f"this cache holds entries of nsa_kernel_size and nsa_kernel_stride {layer.block}, and the model's are "
+            f"{wanted}: start with a new cache"
+        )
+    return layer
+
+
+def check_in_step(cache: Cache, layer_idx: int, past: int) -> None:
+    """Before a layer puts tokens into a growing cache: whether it holds as many as the first, which are counted.
+
+    Raises:
+        NsaError: it does not, because a crop or a forward stopped halfway.
+    """
+    held = cache.get_seq_length(layer_idx)
+    if held != past or past < 0:
+        raise NsaError(
+            f"layer {layer_idx} of this cache holds {held} tokens and the first {past}: a crop or a forward stopped "
+            "halfway, or more was cropped than there is. Call cache.reset() and start anew"
+        )
+
+
+def check_starts(cache: Cache, segments: Segments, tokens: int) -> None:
+    """Before a forward: whether the rows begin where they did when the entries in this cache were compressed.
+
+    A row that held nothing but padding may begin now, and one that is done may be masked from end to end. Graphs
+    (`torch.compile`, CUDA's) are not looked at.
+
+    Args:
+        segments: of the new tokens, `tokens` of each row.
+
+    Raises:
+        NsaError: another mask came than before, or none.
+        RuntimeError: the same for single tokens on a GPU in a static cache, as in `static_segments`.
+    """
+    if in_a_graph():
+        return
+    layer = next((one for one in cache.layers if isinstance(one, NsaDynamicLayer | NsaStaticLayer)), None)
+    if layer is None or not layer.knows_starts:
+        return
+    lengths = segments.lengths
+    known = layer.starts if segments.starts is None else segments.starts
+    if known is None:
+        return  # all rows began at the first token, and do
+    now = torch.zeros_like(known) if segments.starts is None else known
+    then = torch.zeros_like(known) if layer.starts is None else layer.starts.to(known.device)
+    past = torch.full_like(now, segments.past) if lengths is None else lengths.to(now.device) - tokens
+    moved = (now.minimum(past) != then.minimum(past)) & (now < past + tokens)
+    if lengths is not None and tokens == 1 and now.device.type != "cpu":
+        torch._assert_async(~moved.any(), "attention_mask: rows begin at other tokens than when this cache was filled")
+    elif bool(moved.any()):
+        raise NsaError(
+            f"attention_mask: this cache holds rows that begin at token {then.tolist()}, and now they would begin at "
+            f"{now.tolist()}: give the same padding with every forward, the mask of all tokens so far, or start with "
+            "an empty cache"
+        )
+
+
+def nsa_window_layer(cache: Cache, layer_idx: int) -> None:
+    """Makes a sliding layer of a static cache one that knows what it has overwritten."""
+    if layer_idx < len(cache.layers) and type(cache.layers[layer_idx]) is StaticSlidingWindowLayer:
+        cache.layers[layer_idx] = NsaStaticWindowLayer.adopt(cache.layers[layer_idx])
+
+
+def check_reached(cache: Cache, config: NsaConfigMixin) -> None:
+    """After a forward: whether every sparse layer has put its tokens into this cache.
+
+    Raises:
+        NsaError: the family's code handed it to the layers in a way that these did not see.
+    """
+    for layer in range(config.num_hidden_layers):  # type: ignore[attr-defined]
+        held = cache.layers[layer] if layer < len(cache.layers) else None
+        if config.is_nsa_layer(layer) and not isinstance(held, NsaDynamicLayer | NsaStaticLayer):
+            raise NsaError(CACHE_LOST)
+
+
+def static_length(cache: Cache | None) -> tuple[Tensor | int, int] | None:
+    """Of a static cache, the tokens it holds (a tensor on its device; 0 before the first) and those it has room for."""
+    for layer in cache.layers if cache is not None else ():
+        if isinstance(layer, StaticLayer) and not layer.is_sliding:
+            return layer.get_seq_length(), layer.max_cache_len
+    return None

@@ -1,0 +1,128 @@
+"""The cache of a layer whose branches have keys and values of their own: each keeps what it will read again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from nsa_hf.kernels import MeanCompressor, n_blocks
+
+from ..errors import NsaError
+from .dynamic import NsaDynamicLayer
+
+FILLED_BY_ANOTHER = (
+    "of a model with keys and values per branch and one without, neither can continue the other's cache: start with an "
+    "empty one"
+)
+PENDING = ("pending_keys", "pending_values")
+WINDOW = ("window_keys", "window_values")
+
+
+class NsaIndependentLayer(NsaDynamicLayer):
+    """Whole keys and values of the selected branch only.
+
+    Of the compressed branch the entries, and the tokens of blocks that are not complete (`pending_*`, `[B, Hk, P, D]`,
+    from position `pending_from` on); of the window its last w tokens (`window_*`). After `activate_past_recording()`
+    both keep all that comes, until `crop` says what of it will stay.
+    """
+
+    catches_up = False
+    EXTRA = (*NsaDynamicLayer.EXTRA, *PENDING, *WINDOW)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.record_past = False
+        self.clear_branches()
+
+    def clear_branches(self) -> None:
+        self.pending_keys: Tensor | None = None
+        self.pending_values: Tensor | None = None
+        self.window_keys: Tensor | None = None
+        self.window_values: Tensor | None = None
+        self.pending_from = 0
+        self.window_size = 1
+        self.padded = False
+
+    @classmethod
+    def adopt(cls, layer: DynamicLayer) -> NsaIndependentLayer:
+        if layer.get_seq_length():
+            raise NsaError(FILLED_BY_ANOTHER)
+        return super().adopt(layer)
+
+    def activate_past_recording(self) -> None:
+        """From now on tokens are kept so that `crop` can take them back."""
+        self.record_past = True
+
+    def extend(
+        self, keys: Tensor, values: Tensor, compress_k: MeanCompressor, compress_v: MeanCompressor,
+        kernel_stride: int, starts: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """As `NsaDynamicLayer.extend`, of the new tokens' keys and values `[B, Hk, T, D]` of the compressed branch."""
+        self.padded = starts is not None
+        held = self.joined(PENDING, keys, values)
+        entries = self.extend_from(self.pending_from, *held, compress_k, compress_v, kernel_stride, starts)
+        for name, states in zip(PENDING, held, strict=True):
+            setattr(self, name, states)
+        if not self.record_past:
+            self.keep_pending(self.first_pending(self.compressed_length))
+        return entries
+
+    def slide(self, keys: Tensor, values: Tensor, window_size: int) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, Hk, Sw, D]` that the new tokens' windows see; those of the window branch are given."""
+        self.window_size = window_size
+        held = self.joined(WINDOW, keys, values)
+        for name, states in zip(WINDOW, held, strict=True):
+            kept = states if self.record_past else states[:, :, -window_size:].clone()
+            setattr(self, name, kept)
+        seen = window_size - 1 + keys.shape[-2]
+        self.send_away(WINDOW + PENDING)
+        return held[0][:, :, -seen:], held[1][:, :, -seen:]
+
+    def joined(self, names: tuple[str, str], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        before = [getattr(self, name) for name in names]
+        if before[0] is None:
+            return keys, values
+        return torch.cat([before[0], keys], dim=-2), torch.cat([before[1], values], dim=-2)
+
+    def first_pending(self, length: int) -> int:
+        """The first token of `length` that a block not complete yet may need."""
+        assert self.block is not None
+        size, stride = self.block
+        # rows that begin at different tokens have different unfinished blocks: none is longer than this
+        return max(0, length - size + 1) if self.padded else n_blocks(length, size, stride) * stride
+
+    def keep_pending(self, first: int, last: int | None = None) -> None:
+        """Keeps the pending tokens `[first, last)`, as positions; a copy, so that the memory of the others is free."""
+        places = slice(first - self.pending_from, None if last is None else last - self.pending_from)
+        self.each_extra(lambda states: states[:, :, places].clone(), PENDING)
+        self.pending_from = first
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last `-tokens_to_remove` tokens, and keeps no more than is needed of those before.
+
+        Raises:
+            NsaError: the window or an unfinished block would need tokens that were not kept.
+        """
+        removed, length = -tokens_to_remove, self.get_seq_length()
+        if removed < 0:
+            raise NsaError(f"crop takes the negative number of tokens to remove, got {tokens_to_remove}")
+        if self.window_keys is None:
+            return super().crop(tokens_to_remove)
+        left, window_from = max(0, length - removed), length - self.window_keys.shape[-2]
+        if window_from > max(0, left - self.window_size) or self.pending_from > self.first_pending(left):
+            raise NsaError(
+                f"cannot remove {removed} tokens of {length}: of the window and the unfinished block, those before "
+                f"token {max(window_from, self.pending_from)} were not kept. Call cache.activate_past_recording() when "
+                "the cache holds something, before the tokens that may be removed"
+            )
+        super().crop(tokens_to_remove)
+        end = self.window_keys.shape[-2] - (length - left)
+        keep = slice(max(0, end - self.window_size), end)
+        self.each_extra(lambda states: states[:, :, keep].clone(), WINDOW)
+        self.keep_pending(self.first_pending(left), left)
+        return None
+
+    def reset(self) -> None:
+        super().reset()
+        self.clear_branches()

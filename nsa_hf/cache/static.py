@@ -1,0 +1,210 @@
+"""The cache of a sparse layer in buffers that never move or grow: for `torch.compile` and CUDA graphs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+from transformers.utils import is_torchdynamo_compiling
+
+from nsa_hf.kernels import MeanCompressor, compress_blocks, n_blocks
+
+from ..errors import NsaError
+
+
+def in_a_graph() -> bool:
+    """Whether what runs now is compiled or recorded, and run again with other tensors."""
+    return is_torchdynamo_compiling() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+
+
+class NsaStaticLayer(StaticLayer):
+    """A `StaticLayer` that also holds the compressed entries of its keys and values, `[B, N, Hk, D]` from the start.
+
+    `N` is what `max_cache_len` tokens can complete; what stands behind a row's own blocks is undefined. How many tokens
+    are held is a tensor on the device (`cumulative_length`), and nothing here reads it on the host, so that a decoding
+    step is one graph. Every step writes the entries of the blocks it completes and no others.
+
+    Args:
+        max_cache_len: tokens that the buffers hold.
+        kernel_size, kernel_stride: of the compression blocks [l, d].
+    """
+
+    # `crop` puts everything back as it was
+    is_croppable = True
+    # with every forward, the dense ones too: later it would take other shapes
+    catches_up = False
+
+    def __init__(self, max_cache_len: int, kernel_size: int, kernel_stride: int) -> None:
+        super().__init__(max_cache_len)
+        self.block = self.kernel_size, self.kernel_stride = kernel_size, kernel_stride
+        self.compressed_keys: Tensor | None = None
+        self.compressed_values: Tensor | None = None
+        # how many tokens came last, and whether some came before whose blocks have not been compressed
+        self.new_tokens = 0
+        self.behind = False
+        # of the entries held, the rows' first real positions, int32 [B]; None = 0. No graph notes them.
+        self.starts: Tensor | None = None
+        self.knows_starts = False
+
+    @classmethod
+    def adopt(cls, layer: StaticLayer, kernel_size: int, kernel_stride: int) -> NsaStaticLayer:
+        """Takes over a plain layer's buffers and what they hold."""
+        adopted = cls(layer.max_cache_len, kernel_size, kernel_stride)
+        adopted.__dict__.update(layer.__dict__)
+        if layer.is_initialized:
+            adopted.allocate_compressed(layer.keys, layer.values)
+            adopted.behind = is_torchdynamo_compiling() or bool(layer.cumulative_length > 0)
+        return adopted
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.allocate_compressed(key_states, value_states)
+
+    def allocate_compressed(self, keys: Tensor, values: Tensor) -> None:
+        """Makes the buffers for entries of keys and values `[B, Hk, any, D]`."""
+        entries = n_blocks(self.max_cache_len, self.kernel_size, self.kernel_stride)
+        for name, states in (("compressed_keys", keys), ("compressed_values", values)):
+            buffer = states.new_zeros(states.shape[0], entries, states.shape[1], states.shape[3])
+            setattr(self, name, buffer)
+            if not is_torchdynamo_compiling():
+                torch._dynamo.mark_static_address(buffer)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        self.new_tokens = key_states.shape[-2]
+        if key_states.device.type == "cpu" and not is_torchdynamo_compiling():
+            held = int(self.get_seq_length())
+            if held + self.new_tokens > self.max_cache_len:
+                raise NsaError(
+                    f"the static cache has room for {self.max_cache_len} tokens, holds {held} and was given "
+                    f"{self.new_tokens} more: make it with a larger max_cache_len"
+                )
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def extend(
+        self, keys: Tensor, values: Tensor, compress_k: MeanCompressor, compress_v: MeanCompressor,
+        kernel_stride: int, starts: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Compresses the blocks that the last tokens completed; called after every `update`.
+
+        Args:
+            keys, values: `[B, Hk, max_cache_len, D]`, what `update` gave.
+            compress_k, compress_v: the layer's compressors.
+            kernel_stride: tokens between two blocks' starts [d].
+            starts: int32 `[B]`, first real position of each row, the same for the cache's whole life; None = 0.
+
+        Returns:
+            The compressed keys and values `[B, N, Hk, D]`: the buffers themselves.
+        """
+        assert self.compressed_keys is not None and self.compressed_values is not None
+        if self.compressed_keys.shape[2] != keys.shape[1]:
+            # a family may repeat its heads behind the cache; this happens with the first tokens only
+            self.allocate_compressed(keys, values)
+        if not in_a_graph():
+            self.starts, self.knows_starts = starts, True
+        entries = self.compressed_keys.shape[1]
+        if entries == 0:
+            return self.compressed_keys, self.compressed_values
+        length = self.cumulative_length
+        start = length.new_zeros(1) if starts is None else starts.to(length.dtype)
+        if self.behind:
+            places, done = entries, torch.zeros_like(start)
+            self.behind = False
+        else:
+            # as many as these tokens can complete; which ones they are, every row knows by itself
+            places = min(entries, -(-self.new_tokens // kernel_stride))
+            before = length - self.new_tokens - start - self.kernel_size
+            done = (before.div(kernel_stride, rounding_mode="floor") + 1).clamp(min=0)
+        # [B, places], or [1, places] where all rows agree
+        block = done[:, None] + torch.arange(places, device=length.device)
+        first = start[:, None] + block * kernel_stride
+        complete = first + self.kernel_size <= length
+        batch = keys.shape[0]
+        block, first, complete = (x.expand(batch, -1) for x in (block, first, complete))
+        # A block that is not complete leaves some entry as it is: never one that another block writes, because a row's
+        # places are neighbours and at most `entries`.
+        place, row = block % entries, torch.arange(batch, device=length.device)[:, None]
+        pairs = ((self.compressed_keys, keys, compress_k), (self.compressed_values, values, compress_v))
+        for held, states, compressor in pairs:
+            new = compress_blocks(states.transpose(1, 2), compressor, first, complete).to(held.dtype)
+            held.index_put_((row, place), torch.where(complete[..., None, None], new, held[row, place]))
+        return self.compressed_keys, self.compressed_values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last `-tokens_to_remove` tokens; their entries are written anew when their blocks complete."""
+        if tokens_to_remove > 0:
+            raise NsaError(POSITIVE_CROP.format(tokens_to_remove))
+        if self.is_initialized:
+            self.cumulative_length.add_(tokens_to_remove).clamp_(min=0)
+
+    def reset(self) -> None:
+        super().reset()
+        self.behind = self.knows_starts = False
+        for buffer in (self.compressed_keys, self.compressed_values):
+            if buffer is not None:
+                buffer.zero_()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        for buffer in (self.keys, self.values, self.compressed_keys, self.compressed_values):
+            if buffer is not None:
+                # in place: graphs know the buffers by their addresses
+                buffer.copy_(buffer.index_select(0, beam_idx.to(buffer.device)))
+        if self.starts is not None:
+            self.starts = self.starts.index_select(0, beam_idx.to(self.starts.device))
+
+    def offload(self) -> None:
+        raise NsaError(OFFLOADED_STATIC)
+
+
+class NsaStaticWindowLayer(StaticSlidingWindowLayer):
+    """A `StaticSlidingWindowLayer` that is not cropped to tokens which newer ones have overwritten."""
+
+    cumulative_length_int: int
+    # why it cannot be gone on with, if so
+    lost: str | None = None
+
+    @classmethod
+    def adopt(cls, layer: StaticSlidingWindowLayer) -> NsaStaticWindowLayer:
+        """Takes over a plain layer's buffers and what they hold."""
+        adopted = cls.__new__(cls)
+        adopted.__dict__.update(layer.__dict__)
+        return adopted
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        if self.lost is not None:
+            raise NsaError(self.lost)
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last `-tokens_to_remove` tokens.
+
+        Raises:
+            NsaError: more tokens have come than the window holds, so that those before it are overwritten.
+        """
+        held = self.cumulative_length_int
+        if tokens_to_remove < 0 and held > self.max_cache_len:
+            # other layers may have been cropped before this one
+            self.lost = (
+                f"cannot remove {-tokens_to_remove} tokens of {held}: a static cache keeps no tokens before a sliding "
+                f"window of {self.max_cache_len}. Call cache.reset() and start anew, or use DynamicCache(config=...) "
+                "with activate_past_recording()"
+            )
+            raise NsaError(self.lost)
+        if tokens_to_remove > 0:
+            raise NsaError(POSITIVE_CROP.format(tokens_to_remove))
+        self.cumulative_length_int = max(0, held + tokens_to_remove)
+        self.cumulative_length.fill_(self.cumulative_length_int)
+
+    def reset(self) -> None:
+        super().reset()
+        self.lost = None
+
+
+POSITIVE_CROP = "crop takes the negative number of tokens to remove, got {}"
+OFFLOADED_STATIC = (
+    "sparse attention does not support an offloaded static cache: use cache_implementation='offloaded' "
+    "(DynamicCache(offloading=True)) to save GPU memory, or 'static' for speed"
+)

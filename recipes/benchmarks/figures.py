@@ -1,0 +1,148 @@
+"""The bytes that a decoding step reads, and what `benchmark_decode` writes, says and draws of its time."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from nsa_hf.kernels import Sizes, n_blocks
+
+from .common import STAMP, Heads, Times, lengths_below, make_axes, save_figure
+
+COLUMNS = (
+    *STAMP, "config", "tokens", "batch", "queries", "system", "part", "median_ms", "p20_ms", "p80_ms", "bytes",
+    "bytes_once", "gb_s", "share_of_card", "times_dense", "ceiling", "share_of_ceiling",
+)  # fmt: skip
+SIZES = Sizes()
+# One set of keys and values, and a window with its own.
+SPARSE = ("nsa", "nsa-independent")
+# Full batches: GiB of keys and values.
+FULL = (4, 32)
+
+
+def token_bytes(heads: Heads) -> int:
+    """Keys and values of one token in bf16."""
+    return 2 * heads.kv_heads * (heads.key_dim + heads.value_dim)
+
+
+def full_batch(heads: Heads, tokens: int, gib: int) -> int:
+    """The batch whose keys and values take so many GiB."""
+    return max(1, (gib << 30) // (tokens * token_bytes(heads)))
+
+
+def tokens_read(tokens: int, queries: int = 1, *, once: bool = False) -> int:
+    """Tokens and compressed entries that one row of a step reads, of a text of `tokens`.
+
+    With several queries the forced blocks are read for all together, the others as if each query chose its own.
+
+    Args:
+        once: count the local blocks' tokens that lie in the window once.
+    """
+    s = SIZES
+    entries = n_blocks(tokens, s.kernel_size, s.kernel_stride)
+    forced = s.init_blocks + s.local_blocks
+    chosen = min((forced + queries * (s.topk - forced)) * s.block_size, tokens)
+    window = min(s.window_size + queries - 1, tokens)
+    local = tokens - max(0, (tokens - 1) // s.block_size - s.local_blocks + 1) * s.block_size
+    return entries + chosen + window - (min(local, window) if once else 0)
+
+
+def figures(
+    heads: Heads, tokens: int, batch: int, queries: int, system: str, times: Times, dense_ms: float | None, rate: float
+) -> dict[str, object]:
+    """A row of the CSV but for its stamp.
+
+    Args:
+        dense_ms: the fastest dense time, of a sparse step.
+        rate: bytes a second that the card copies.
+    """
+    row = batch * token_bytes(heads)
+    whole = read = once = tokens * row
+    if system in SPARSE:
+        read, once = (tokens_read(tokens, queries, once=x) * row for x in (False, system == "nsa"))
+    gb_s = once / times[0] * 1e-6
+    found: dict[str, object] = {
+        "config": heads.name, "tokens": tokens, "batch": batch, "queries": queries, "system": system, "part": "step",
+        "bytes": read, "bytes_once": once, "gb_s": f"{gb_s:.0f}", "share_of_card": f"{gb_s * 1e9 / rate:.3f}",
+    }  # fmt: skip
+    found |= zip(("median_ms", "p20_ms", "p80_ms"), (f"{time:.5f}" for time in times), strict=True)
+    if dense_ms is not None:
+        faster, ceiling = dense_ms / times[0], whole / read
+        found |= {"times_dense": f"{faster:.2f}", "ceiling": f"{ceiling:.2f}"}
+        found["share_of_ceiling"] = f"{faster / ceiling:.3f}"
+    return found
+
+
+def printed(row: dict[str, object]) -> str:
+    beside = ""
+    if "ceiling" in row:
+        beside = (
+            f"  {row['times_dense']:>6} times dense, of {row['ceiling']}; {row['bytes']} bytes by the paper's count"
+        )
+    return (
+        f"{row['config']:9} {row['tokens']:7} batch {row['batch']:4} queries {row['queries']:2} {row['system']:18} "
+        f"{row['median_ms']:>9} ms  {row['bytes_once']:>11} bytes  {row['gb_s']:>5} GB/s, {row['share_of_card']} of "
+        f"the card's{beside}"
+    )
+
+
+Curves = dict[tuple[str, str, str], dict[int, float]]
+
+
+def read_curves(path: Path) -> Curves:
+    """Microseconds a row by length, of (`4 GiB`, `32 GiB` or `batch 1`, config, `dense` or one of `SPARSE`): the latest
+    with one query."""
+    curves: Curves = {}
+    fastest: dict[tuple, float] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row["queries"] != "1" or row["part"] != "step":
+                continue
+            tokens, batch, time = int(row["tokens"]), int(row["batch"]), float(row["median_ms"])
+            heads, system = Heads.parse(row["config"]), row["system"] if row["system"] in SPARSE else "dense"
+            kinds = {full_batch(heads, tokens, gib): f"{gib} GiB" for gib in FULL} | {1: "batch 1"}
+            if (kind := kinds.get(batch)) is None:
+                continue
+            if system == "dense":
+                shape = (row["run_id"], kind, row["config"], tokens)
+                time = fastest[shape] = min(time, fastest.get(shape, time))
+            curves.setdefault((kind, row["config"], system), {})[tokens] = time / batch * 1e3
+    return curves
+
+
+def growth(curves: Curves) -> list[str]:
+    """How much more a token costs at the longest length than at the shortest, beside the bytes that it reads."""
+    lines = []
+    for (kind, config, system), times in sorted(curves.items()):
+        first, last = min(times), max(times)
+        if first < last:
+            grown, read = times[last] / times[first], f"{last / first:.2f}"
+            if system in SPARSE:
+                paper, once = (tokens_read(last, once=x) / tokens_read(first, once=x) for x in (False, True))
+                read = f"{paper:.2f}" + (f", those of the window once {once:.2f}" if system == "nsa" else "")
+            lines.append(f"{config} {kind}, {system}: {grown:.2f} times from {first} to {last}, bytes {read}")
+    return lines
+
+
+def draw(path: Path) -> Path | None:
+    """Time of a token over length, sparse and the fastest dense: `path` with `.png` for `.csv`; None without any."""
+    if not (curves := read_curves(path)):
+        return None
+    configs = sorted({config for _, config, _ in curves})
+    titles = {f"{gib} GiB": f"{gib} GiB of keys and values" for gib in FULL} | {"batch 1": "batch 1"}
+    drawn = [kind for kind in titles if any(kind == key[0] for key in curves)]
+    figure, axes = make_axes(len(drawn), squeeze=False)
+    named: dict[str, Any] = {}
+    for axis, kind in zip(axes[0], drawn, strict=True):
+        axis.set(title=titles[kind], yscale="log")
+        lengths_below(axis, (tokens for key, times in curves.items() if key[0] == kind for tokens in times))
+        for (_, config, system), times in sorted(x for x in curves.items() if x[0][0] == kind):
+            lengths, costs = zip(*sorted(times.items()), strict=True)
+            line = {"nsa": "-", "nsa-independent": ":"}.get(system, "--")
+            style = {"color": f"C{configs.index(config)}", "linestyle": line}
+            named[f"{config}, {system}"] = axis.plot([n / 1024 for n in lengths], costs, marker="o", **style)[0]
+    axes[0][0].set_ylabel("microseconds a row and layer")
+    named = dict(sorted(named.items()))
+    axes[0][-1].legend(named.values(), named.keys(), loc="upper left", bbox_to_anchor=(1.02, 1))
+    return save_figure(figure, path)

@@ -1,0 +1,119 @@
+"""Models with random weights and caches filled with a prompt, for `benchmark_generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers.cache_utils import Cache, StaticLayer
+
+from nsa_hf.families import nsa_config_from_dense
+from nsa_hf.kernels import reference
+from nsa_hf.releases import CACHE
+
+from .common import Heads
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's size; `name` is `family:layers:hidden:intermediate:vocabulary`."""
+
+    name: str
+    heads: Heads
+
+    def config(self, tokens: int) -> Any:
+        """The dense config, for texts of `tokens`."""
+        family, *sizes = self.name.split(":")
+        layers, hidden, intermediate, vocabulary = map(int, sizes)
+        return AutoConfig.for_model(
+            family, num_hidden_layers=layers, hidden_size=hidden, intermediate_size=intermediate,
+            vocab_size=vocabulary, num_attention_heads=self.heads.query_heads, max_position_embeddings=tokens,
+            num_key_value_heads=self.heads.kv_heads, head_dim=self.heads.key_dim, tie_word_embeddings=False,
+            bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        )  # fmt: skip
+
+
+def make_model(shape: Shape, tokens: int, sparse: bool, device: str) -> Any:
+    """A bf16 model made on the device; what sparse and dense have in common is the same numbers."""
+    config = shape.config(tokens)
+    if sparse:
+        config = nsa_config_from_dense(config)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    random = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        # the new parameters last; norms stay 1 and biases 0
+        for _, weight in sorted(model.named_parameters(), key=lambda named: (".nsa." in named[0], named[0])):
+            if weight.dim() > 1:
+                weight.normal_(std=0.02, generator=random)
+    return model
+
+
+class CutLayer(StaticLayer):
+    """Static buffers of which the attention is given what they hold, known on the host."""
+
+    is_compileable = False
+    held = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        self.held += key_states.shape[-2]
+        return keys[:, :, : self.held], values[:, :, : self.held]
+
+    def get_seq_length(self) -> int:
+        return self.held
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.held + query_length, 0
+
+
+def filled_cache(model: Any, ids: Tensor, system: str, room: int) -> Cache:
+    """A system's cache with the tokens `ids [B, n]`, of which every row is the same, and room for `room` tokens."""
+    batch, tokens = ids.shape
+    row = DynamicCache(config=model.config)
+    model(ids[:1], **{CACHE: row}, use_cache=True, logits_to_keep=1)
+    if system.endswith("-dynamic"):
+        row.batch_repeat_interleave(batch)
+        return row
+    cache = StaticCache(config=model.config, max_cache_len=room)
+    if system == "dense-cut":
+        cache.layers = [CutLayer(room) for _ in cache.layers]
+    for layer in cache.layers:
+        held = row.layers.pop(0)  # one after the other: the memory is needed
+        layer.lazy_initialization(*(x.expand(batch, -1, -1, -1) for x in (held.keys, held.values)))
+        layer.keys[:, :, :tokens] = held.keys[:, :, :tokens]
+        layer.values[:, :, :tokens] = held.values[:, :, :tokens]
+    cut_back(cache, tokens)
+    return cache
+
+
+def cut_back(cache: Cache, tokens: int) -> None:
+    """Makes the cache hold its first `tokens` tokens only."""
+    for layer in cache.layers:
+        if isinstance(layer, StaticLayer):
+            layer.cumulative_length.fill_(tokens)
+            if isinstance(layer, CutLayer):
+                layer.held = tokens
+        elif (more := layer.get_seq_length() - tokens) > 0:
+            layer.crop(-more)
+
+
+@contextmanager
+def select_these(blocks: Iterable[Tensor]) -> Iterator[None]:
+    """Makes the reference attention take these blocks in the place of its own choice.
+
+    Args:
+        blocks: int32 `[B, 1, Hk, topk]`, one for each call with a single query, no more and no fewer.
+    """
+    own, ahead = reference.select_blocks, iter(blocks)
+    reference.select_blocks = lambda *_: next(ahead).transpose(1, 2).long()
+    try:
+        yield
+        assert next(ahead, None) is None, "blocks are left over"
+    finally:
+        reference.select_blocks = own

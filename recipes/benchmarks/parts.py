@@ -1,0 +1,137 @@
+"""The stages of the operation, each callable by itself, on the inputs that the benchmark makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nsa_hf.kernels import MeanCompressor, Sizes, compress
+
+from .common import Heads
+
+SIZES = Sizes()
+Parts = dict[str, Callable[[], object]]
+
+
+class Inputs(NamedTuple):
+    """Arguments of `nsa_attention`, bf16, and a gradient of its output."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    k_cmp: Tensor
+    v_cmp: Tensor
+    gates: Tensor
+    dout: Tensor
+
+
+def make_inputs(heads: Heads, tokens: int, kind: str, device: str = "cuda", seed: int = 0) -> Inputs:
+    """Normal numbers; `realistic`: queries that turn slowly, so that neighbours choose much the same blocks."""
+    random = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, device=device).bfloat16()
+
+    q = normal(1, tokens, heads.query_heads, heads.key_dim)
+    if kind == "realistic":
+        knots = normal(1, tokens // 64 + 2, heads.query_heads, heads.key_dim)
+        place = torch.arange(tokens, device=device) / 64
+        left = place.long()
+        share = (place - left)[:, None, None].bfloat16()
+        q = (1 - share) * knots[:, left] + share * knots[:, left + 1] + 0.2 * q
+    k = normal(1, tokens, heads.kv_heads, heads.key_dim)
+    v = normal(1, tokens, heads.kv_heads, heads.value_dim)
+    mean_k = MeanCompressor(SIZES.kernel_size, heads.key_dim)
+    mean_v = MeanCompressor(SIZES.kernel_size, heads.value_dim)
+    gates = torch.rand(1, tokens, heads.query_heads, 3, generator=random, device=device).bfloat16()
+    return Inputs(
+        q, k, v, compress(k, mean_k, SIZES.kernel_stride).contiguous(),
+        compress(v, mean_v, SIZES.kernel_stride).contiguous(), gates,
+        normal(1, tokens, heads.query_heads, heads.value_dim),
+    )  # fmt: skip
+
+
+class Stages:
+    """The forward pass of a whole text taken apart. Importing the kernels needs Triton, so it is done here."""
+
+    def __init__(self, x: Inputs) -> None:
+        from nsa_hf.kernels.gpu.common import largest_part
+        from nsa_hf.kernels.gpu.layout import Layout, find_layout
+        from nsa_hf.kernels.gpu.op import Saved, entries_of, forward_op
+
+        self.x, self.scale = x, x.q.shape[-1] ** -0.5
+        numbers = list(SIZES.by_name().values())
+        _, self.selection, *saved = forward_op(*x[:6], *(None,) * 5, numbers, self.scale)
+        self.saved = Saved(*saved)
+        self.find_layout = lambda: find_layout(x.q, x.k, x.v, x.k.shape[1], SIZES, None, None, None)
+        largest = largest_part(x.q, x.v.shape[-1])
+        self.layout = Layout.of(self.saved.queries, self.saved.parts, SIZES.block_size, largest, False)
+        self.pieces = entries_of(x.q, x.k, x.v, SIZES, self.saved.parts.shape[-1])
+
+    def forward(self) -> Parts:
+        from nsa_hf.kernels.gpu.common import LOG2E
+        from nsa_hf.kernels.gpu.gates import combine
+        from nsa_hf.kernels.gpu.gather import gather_queries
+        from nsa_hf.kernels.gpu.interval import interval_forward
+        from nsa_hf.kernels.gpu.query_major import query_major_forward, takes_query_major
+        from nsa_hf.kernels.gpu.scores.compressed import select
+        from nsa_hf.kernels.gpu.selected import selected_forward
+
+        x, saved, layout, pieces, scale = self.x, self.saved, self.layout, self.pieces, self.scale * LOG2E
+        means = [(tensor, MeanCompressor(SIZES.kernel_size, tensor.shape[-1])) for tensor in (x.k, x.v)]
+        cmp = (x.q, x.k_cmp, x.v_cmp, *layout.compressed, scale)
+
+        def gathered() -> None:
+            out, lse = interval_forward(x.q, x.k, x.v, *layout.local, scale)
+            if pieces:
+                gather = gather_queries(self.selection, layout, SIZES, pieces)
+                selected_forward(x.q, x.k, x.v, gather, layout, SIZES, scale, out, lse)
+
+        def query_major() -> None:
+            query_major_forward(x.q, x.k, x.v, self.selection, layout, SIZES, scale)
+
+        return {
+            "compression": lambda: [compress(tensor, mean, SIZES.kernel_stride) for tensor, mean in means],
+            "layout": self.find_layout,
+            "attention": lambda: interval_forward(*cmp, long_runs=True),
+            "scores + top-k": lambda: select(x.q, x.k_cmp, saved.lse_cmp, layout, SIZES, x.k.shape[1], scale),
+            "selection": query_major if takes_query_major(x.q, x.k) else gathered,
+            "window": lambda: interval_forward(x.q, x.k, x.v, *layout.window, scale),
+            "combination": lambda: combine(*saved[:3], x.gates, layout.relative),
+        }
+
+    def backward(self) -> Parts:
+        from nsa_hf.kernels.gpu.common import LOG2E
+        from nsa_hf.kernels.gpu.gates import gate_gradient
+        from nsa_hf.kernels.gpu.gather import gather_queries
+        from nsa_hf.kernels.gpu.interval_backward import Second, find_borders, interval_dkv, interval_dq
+        from nsa_hf.kernels.gpu.op import CMP, SLC, WIN
+        from nsa_hf.kernels.gpu.selected import selected_backward
+
+        x, saved, layout, pieces = self.x, self.saved, self.layout, self.pieces
+        scales = (self.scale, self.scale * LOG2E)
+        outs = (saved[:3], saved[3:6], x.dout, x.gates, layout.relative)
+        _, rows, records = gate_gradient(*outs)
+        cmp = (x.q, x.k_cmp, x.v_cmp, *layout.compressed, x.dout, rows[CMP], *scales)
+        win = (x.q, x.k, x.v, *layout.window, x.dout, rows[WIN], *scales)
+        local = (x.q, x.k, x.v, *layout.local, x.dout, rows[SLC], *scales)
+        dq, dq_out = torch.zeros_like(x.q, dtype=torch.float32), torch.empty_like(x.q)
+        bf16, second = torch.bfloat16, Second(layout.local[0], rows[SLC])
+        borders = find_borders(x.q, x.v, layout, x.k.shape[1])
+        parts: Parts = {
+            "backward, gates": lambda: gate_gradient(*outs),
+            "backward, compressed dq": lambda: interval_dq(*cmp, dq, add=False),
+            "backward, compressed dk dv": lambda: interval_dkv(*cmp, borders[CMP], dtype=bf16, few_keys=True),
+            "backward, window and local blocks dq": lambda: interval_dq(*win, dq, add=True, second=second),
+            "backward, window dk dv": lambda: interval_dkv(*win, borders[WIN], dtype=bf16),
+            "backward, local blocks dk dv": lambda: interval_dkv(*local, borders[SLC], dtype=bf16),
+        }
+        if pieces:
+            gather = gather_queries(self.selection, layout, SIZES, pieces)
+            parts["backward, selection"] = lambda: selected_backward(
+                x.q, x.k, x.v, gather, layout, SIZES, x.dout, records, *scales, dq, dq_out
+            )
+        return parts

@@ -1,0 +1,1 @@
+"""Continued pretraining, against the dense model."""

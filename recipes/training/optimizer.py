@@ -1,0 +1,47 @@
+"""AdamW with rates of their own for old and new weights, and the rates' course over a run."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import RunConfig
+
+
+def make_optimizer(student: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
+    """Groups `nsa`, `backbone` and `backbone_vectors` (norms and biases); only `backbone`'s matrices decay."""
+    groups: dict[str, list[nn.Parameter]] = {"nsa": [], "backbone": [], "backbone_vectors": []}
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            kind = "nsa" if ".nsa." in name else "backbone" if parameter.dim() > 1 else "backbone_vectors"
+            groups[kind].append(parameter)
+    rates = {"nsa": config.lr_nsa, "backbone": config.lr_backbone, "backbone_vectors": config.lr_backbone}
+    decays = {"nsa": 0.0, "backbone": config.weight_decay, "backbone_vectors": 0.0}
+    return torch.optim.AdamW(
+        [
+            {"params": members, "name": kind, "lr": rates[kind], "peak": rates[kind], "weight_decay": decays[kind]}
+            for kind, members in groups.items()
+            if members
+        ],
+        betas=(config.beta1, config.beta2),
+        eps=config.adam_eps,
+    )
+
+
+def rate_factor(step: int, config: RunConfig) -> float:
+    """The share of the peak rate at `step` (from 0): linear warmup, then a cosine that ends at `min_lr_ratio`."""
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    progress = (step - config.warmup_steps) / max(1, config.steps - 1 - config.warmup_steps)
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+
+def set_rates(optimizer: Any, step: int, config: RunConfig) -> dict[str, float]:
+    """Sets the rates of `step`, which depend on nothing else; returns them as {"lr_nsa", "lr_backbone"}."""
+    factor = rate_factor(step, config)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+    return {"lr_nsa": config.lr_nsa * factor, "lr_backbone": config.lr_backbone * factor}

@@ -1,0 +1,168 @@
+"""conversion/plan.py: what it says is what a conversion then does, and its formulas are what counting gives."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+
+import pytest
+import torch
+from packaging.version import Version
+from rich.console import Console
+from tiny_families import tiny_config
+from tiny_models import tiny_dense_model
+
+import nsa_hf
+from nsa_hf.conversion import convert, plan, render_plan
+from nsa_hf.conversion.files.checkpoint import CheckpointError, SafetensorsCheckpoint
+from nsa_hf.conversion.plan import pays_from, read_tokens, read_tokens_of_text, training_hindrance
+from nsa_hf.errors import NotPlain
+from nsa_hf.families import family_of, nsa_config_from_dense
+from nsa_hf.kernels import Sizes
+from nsa_hf.releases import CACHE, INSTALLED
+
+SIZES = [
+    Sizes(),
+    Sizes(kernel_size=8, kernel_stride=4, block_size=16, topk=4, init_blocks=1, local_blocks=1, window_size=24),
+    Sizes(kernel_size=4, kernel_stride=2, block_size=4, topk=3, window_size=100),
+    Sizes(kernel_size=6, kernel_stride=3, block_size=12, topk=3, window_size=1),
+]
+
+
+def test_it_counts_what_a_conversion_writes(tiny_dense_dir, tiny_sizes, tmp_path):
+    options = {**tiny_sizes, "dense_layers": [-1], "compression": "linear"}
+    said = plan(tiny_dense_dir, **options)
+    table = SafetensorsCheckpoint(convert(tiny_dense_dir, tmp_path / "out", **options)).table
+    added = {name: torch.Size(info.shape).numel() for name, info in table.items() if ".nsa." in name}
+    total = sum(torch.Size(info.shape).numel() for info in table.values())
+    assert said["parameters"]["added"] == sum(added.values()) > 0
+    assert said["parameters"]["dense"] == total - sum(added.values())
+    assert said["bytes"]["nsa"] == sum(info.nbytes for info in table.values())
+    for layer in said["layers"]:
+        new = sum(count for name, count in added.items() if f".layers.{layer['layer']}." in name)
+        assert layer["parameters_added"] == new
+    assert [layer["becomes"] for layer in said["layers"]] == ["nsa", "nsa", "dense"]
+    assert [layer["why"] for layer in said["layers"]] == [
+        "full attention",
+        "full attention",
+        "named in nsa_dense_layers",
+    ]
+    assert said["exact_up_to"] == 64
+    assert said["options"]["nsa_compression"] == "linear"
+
+
+@pytest.mark.parametrize("branch_kv", ["shared", "independent"])
+def test_cache_bytes_are_those_of_a_cache_that_was_filled(branch_kv, tiny_dense_dir, tiny_sizes, tiny_nsa_model):
+    """Keys, values, compressed entries and what the branches keep besides, that the model really keeps."""
+    model = tiny_nsa_model(nsa_dense_layers=[1], nsa_branch_kv=branch_kv)
+    options = {**tiny_sizes, "dense_layers": [1], "branch_kv": branch_kv}
+    row = plan(tiny_dense_dir, **options, lengths=[99])["kv_cache"][0]
+    with torch.no_grad():
+        cache = model(torch.arange(99)[None], use_cache=True)[CACHE]
+
+    def nbytes(of) -> int:
+        return sum(x.nbytes for x in vars(of).values() if isinstance(x, torch.Tensor))
+
+    kept = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
+    assert row["dense_bytes"] == sum(kept)
+    assert row["nsa_bytes"] == sum(nbytes(layer) for layer in cache.layers)
+
+
+def test_read_bytes_by_hand():
+    # The specification's count for 64k: 4095 compressed, 1024 selected, 512 in the window.
+    assert read_tokens(Sizes(), 65536) == 5631
+    assert read_tokens(Sizes(), 100) == 100 + 100 + 5
+    assert read_tokens(Sizes(), 31) == 31 + 31
+
+
+def test_read_bytes_of_a_model(tiny_dense_dir):
+    row = plan(tiny_dense_dir, dtype="bfloat16", dense_layers=[0], lengths=[65536])["kv_cache"][0]
+    entry = 2 * 2 * 8 * 2  # K and V, two heads of 8, two bytes
+    assert row["dense_read_bytes"] == row["dense_bytes"] == 3 * 65536 * entry
+    assert row["nsa_read_bytes"] == (65536 + 2 * 5631) * entry
+    assert row["read_less"] == pytest.approx(3 * 65536 / (65536 + 2 * 5631))
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_pays_from_equals_counting(sizes):
+    pays = pays_from(sizes)
+    top = 3 * pays["whole_text"]
+    read = [read_tokens(sizes, length) for length in range(1, top + 1)]
+    gains = [length for length in range(1, top + 1) if length > read[length - 1]]
+    assert gains == list(range(pays["one_token"], top + 1))
+    totals = [sum(read[:length]) for length in (1, 7, sizes.window_size, sizes.exact_tokens + 1, top)]
+    for length, total in zip((1, 7, sizes.window_size, sizes.exact_tokens + 1, top), totals, strict=True):
+        assert read_tokens_of_text(sizes, length) == total
+    balance, pays_text = 0, []
+    for length in range(1, top + 1):
+        balance += length - read[length - 1]
+        pays_text += [length] if balance > 0 else []
+    assert pays_text == list(range(pays["whole_text"], top + 1))
+
+
+def test_with_a_stride_of_one_it_never_pays():
+    pays = pays_from(Sizes(kernel_stride=1))
+    assert pays["one_token"] is pays["whole_text"] is None
+    assert all(read_tokens(Sizes(kernel_stride=1), length) >= length for length in (1, 1000, 100_000))
+
+
+def test_no_weights_are_loaded(tiny_dense_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(SafetensorsCheckpoint, "tensors", lambda self: pytest.fail("weights were read"))
+    monkeypatch.setattr(SafetensorsCheckpoint, "read", lambda self, name: pytest.fail("weights were read"))
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    assert plan(tiny_dense_dir)["parameters"]["dense"] > 0
+
+
+def test_what_would_not_convert_is_refused_here_already(tiny_dense_dir, tmp_path):
+    with pytest.raises(nsa_hf.NsaError, match="nsa_kernel_stride"):
+        plan(tiny_dense_dir, kernel_stride=5)
+    spoiled = shutil.copytree(tiny_dense_dir, tmp_path / "spoiled")
+    config = json.loads((spoiled / "config.json").read_text())
+    (spoiled / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
+    with pytest.raises(CheckpointError, match="missing tensors"):
+        plan(spoiled)
+
+
+def test_what_cannot_be_trained_is_said(tmp_path):
+    dense = tiny_dense_model(attention_dropout=0.1)
+    dense.save_pretrained(tmp_path / "dense")
+    said = plan(tmp_path / "dense")
+    assert said["training"].startswith("attention_dropout is 0.1, and sparse attention has no dropout: set it to 0")
+    console = Console(file=io.StringIO(), width=200)
+    console.print(render_plan(said))
+    assert "refused: attention_dropout is 0.1" in console.file.getvalue()
+
+
+@pytest.mark.parametrize("family", ["llama", "gptj", "ernie4_5", "lfm2", "ctrl", "gpt_neox", "nanochat"])
+def test_every_name_of_attention_dropout_is_known(family):
+    """What a layer of the family would drop, whatever its config calls that."""
+    config = tiny_config(family)
+    for name in ("attention_dropout", "attn_pdrop"):
+        if hasattr(config, name):
+            setattr(config, name, 0.125)
+    if family == "gptj" and Version("5.24") > INSTALLED:
+        with pytest.raises(NotPlain, match="does not go through Transformers' attention interface"):
+            nsa_config_from_dense(config)
+        return
+    config = nsa_config_from_dense(config)
+    with torch.device("meta"):
+        model = family_of(config).causal_lm_class(config)
+    layers = [module for module in model.modules() if getattr(module, "nsa", None) is not None]
+    dropped = {getattr(layer, "attention_dropout", 0.0) for layer in layers}
+    shares = {getattr(share, "p", share) for share in dropped}
+    assert shares == ({0.125} if training_hindrance(config) else {0.0})
+
+
+def test_it_is_json_and_renders(tiny_dense_dir):
+    said = plan(tiny_dense_dir, dense_layers=[1], dtype="bfloat16")
+    assert said["training"] is None
+    assert json.loads(json.dumps(said, allow_nan=False)) == said
+    console = Console(file=io.StringIO(), width=100)
+    console.print(render_plan(said))
+    text = console.file.getvalue()
+    for part in ("1,024 tokens", "rounded to bfloat16", "named in nsa_dense_layers", "65,536", "1,638 tokens"):
+        assert part in text
+    console.print(render_plan(plan(tiny_dense_dir, gate="sigmoid", kernel_stride=1)))
+    assert "nowhere: nsa_gate=sigmoid" in console.file.getvalue()
+    assert "no length" in console.file.getvalue()

@@ -1,0 +1,52 @@
+"""Converted folders, texts and settings of tiny runs, for the tests of the recipes."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from pathlib import Path
+from typing import Any
+
+from nsa_hf.conversion import convert
+from nsa_hf.recipes.training.config import RunConfig, make_run_config
+
+WORDS = ("the", "of", "and", "to", "in", "that", "is", "was", "for", "it", "with", "as", "his", "on", "they", "which")
+
+
+def converted(dense: Path, out: Path, sizes: dict[str, Any], **options: Any) -> Path:
+    """A tiny converted model with its tokenizer, exact up to 64 tokens."""
+    return convert(dense, out, **{**sizes, **options})
+
+
+def write_texts(folder: Path, count: int = 6, words: int = 200, seed: int = 0) -> Path:
+    """A folder of texts in which words come back, a few hundred bytes each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = random.Random(seed)
+    for index in range(count):
+        text = " ".join(generator.choice(WORDS) for _ in range(words))
+        (folder / f"{index}.txt").write_text(text)
+    return folder
+
+
+def tiny_run(model: Path, texts: Path, out: Path, **settings: Any) -> RunConfig:
+    """A run of a few seconds."""
+    values: dict[str, Any] = {
+        "model": str(model),
+        "out": str(out),
+        "data": str(texts),
+        "held_out": str(texts),
+        "length": 128,
+        "steps": 4,
+        "warmup_steps": 1,
+        "lr_nsa": 1e-2,
+        "lr_backbone": 1e-3,
+        "save_every": 2,
+        "loss_chunk": 50,
+    }
+    return make_run_config({**values, **settings})
+
+
+def folder_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

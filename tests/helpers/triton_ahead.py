@@ -1,0 +1,60 @@
+"""Triton's compiler called ahead, for a card that is not there, where a kernel would be launched."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch
+from attention_inputs import Sizes
+
+triton = pytest.importorskip("triton")
+
+# KiB of shared memory that a program may use, from the CUDA programming guide's table of compute capabilities.
+SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
+PAPER = Sizes(32, 16, 64, 16, 1, 2, 512)
+TYPES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int16: "i16", torch.int32: "i32",
+    torch.int64: "i64",
+}  # fmt: skip
+
+
+def signature_of(kernel, arguments: dict) -> tuple[dict, dict, dict]:
+    """What Triton's launcher would find: types, constants, and what is divisible by 16."""
+    types, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        x = arguments[parameter.name]
+        if parameter.is_constexpr or x is None or (type(x) is int and x == 1):
+            types[parameter.name], constants[(index,)] = "constexpr", x
+        elif isinstance(x, torch.Tensor):
+            types[parameter.name], attributes[(index,)] = "*" + TYPES[x.dtype], [["tt.divisibility", 16]]
+        else:
+            types[parameter.name] = "fp32" if isinstance(x, float) else "i32"
+            if isinstance(x, int) and x % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    return types, constants, attributes
+
+
+def compile_for(monkeypatch: pytest.MonkeyPatch, card: int, *modules: ModuleType) -> dict[str, int]:
+    """From now on a launch compiles, for that card; the shared memory in bytes of every kernel by its name is filled in
+    (the most, where several). `modules` ask for the card's shared memory."""
+    found: dict[str, int] = {}
+    done = set()
+
+    def compile_instead(kernel, *values, grid, warmup, **named) -> None:
+        options = {name: named.pop(name) for name in ("num_warps", "num_stages", "launch_pdl") if name in named}
+        arguments = dict(zip((parameter.name for parameter in kernel.params), values, strict=False)) | named
+        types, constants, attributes = signature_of(kernel, arguments)
+        key = str((kernel.fn.__name__, types, constants, options))
+        if key not in done:
+            done.add(key)
+            source = triton.compiler.ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
+            target = triton.backends.compiler.GPUTarget("cuda", card, 32)
+            compiled = triton.compile(source, target=target, options=options)
+            name = kernel.fn.__name__
+            found[name] = max(found.get(name, 0), compiled.metadata.shared)
+
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", compile_instead)
+    for module in modules:
+        monkeypatch.setattr(module, "shared_memory", lambda device: SHARED_MEMORY[card] * 1024)
+    return found

@@ -1,0 +1,88 @@
+"""Every kernel of a forward and a backward pass compiles ahead for each kind of card, within its shared memory.
+
+No GPU is needed: the operation is called on CPU tensors, and where it would launch a kernel, Triton's compiler is
+called with the same arguments for another card.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_inputs import Shape, make_inputs
+from triton_ahead import PAPER, SHARED_MEMORY, compile_for
+
+triton = pytest.importorskip("triton")
+
+
+def compile_all(monkeypatch: pytest.MonkeyPatch, card: int, shape: Shape, dtype: torch.dtype) -> dict[str, int]:
+    """Shared memory in bytes of every kernel of a forward and a backward pass, by its name; the most, where several."""
+    from nsa_hf.kernels.gpu import common as triton_common
+    from nsa_hf.kernels.gpu import interval as triton_interval
+    from nsa_hf.kernels.gpu import interval_backward as triton_interval_backward
+    from nsa_hf.kernels.gpu import op as triton_op
+    from nsa_hf.kernels.gpu import query_major as triton_query_major
+    from nsa_hf.kernels.gpu import selected as triton_selected
+    from nsa_hf.kernels.gpu.scores import compressed as triton_select
+
+    found = compile_for(
+        monkeypatch, card, triton_common, triton_interval, triton_interval_backward, triton_query_major, triton_select,
+        triton_selected,
+    )  # fmt: skip
+    # nothing is computed: indices that nobody wrote are the largest number, which no slot's block is
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        inputs = make_inputs(shape, dtype=dtype)
+        tensors = [inputs[name] for name in ("q", "k", "v", "k_cmp", "v_cmp", "gates")] + [None] * 5
+        numbers = list(shape.sizes.__dict__.values())
+        out, selection, *saved = triton_op.forward_op._init_fn(*tensors, numbers, 0.1)
+        triton_op.backward_op._init_fn(out, *tensors[:8], False, selection, saved, numbers, 0.1)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return found
+
+
+KERNELS = {
+    "interval_forward_kernel", "interval_dq_kernel", "interval_dkv_kernel", "select_kernel", "selected_forward_kernel",
+    "selected_backward_kernel", "merge_kernel", "sum_items_kernel", "sum_dq_kernel", "combine_kernel",
+    "gate_gradient_kernel", "queries_kernel", "parts_kernel", "entry_keys_kernel", "offsets_kernel",
+    "count_items_kernel", "items_kernel", "borders_kernel", "sum_splits_kernel",
+}  # fmt: skip
+
+
+# of groups from 12 on: one kernel in the place of two
+LARGE_GROUP = KERNELS - {"selected_forward_kernel", "merge_kernel"} | {"query_major_kernel"}
+
+
+@pytest.mark.parametrize(
+    ("card", "dims", "dtype"),
+    [
+        (86, (128, 128), torch.bfloat16),
+        (90, (64, 64), torch.bfloat16),
+        pytest.param(100, (128, 128), torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(90, (128, 128), torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(80, (128, 128), torch.float16, marks=pytest.mark.slow),
+        pytest.param(89, (192, 128), torch.float16, marks=pytest.mark.slow),
+        pytest.param(86, (256, 256), torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(86, (256, 256), torch.float32, marks=pytest.mark.slow),
+        pytest.param(86, (128, 128), torch.float32, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_compiles_ahead(monkeypatch: pytest.MonkeyPatch, card: int, dims: tuple[int, int], dtype: torch.dtype) -> None:
+    shape = Shape(PAPER, 1, 2048, 2048, 2, 4, *dims)
+    found = compile_all(monkeypatch, card, shape, dtype)
+    assert set(found) == KERNELS
+    assert all(shared <= SHARED_MEMORY[card] * 1024 for shared in found.values()), found
+
+
+@pytest.mark.parametrize(
+    ("card", "dtype"),
+    [(89, torch.bfloat16), pytest.param(90, torch.bfloat16, marks=pytest.mark.slow),
+     pytest.param(86, torch.float32, marks=pytest.mark.slow)],
+    ids=str,
+)  # fmt: skip
+def test_large_groups_compile_ahead(monkeypatch: pytest.MonkeyPatch, card: int, dtype: torch.dtype) -> None:
+    found = compile_all(monkeypatch, card, Shape(PAPER, 1, 2048, 2048, 2, 16, 128, 128), dtype)
+    assert set(found) == LARGE_GROUP
+    assert all(shared <= SHARED_MEMORY[card] * 1024 for shared in found.values()), found

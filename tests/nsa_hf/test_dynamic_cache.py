@@ -1,0 +1,164 @@
+"""The cache: compressed entries are extended, never recomputed, and follow what happens to keys and values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nsa_hf import NsaError
+from nsa_hf.cache.dynamic import NsaDynamicLayer
+from nsa_hf.kernels import build_compressor, compress, n_blocks
+
+SIZE, STRIDE, HEADS, DIM = 8, 4, 2, 6
+
+
+class Counting(torch.nn.Module):
+    """A compressor that counts the blocks it is given."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.kernel_size, self.blocks = inner, inner.kernel_size, 0
+
+    def forward(self, blocks):
+        self.blocks += blocks.shape[1]
+        return self.inner(blocks)
+
+
+@pytest.fixture
+def compressors():
+    torch.manual_seed(0)
+    made = [build_compressor("mlp", SIZE, DIM, 5) for _ in range(2)]
+    for compressor in made:
+        torch.nn.init.normal_(compressor.down.weight)
+    return [Counting(compressor).requires_grad_(False) for compressor in made]
+
+
+def states(batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(batch, HEADS, tokens, DIM), torch.randn(batch, HEADS, tokens, DIM)
+
+
+def whole(layer: NsaDynamicLayer, compressors, starts=None):
+    pairs = zip((layer.keys, layer.values), compressors, strict=True)
+    return [compress(x.transpose(1, 2), compressor.inner, STRIDE, starts=starts) for x, compressor in pairs]
+
+
+@pytest.mark.parametrize("steps", [[50], [1] * 50, [7, 1, 1, 8, 3, 30], [8, 4, 4, 34]])
+def test_extended_by_any_steps_equals_one_pass(steps, compressors):
+    torch.manual_seed(1)
+    layer = NsaDynamicLayer()
+    for step in steps:
+        layer.update(*states(2, step))
+        entries = layer.extend(layer.keys, layer.values, *compressors, STRIDE, None)
+        assert entries[0].shape[1] == n_blocks(layer.get_seq_length(), SIZE, STRIDE)
+    for got, expected in zip(entries, whole(layer, compressors), strict=True):
+        torch.testing.assert_close(got, expected)
+    assert compressors[0].blocks == n_blocks(50, SIZE, STRIDE), "each block is compressed once"
+
+
+@pytest.mark.parametrize("steps", [[50], [1] * 50, [7, 1, 1, 8, 3, 30]])
+def test_padded_rows_complete_their_blocks_at_their_own_tokens(steps, compressors):
+    torch.manual_seed(1)
+    starts = torch.tensor([0, 3, 50, 21], dtype=torch.int32)
+    layer = NsaDynamicLayer()
+    for step in steps:
+        layer.update(*states(4, step))
+        entries = layer.extend(layer.keys, layer.values, *compressors, STRIDE, starts)
+    for got, expected in zip(entries, whole(layer, compressors, starts), strict=True):
+        for row, start in enumerate(starts.tolist()):
+            own = n_blocks(50 - start, SIZE, STRIDE)
+            torch.testing.assert_close(got[row, :own], expected[row, :own])
+
+
+def test_tokens_that_came_another_way_are_caught_up_with(compressors):
+    torch.manual_seed(1)
+    layer = NsaDynamicLayer()
+    layer.update(*states(1, 20))
+    layer.extend(layer.keys, layer.values, *compressors, STRIDE, None)
+    layer.update(*states(1, 20))  # a dense forward: nothing is extended
+    layer.update(*states(1, 1))
+    torch.testing.assert_close(
+        layer.extend(layer.keys, layer.values, *compressors, STRIDE, None)[1], whole(layer, compressors)[1]
+    )
+
+
+@pytest.mark.parametrize("removed", [1, 5, 17, 33])
+@pytest.mark.parametrize("starts", [None, [0, 9]])
+def test_crop_keeps_only_blocks_still_complete(removed, starts, compressors):
+    torch.manual_seed(1)
+    starts = None if starts is None else torch.tensor(starts, dtype=torch.int32)
+    layer = NsaDynamicLayer()
+    layer.update(*states(2, 41))
+    layer.extend(layer.keys, layer.values, *compressors, STRIDE, starts)
+    layer.crop(-removed)
+    assert layer.compressed_keys.shape[1] == n_blocks(41 - removed, SIZE, STRIDE)
+    layer.update(*states(2, removed + 6))
+    entries = layer.extend(layer.keys, layer.values, *compressors, STRIDE, starts)
+    for got, expected in zip(entries, whole(layer, compressors, starts), strict=True):
+        for row in range(2):
+            own = n_blocks(47 - (0 if starts is None else int(starts[row])), SIZE, STRIDE)
+            torch.testing.assert_close(got[row, :own], expected[row, :own])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.reorder_cache(torch.tensor([2, 0, 0])),
+        lambda layer: layer.batch_repeat_interleave(3),
+        lambda layer: layer.batch_select_indices(torch.tensor([2, 1])),
+    ],
+)
+def test_changes_of_the_batch_cover_the_compressed_entries(change, compressors):
+    torch.manual_seed(1)
+    layer = NsaDynamicLayer()
+    layer.update(*states(3, 30))
+    layer.extend(layer.keys, layer.values, *compressors, STRIDE, None)
+    change(layer)
+    layer.update(*states(layer.keys.shape[0], 5))
+    for got, expected in zip(
+        layer.extend(layer.keys, layer.values, *compressors, STRIDE, None), whole(layer, compressors), strict=True
+    ):
+        torch.testing.assert_close(got, expected)
+
+
+def test_reset_forgets_everything(compressors):
+    layer = NsaDynamicLayer()
+    layer.update(*states(1, 30))
+    layer.extend(layer.keys, layer.values, *compressors, STRIDE, None)
+    layer.reset()
+    assert layer.compressed_keys is None and layer.compressed_values is None and layer.compressed_length == 0
+
+
+def test_an_offloaded_layer_moves_its_compressed_entries_too(compressors, monkeypatch):
+    torch.manual_seed(1)
+    layer, moved = NsaDynamicLayer(), []
+    expected = NsaDynamicLayer()
+    real_to = torch.Tensor.to
+
+    def to(tensor, *args, **kwargs):
+        if kwargs.get("non_blocking"):
+            moved.append((args[0], tensor.shape))
+        return real_to(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    for step in (20, 1, 1, 9):
+        given = states(2, step)
+        moved.clear()
+        layer.prefetch()
+        held = [x.shape for x in (layer.compressed_keys, layer.compressed_values) if x is not None]
+        assert all((layer.device, shape) in moved for shape in held)
+        # as an offloaded `Cache.update` does: the layer is sent away before its entries are extended
+        held = layer.update(*given)
+        layer.offload()
+        moved.clear()
+        got = layer.extend(*held, *compressors, STRIDE, None)
+        assert moved == [("cpu", got[0].shape), ("cpu", got[1].shape)]
+        same = expected.extend(*expected.update(*given), *compressors, STRIDE, None)
+        assert all(torch.equal(*pair) for pair in zip(got, same, strict=True))
+
+
+def test_a_packed_cache_cannot_be_continued():
+    layer = NsaDynamicLayer()
+    layer.update(*states(1, 5))
+    layer.packed = True
+    with pytest.raises(NsaError, match="packed documents"):
+        layer.update(*states(1, 1))

@@ -1,0 +1,68 @@
+"""nsa_hf/from_dense.py: converted in memory, as a conversion on disk is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_families import EXACT, SIZES, tiny_dense, tokens
+from transformers import AutoModelForCausalLM
+
+import nsa_hf
+from nsa_hf import NsaError
+from nsa_hf.conversion import convert
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "qwen3_moe"])
+@pytest.mark.parametrize("branch_kv", ["shared", "independent"])
+def test_the_same_as_a_conversion_on_disk(model_type, branch_kv, tmp_path):
+    dense = tiny_dense(model_type, tie_word_embeddings=True)
+    dense.save_pretrained(tmp_path / "dense")
+    convert(tmp_path / "dense", tmp_path / "nsa", branch_kv=branch_kv, seed=5, **SIZES)
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "nsa")
+    made = type(written).from_dense(tmp_path / "dense", branch_kv=branch_kv, seed=5, **SIZES)
+    assert type(made) is type(written) and not made.training and made.config.to_dict().keys() >= SIZES.keys()
+    assert made.state_dict().keys() == written.state_dict().keys()
+    assert all(torch.equal(value, written.state_dict()[name]) for name, value in made.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(made(tokens()).logits, written(tokens()).logits)
+    made.train()(tokens(), labels=tokens()).loss.backward()
+    made.save_pretrained(tmp_path / "again")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "again").lm_head.weight.shape == made.lm_head.weight.shape
+
+
+def test_a_model_that_is_given_keeps_its_own_parameters():
+    dense = tiny_dense("llama")
+    x = tokens(1, EXACT)
+    with torch.no_grad():
+        before = dense(x).logits
+        model = nsa_hf.NsaLlamaForCausalLM.from_dense(dense, topk=3, block_size=8, kernel_size=4, kernel_stride=2)
+        torch.testing.assert_close(model(x).logits, before, atol=5e-5, rtol=0)
+        for parameter in model.parameters():
+            parameter.zero_()
+        assert torch.equal(dense(x).logits, before)
+
+
+def test_dtype_of_a_folder(tmp_path):
+    tiny_dense("llama").save_pretrained(tmp_path)
+    model = nsa_hf.NsaLlamaForCausalLM.from_dense(tmp_path, dtype=torch.bfloat16, **SIZES)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.config.dtype == torch.bfloat16
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(NsaError, match=r"NsaQwen3ForCausalLM.from_dense was given a llama model: use NsaLlamaFor"):
+        nsa_hf.NsaQwen3ForCausalLM.from_dense(tiny_dense("llama"))
+    with pytest.raises(NsaError, match="nsa_topk is given twice, with and without its prefix"):
+        nsa_hf.NsaLlamaForCausalLM.from_dense(tiny_dense("llama"), topk=4, nsa_topk=8)
+    with pytest.raises(NsaError, match="unknown option top_k"):
+        nsa_hf.NsaLlamaForCausalLM.from_dense(tiny_dense("llama"), top_k=3)
+    with pytest.raises(NsaError, match="nsa_topk counts the forced blocks"):
+        nsa_hf.NsaLlamaForCausalLM.from_dense(tiny_dense("llama"), topk=1)
+
+
+def test_a_quantised_model_is_refused():
+    """Its state dict holds numbers of other meaning beside its weights."""
+    dense = tiny_dense("llama")
+    dense.hf_quantizer = object()  # where `from_pretrained(quantization_config=...)` leaves it
+    with pytest.raises(NsaError, match=r"takes plain weights, and this model is quantised: .*quantization_config"):
+        nsa_hf.NsaLlamaForCausalLM.from_dense(dense)

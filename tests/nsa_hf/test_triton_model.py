@@ -1,0 +1,150 @@
+"""A sparse model gives with the Triton kernels what it gives with the reference: padding, packing, cache, gradients.
+
+Here the kernels are interpreted; the tests marked `gpu` run the same on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tiny_models import tiny_sparse_model
+from torch import Tensor
+from transformers import Cache, DynamicCache, StaticCache
+from triton_cases import interpreter
+
+import nsa_hf
+import nsa_hf.attention
+from nsa_hf.releases import CACHE
+
+pytest.importorskip("triton")
+
+TOKENS = 80
+
+
+def rows(model: nsa_hf.NsaLlamaForCausalLM, x: Tensor) -> dict[str, Tensor]:
+    return {"logits": model(x).logits}
+
+
+def packed(model: nsa_hf.NsaLlamaForCausalLM, x: Tensor) -> dict[str, Tensor]:
+    positions = torch.arange(TOKENS, device=x.device)[None] % 50
+    return {"logits": model(x[:1], position_ids=positions, use_cache=False).logits}
+
+
+def padded_and_cached(model: nsa_hf.NsaLlamaForCausalLM, x: Tensor, cache: Cache | None = None) -> dict[str, Tensor]:
+    mask = torch.ones_like(x)
+    mask[1, :30] = 0
+    cache, logits = DynamicCache() if cache is None else cache, []
+    for first, last in ((0, TOKENS - 3), (TOKENS - 3, TOKENS - 2), (TOKENS - 2, TOKENS)):
+        out = model(x[:, first:last], attention_mask=mask[:, :last], **{CACHE: cache})
+        logits.append(out.logits)
+    return {"logits": torch.cat(logits, dim=1) * mask[..., None]}
+
+
+def padded_and_static(model: nsa_hf.NsaLlamaForCausalLM, x: Tensor) -> dict[str, Tensor]:
+    return padded_and_cached(model, x, StaticCache(model.config, max_cache_len=TOKENS + 9))
+
+
+def own_keys_and_cached(model: nsa_hf.NsaLlamaForCausalLM, x: Tensor) -> dict[str, Tensor]:
+    return padded_and_cached(tiny_sparse_model(x.device.type, nsa_branch_kv="independent"), x)
+
+
+def gradients(model: nsa_hf.NsaLlamaForCausalLM, x: Tensor) -> dict[str, Tensor]:
+    with torch.enable_grad():
+        model(x[:1], labels=x[:1], use_cache=False).loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def largest_difference(run: Callable[..., dict[str, Tensor]], device: str) -> float:
+    """Of the kernels' results from the reference's, as a part of each result's norm."""
+    x = torch.randint(3, 256, (2, TOKENS), generator=torch.Generator().manual_seed(3)).to(device)
+    found = []
+    for backend in ("reference", "triton"):
+        nsa_hf.attention.IMPLEMENTATIONS["nsa"] = backend
+        try:
+            with torch.no_grad():
+                found.append(run(tiny_sparse_model(device), x))
+        finally:
+            nsa_hf.attention.IMPLEMENTATIONS["nsa"] = "auto"
+    differences = [
+        (mine - truth).norm() / truth.norm() for truth, mine in zip(*(f.values() for f in found), strict=True)
+    ]
+    return float(torch.stack(differences).max())
+
+
+RUNS = [rows, packed, padded_and_cached, padded_and_static, gradients]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_interpreted(run: Callable[..., dict[str, Tensor]]) -> None:
+    with interpreter() as pool:
+        assert pool.submit(largest_difference, run, "cpu").result() < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("run", [*RUNS, own_keys_and_cached])
+def test_on_a_gpu(run: Callable[..., dict[str, Tensor]]) -> None:
+    # the model's own matrix products round differently there, so a selection may differ at a tie: none does here
+    assert largest_difference(run, "cuda") < 1e-4
+
+
+@pytest.mark.gpu
+def test_generation_on_a_gpu_is_that_on_the_cpu() -> None:
+    x = torch.randint(3, 256, (2, TOKENS), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(x)
+    mask[1, :30] = 0
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    expected = tiny_sparse_model("cpu").generate(x, attention_mask=mask, **options)
+    # "static" is compiled by Transformers, into CUDA graphs
+    for kind in (None, "static", "offloaded"):
+        model = tiny_sparse_model("cuda")
+        found = model.generate(x.cuda(), attention_mask=mask.cuda(), cache_implementation=kind, **options)
+        assert torch.equal(found.cpu(), expected), kind
+    own = [tiny_sparse_model(device, nsa_branch_kv="independent") for device in ("cpu", "cuda")]
+    expected = own[0].generate(x, attention_mask=mask, **options)
+    for kind in (None, "offloaded"):
+        found = own[1].generate(x.cuda(), attention_mask=mask.cuda(), cache_implementation=kind, **options)
+        assert torch.equal(found.cpu(), expected), kind
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("padding", [None, 7])
+def test_a_static_decoding_step_waits_for_nothing(padding: int | None) -> None:
+    """No value is read off the device, and the step can be captured as a CUDA graph by hand."""
+    model, x = tiny_sparse_model("cuda"), torch.randint(3, 256, (2, TOKENS), device="cuda")
+    room = TOKENS + 20
+    cache, eager = (StaticCache(model.config, max_cache_len=room) for _ in range(2))
+    mask = None
+    if padding is not None:
+        mask = (torch.arange(room, device="cuda") < 50).long().expand(2, room).contiguous()
+        mask[1, :padding] = 0
+    with torch.no_grad():
+        for held in (cache, eager):
+            model(x[:, :50], attention_mask=None if mask is None else mask[:, :50], **{CACHE: held})
+        token, position = x[:, 50:51].clone(), torch.full((2, 1), 50, device="cuda")
+
+        def step(held: Cache) -> Tensor:
+            return model(token, attention_mask=mask, position_ids=position, **{CACHE: held}).logits
+
+        def move_to(place: int) -> None:
+            token.copy_(x[:, place : place + 1])
+            position.fill_(place)
+            if mask is not None:
+                mask[:, 50 : place + 1] = 1
+                position[1] -= padding
+
+        move_to(50)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(eager), step(cache)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        cache.crop(-1), eager.crop(-1)
+        with torch.cuda.graph(graph, stream=side):
+            captured = step(cache)
+        for place in range(50, TOKENS):
+            move_to(place)
+            graph.replay()
+            torch.testing.assert_close(captured, step(eager), atol=1e-4, rtol=1e-4)

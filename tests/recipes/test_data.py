@@ -1,0 +1,204 @@
+import json
+
+import pytest
+from tiny_models import byte_tokenizer
+
+from nsa_hf.conversion.compare.texts import HELD_OUT
+from nsa_hf.errors import NsaError
+from nsa_hf.recipes.training.data import (
+    DataError,
+    as_dataset,
+    hash_texts,
+    hash_windows,
+    held_out_documents,
+    held_out_windows,
+    load_documents,
+    training_windows,
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
+
+
+def letters(*lengths):
+    """Documents a, b, c, ... whose every byte tells its place."""
+    texts = [(chr(97 + i), "".join(chr(33 + j // 10 % 90) for j in range(n))) for i, n in enumerate(lengths)]
+    return as_dataset(texts)
+
+
+@pytest.mark.parametrize("number", [0, -5])
+def test_held_out_texts_have_a_length_and_a_number(number):
+    with pytest.raises(NsaError, match=f"at least 2 tokens, one to predict the other from, got {number}"):
+        held_out_windows([("a", "text " * 100)], byte_tokenizer(), number)
+    with pytest.raises(NsaError, match=f"at least one held-out document is needed, got {number}"):
+        held_out_documents("stdlib", number)
+
+
+def test_the_standard_library_without_what_is_held_out():
+    documents = load_documents("stdlib")
+    names = set(documents["name"])
+    assert len(names) == len(documents) > 200
+    assert {"ast.py", "json/decoder.py"} <= names
+    assert not {name.split("/")[-1] for name in names} & set(HELD_OUT)
+    assert not any("site-packages" in name or name.startswith("test/") for name in names)
+    assert list(load_documents("stdlib")["name"]) == list(documents["name"])
+
+
+def test_training_and_held_out_text_are_apart():
+    trained_on = set(load_documents("stdlib")["text"])
+    held_out = held_out_documents("stdlib", 3)
+    assert [name for name, _ in held_out] == list(HELD_OUT[:3])
+    assert not trained_on & {text for _, text in held_out}
+
+
+def test_windows_are_whole_within_one_document_and_repeatable(tokenizer):
+    documents = letters(250, 99, 420, 100)
+    windows = training_windows(documents, tokenizer, length=100, count=7, seed=3)
+    texts = dict(zip(documents["name"], documents["text"], strict=True))
+    assert len(windows) == 7
+    for row in windows:
+        name, start = row["name"].split("@")
+        assert tokenizer.decode(row["input_ids"]) == texts[name][int(start) : int(start) + 100]
+    assert {row["name"] for row in windows} == {"a@0", "a@100", "c@0", "c@100", "c@200", "c@300", "d@0"}
+    again = training_windows(documents, tokenizer, length=100, count=7, seed=3)
+    assert windows["input_ids"] == again["input_ids"]
+    other = training_windows(documents, tokenizer, length=100, count=7, seed=4)
+    assert windows["name"] != other["name"]
+
+
+def test_few_windows_come_from_many_documents(tokenizer):
+    windows = training_windows(letters(5000, 200, 200, 200), tokenizer, length=100, count=4, seed=0)
+    assert {name[0] for name in windows["name"]} == set("abcd")
+
+
+def test_used_up_text_begins_again(tokenizer):
+    windows = training_windows(letters(200), tokenizer, length=100, count=5, seed=0)
+    assert sorted(windows["name"]) == ["a@0", "a@0", "a@0", "a@100", "a@100"]
+
+
+def test_too_short_documents_are_refused(tokenizer):
+    with pytest.raises(DataError, match="none of the 2 documents has 100 tokens"):
+        training_windows(letters(50, 60), tokenizer, length=100, count=1, seed=0)
+
+
+def test_more_windows_than_memory_holds_are_refused_at_once(tokenizer):
+    for sizes in ({"length": 100, "count": 10**15}, {"length": 2**32 - 1, "count": 100}):
+        with pytest.raises(DataError, match="do not fit into the"):
+            training_windows(letters(200), tokenizer, seed=0, **sizes)
+
+
+def test_hashes_see_every_change(tokenizer):
+    texts = [("a", "one two"), ("b", "three")]
+    changed = [
+        [("a", "one two "), ("b", "three")],
+        [("a", "one twothree"), ("b", "")],
+        [("b", "three"), ("a", "one two")],
+        [("a", "one two")],
+    ]
+    assert hash_texts(texts) == hash_texts(iter(texts))
+    assert len({hash_texts(other) for other in [texts, *changed]}) == 5
+    assert hash_windows([[1, 2], [3]]) != hash_windows([[1, 2], [4]])
+
+
+def test_held_out_windows(tokenizer):
+    texts = [("x", "abcdef" * 10), ("y", "ghi" * 20)]
+    windows = held_out_windows(texts, tokenizer, 50)
+    assert [(name, tokenizer.decode(ids)) for name, ids in windows] == [(n, t[:50]) for n, t in texts]
+    with pytest.raises(DataError, match=r"too short: x \(60\), y \(60\)"):
+        held_out_windows(texts, tokenizer, 61)
+
+
+def test_own_text_files_and_tables(tmp_path):
+    (tmp_path / "b.txt").write_text("second")
+    (tmp_path / "a.md").write_text("first")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    table = tmp_path / "rows.jsonl"
+    table.write_text("".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(["x", "y"])))
+    assert load_documents(str(tmp_path))["text"][:] == ["first", "second"]
+    assert load_documents(str(tmp_path / "b.txt"))["text"][:] == ["second"]
+    rows = load_documents(str(table))
+    assert rows["text"][:] == ["x", "y"]
+    assert rows["name"][:] == ["rows.jsonl:0", "rows.jsonl:1"]
+    assert held_out_documents(str(table), 1) == [("rows.jsonl:0", "x")]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"id": 3}', "got one with id"),
+        ("{}", "got one with nothing in it"),
+        ('{"text": null}', "got null as its text"),
+        ('{"text": 3}', "got the int 3 as its text"),
+        ('{"text": true}', "got true as its text"),
+        ('{"text": ["a"]}', "got a list as its text"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "got one with messages: write each chat out as one text"),
+        ('["a"]', "got a list"),
+        ('"a"', "got a string"),
+        ("{nothing", "cannot read it as JSON"),
+        ("[" * 100_000, "cannot read it as JSON"),
+        ('{"text": "\\ud800"}', "half a character"),
+    ],
+)
+def test_a_row_without_text_is_named(tmp_path, row, message):
+    """Whatever the rows around it are: a table of both kinds has a null where one has no text."""
+    table = tmp_path / "rows.jsonl"
+    table.write_text(f'{{"text": "first"}}\n\n{row}\n{{"text": "last"}}\n')
+    with pytest.raises(DataError) as raised:
+        load_documents(str(table))
+    assert f"{table}, line 3: " in str(raised.value)
+    assert message in str(raised.value)
+
+
+def test_rows_of_other_tables_too(tmp_path):
+    for name, content, message in [
+        ("a.json", '[{"text": "a"}, {"text": null}]', "row 2: expected .*got null"),
+        ("b.csv", "text,id\nhello,1\nNA,2\n", "row 2: expected .*got null"),
+        ("c.csv", "text\n7\n8\n", "row 1: expected .*got the int 7"),
+        ("d.csv", "", "cannot read .*d.csv: No columns"),
+    ]:
+        path = tmp_path / name
+        path.write_text(content)
+        with pytest.raises(DataError, match=message):
+            load_documents(str(path))
+
+
+def test_texts_that_look_like_dates_stay_texts(tmp_path):
+    table = tmp_path / "rows.jsonl"
+    table.write_text('{"text": "2020-01-01"}\n{"text": "2020-01-02"}\n')
+    assert load_documents(str(table))["text"][:] == ["2020-01-01", "2020-01-02"]
+
+
+def test_nothing_to_evaluate_is_refused(tmp_path, tokenizer):
+    empty = tmp_path / "rows.jsonl"
+    empty.write_text("")
+    for call, message in [
+        (lambda: held_out_documents(str(empty), 2), "found no text"),
+        (lambda: held_out_documents("stdlib", 0), "at least one held-out document"),
+        (lambda: held_out_documents("stdlib", -1), "at least one held-out document"),
+        (lambda: held_out_windows([("x", "abc")], tokenizer, 0), "at least 2 tokens"),
+        (lambda: held_out_windows([("x", "abc")], tokenizer, 1), "at least 2 tokens"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            call()
+
+
+def test_wrong_sources_are_named(tmp_path):
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(b"\xff\xfe\xfa")
+    lacking = tmp_path / "rows.jsonl"
+    lacking.write_text('{"content": "x"}\n')
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("{nothing")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for source, message in [
+        (tmp_path / "none", "no text at"),
+        (bad, "as UTF-8 text"),
+        (lacking, r"line 1: expected a row like .*got one with content"),
+        (broken, "line 1: cannot read"),
+        (empty, "found no text"),
+    ]:
+        with pytest.raises(NsaError, match=message):
+            load_documents(str(source))

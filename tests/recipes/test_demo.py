@@ -1,0 +1,83 @@
+import json
+import re
+import shutil
+
+import pytest
+from tiny_runs import folder_hashes
+from transformers import AutoModelForCausalLM
+
+from nsa_hf.recipes import demo as module
+from nsa_hf.recipes.cli import run
+from nsa_hf.recipes.demo import RUN, DemoError, demo, demo_steps
+from nsa_hf.recipes.training.config import load_run_config
+
+COMMANDS = ["plan", "convert", "verify", "train", "verify", "generate", "generate", "inspect", "card", "card"]
+
+
+@pytest.fixture
+def tiny_source(monkeypatch, tiny_dense_dir):
+    """The demo with a tiny dense model in the place of the downloaded one; everything else is as it is."""
+
+    def fetch(package, version, downloads, out):
+        if not out.exists():
+            shutil.copytree(tiny_dense_dir, out)
+        return out
+
+    monkeypatch.setattr(module, "fetch_gguf", fetch)
+
+
+@pytest.fixture
+def run_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("data: stdlib\nlength: 1100\nsteps: 2\nheld_out_documents: 1\nsave_every: 0\n")
+    return path
+
+
+def test_its_run_file_can_be_read_and_goes_beyond_the_exact_range():
+    config = load_run_config(RUN, ["model=a", "out=b"])
+    assert config.length > 1024
+    assert config.held_out == "stdlib"
+    assert 0 < config.save_every < config.steps
+
+
+def test_its_steps_are_ordinary_commands(tmp_path):
+    steps = demo_steps(tmp_path, RUN)
+    assert [step.arguments[0] for step in steps] == COMMANDS
+    long = next(step for step in steps if "--prompt-file" in step.arguments)
+    assert int(long.arguments[long.arguments.index("--prompt-tokens") + 1]) > 1024
+
+
+def test_the_whole_path_and_nothing_twice(tiny_source, run_file, tmp_path, capsys):
+    work = tmp_path / "work dir"
+    demo(work, run_file, run)
+    first = capsys.readouterr().out
+    assert re.findall(r"^\$ nsa-hf (\w+)", first, flags=re.MULTILINE) == COMMANDS
+    assert f"$ nsa-hf convert '{work / 'source'}' '{work / 'nsa'}'" in first
+    assert "GiB of memory at most" in first
+    nsa, trained = work / "nsa", work / "trained"
+    assert json.loads((nsa / "verify.json").read_text())["exact"] is True
+    assert json.loads((trained / "verify.json").read_text())["exact"] is None
+    assert json.loads((trained / "generate-long.json").read_text())["prompt_tokens"] == 1500
+    assert json.loads((trained / "generate-chat.json").read_text())["chat"] is True
+    for folder in (nsa, trained):
+        assert (folder / "README.md").read_text().startswith("---\n")
+        AutoModelForCausalLM.from_pretrained(folder)
+    assert "![Training curve](training.png)" in (trained / "README.md").read_text()
+
+    before = folder_hashes(work)
+    demo(work, run_file, run)
+    second = capsys.readouterr().out
+    assert second.count("(done before: ") == len(COMMANDS) - 3
+    assert "finished: nothing to do" in second
+    assert folder_hashes(work) == before
+
+
+def test_a_step_that_fails_stops_it(tiny_source, run_file, tmp_path, capsys):
+    work = tmp_path / "work"
+    run_file.write_text("lenght: 3\n")
+    with pytest.raises(DemoError, match="'continued pretraining' failed with exit code 2"):
+        demo(work, run_file, run)
+    captured = capsys.readouterr()
+    assert "error: unknown setting 'lenght'; did you mean length?" in captured.err
+    assert (work / "nsa" / "verify.json").is_file()
+    assert not (work / "trained").exists()

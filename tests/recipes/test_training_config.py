@@ -1,0 +1,137 @@
+import time
+from dataclasses import fields
+from itertools import pairwise
+from string import ascii_lowercase
+
+import pytest
+
+from nsa_hf.recipes.training.config import RunConfig, RunConfigError, load_run_config, settings_help
+
+
+@pytest.fixture
+def run_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: a\nout: b\nsteps: 7\nlr_nsa: 1e-3\nmixed_precision: no\n")
+    return path
+
+
+def test_file_and_overrides(run_file):
+    config = load_run_config(run_file, ["steps=9", "lr_backbone=2e-5", "model=x=y", "deterministic=false"])
+    assert (config.model, config.out, config.steps) == ("x=y", "b", 9)
+    assert (config.lr_nsa, config.lr_backbone) == (1e-3, 2e-5)
+    assert config.mixed_precision == "no"
+    assert config.deterministic is False
+
+
+def test_the_users_folder_is_found(run_file, monkeypatch):
+    monkeypatch.setenv("HOME", "/of/mine")
+    config = load_run_config(run_file, ["model=~/a", "held_out=~/b"])
+    assert (config.model, config.held_out) == ("/of/mine/a", "/of/mine/b")
+
+
+def test_as_dict_builds_the_same_config(run_file):
+    config = load_run_config(run_file)
+    assert RunConfig(**config.as_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stpes=3", "unknown setting 'stpes'; did you mean steps"),
+        ("zzzz=3", "unknown setting 'zzzz'; settings are model"),
+        ("steps=many", "steps must be a whole number, got 'many'"),
+        ("steps=1.5", "steps must be a whole number"),
+        ("steps=true", "steps must be a whole number, got True"),
+        ("lr_nsa=fast", "lr_nsa must be a number"),
+        ("lr_nsa=-1", "lr_nsa must be finite and at least 0"),
+        ("lr_nsa=.nan", "lr_nsa must be finite"),
+        ("deterministic=1", "deterministic must be true or false"),
+        ("steps=0", "steps must be finite and at least 1"),
+        ("keep=1", "keep must be finite and at least 2"),
+        ("steps=1000000000000000000", "steps must be at most 4294967295, got 1000000000000000000"),
+        ("length=99999999999", "length must be at most 4294967295"),
+        ("seed=4294967296", "seed must be at most 4294967295"),
+        (f"steps={'9' * 5000}", "cannot read the value of steps"),
+        (f"steps=0x{'f' * 5000}", "steps must be at most 4294967295, got a number of 20000 bits"),
+        (f"lr_nsa=0x{'f' * 5000}", "lr_nsa must be finite and at least 0, got inf"),
+        ("lr_nsa=1e400", "lr_nsa must be finite and at least 0, got inf"),
+        ("steps=2001-99-99", "cannot read the value of steps"),
+        ("steps=2001-09-09", "steps must be a whole number, got datetime.date"),
+        ("steps=[1, 2]", "steps must be a whole number, got [1, 2]"),
+        ("steps={a: 1}", "steps must be a whole number, got {'a': 1}"),
+        (f"steps={'[' * 5000}", "line 1: nested deeper than 50"),
+        ("steps=!!python/name:os.system 3", "cannot read the value of steps"),
+        ("beta2=1", "beta2 must be below 1"),
+        ("max_grad_norm=0", "max_grad_norm must be above 0"),
+        ("max_grad_norm=.nan", "max_grad_norm must be above 0, got nan"),
+        ("lr_backbone=1e39", "lr_backbone must be at most 1e.30, got 1e"),
+        ("mixed_precision=int4", "mixed_precision must be"),
+        ("steps", "an override is key=value, got 'steps'"),
+        ("steps=[", "cannot read the value of steps"),
+        ("steps='", "cannot read the value of steps"),
+        ("out=", "no value for out"),
+    ],
+)
+def test_wrong_overrides_are_named(run_file, override, message):
+    with pytest.raises(RunConfigError, match=message.replace("[", r"\[")) as raised:
+        load_run_config(run_file, [override])
+    assert len(str(raised.value)) < 500
+
+
+def test_a_run_without_any_loss_is_refused(run_file):
+    with pytest.raises(RunConfigError, match="there is no loss"):
+        load_run_config(run_file, ["ce_weight=0", "kl_weight=0"])
+
+
+def test_a_run_that_trains_nothing_is_refused(run_file):
+    with pytest.raises(RunConfigError, match="both 0: nothing is trained"):
+        load_run_config(run_file, ["lr_nsa=0", "lr_backbone=0"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no run file"),
+        ("- 1\n", "name: value"),
+        ("a: '", "cannot read the run file"),
+        ("steps: 3", "no value for"),
+        ("", "name: value"),
+        ("model: [a, b]\n", r"model must be text, got \['a', 'b'\]"),
+        ("out: b\nmodel: {a: b}\n", "model must be text, got {'a': 'b'}"),
+        ("model: &a x\nout: *a\n", r"line 2: an alias \(\*a\), in whose place"),
+        ("model: a\nout: b\nmodel: c\n", "line 3: model is given twice"),
+        ("model: a\nout: b\n---\nsteps: 3\n", "but found another document"),
+        ("? [a]\n: 1\n", "found unhashable key"),
+        ("steps: !unknown 3", "cannot read the run file"),
+        ("steps: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
+        (f"steps: {'9' * 5000}", "cannot read the run file"),
+        ("model: a\0b", "cannot read the run file"),
+        ("a" * 200_000, "it has more than 65,536 characters"),
+        # each alone takes minutes, or all memory, once it is put together or shown
+        ("steps: " + "[" * 5000 + "]" * 5000, "line 1: nested deeper than 50"),
+        (
+            "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in pairwise(ascii_lowercase)),
+            "line 2: an alias",
+        ),
+        ("<<: &a {steps: 3}\n" + "<<: [*a, *a]\n", "line 2: an alias"),
+    ],
+)
+def test_wrong_files_are_named(tmp_path, content, message):
+    path = tmp_path / "run.yaml"
+    if content is not None:
+        path.write_text(content)
+    began = time.perf_counter()
+    with pytest.raises(RunConfigError, match=message) as raised:
+        load_run_config(path)
+    assert time.perf_counter() - began < 1
+    assert len(str(raised.value)) < 500
+
+
+def test_a_file_without_an_end_is_not_read_to_it():
+    with pytest.raises(RunConfigError, match="it has more than 65,536 characters"):
+        load_run_config("/dev/zero")
+
+
+def test_help_lists_every_setting_once():
+    lines = settings_help().splitlines()
+    assert [line.split(":")[0] for line in lines] == [f.name for f in fields(RunConfig)]
