@@ -231,9 +231,14 @@ def same_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tenso
 
 
 def dense_attention(
-    module: NsaAttentionMixin, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float,
+    module: NsaAttentionMixin,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    dropout: float,
     segments: Segments,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Dense causal attention of the same queries, keys and values: `[B, H, T or S, D]` to `[B, T, Hq, Dv]`."""
 
     def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

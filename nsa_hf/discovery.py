@@ -81,9 +81,10 @@ class DenseFamily:
         handed = [
             node.func.attr
             for node in ast.walk(_source(layer.forward))
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+            if isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
             and any(keyword.arg is None for keyword in node.keywords)
-        ]  # fmt: skip
+        ]
         return next((name for name in attributes if name not in handed), None)
 
 

@@ -109,38 +109,53 @@ def make_family(model_type: str) -> Family:
     name = dense.config.__name__
     config: type[PreTrainedConfig] = strict(
         define(
-            dense.config, (NsaConfigMixin, dense.config), f"`{name}` with the `nsa_*` fields.",
-            model_type=PREFIX + model_type, base_model_tp_plan=None, base_model_pp_plan=None,
+            dense.config,
+            (NsaConfigMixin, dense.config),
+            f"`{name}` with the `nsa_*` fields.",
+            model_type=PREFIX + model_type,
+            base_model_tp_plan=None,
+            base_model_pp_plan=None,
         )
-    )  # fmt: skip
+    )
     made: dict[type, Any] = {dense.config: config}
     for layer, attention in dense.layers.items():
         handed = dense.hands_down(layer)
         made[attention] = define(
-            attention, (*((TakesFromLayer,) if handed else ()), NsaAttentionMixin, attention),
+            attention,
+            (*((TakesFromLayer,) if handed else ()), NsaAttentionMixin, attention),
             f"`{attention.__name__}` with sparse attention inside.",
-            handed=attention_arguments(attention), masks_slide=dense.masks_slide,
+            handed=attention_arguments(attention),
+            masks_slide=dense.masks_slide,
             forward_names=positional_names(attention.forward),
-        )  # fmt: skip
+        )
         made[layer] = define(
-            layer, (HandsDown, layer) if handed else (layer,), f"`{layer.__name__}` around sparse attention.",
-            __init__=built_with(layer.__init__, {attention: made[attention]}), attention_name=handed,
-        )  # fmt: skip
+            layer,
+            (HandsDown, layer) if handed else (layer,),
+            f"`{layer.__name__}` around sparse attention.",
+            __init__=built_with(layer.__init__, {attention: made[attention]}),
+            attention_name=handed,
+        )
     named = {part.__name__: sparse for part, sparse in made.items()}
     layers = {named[name].__name__ if name in named else name for name in dense.model._no_split_modules or []}
     shared = {"config_class": config, "config": config, "_no_split_modules": sorted(layers)}
     made[dense.model] = define(
-        dense.model, (NsaModelMixin, dense.model), f"`{dense.model.__name__}` with sparse attention.",
+        dense.model,
+        (NsaModelMixin, dense.model),
+        f"`{dense.model.__name__}` with sparse attention.",
         build=built_with(dense.model.__init__, {layer: made[layer] for layer in dense.layers}),
-        is_recurrent=dense.is_recurrent, forward_names=positional_names(dense.model.forward), dense_class=dense.model,
+        is_recurrent=dense.is_recurrent,
+        forward_names=positional_names(dense.model.forward),
+        dense_class=dense.model,
         **shared,
-    )  # fmt: skip
+    )
     made[dense.causal_lm] = define(
-        dense.causal_lm, (NsaPreTrainedMixin, dense.causal_lm, GenerationMixin),
+        dense.causal_lm,
+        (NsaPreTrainedMixin, dense.causal_lm, GenerationMixin),
         f"`{dense.causal_lm.__name__}` with sparse attention.",
-        __init__=built_with(dense.causal_lm.__init__, {dense.model: made[dense.model]}), dense_class=dense.causal_lm,
+        __init__=built_with(dense.causal_lm.__init__, {dense.model: made[dense.model]}),
+        dense_class=dense.causal_lm,
         **shared,
-    )  # fmt: skip
+    )
     globals().update({sparse.__name__: sparse for sparse in made.values()})
     # anew, where nsa_hf was imported anew
     AutoModel.register(config, made[dense.model], exist_ok=True)

@@ -16,9 +16,16 @@ LEAST_CHUNK = 512
 
 
 def sliding_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float, window: int,
-    segments: Segments, static: tuple[int, int] | None = None,
-) -> Tensor:  # fmt: skip
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    dropout: float,
+    window: int,
+    segments: Segments,
+    static: tuple[int, int] | None = None,
+) -> Tensor:
     """Dense attention of every query to the last `window` tokens, its own counted, of its row or document.
 
     Args:
@@ -62,10 +69,15 @@ def sliding_attention(
         hidden = None if len(position) == 1 and segments.starts is None else visible(position, seen, window, segments)
         out.append(
             sdpa_attention_forward(
-                module, query[:, :, start:stop], key[:, :, here], value[:, :, here], hidden,
-                dropout=dropout, scaling=scaling,
+                module,
+                query[:, :, start:stop],
+                key[:, :, here],
+                value[:, :, here],
+                hidden,
+                dropout=dropout,
+                scaling=scaling,
             )[0]
-        )  # fmt: skip
+        )
     return torch.cat(out, dim=1)
 
 
@@ -83,9 +95,13 @@ def visible(position: Tensor, seen: Tensor, window: int, segments: Segments) -> 
 
 
 def dense_weights(
-    query: Tensor, key: Tensor, scaling: float | None, window: int | None, segments: Segments,
+    query: Tensor,
+    key: Tensor,
+    scaling: float | None,
+    window: int | None,
+    segments: Segments,
     static: tuple[int, int] | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The weights of a layer that is dense (`window` None) or slides: T*S numbers a head, where asked for.
 
     Args:

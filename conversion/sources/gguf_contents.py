@@ -31,9 +31,20 @@ from ..files.checkpoint import CheckpointError
 
 # Architectures whose keys and tensors are known here; what a norm's weights are stored with added; see `_as_the_model`.
 NORM_OFFSET = {
-    "llama": 0, "qwen2": 0, "qwen2moe": 0, "qwen3": 0, "qwen3moe": 0, "phi3": 0, "stablelm": 0, "starcoder2": 0,
-    "lfm2": 0, "nemotron": 1, "gemma3": 1, "qwen35": 1, "qwen35moe": 1,
-}  # fmt: skip
+    "llama": 0,
+    "qwen2": 0,
+    "qwen2moe": 0,
+    "qwen3": 0,
+    "qwen3moe": 0,
+    "phi3": 0,
+    "stablelm": 0,
+    "starcoder2": 0,
+    "lfm2": 0,
+    "nemotron": 1,
+    "gemma3": 1,
+    "qwen35": 1,
+    "qwen35moe": 1,
+}
 
 # A key (without the architecture) and the config's field of the same meaning, under the names that families have.
 FIELDS: dict[str, tuple[str, ...]] = {

@@ -12,10 +12,19 @@ LARGEST = torch.finfo(torch.float32).max
 
 
 def check_arguments(
-    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, sizes: Sizes,
-    k_win: Tensor | None, v_win: Tensor | None, cu_seqlens: Tensor | None, starts: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    gates: Tensor,
+    sizes: Sizes,
+    k_win: Tensor | None,
+    v_win: Tensor | None,
+    cu_seqlens: Tensor | None,
+    starts: Tensor | None,
     lengths: Tensor | None,
-) -> None:  # fmt: skip
+) -> None:
     """Shapes and dtypes always; values of index tensors on the CPU only, and not within `torch.compile`.
 
     Raises:
@@ -106,9 +115,14 @@ def readable(index: Tensor) -> bool:
 
 
 def check_places(
-    like: Tensor, batch: int, tokens: int, keys: int, cu_seqlens: Tensor | None, starts: Tensor | None,
+    like: Tensor,
+    batch: int,
+    tokens: int,
+    keys: int,
+    cu_seqlens: Tensor | None,
+    starts: Tensor | None,
     lengths: Tensor | None,
-) -> None:  # fmt: skip
+) -> None:
     """What says where rows and documents stand, for `tokens` queries on `keys` keys.
 
     Raises:

@@ -50,9 +50,15 @@ class Places:
 
 
 def find_places(
-    tokens: int, keys: int, blocks: int, sizes: Sizes, cu_seqlens: Tensor | None, starts: Tensor | None,
-    lengths: Tensor | None, device: torch.device,
-) -> Places:  # fmt: skip
+    tokens: int,
+    keys: int,
+    blocks: int,
+    sizes: Sizes,
+    cu_seqlens: Tensor | None,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    device: torch.device,
+) -> Places:
     """The positions of the queries, keys and compressed blocks (see `nsa_attention` for the arguments)."""
     key = torch.arange(keys, device=device)
     if cu_seqlens is not None:
@@ -153,11 +159,23 @@ def fill_up(selection: Tensor, topk: int) -> Tensor:
 
 
 def reference_attention(
-    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, *, sizes: Sizes, scale: float,
-    k_win: Tensor | None = None, v_win: Tensor | None = None, cu_seqlens: Tensor | None = None,
-    starts: Tensor | None = None, lengths: Tensor | None = None, return_weights: bool = False,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    gates: Tensor,
+    *,
+    sizes: Sizes,
+    scale: float,
+    k_win: Tensor | None = None,
+    v_win: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    starts: Tensor | None = None,
+    lengths: Tensor | None = None,
+    return_weights: bool = False,
     chunk: int | None = None,
-) -> ReferenceResult:  # fmt: skip
+) -> ReferenceResult:
     """`nsa_attention` as the specification has it; arguments as there, already checked.
 
     Args:
@@ -195,9 +213,15 @@ def reference_attention(
         window_low = 0 if lengths is not None else max(low, keys - tokens + first - sizes.window_size + 1)
 
         one = partial(
-            attend_chunk, places=places, sizes=sizes, queries=(first, last), seen=(low, high), window_low=window_low,
-            keys=keys, return_weights=return_weights,
-        )  # fmt: skip
+            attend_chunk,
+            places=places,
+            sizes=sizes,
+            queries=(first, last),
+            seen=(low, high),
+            window_low=window_low,
+            keys=keys,
+            return_weights=return_weights,
+        )
         inputs = (grouped[..., first:last, :], gate[..., first:last, :], *tensors)
         if torch.is_grad_enabled() and tokens > chunk:
             # the probabilities of one chunk at a time, in the backward pass too
@@ -216,10 +240,23 @@ def reference_attention(
 
 
 def attend_chunk(
-    q: Tensor, gate: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_win: Tensor, v_win: Tensor, *,
-    places: Places, sizes: Sizes, queries: tuple[int, int], seen: tuple[int, int], window_low: int, keys: int,
+    q: Tensor,
+    gate: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    k_win: Tensor,
+    v_win: Tensor,
+    *,
+    places: Places,
+    sizes: Sizes,
+    queries: tuple[int, int],
+    seen: tuple[int, int],
+    window_low: int,
+    keys: int,
     return_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The three branches and their gated sum (eq. 5) for the queries `[first, last)`.
 
     Args:
@@ -274,9 +311,18 @@ def attend_chunk(
 
 
 def without_garbage(
-    places: Places, sizes: Sizes, lengths: Tensor | None, q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor,
-    v_cmp: Tensor, gates: Tensor, k_win: Tensor | None, v_win: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    places: Places,
+    sizes: Sizes,
+    lengths: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    gates: Tensor,
+    k_win: Tensor | None,
+    v_win: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Zeroes what stands outside the rows' real tokens and behind their own blocks: it may be anything, NaN too.
 
     A mask on the logits is not enough: in the products of the backward pass, zero times NaN is NaN.
@@ -294,6 +340,12 @@ def without_garbage(
     if k_win is not None and v_win is not None:
         k_win, v_win = (clean(x, empty_key[:, keys - x.shape[1] :]) for x in (k_win, v_win))
     return (
-        clean(q, empty_query), clean(k, empty_key), clean(v, empty_key), clean(k_cmp, empty_block),
-        clean(v_cmp, empty_block), clean(gates, empty_query), k_win, v_win,
-    )  # fmt: skip
+        clean(q, empty_query),
+        clean(k, empty_key),
+        clean(v, empty_key),
+        clean(k_cmp, empty_block),
+        clean(v_cmp, empty_block),
+        clean(gates, empty_query),
+        k_win,
+        v_win,
+    )

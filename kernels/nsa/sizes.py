@@ -41,10 +41,14 @@ class Sizes:
         """The sizes as `nsa_attention` takes them."""
         # written out: `torch.compile` traces this
         return {
-            "kernel_size": self.kernel_size, "kernel_stride": self.kernel_stride, "block_size": self.block_size,
-            "topk": self.topk, "init_blocks": self.init_blocks, "local_blocks": self.local_blocks,
+            "kernel_size": self.kernel_size,
+            "kernel_stride": self.kernel_stride,
+            "block_size": self.block_size,
+            "topk": self.topk,
+            "init_blocks": self.init_blocks,
+            "local_blocks": self.local_blocks,
             "window_size": self.window_size,
-        }  # fmt: skip
+        }
 
     def check(self, prefix: str = "") -> Sizes:
         """Returns itself if the sizes obey the rules.
@@ -90,9 +94,14 @@ class Sizes:
         blocks = power_of_2(-(-keys // block), FEW_BLOCKS)
         init, local = min(self.init_blocks, blocks), min(self.local_blocks, blocks)
         return Sizes(
-            min(self.kernel_size, block), self.kernel_stride, block, min(self.topk, max(blocks, init + local)), init,
-            local, min(self.window_size, tokens),
-        )  # fmt: skip
+            min(self.kernel_size, block),
+            self.kernel_stride,
+            block,
+            min(self.topk, max(blocks, init + local)),
+            init,
+            local,
+            min(self.window_size, tokens),
+        )
 
 
 def check_int(name: str, value: object, least: int) -> None:

@@ -55,9 +55,14 @@ class NsaIndependentLayer(NsaDynamicLayer):
         self.record_past = True
 
     def extend(
-        self, keys: Tensor, values: Tensor, compress_k: MeanCompressor, compress_v: MeanCompressor,
-        kernel_stride: int, starts: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self,
+        keys: Tensor,
+        values: Tensor,
+        compress_k: MeanCompressor,
+        compress_v: MeanCompressor,
+        kernel_stride: int,
+        starts: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         """As `NsaDynamicLayer.extend`, of the new tokens' keys and values `[B, Hk, T, D]` of the compressed branch."""
         self.padded = starts is not None
         held = self.joined(PENDING, keys, values)

@@ -57,9 +57,14 @@ class NsaDynamicLayer(DynamicLayer):
         return super().update(key_states, value_states, *args, **kwargs)
 
     def extend(
-        self, keys: Tensor, values: Tensor, compress_k: MeanCompressor, compress_v: MeanCompressor,
-        kernel_stride: int, starts: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self,
+        keys: Tensor,
+        values: Tensor,
+        compress_k: MeanCompressor,
+        compress_v: MeanCompressor,
+        kernel_stride: int,
+        starts: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         """Compresses the blocks that have been completed since the last time.
 
         Args:
@@ -74,9 +79,15 @@ class NsaDynamicLayer(DynamicLayer):
         return self.extend_from(0, keys, values, compress_k, compress_v, kernel_stride, starts)
 
     def extend_from(
-        self, base: int, keys: Tensor, values: Tensor, compress_k: MeanCompressor, compress_v: MeanCompressor,
-        kernel_stride: int, starts: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self,
+        base: int,
+        keys: Tensor,
+        values: Tensor,
+        compress_k: MeanCompressor,
+        compress_v: MeanCompressor,
+        kernel_stride: int,
+        starts: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         """`extend`, of keys and values that begin at token `base`."""
         self.block, self.starts = (compress_k.kernel_size, kernel_stride), starts
         entries = []

@@ -83,9 +83,14 @@ class NsaStaticLayer(StaticLayer):
         return super().update(key_states, value_states, *args, **kwargs)
 
     def extend(
-        self, keys: Tensor, values: Tensor, compress_k: MeanCompressor, compress_v: MeanCompressor,
-        kernel_stride: int, starts: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self,
+        keys: Tensor,
+        values: Tensor,
+        compress_k: MeanCompressor,
+        compress_v: MeanCompressor,
+        kernel_stride: int,
+        starts: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         """Compresses the blocks that the last tokens completed; called after every `update`.
 
         Args:

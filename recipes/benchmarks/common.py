@@ -59,10 +59,13 @@ def achieved(cost: Cost, median_ms: float, flops: float, moved: float) -> dict[s
     """
     floor_ms = max(cost.flops / flops, cost.bytes / moved) * 1e3
     return {
-        "flops": f"{cost.flops:.4g}", "bytes": f"{cost.bytes:.4g}", "floor_ms": f"{floor_ms:.4f}",
-        "tflop_s": f"{cost.flops / median_ms * 1e-9:.4g}", "gb_s": f"{cost.bytes / median_ms * 1e-6:.4g}",
+        "flops": f"{cost.flops:.4g}",
+        "bytes": f"{cost.bytes:.4g}",
+        "floor_ms": f"{floor_ms:.4f}",
+        "tflop_s": f"{cost.flops / median_ms * 1e-9:.4g}",
+        "gb_s": f"{cost.bytes / median_ms * 1e-6:.4g}",
         "share_of_card": f"{floor_ms / median_ms:.3f}",
-    }  # fmt: skip
+    }
 
 
 def no_gpu() -> bool:

@@ -11,9 +11,24 @@ from nsa_hf.kernels import Sizes, n_blocks
 from .common import STAMP, Heads, Times, lengths_below, make_axes, save_figure
 
 COLUMNS = (
-    *STAMP, "config", "tokens", "batch", "queries", "system", "part", "median_ms", "p20_ms", "p80_ms", "bytes",
-    "bytes_once", "gb_s", "share_of_card", "times_dense", "ceiling", "share_of_ceiling",
-)  # fmt: skip
+    *STAMP,
+    "config",
+    "tokens",
+    "batch",
+    "queries",
+    "system",
+    "part",
+    "median_ms",
+    "p20_ms",
+    "p80_ms",
+    "bytes",
+    "bytes_once",
+    "gb_s",
+    "share_of_card",
+    "times_dense",
+    "ceiling",
+    "share_of_ceiling",
+)
 SIZES = Sizes()
 # One set of keys and values, and a window with its own.
 SPARSE = ("nsa", "nsa-independent")
@@ -63,9 +78,17 @@ def figures(
         read, once = (tokens_read(tokens, queries, once=x) * row for x in (False, system == "nsa"))
     gb_s = once / times[0] * 1e-6
     found: dict[str, object] = {
-        "config": heads.name, "tokens": tokens, "batch": batch, "queries": queries, "system": system, "part": "step",
-        "bytes": read, "bytes_once": once, "gb_s": f"{gb_s:.0f}", "share_of_card": f"{gb_s * 1e9 / rate:.3f}",
-    }  # fmt: skip
+        "config": heads.name,
+        "tokens": tokens,
+        "batch": batch,
+        "queries": queries,
+        "system": system,
+        "part": "step",
+        "bytes": read,
+        "bytes_once": once,
+        "gb_s": f"{gb_s:.0f}",
+        "share_of_card": f"{gb_s * 1e9 / rate:.3f}",
+    }
     found |= zip(("median_ms", "p20_ms", "p80_ms"), (f"{time:.5f}" for time in times), strict=True)
     if dense_ms is not None:
         faster, ceiling = dense_ms / times[0], whole / read

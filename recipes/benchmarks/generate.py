@@ -63,9 +63,25 @@ from .common import (
 from .models import Shape, cut_back, filled_cache, make_model, select_these
 
 COLUMNS = (
-    *STAMP, "transformers", "model", "config", "tokens", "batch", "phase", "system", "median_ms", "p20_ms", "p80_ms",
-    "tokens_per_s", "warm_up_s", "peak_mib", "times_dense", "compiled_error", "kernels_error", "one_bit_error",
-)  # fmt: skip
+    *STAMP,
+    "transformers",
+    "model",
+    "config",
+    "tokens",
+    "batch",
+    "phase",
+    "system",
+    "median_ms",
+    "p20_ms",
+    "p80_ms",
+    "tokens_per_s",
+    "warm_up_s",
+    "peak_mib",
+    "times_dense",
+    "compiled_error",
+    "kernels_error",
+    "one_bit_error",
+)
 SYSTEMS = {
     "decode": ("nsa", "nsa-dynamic", "dense-dynamic", "dense-static", "dense-flex", "dense-cut"),
     "first-token": ("nsa", *(f"dense-{kernel}" for kernel in DENSE_KERNELS)),
@@ -256,13 +272,21 @@ def measure(shape: Shape, tokens: int, batch: int, phase: str, system: str, new:
     gc.collect()
     median, low, high = torch.tensor(times).quantile(torch.tensor([0.5, 0.2, 0.8])).tolist()
     return {
-        "transformers": transformers.__version__, "model": shape.name, "config": shape.heads.name, "tokens": tokens,
-        "batch": batch, "phase": phase, "system": system, "median_ms": f"{median * 1e3:.3f}",
-        "p20_ms": f"{low * 1e3:.3f}", "p80_ms": f"{high * 1e3:.3f}",
+        "transformers": transformers.__version__,
+        "model": shape.name,
+        "config": shape.heads.name,
+        "tokens": tokens,
+        "batch": batch,
+        "phase": phase,
+        "system": system,
+        "median_ms": f"{median * 1e3:.3f}",
+        "p20_ms": f"{low * 1e3:.3f}",
+        "p80_ms": f"{high * 1e3:.3f}",
         "tokens_per_s": f"{batch * len(times) / sum(times):.2f}" if phase == "decode" else "",
         "warm_up_s": f"{warm_up:.1f}",
-        "peak_mib": round(torch.cuda.max_memory_allocated() / 2**20) if device == "cuda" else "", **errors,
-    }  # fmt: skip
+        "peak_mib": round(torch.cuda.max_memory_allocated() / 2**20) if device == "cuda" else "",
+        **errors,
+    }
 
 
 def fastest_dense(path: Path, row: dict[str, Any]) -> float | None:
@@ -357,8 +381,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(
                 f"{options.phase} {system:15} {tokens:7} tokens, batch {row['batch']}: {row['median_ms']} ms "
                 f"({row['p20_ms']} to {row['p80_ms']}){rate}{beside}; before {row['warm_up_s']} s, {graphs()}, "
-                f"peak {row['peak_mib']} MiB", flush=True,
-            )  # fmt: skip
+                f"peak {row['peak_mib']} MiB",
+                flush=True,
+            )
     draw_and_say(options.out, draw)
     return 1 if failed else 0
 

@@ -31,11 +31,20 @@ class Shape:
         family, *sizes = self.name.split(":")
         layers, hidden, intermediate, vocabulary = map(int, sizes)
         return AutoConfig.for_model(
-            family, num_hidden_layers=layers, hidden_size=hidden, intermediate_size=intermediate,
-            vocab_size=vocabulary, num_attention_heads=self.heads.query_heads, max_position_embeddings=tokens,
-            num_key_value_heads=self.heads.kv_heads, head_dim=self.heads.key_dim, tie_word_embeddings=False,
-            bos_token_id=None, eos_token_id=None, pad_token_id=None,
-        )  # fmt: skip
+            family,
+            num_hidden_layers=layers,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            vocab_size=vocabulary,
+            num_attention_heads=self.heads.query_heads,
+            max_position_embeddings=tokens,
+            num_key_value_heads=self.heads.kv_heads,
+            head_dim=self.heads.key_dim,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+        )
 
 
 def make_model(shape: Shape, tokens: int, sparse: bool, device: str) -> Any:

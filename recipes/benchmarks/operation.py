@@ -46,9 +46,23 @@ from .parts import SIZES, Inputs, Stages, make_inputs
 CONFIGS = ("64:4:128", "32:8:128", "16:8:128", "64:4:192/128", "9:3:64")
 TOKENS = (4096, 8192, 16384, 32768, 65536, 131072)
 COLUMNS = (
-    *STAMP, "config", "tokens", "inputs", "system", "part", "median_ms", "p20_ms", "p80_ms", "peak_mib", "flops",
-    "bytes", "floor_ms", "tflop_s", "gb_s", "share_of_card",
-)  # fmt: skip
+    *STAMP,
+    "config",
+    "tokens",
+    "inputs",
+    "system",
+    "part",
+    "median_ms",
+    "p20_ms",
+    "p80_ms",
+    "peak_mib",
+    "flops",
+    "bytes",
+    "floor_ms",
+    "tflop_s",
+    "gb_s",
+    "share_of_card",
+)
 
 
 def check(heads: Heads, tokens: int = 1536) -> list[str]:
@@ -197,9 +211,15 @@ def main(arguments: list[str] | None = None) -> int:
     flops, moved, card = card_rates()
 
     def row(
-        config: str, tokens: int, inputs: str, system: str, part: str, times: Times, peak: float | None,
+        config: str,
+        tokens: int,
+        inputs: str,
+        system: str,
+        part: str,
+        times: Times,
+        peak: float | None,
         cost: Cost | None,
-    ) -> dict[str, object]:  # fmt: skip
+    ) -> dict[str, object]:
         found = {**source, "config": config, "tokens": tokens, "inputs": inputs, "system": system, "part": part}
         median, low, high = (f"{time:.4f}" for time in times)
         found |= {"median_ms": median, "p20_ms": low, "p80_ms": high, "peak_mib": "" if peak is None else round(peak)}

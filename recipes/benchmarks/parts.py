@@ -48,10 +48,14 @@ def make_inputs(heads: Heads, tokens: int, kind: str, device: str = "cuda", seed
     mean_v = MeanCompressor(SIZES.kernel_size, heads.value_dim)
     gates = torch.rand(1, tokens, heads.query_heads, 3, generator=random, device=device).bfloat16()
     return Inputs(
-        q, k, v, compress(k, mean_k, SIZES.kernel_stride).contiguous(),
-        compress(v, mean_v, SIZES.kernel_stride).contiguous(), gates,
+        q,
+        k,
+        v,
+        compress(k, mean_k, SIZES.kernel_stride).contiguous(),
+        compress(v, mean_v, SIZES.kernel_stride).contiguous(),
+        gates,
         normal(1, tokens, heads.query_heads, heads.value_dim),
-    )  # fmt: skip
+    )
 
 
 class Stages:

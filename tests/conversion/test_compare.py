@@ -64,9 +64,17 @@ def test_a_family_that_scales_its_logits_keeps_its_scale():
 
     torch.manual_seed(0)
     config = GraniteConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, logits_scaling=7.0, bos_token_id=0, eos_token_id=1, pad_token_id=2,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        logits_scaling=7.0,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
     model = AutoModelForCausalLM.from_config(config).eval()
     ids = torch.arange(20)[None]
     with torch.no_grad():

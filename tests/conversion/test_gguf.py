@@ -40,8 +40,11 @@ def test_a_gguf_is_what_transformers_loads_from_it_in_float32(gguf_file, tmp_pat
     out = tmp_path / "out"
     out.mkdir()
     assert source.save_companions(out) == [
-        "chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    ]  # fmt: skip
+        "chat_template.jinja",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     original = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
     saved = AutoTokenizer.from_pretrained(out)
     text = "the heath\n é 漢 x"
@@ -49,9 +52,13 @@ def test_a_gguf_is_what_transformers_loads_from_it_in_float32(gguf_file, tmp_pat
     assert saved.decode(saved(text).input_ids) == text
     assert (saved.chat_template, saved.eos_token_id, saved.pad_token_id) == (CHAT_TEMPLATE, 2, 3)
     assert source.identity() | {"files": None} == {
-        "name": str(gguf_file.parent), "kind": "gguf", "revision": None, "license": "apache-2.0", "model_name": "Tiny",
+        "name": str(gguf_file.parent),
+        "kind": "gguf",
+        "revision": None,
+        "license": "apache-2.0",
+        "model_name": "Tiny",
         "files": None,
-    }  # fmt: skip
+    }
 
 
 def test_a_gguf_source_hands_its_weights_over_and_reads_them_again_when_asked(gguf_file):

@@ -116,7 +116,7 @@ def other_factors(writer):
         (lambda writer: None, 3, "block_count is 3, and the file holds tensors of 2 blocks"),
         (lambda writer: None, 10**9, "block_count is 1000000000, and the file holds tensors of 2"),
     ],
-)  # fmt: skip
+)
 def test_what_the_model_would_not_compute_is_refused_by_name(more, blocks, message, tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf", more, blocks)
     for attempt in (lambda: convert(path, tmp_path / "out"), lambda: plan(path)):

@@ -26,8 +26,12 @@ def test_it_says_what_was_made_from_what(converted, tiny_dense_dir, tiny_sizes):
     assert record["model_type"] == "nsa_llama"
     assert record["shape"].items() >= {"num_hidden_layers": 3, "hidden_size": 48, "nsa_gate_dim": 8}.items()
     assert record["options"] == {
-        **tiny_sizes, "nsa_gate_dim": 8, "dtype": None, "max_shard_size": "2GB", "seed": 0,
-    }  # fmt: skip
+        **tiny_sizes,
+        "nsa_gate_dim": 8,
+        "dtype": None,
+        "max_shard_size": "2GB",
+        "seed": 0,
+    }
     assert record["source"]["name"] == str(tiny_dense_dir)
     assert "model.safetensors" in record["source"]["files"]
     assert {"python", "torch", "transformers", "safetensors"} <= record["versions"].keys()
@@ -102,11 +106,35 @@ def changed(part: dict, place: list[str], value) -> dict:
 
 
 PLACES = [
-    "format", "hash", "trained", "exact_up_to", "model_type", "options", "versions", "companions", "files", "files.*",
-    "files.*.bytes", "files.*.sha256", "tensors", "tensors.*", "tensors.*.dtype", "tensors.*.shape", "tensors.*.from",
-    "tensors.*.xxh3_128", "tensors.*.source", "source", "source.name", "source.kind", "source.revision",
-    "source.files", "source.files.*", "source.left_out", "source.left_out.*", "source.license",
-]  # fmt: skip
+    "format",
+    "hash",
+    "trained",
+    "exact_up_to",
+    "model_type",
+    "options",
+    "versions",
+    "companions",
+    "files",
+    "files.*",
+    "files.*.bytes",
+    "files.*.sha256",
+    "tensors",
+    "tensors.*",
+    "tensors.*.dtype",
+    "tensors.*.shape",
+    "tensors.*.from",
+    "tensors.*.xxh3_128",
+    "tensors.*.source",
+    "source",
+    "source.name",
+    "source.kind",
+    "source.revision",
+    "source.files",
+    "source.files.*",
+    "source.left_out",
+    "source.left_out.*",
+    "source.license",
+]
 
 
 @pytest.mark.parametrize("value", [None, [], {}, 7, True, 1.5, "x", [[]]])

@@ -196,13 +196,15 @@ SOURCES = {
     "a missing pickle": (pickle_index, ["--allow-pickle"], "lacks pytorch_model-00002-of-00002.bin"),
     "pickles allowed and none there": (remove(WEIGHTS), ["--allow-pickle"], "holds no weights"),
     "NaN in a pickle": (
-        lambda d: (value(float("nan"))(d), pickled()(d)), ["--allow-pickle"], f"{UP} holds 2 NaN or infinite",
+        lambda d: (value(float("nan"))(d), pickled()(d)),
+        ["--allow-pickle"],
+        f"{UP} holds 2 NaN or infinite",
     ),
     "a dtype that is none": (nothing, ["--dtype", "int4"], "dtype must be one of float32"),
     "a shard size that is none": (nothing, ["--max-shard-size", "many"], "max_shard_size must be a number of bytes"),
     "sizes that do not fit": (nothing, ["--nsa-kernel-stride", "24"], "nsa_kernel_stride must divide"),
     "layers that are not there": (nothing, ["--nsa-dense-layers", "7"], "nsa_dense_layers must be layers within"),
-}  # fmt: skip
+}
 
 if find_spec("gguf") and find_spec("accelerate"):
     SOURCES |= {
@@ -253,12 +255,14 @@ OUTPUTS = {
     "a model": (lambda out: shutil.copytree(out.parent / "src", out), [], "is not empty: choose another folder, or"),
     "a folder with something": (lambda out: (out.mkdir(), (out / "diary").write_text("x")), [], "give --overwrite"),
     "no model to replace": (
-        lambda out: (out.mkdir(), (out / "diary").write_text("x")), ["--overwrite"], "so it is no model folder",
+        lambda out: (out.mkdir(), (out / "diary").write_text("x")),
+        ["--overwrite"],
+        "so it is no model folder",
     ),
     "a file": (lambda out: out.write_text("x"), [], "is a file: expected a new or empty folder"),
     "a file to replace": (lambda out: out.write_text("x"), ["--overwrite"], "is a file: expected a new or empty"),
     "a link to nowhere": (lambda out: out.symlink_to(out.parent / "nowhere"), [], "is a file: expected a new or"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", OUTPUTS)

@@ -242,15 +242,18 @@ LINKS = {
     "the model in it": lambda place, other: (place.mkdir(), (place / "model").symlink_to(other / "model")),
     "what was replaced": lambda place, other: (place.mkdir(), (place / "replaced").symlink_to(other / "model")),
     "its notes": lambda place, other: (
-        place.mkdir(), (place / "progress.json").symlink_to(other / "progress.json"),
+        place.mkdir(),
+        (place / "progress.json").symlink_to(other / "progress.json"),
     ),
     "a file of the model": lambda place, other: (
-        (place / "model").mkdir(parents=True), (place / "model" / "a").symlink_to(other / "model" / "a"),
+        (place / "model").mkdir(parents=True),
+        (place / "model" / "a").symlink_to(other / "model" / "a"),
     ),
     "a folder of the model": lambda place, other: (
-        (place / "model").mkdir(parents=True), (place / "model" / "sub").symlink_to(other / "model"),
+        (place / "model").mkdir(parents=True),
+        (place / "model" / "sub").symlink_to(other / "model"),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("job", [None, JOB])

@@ -86,23 +86,47 @@ def finish(writer: Any) -> None:
 
 # Some families' names for llama.cpp's architectures, and what they need in a file besides the keys that all have.
 ARCHITECTURES: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "qwen2_moe": ("qwen2moe", lambda writer: [writer.add_expert_count(4), writer.add_expert_used_count(2),
-                  writer.add_expert_feed_forward_length(32), writer.add_expert_shared_feed_forward_length(32)]),
+    "qwen2_moe": (
+        "qwen2moe",
+        lambda writer: [
+            writer.add_expert_count(4),
+            writer.add_expert_used_count(2),
+            writer.add_expert_feed_forward_length(32),
+            writer.add_expert_shared_feed_forward_length(32),
+        ],
+    ),
     "stablelm": ("stablelm", lambda writer: writer.add_rope_dimension_count(4)),
     "starcoder2": ("starcoder2", lambda writer: None),
     "gemma3_text": ("gemma3", lambda writer: [writer.add_key_length(16), writer.add_sliding_window(24)]),
     "lfm2": ("lfm2", lambda writer: writer.add_shortconv_l_cache(3)),
-    "qwen3_5_text": ("qwen35", lambda writer: [writer.add_key_length(16), writer.add_rope_dimension_count(4),
-                     writer.add_ssm_conv_kernel(4), writer.add_ssm_state_size(16), writer.add_ssm_group_count(2),
-                     writer.add_ssm_time_step_rank(4), writer.add_ssm_inner_size(64),
-                     writer.add_uint32("qwen35.full_attention_interval", 2),
-                     writer.add_rope_dimension_sections([1, 1, 0, 0])]),
-}  # fmt: skip
+    "qwen3_5_text": (
+        "qwen35",
+        lambda writer: [
+            writer.add_key_length(16),
+            writer.add_rope_dimension_count(4),
+            writer.add_ssm_conv_kernel(4),
+            writer.add_ssm_state_size(16),
+            writer.add_ssm_group_count(2),
+            writer.add_ssm_time_step_rank(4),
+            writer.add_ssm_inner_size(64),
+            writer.add_uint32("qwen35.full_attention_interval", 2),
+            writer.add_rope_dimension_sections([1, 1, 0, 0]),
+        ],
+    ),
+}
 SIZES = {
-    "hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32, "block_auto_adjust_ff_dim": False, "conv_L_cache": 3,
-    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
-}  # fmt: skip
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "head_dim": 16,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "block_auto_adjust_ff_dim": False,
+    "conv_L_cache": 3,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
 
 
 def write_gguf_of(model_type: str, path: Path) -> Path:

@@ -20,9 +20,16 @@ from nsa_hf.families import define_family, family_of, nsa_config_from_dense
 TABLE = Path(__file__).resolve().parents[2] / "recipes" / "results" / "families.csv"
 VOCABULARY = 96
 SIZES = {
-    "nsa_kernel_size": 4, "nsa_kernel_stride": 2, "nsa_block_size": 8, "nsa_topk": 3, "nsa_init_blocks": 1,
-    "nsa_local_blocks": 1, "nsa_window_size": 6, "nsa_compression_dim": 8, "nsa_gate_dim": 8,
-}  # fmt: skip
+    "nsa_kernel_size": 4,
+    "nsa_kernel_stride": 2,
+    "nsa_block_size": 8,
+    "nsa_topk": 3,
+    "nsa_init_blocks": 1,
+    "nsa_local_blocks": 1,
+    "nsa_window_size": 6,
+    "nsa_compression_dim": 8,
+    "nsa_gate_dim": 8,
+}
 EXACT, LENGTH = 24, 60
 # Set where a family's config has the field, whatever it calls it otherwise.
 SMALL = {
@@ -81,12 +88,13 @@ OWN = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "layer_types": None},
     "jetmoe": {"kv_channels": 8, "num_attention_heads": 4},
     "laguna": {
-        "sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 24,
+        "layer_types": ["sliding_attention", "full_attention"],
         "num_attention_heads_per_layer": [2, 4],
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "recurrent_gemma": {"layer_types": None, "sliding_window": 24, "num_hidden_layers": 3},
-}  # fmt: skip
+}
 
 
 def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:

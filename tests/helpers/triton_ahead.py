@@ -14,9 +14,13 @@ triton = pytest.importorskip("triton")
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
 PAPER = Sizes(32, 16, 64, 16, 1, 2, 512)
 TYPES = {
-    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int16: "i16", torch.int32: "i32",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int16: "i16",
+    torch.int32: "i32",
     torch.int64: "i64",
-}  # fmt: skip
+}
 
 
 def signature_of(kernel, arguments: dict) -> tuple[dict, dict, dict]:

@@ -98,11 +98,14 @@ def test_position_embedding(kind: str) -> None:
     assert (compressor(block) - compressor(block.flip(0))).abs().max() > 1e-3  # the order of the tokens matters
 
 
-@pytest.mark.parametrize(("kind", "numbers"), [
-    ("mean", 0),
-    ("linear", SIZE * DIM + DIM * SIZE * DIM),
-    ("mlp", SIZE * DIM + HIDDEN * SIZE * DIM + HIDDEN + DIM * HIDDEN),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "numbers"),
+    [
+        ("mean", 0),
+        ("linear", SIZE * DIM + DIM * SIZE * DIM),
+        ("mlp", SIZE * DIM + HIDDEN * SIZE * DIM + HIDDEN + DIM * HIDDEN),
+    ],
+)
 def test_number_of_parameters(kind: str, numbers: int) -> None:
     """None of them knows of heads: one compressor serves all KV heads of a layer."""
     assert sum(x.numel() for x in compressor_of(kind).parameters()) == numbers
@@ -206,9 +209,12 @@ WRONG: dict[str, tuple[tuple, dict, type[Exception], str]] = {
     "cu_seqlens of a batch": ((X, STRIDE), {"cu_seqlens": int32(0, 9)}, ValueError, r"cu_seqlens.*B = 1.*B = 2"),
     "cu_seqlens end early": ((X[:1], STRIDE), {"cu_seqlens": int32(0, 8)}, ValueError, r"cu_seqlens.*9.*0, 8"),
     "cu_seqlens with starts": (
-        (X[:1], STRIDE), {"cu_seqlens": int32(0, 9), "starts": int32(3)}, ValueError, r"cu_seqlens.*neither starts",
+        (X[:1], STRIDE),
+        {"cu_seqlens": int32(0, 9), "starts": int32(3)},
+        ValueError,
+        r"cu_seqlens.*neither starts",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -25,9 +25,15 @@ def compile_all(monkeypatch: pytest.MonkeyPatch, card: int, shape: Shape, dtype:
     from nsa_hf.kernels.gpu.scores import compressed as triton_select
 
     found = compile_for(
-        monkeypatch, card, triton_common, triton_interval, triton_interval_backward, triton_query_major, triton_select,
+        monkeypatch,
+        card,
+        triton_common,
+        triton_interval,
+        triton_interval_backward,
+        triton_query_major,
+        triton_select,
         triton_selected,
-    )  # fmt: skip
+    )
     # nothing is computed: indices that nobody wrote are the largest number, which no slot's block is
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -43,11 +49,26 @@ def compile_all(monkeypatch: pytest.MonkeyPatch, card: int, shape: Shape, dtype:
 
 
 KERNELS = {
-    "interval_forward_kernel", "interval_dq_kernel", "interval_dkv_kernel", "select_kernel", "selected_forward_kernel",
-    "selected_backward_kernel", "merge_kernel", "sum_items_kernel", "sum_dq_kernel", "combine_kernel",
-    "gate_gradient_kernel", "queries_kernel", "parts_kernel", "entry_keys_kernel", "offsets_kernel",
-    "count_items_kernel", "items_kernel", "borders_kernel", "sum_splits_kernel",
-}  # fmt: skip
+    "interval_forward_kernel",
+    "interval_dq_kernel",
+    "interval_dkv_kernel",
+    "select_kernel",
+    "selected_forward_kernel",
+    "selected_backward_kernel",
+    "merge_kernel",
+    "sum_items_kernel",
+    "sum_dq_kernel",
+    "combine_kernel",
+    "gate_gradient_kernel",
+    "queries_kernel",
+    "parts_kernel",
+    "entry_keys_kernel",
+    "offsets_kernel",
+    "count_items_kernel",
+    "items_kernel",
+    "borders_kernel",
+    "sum_splits_kernel",
+}
 
 
 # of groups from 12 on: one kernel in the place of two
@@ -78,10 +99,13 @@ def test_compiles_ahead(monkeypatch: pytest.MonkeyPatch, card: int, dims: tuple[
 
 @pytest.mark.parametrize(
     ("card", "dtype"),
-    [(89, torch.bfloat16), pytest.param(90, torch.bfloat16, marks=pytest.mark.slow),
-     pytest.param(86, torch.float32, marks=pytest.mark.slow)],
+    [
+        (89, torch.bfloat16),
+        pytest.param(90, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(86, torch.float32, marks=pytest.mark.slow),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_large_groups_compile_ahead(monkeypatch: pytest.MonkeyPatch, card: int, dtype: torch.dtype) -> None:
     found = compile_all(monkeypatch, card, Shape(PAPER, 1, 2048, 2048, 2, 16, 128, 128), dtype)
     assert set(found) == LARGE_GROUP

@@ -139,11 +139,18 @@ def test_an_empty_batch(process: ProcessPoolExecutor) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "groups of three, two queries", "groups of sixteen", "blocks that do not overlap", "each token in three blocks",
-        "blocks of three strides", "blocks of many strides", "large blocks", "nearly all blocks",
-        "ragged and left-padded", "the paper's sizes",
+        "groups of three, two queries",
+        "groups of sixteen",
+        "blocks that do not overlap",
+        "each token in three blocks",
+        "blocks of three strides",
+        "blocks of many strides",
+        "large blocks",
+        "nearly all blocks",
+        "ragged and left-padded",
+        "the paper's sizes",
     ],
-)  # fmt: skip
+)
 def test_float16(process: ProcessPoolExecutor, name: str) -> None:
     """float16 has 11 bits: a rounding is 5e-4 of a number; inputs are the same, weights and the output are rounded."""
     error, same = process.submit(compare, CASES[name], torch.float16).result()
@@ -167,9 +174,19 @@ def any_step(choose: random.Random) -> Shape:
     least = keys if lengths is not None else min(keys, sizes.window_size + queries - 1)
     own_window = choose.randint(least, keys) if choose.random() < 0.3 else None
     return Shape(
-        sizes, batch, queries, keys, 1, choose.randint(1, 5), choose.randint(1, 20), choose.randint(1, 20), starts,
-        lengths, None, own_window,
-    )  # fmt: skip
+        sizes,
+        batch,
+        queries,
+        keys,
+        1,
+        choose.randint(1, 5),
+        choose.randint(1, 20),
+        choose.randint(1, 20),
+        starts,
+        lengths,
+        None,
+        own_window,
+    )
 
 
 def any_steps(seed: int) -> list[tuple[Shape, tuple[float, bool]]]:
@@ -321,10 +338,19 @@ def ranked(seed: int) -> list[tuple[list[int], list[int]]]:
         selection = torch.full((1, 1, 1, topk), -2, dtype=torch.int32)
         importance = torch.full((1, 1, 1, -(-blocks // shape["BJ"]), shape["BJ"]), 0x7FFFFFFF, dtype=torch.int32)
         triton_decode_select.decode_select(
-            torch.zeros(1, 1, 1, 1), 1, None, None, 16 * blocks, Sizes(4, 4, 16, topk, init, local, 5), (4, 1, 4),
-            (sums.reshape(1, tiles, 1, 4), nowhere, torch.zeros(1, tiles, 1)), shape, importance,
-            torch.zeros(1, 1, 1, dtype=torch.int32), selection,
-        )  # fmt: skip
+            torch.zeros(1, 1, 1, 1),
+            1,
+            None,
+            None,
+            16 * blocks,
+            Sizes(4, 4, 16, topk, init, local, 5),
+            (4, 1, 4),
+            (sums.reshape(1, tiles, 1, 4), nowhere, torch.zeros(1, tiles, 1)),
+            shape,
+            importance,
+            torch.zeros(1, 1, 1, dtype=torch.int32),
+            selection,
+        )
         worth = sums.nan_to_num(nan=float("inf"), posinf=float("inf")).tolist()
         best = sorted(range(init, blocks - local), key=lambda block: (-worth[block], block))[:free]
         found.append((selection.flatten().tolist(), [*range(init), *sorted(best), *range(blocks - local, blocks)]))
@@ -404,9 +430,13 @@ def which_operation(queries: int, grad: bool, packed: bool) -> list[str]:
 
 @pytest.mark.parametrize(
     ("queries", "grad", "packed", "expected"),
-    [(16, False, False, "decode"), (17, False, False, "forward"), (1, True, False, "forward"),
-     (20, False, True, "forward")],
-)  # fmt: skip
+    [
+        (16, False, False, "decode"),
+        (17, False, False, "forward"),
+        (1, True, False, "forward"),
+        (20, False, True, "forward"),
+    ],
+)
 def test_which_kernels_serve(
     process: ProcessPoolExecutor, queries: int, grad: bool, packed: bool, expected: str
 ) -> None:

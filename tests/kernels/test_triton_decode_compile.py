@@ -13,9 +13,16 @@ KERNELS = {"compressed_kernel", "decode_select_kernel", "decode_selected_kernel"
 
 
 def compile_step(
-    monkeypatch: pytest.MonkeyPatch, card: int, group: int, queries: int, dims: tuple[int, int], dtype: torch.dtype,
-    sizes: Sizes = PAPER, own_window: bool = False, capacity: int = 8192,
-) -> dict[str, int]:  # fmt: skip
+    monkeypatch: pytest.MonkeyPatch,
+    card: int,
+    group: int,
+    queries: int,
+    dims: tuple[int, int],
+    dtype: torch.dtype,
+    sizes: Sizes = PAPER,
+    own_window: bool = False,
+    capacity: int = 8192,
+) -> dict[str, int]:
     from nsa_hf.kernels.gpu import common as triton_common
     from nsa_hf.kernels.gpu.decode import scores as triton_decode_compressed
     from nsa_hf.kernels.gpu.decode import selected as triton_decode_selected

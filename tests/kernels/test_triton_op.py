@@ -147,10 +147,12 @@ LIMITS = {
     "wide heads": (replace(SMALL, key_dim=264), torch.float32, ValueError, "at most 256 numbers, got Dk = 264"),
     "many heads a KV head": (replace(SMALL, group=129), torch.float32, ValueError, "at most 128 query heads"),
     "many chosen blocks": (
-        Shape(Sizes(1, 1, 1, 260, 1, 1, 4), queries=1, keys=300, kv_heads=1), torch.float32, ValueError,
+        Shape(Sizes(1, 1, 1, 260, 1, 1, 4), queries=1, keys=300, kv_heads=1),
+        torch.float32,
+        ValueError,
         "at most 256 blocks by importance, got topk - init_blocks - local_blocks = 258",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", LIMITS)

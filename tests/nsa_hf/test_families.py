@@ -112,15 +112,31 @@ def check_exact(model_type: str, folder: Path) -> None:
 
 # What Transformers knows of a model by its class or its class's name.
 ANSWERS = (
-    "loss_type", "all_tied_weights_keys", "supports_gradient_checkpointing", "_can_compile_fullgraph", "_is_stateful",
-    "_keep_in_fp32_modules", "_keep_in_fp32_modules_strict", "_keys_to_ignore_on_load_missing",
-    "_keys_to_ignore_on_load_unexpected", "_keys_to_ignore_on_save", "_skip_keys_device_placement", "_ep_plan",
-    "_fsdp_plan", "main_input_name", "base_model_prefix", "input_modalities",
-)  # fmt: skip
+    "loss_type",
+    "all_tied_weights_keys",
+    "supports_gradient_checkpointing",
+    "_can_compile_fullgraph",
+    "_is_stateful",
+    "_keep_in_fp32_modules",
+    "_keep_in_fp32_modules_strict",
+    "_keys_to_ignore_on_load_missing",
+    "_keys_to_ignore_on_load_unexpected",
+    "_keys_to_ignore_on_save",
+    "_skip_keys_device_placement",
+    "_ep_plan",
+    "_fsdp_plan",
+    "main_input_name",
+    "base_model_prefix",
+    "input_modalities",
+)
 ASKED = (
-    "_can_set_experts_implementation", "_can_set_attn_implementation", "_supports_default_dynamic_cache",
-    "can_generate", "is_custom_code", "is_remote_code",
-)  # fmt: skip
+    "_can_set_experts_implementation",
+    "_can_set_attn_implementation",
+    "_supports_default_dynamic_cache",
+    "can_generate",
+    "is_custom_code",
+    "is_remote_code",
+)
 
 
 def check_answers(config: PreTrainedConfig) -> None:
@@ -290,9 +306,19 @@ def test_at_least_fifty_are_exact_among_them_the_common_ones(found):
     exact = {name for name, row in found.items() if row["result"] == "exact"}
     assert len(exact) >= 50
     assert exact >= {
-        "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma3_text", "phi3", "olmo2", "granite",
-        "smollm3", "glm4",
-    }  # fmt: skip
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "qwen3_moe",
+        "mixtral",
+        "gemma3_text",
+        "phi3",
+        "olmo2",
+        "granite",
+        "smollm3",
+        "glm4",
+    }
 
 
 def test_the_table_is_what_was_found(found):

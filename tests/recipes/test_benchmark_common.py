@@ -13,9 +13,13 @@ def test_what_was_done_a_second_beside_what_the_card_gives() -> None:
     # 2 ms by operations, 1 by bytes, of 4
     bound_by_operations = achieved(Cost(1e12, 3e9), 4.0, flops=5e14, moved=3e12)
     assert bound_by_operations == {
-        "flops": "1e+12", "bytes": "3e+09", "floor_ms": "2.0000", "tflop_s": "250", "gb_s": "750",
+        "flops": "1e+12",
+        "bytes": "3e+09",
+        "floor_ms": "2.0000",
+        "tflop_s": "250",
+        "gb_s": "750",
         "share_of_card": "0.500",
-    }  # fmt: skip
+    }
     bound_by_bytes = achieved(Cost(0, 6e9), 2.5, flops=5e14, moved=3e12)
     assert (bound_by_bytes["floor_ms"], bound_by_bytes["share_of_card"]) == ("2.0000", "0.800")
 

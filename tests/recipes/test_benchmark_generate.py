@@ -251,10 +251,13 @@ def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(r["phase"], r["system"], r["tokens"], r["batch"]) for r in rows] == [
-        ("decode", "dense-dynamic", "300", "2"), ("decode", "nsa", "300", "2"),
-        ("first-token", "dense-flash", "64", "1"), ("first-token", "nsa", "64", "1"),
-        ("first-token", "dense-flash", "300", "1"), ("first-token", "nsa", "300", "1"),
-    ]  # fmt: skip
+        ("decode", "dense-dynamic", "300", "2"),
+        ("decode", "nsa", "300", "2"),
+        ("first-token", "dense-flash", "64", "1"),
+        ("first-token", "nsa", "64", "1"),
+        ("first-token", "dense-flash", "300", "1"),
+        ("first-token", "nsa", "300", "1"),
+    ]
     assert rounding == [True, True] and not torch._inductor.config.emulate_precision_casts
     for dense, sparse in zip(rows[::2], rows[1::2], strict=True):
         beside = float(dense["median_ms"]) / float(sparse["median_ms"])

@@ -27,7 +27,13 @@ def test_every_stage_runs(name: str) -> None:
     with interpreter() as process:
         found = process.submit(run_stages, name).result()
     assert found["forward"] == [
-        "compression", "layout", "attention", "scores + top-k", "selection", "window", "combination"
-    ]  # fmt: skip
+        "compression",
+        "layout",
+        "attention",
+        "scores + top-k",
+        "selection",
+        "window",
+        "combination",
+    ]
     assert all(part.startswith("backward, ") for part in found["backward"])
     assert "backward, selection" in found["backward"]

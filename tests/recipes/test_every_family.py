@@ -121,11 +121,17 @@ def check_training(model_type: str, out: Path, texts: Path) -> None:
     """Two steps, into `trained-0`; with gradient checkpointing the same weights, or refused where there is none."""
     runs = [
         tiny_run(
-            out, texts, out.with_name(f"trained-{every}"), length=LENGTH, steps=2, save_every=0, held_out_documents=1,
+            out,
+            texts,
+            out.with_name(f"trained-{every}"),
+            length=LENGTH,
+            steps=2,
+            save_every=0,
+            held_out_documents=1,
             gradient_checkpointing=every,
         )
         for every in (0, 1)
-    ]  # fmt: skip
+    ]
     forwards: list[int] = []
 
     def count(module: nn.Module, given: tuple) -> None:

@@ -180,8 +180,9 @@ def test_rate_zero_freezes(nsa_dir, texts, tmp_path):
     for name in old:
         if ".nsa." not in name:
             assert torch.equal(old[name], new[name]), name
-    assert not torch.equal(old["model.layers.0.self_attn.nsa.gate.down.weight"],
-                           new["model.layers.0.self_attn.nsa.gate.down.weight"])  # fmt: skip
+    assert not torch.equal(
+        old["model.layers.0.self_attn.nsa.gate.down.weight"], new["model.layers.0.self_attn.nsa.gate.down.weight"]
+    )
 
 
 def test_accumulated_windows_count_as_one_batch(nsa_dir, texts, tmp_path):

@@ -182,9 +182,21 @@ sys.modules["triton"] = None
 """
 # Bigger things that a user of the model may not have, or should not wait for.
 NOT_NEEDED = {
-    "datasets", "matplotlib", "gguf", "peft", "trl", "jinja2", "typer", "pandas", "pyarrow", "pytest",
-    "nsa_hf.conversion", "nsa_hf.recipes", "nsa_hf.model_cards", "transformers.trainer",
-}  # fmt: skip
+    "datasets",
+    "matplotlib",
+    "gguf",
+    "peft",
+    "trl",
+    "jinja2",
+    "typer",
+    "pandas",
+    "pyarrow",
+    "pytest",
+    "nsa_hf.conversion",
+    "nsa_hf.recipes",
+    "nsa_hf.model_cards",
+    "transformers.trainer",
+}
 
 
 def test_no_network_hook_works(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def combine_kernel(
 def gate_gradient_kernel(
     out_cmp, out_slc, out_win, lse_cmp, lse_slc, lse_win, dout, gates, relative, dgates, rows, records, T, HQ,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
+):
     """`correction = dout . out_branch`, which is also the gradient of the branch's gate; BM queries of one head."""
     batch, head = tl.program_id(1) // HQ, tl.program_id(1) % HQ
     index = tl.arange(0, BM)
@@ -90,5 +90,5 @@ def gate_gradient(
     gate_gradient_kernel[(cdiv(tokens, 32), batch * heads)](
         *outs, *lses, dout, gates, relative, dgates, rows, records, tokens, heads, D=dim, DP=padded(dim), BM=32,
         num_warps=4,
-    )  # fmt: skip
+    )
     return dgates, rows, records

@@ -73,7 +73,7 @@ class Gather:
 def entry_keys_kernel(
     selection, relative_ptr, part_base_ptr, keys, T, HK, TOPK, SLOTS, PIECE, PARTS, NONE,
     BLOCK: tl.constexpr, LOCAL: tl.constexpr, PER_BLOCK: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
+):
     """What entries are sorted by, `keys [B, Hk, T, SLOTS]`: `group * PARTS + part`; NONE for an unused slot."""
     head = tl.program_id(1)
     batch = head // HK
@@ -134,7 +134,7 @@ def count_slots(sizes: Sizes, parts_a_block: int, keys: int) -> int:
 
 def cut_queries(
     batch: int, tokens: int, kv_heads: int, parts: int, slots: int, entry_bytes: int, budget: int
-) -> Pieces:  # fmt: skip
+) -> Pieces:
     """Pieces of the queries whose partial results, `entry_bytes` each, fit the budget for one KV head of one row.
 
     Raises:
@@ -165,7 +165,7 @@ def gather_queries(selection: Tensor, layout: Layout, sizes: Sizes, pieces: Piec
         selection, layout.relative, layout.part_base, keys, tokens, kv_heads, topk, pieces.slots, pieces.tokens,
         pieces.parts, none, BLOCK=sizes.block_size, LOCAL=sizes.local_blocks, PER_BLOCK=layout.parts_a_block, BM=1024,
         num_warps=4,
-    )  # fmt: skip
+    )
     ordered, order = keys.sort(stable=True)
     entries, offsets = selection.new_empty(count), selection.new_empty(none + 1)
     offsets_kernel[(cdiv(max(count, none + 1), 1024),)](

@@ -32,7 +32,7 @@ def forward_step(
     acc, top, total, q, k, v, n, last, low, high, k_stride, v_stride, scale_log2,
     DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """The keys `[n, n + BN)`; all of them seen by all queries unless MASKED."""
     index = tl.arange(0, BN)
     inside = (n + index < last) if MASKED else tl.full([BN], True, tl.int1)
@@ -72,7 +72,7 @@ def interval_forward_kernel(
     q, k, v, low_ptr, high_ptr, out, lse, scale_log2, T, N, HQ, HK,
     DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """`out = softmax(q k^T * scale over [low, high)) v` and its log2-sum-exp; one program: BM queries of one head."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest runs first
     batch, head = tl.program_id(1) // HQ, tl.program_id(1) % HQ
@@ -95,13 +95,13 @@ def interval_forward_kernel(
         acc, top, total = forward_step(
             acc, top, total, queries, k, v, n, last, low, high, HK * DK, HK * DV, scale_log2,
             DK, DKP, DV, DVP, BN, False, PRECISION,
-        )  # fmt: skip
+        )
     # what only some see, on either side
     for i in tl.range(0, middle - first + tl.maximum(last - end, 0), BN):
         acc, top, total = forward_step(
             acc, top, total, queries, k, v, border(i, first, middle, end), last, low, high, HK * DK, HK * DV,
             scale_log2, DK, DKP, DV, DVP, BN, True, PRECISION,
-        )  # fmt: skip
+        )
     result, log_sum = finish_softmax(acc, top, total)
     store_tile(out + origin * DV, index, HQ * DV, exists, result, DV, DVP)
     tl.store(lse + origin + index * HQ, log_sum, mask=exists)
@@ -112,7 +112,7 @@ def widths(q: Tensor, v: Tensor) -> dict:
     return {
         "DK": key_dim, "DKP": padded(key_dim), "DV": value_dim, "DVP": padded(value_dim),
         "PRECISION": precision(q.dtype),
-    }  # fmt: skip
+    }
 
 
 def forward_tiles(q: Tensor, v: Tensor, long_runs: bool) -> dict:

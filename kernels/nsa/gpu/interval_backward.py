@@ -55,7 +55,7 @@ def dq_step(
     correction2, k_stride, v_stride, scale_log2,
     DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr, SECOND: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """`acc + sum_n ds k` over the keys `[n, n + BN)`; all of them in all queries' first run unless MASKED."""
     index = tl.arange(0, BN)
     inside = ((n + index >= lowest) & (n + index < last)) if MASKED else tl.full([BN], True, tl.int1)
@@ -72,7 +72,7 @@ def dq_step(
         _, ds2 = weight_gradient(
             logits, dots, log_sum2[:, None], gate2[:, None], correction2[:, None],
             (key >= low2[:, None]) & before_end, True,
-        )  # fmt: skip
+        )
         ds += ds2
     return tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
 
@@ -82,7 +82,7 @@ def interval_dq_kernel(
     q, k, v, low_ptr, high_ptr, low2_ptr, dout, rows, rows2, dq, scale, scale_log2, T, N, HQ, HK,
     DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, SECOND: tl.constexpr,
     ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """`dq = scale * sum_n ds k` (added to what `dq` holds if ADD); one program: BM queries of one head.
 
     SECOND: of two branches whose runs end together, `[low, high)` and `[low2, high)`, over the same keys.
@@ -118,13 +118,13 @@ def interval_dq_kernel(
         acc = dq_step(
             acc, queries, douts, k, v, n, lowest, last, low, high, log_sum, gate, correction, low2, log_sum2, gate2,
             correction2, HK * DK, HK * DV, scale_log2, DK, DKP, DV, DVP, BN, SECOND, False, PRECISION,
-        )  # fmt: skip
+        )
     for i in tl.range(0, middle - first + tl.maximum(last - end, 0), BN):
         acc = dq_step(
             acc, queries, douts, k, v, border(i, first, middle, end), lowest, last, low, high, log_sum, gate,
             correction, low2, log_sum2, gate2, correction2, HK * DK, HK * DV, scale_log2, DK, DKP, DV, DVP, BN, SECOND,
             True, PRECISION,
-        )  # fmt: skip
+        )
     acc *= scale
     if ADD:
         acc += load_tile(dq + origin * DK, row, HQ * DK, exists, DK, DKP)
@@ -136,7 +136,7 @@ def dkv_step(
     dk_acc, dv_acc, keys, values, q, dout, rows, low_ptr, high_ptr, t, stop, start, batch, head, scale_log2, T, HQ,
     DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Adds `ds^T q` and `p^T dout` of the queries `[t, t + BM)` before `stop`; all see all keys unless MASKED.
 
     Everything is turned round, `[BN, BM]`, so that `p^T` and `ds^T` go from registers into the products.
@@ -167,7 +167,7 @@ def interval_dkv_kernel(
     TILES,
     DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """`dv = sum p^T dout`, `dk = scale * sum ds^T q` over queries and heads of the group, plus `dv_in`, `dk_in` if ADD.
 
     One program: BN keys of one KV head and every `num_programs(2)`-th tile of the queries that see any of them.
@@ -198,7 +198,7 @@ def interval_dkv_kernel(
             dk_acc, dv_acc, keys, values, q, dout, rows, low_ptr, high_ptr, middle + (split + i // group * splits) * BM,
             end, start, batch, kv_head * group + i % group, scale_log2, T, HQ, DK, DKP, DV, DVP, BM, BN, False,
             PRECISION,
-        )  # fmt: skip
+        )
     # those on either side
     before = tl.cdiv(middle - first, BM)
     tiles = tl.cdiv(tl.maximum(before + tl.cdiv(end - middle_end, BM) - split, 0), splits)
@@ -209,7 +209,7 @@ def interval_dkv_kernel(
             tl.where(which < before, first + which * BM, middle_end + (which - before) * BM),
             tl.where(which < before, middle, end), start, batch, kv_head * group + i % group, scale_log2, T, HQ,
             DK, DKP, DV, DVP, BM, BN, True, PRECISION,
-        )  # fmt: skip
+        )
     dk_acc *= scale
     if ADD:
         dk_acc += load_tile(dk_in + origin * DK, index, HK * DK, exists, DK, DKP).to(tl.float32)
@@ -246,7 +246,7 @@ class Second(NamedTuple):
 def interval_dq(
     q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, dout: Tensor, rows: Tensor, scale: float,
     scale_log2: float, dq: Tensor, *, add: bool, second: Second | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Writes (or adds) the gradient of the queries into `dq [B, T, Hq, Dk]` float32.
 
     Args:
@@ -260,13 +260,13 @@ def interval_dq(
     interval_dq_kernel[grid](
         q, k, v, low, high, low2, dout, rows, rows2, dq, scale, scale_log2, tokens, k.shape[1], heads, k.shape[2],
         SECOND=second is not None, ADD=add, **widths(q, v), **tiles,
-    )  # fmt: skip
+    )
 
 
 @triton.jit
 def borders_kernel(
     runs, borders, T, TILES, STEPS, BN: tl.constexpr, BM: tl.constexpr, AT_ONCE: tl.constexpr
-):  # fmt: skip
+):
     """Of the runs `[low, high)` in `runs [3, 2, B, T]` and each tile of BN keys, `borders [3, B, TILES, 4]`: the
     queries `[first, end)` that see any of them, and, a multiple of BM, those `[middle, middle_end)` that see all. They
     stand together, since `low` and `high` only rise."""
@@ -301,7 +301,7 @@ def find_borders(q: Tensor, v: Tensor, layout: Layout, keys: int) -> tuple[Tenso
     borders_kernel[(cdiv(count, 64), batch, 3)](
         layout.runs, borders, tokens, count, search_steps(tokens), BN=tiles["BN"], BM=tiles["BM"], AT_ONCE=64,
         num_warps=2,
-    )  # fmt: skip
+    )
     return borders.unbind()
 
 
@@ -326,7 +326,7 @@ def interval_dkv(
     q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, dout: Tensor, rows: Tensor, scale: float,
     scale_log2: float, borders: Tensor, *, dtype: torch.dtype, add: tuple[Tensor, Tensor] | None = None,
     few_keys: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """The gradients of keys and values, `[B, N, Hk, *]` in `dtype`, plus `add` where given.
 
     Args:
@@ -355,7 +355,7 @@ def interval_dkv(
     interval_dkv_kernel[(count, batch * kv_heads, splits)](
         q, k, v, low, high, borders, dout, rows, dk_in, dv_in, dk, dv, scale, scale_log2, tokens, keys, heads,
         kv_heads, batch, borders.shape[1], ADD=add is not None, **widths(q, v), **tiles,
-    )  # fmt: skip
+    )
     if splits > 1:
         return sum_splits(dk, dtype), sum_splits(dv, dtype)
     return dk, dv

@@ -54,7 +54,7 @@ class Layout:
         part, pieces = part_shape(block_size, largest)
         return cls(
             relative, document, part_base, compressed, local, window, runs, first, end, part, pieces, packed
-        )  # fmt: skip
+        )
 
 
 @triton.jit
@@ -68,7 +68,7 @@ def queries_kernel(
     starts, lengths, cmp_bases, part_bases, out, T, WIN_FIRST, WINDOW, DOCUMENTS, STEPS,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, LOCAL: tl.constexpr, PACKED: tl.constexpr,
     BM: tl.constexpr,
-):  # fmt: skip
+):
     """Writes `out [9, B, T]`: what `Layout` holds by query."""
     batch, t = tl.program_id(1), tl.program_id(0) * BM + tl.arange(0, BM)
     exists = t < T
@@ -106,7 +106,7 @@ def queries_kernel(
 def parts_kernel(
     starts, ends, part_bases, out, P, DOCUMENTS, STEPS, PIECES, PART, BLOCK: tl.constexpr, PACKED: tl.constexpr,
     BM: tl.constexpr,
-):  # fmt: skip
+):
     """Writes `out [2, B, P]`: the parts' first tokens and ends."""
     batch, number = tl.program_id(1), tl.program_id(0) * BM + tl.arange(0, BM)
     exists = number < P
@@ -140,7 +140,7 @@ def count_parts(keys: int, cu_seqlens: Tensor | None, block_size: int, largest: 
 def find_layout(
     q: Tensor, k: Tensor, v: Tensor, window_keys: int, sizes: Sizes, cu_seqlens: Tensor | None, starts: Tensor | None,
     lengths: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """The layout of `nsa_attention`'s arguments, for `Layout.of`: `[9, B, T]` and `[2, B, P]` int32."""
     batch, tokens, keys, largest = *q.shape[:2], k.shape[1], largest_part(q, v.shape[-1])
     part, pieces = part_shape(sizes.block_size, largest)
@@ -165,7 +165,7 @@ def find_layout(
         starts, ends, cmp_bases, part_bases, queries, tokens, keys - window_keys, sizes.window_size, documents,
         search_steps(documents), KERNEL=sizes.kernel_size, STRIDE=sizes.kernel_stride, LOCAL=sizes.local_blocks,
         **shape,
-    )  # fmt: skip
+    )
     parts_kernel[(cdiv(parts_count, 256), batch)](
         starts, ends, part_bases, parts, parts_count, documents, search_steps(documents), pieces, part, **shape
     )

@@ -68,7 +68,7 @@ def forward_op(
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, k_win: Tensor | None,
     v_win: Tensor | None, cu_seqlens: Tensor | None, starts: Tensor | None, lengths: Tensor | None,
     sizes: list[int], scale: float,
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """Output, selection, and what `Saved` names."""
     size, scale_log2 = Sizes(*sizes), scale * LOG2E
     near_k, near_v = (k, v) if k_win is None or v_win is None else (k_win, v_win)
@@ -110,7 +110,7 @@ def _(q, k, v, k_cmp, v_cmp, gates, k_win, v_win, cu_seqlens, starts, lengths, s
 def backward_op(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, k_win: Tensor | None,
     v_win: Tensor | None, packed: bool, selection: Tensor, saved: list[Tensor], sizes: list[int], scale: float,
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """The gradients of q, k, v, k_cmp, v_cmp, gates and, where given, k_win, v_win."""
     size, scale_log2, known = Sizes(*sizes), scale * LOG2E, Saved(*saved)
     near_k, near_v = (k, v) if k_win is None or v_win is None else (k_win, v_win)
@@ -181,7 +181,7 @@ def triton_attention(
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, *, sizes: Sizes, scale: float,
     k_win: Tensor | None = None, v_win: Tensor | None = None, cu_seqlens: Tensor | None = None,
     starts: Tensor | None = None, lengths: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """`nsa_attention` by the Triton kernels; arguments as there, already checked. Returns the output and the selection
     `[B, T, Hk, at most topk]`.
 
@@ -202,7 +202,7 @@ def triton_attention(
     numbers = [
         sizes.kernel_size, sizes.kernel_stride, sizes.block_size, sizes.topk, sizes.init_blocks, sizes.local_blocks,
         sizes.window_size,
-    ]  # fmt: skip
+    ]
     inputs = [q, k, v, k_cmp, v_cmp, gates, k_win, v_win]
     if takes_decode(inputs, q.shape[1], cu_seqlens):
         return decode_op(*map(last_contiguous, (*inputs, starts, lengths)), numbers, float(scale))

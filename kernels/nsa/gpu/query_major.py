@@ -35,7 +35,7 @@ LEAST_GROUP = 12
 def block_step(
     acc, top, total, queries, k, v, begin, inside, HK, scale_log2, DK: tl.constexpr, DKP: tl.constexpr,
     DV: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """The keys `[begin, begin + BN)` of the document; all of them seen unless MASKED."""
     index = tl.arange(0, BN)
     keys = load_tile(k + tl.cast(begin, tl.int64) * HK * DK, index, HK * DK, inside, DK, DKP)
@@ -53,7 +53,7 @@ def query_major_kernel(
     q, k, v, selection, relative_ptr, document_ptr, out, lse, scale_log2, T, S, HQ, HK, SLOTS,
     DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, GP: tl.constexpr, BN: tl.constexpr,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """One program: one query with all heads of a group, over its blocks; the own block, partly seen, comes last."""
     t = tl.num_programs(0) - 1 - tl.program_id(0)
     batch, head = tl.program_id(1) // HK, tl.program_id(1) % HK
@@ -79,13 +79,13 @@ def query_major_kernel(
         acc, top, total = block_step(
             acc, top, total, queries, k, v, begin, offset + index < BLOCK, HK, scale_log2, DK, DKP, DV, DVP, BN,
             BLOCK % BN != 0, PRECISION,
-        )  # fmt: skip
+        )
     own = tl.maximum(relative, 0) // BLOCK * BLOCK
     for begin in tl.range(own, relative + 1, BN, num_stages=1):
         acc, top, total = block_step(
             acc, top, total, queries, k, v, begin, begin + index <= relative, HK, scale_log2, DK, DKP, DV, DVP, BN,
             True, PRECISION,
-        )  # fmt: skip
+        )
     result, log_sum = finish_softmax(acc, top, total)
     store_tile(out + origin * DV, row, DV, row < group, result, DV, DVP)
     tl.store(lse + origin + row, log_sum, mask=row < group)
@@ -112,5 +112,5 @@ def query_major_forward(
         kv_heads, selection.shape[-1], GP=max(16, next_power_of_2(heads // kv_heads)),
         BN=max(16, min(32, next_power_of_2(sizes.block_size))), BLOCK=sizes.block_size, **shape,
         num_warps=4 if wide else 2, num_stages=2 if wide or small else 3,
-    )  # fmt: skip
+    )
     return out, lse

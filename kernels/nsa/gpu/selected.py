@@ -69,7 +69,7 @@ def selected_forward_kernel(
     first_group, T, S, HQ, HK, BH, SLOTS, PARTS, PIECE, CHUNK,
     DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Softmax attention of CHUNK entries over their part alone: output and log2-sum-exp of each (query, slot, head)."""
     group = first_group + tl.program_id(1)
     part = tl.load(item_part + group.to(tl.int64) * tl.num_programs(0) + tl.program_id(0))
@@ -114,7 +114,7 @@ def merge_kernel(
     partial, partial_lse, relative_ptr, out, lse, first_group, T, HQ, HK, BH, SLOTS, PIECE,
     DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr, LOCAL: tl.constexpr,
     TOPK: tl.constexpr, PIECES: tl.constexpr,
-):  # fmt: skip
+):
     """Adds the partial results to what `out` and `lse` hold of the local blocks: softmax over all of them (eq. 12)."""
     group = first_group + tl.program_id(1)
     batch, head = group % BH // HK, group % HK
@@ -149,7 +149,7 @@ def selected_backward_kernel(
     dq_partial, dk_partial, dv_partial, scale_log2, first_group, T, S, HQ, HK, BH, SLOTS, PARTS, PIECE, CHUNK,
     DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PART: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Of CHUNK entries: `dv = p^T dout` and `dk = ds^T q` summed, and `dq = ds k` of each (query, slot, head)."""
     group = first_group + tl.program_id(1)
     part = tl.load(item_part + group.to(tl.int64) * tl.num_programs(0) + tl.program_id(0))
@@ -198,7 +198,7 @@ def selected_backward_kernel(
 def sum_items_kernel(
     partial, item_first, part_first, part_end, total, factor, first_group, items, S, HK, BH, PARTS,
     D: tl.constexpr, PART: tl.constexpr, WIDTH: tl.constexpr, AT_ONCE: tl.constexpr,
-):  # fmt: skip
+):
     """Adds `factor` times the sum of a part's items, in a fixed order, to WIDTH numbers of `total [B, S, Hk, D]`."""
     part, group = tl.program_id(0), first_group + tl.program_id(1)
     batch, head = group % BH // HK, group % HK
@@ -223,7 +223,7 @@ def sum_dq_kernel(
     partial, relative_ptr, dq_in, dq, scale, first_group, T, HQ, HK, BH, SLOTS, PIECE,
     DK: tl.constexpr, DKP: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr, LOCAL: tl.constexpr,
     TOPK: tl.constexpr, PIECES: tl.constexpr,
-):  # fmt: skip
+):
     """`dq = dq_in + scale * sum of the query's partial results`, in float32, rounded once."""
     group = first_group + tl.program_id(1)
     batch, head = group % BH // HK, group % HK
@@ -259,13 +259,13 @@ def merge_shape(sizes: Sizes, layout: Layout, keys: int) -> dict:
     return {
         "BLOCK": sizes.block_size, "LOCAL": sizes.local_blocks, "PIECES": layout.parts_a_block,
         "TOPK": min(sizes.topk, (keys - 1) // sizes.block_size + 1), "BM": 32, "num_warps": 4,
-    }  # fmt: skip
+    }
 
 
 def selected_forward(
     q: Tensor, k: Tensor, v: Tensor, gather: Gather, layout: Layout, sizes: Sizes, scale_log2: float, out: Tensor,
     lse: Tensor,
-) -> None:  # fmt: skip
+) -> None:
     """Adds the selected blocks that are not local to `out [B, T, Hq, Dv]` and `lse [B, T, Hq]`, which hold those."""
     heads, kv_heads, keys, value_dim = q.shape[2], k.shape[2], k.shape[1], v.shape[3]
     group, tokens, pieces = heads // kv_heads, q.shape[1], gather.pieces
@@ -282,17 +282,17 @@ def selected_forward(
             q, k, v, gather.order, gather.offsets, work.part, work.chunk, layout.part_first, layout.part_end,
             partial, partial_lse, scale_log2, first, tokens, keys, heads, kv_heads, per_piece, pieces.slots,
             pieces.parts, pieces.tokens, work.most, **widths(q, v), **tiles,
-        )  # fmt: skip
+        )
         merge_kernel[(cdiv(pieces.tokens * group, merge["BM"]), count)](
             partial, partial_lse, layout.relative, out, lse, first, tokens, heads, kv_heads, per_piece, pieces.slots,
             pieces.tokens, **shape, **merge,
-        )  # fmt: skip
+        )
 
 
 def selected_backward(
     q: Tensor, k: Tensor, v: Tensor, gather: Gather, layout: Layout, sizes: Sizes, dout: Tensor, records: Tensor,
     scale: float, scale_log2: float, dq_in: Tensor, dq: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Writes `dq = dq_in +` its share, and returns its share of dk and dv, `[B, S, Hk, *]` float32.
 
     Args:
@@ -315,16 +315,16 @@ def selected_backward(
             q, k, v, gather.order, gather.offsets, work.part, work.chunk, layout.part_first, layout.part_end, dout,
             records, dq_partial, dk_partial, dv_partial, scale_log2, first, tokens, keys, heads, kv_heads, per_piece,
             pieces.slots, pieces.parts, pieces.tokens, work.most, PART=layout.part_size, **widths(q, v), **tiles,
-        )  # fmt: skip
+        )
         for partial, total, factor in ((dk_partial, dk, scale), (dv_partial, dv, 1.0)):
             numbers = layout.part_size * total.shape[-1]
             sum_items_kernel[(pieces.parts, count, cdiv(numbers, 512))](
                 partial, work.first, layout.part_first, layout.part_end, total, factor, first, items, keys,
                 kv_heads, per_piece, pieces.parts, D=total.shape[-1], PART=layout.part_size, WIDTH=512, AT_ONCE=4,
                 num_warps=4,
-            )  # fmt: skip
+            )
         sum_dq_kernel[(cdiv(pieces.tokens * group, merge["BM"]), count)](
             dq_partial, layout.relative, dq_in, dq, scale, first, tokens, heads, kv_heads, per_piece, pieces.slots,
             pieces.tokens, DK=key_dim, DKP=padded(key_dim), **merge,
-        )  # fmt: skip
+        )
     return dk, dv

@@ -50,7 +50,7 @@ def branch_weights(lses, mine, gate):
 def decode_combine_kernel(
     partial, lse, gates, starts, lengths, out, T, S, HQ, CMP, SPLITS, D: tl.constexpr, DP: tl.constexpr,
     PP: tl.constexpr, DC: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
+):
     """One program: one head of one query. `out = sum over the branches of gate * average`; 0 before the row's start.
 
     The partial results of the compressed, the selected and the window branch stand one behind another.
@@ -106,7 +106,7 @@ def fewest_rounds(programs: int, pieces: int, at_once: int, most: int, start: fl
 def combine(
     partial: Tensor, lse: Tensor, gates: Tensor, starts: Tensor | None, lengths: Tensor | None, keys: int, cmp: int,
     splits: int, out: Tensor,
-) -> None:  # fmt: skip
+) -> None:
     """Fills `out [B, T, Hq, Dv]` from the partial results of the compressed (`cmp`), selected and window branch."""
     _, batch, tokens, heads, dim = partial.shape
     results = next_power_of_2(cmp + 2 * splits)
@@ -114,14 +114,14 @@ def combine(
     decode_combine_kernel[(batch * tokens * heads,)](
         partial, lse, gates, starts, lengths, out, tokens, keys, heads, cmp, splits, D=dim, DP=padded(dim), PP=results,
         DC=columns, num_warps=max(1, min(4, results * columns // 1024)), **following(out.device),
-    )  # fmt: skip
+    )
 
 
 @torch.library.custom_op("nsa_hf::decode", mutates_args=())
 def decode_op(
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, k_win: Tensor | None,
     v_win: Tensor | None, starts: Tensor | None, lengths: Tensor | None, sizes: list[int], scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Output `[B, T, Hq, Dv]` and selection `[B, T, Hk, topk]` int32; the last dimension of all tensors contiguous."""
     size, scale_log2 = Sizes(*sizes), scale * LOG2E
     (batch, tokens, heads, _), (keys, kv_heads), dim = q.shape, k.shape[1:3], v.shape[3]

@@ -71,7 +71,7 @@ def compressed_kernel(
     DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, CELL: tl.constexpr, CELLS: tl.constexpr,
     SCORES: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
+):
     """One program: a split of one KV head's entries, for BM of the rows (query t, head g) at `t * G + g`.
 
     A cell is the run of at most CELL entries that begin in one selection block, or one of the CELLS runs of a block
@@ -177,7 +177,7 @@ def compressed_partials(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, starts: Tensor | None, lengths: Tensor | None, keys: int, sizes: Sizes,
     scale_log2: float, tiles: dict[str, int], splits: int, partial: Tensor, partial_lse: Tensor,
     scores: tuple[Tensor, ...] | None, arrived: Tensor,
-) -> None:  # fmt: skip
+) -> None:
     """Writes splits 0 to `splits - 1` of `partial [splits.., B, T, Hq, Dv]` and `partial_lse`, `scores`, and zeros to
     `arrived [B, T, Hk]` int32.
 
@@ -195,4 +195,4 @@ def compressed_partials(
         DK=key_dim, DKP=padded(key_dim), DV=value_dim, DVP=padded(value_dim), KERNEL=sizes.kernel_size,
         STRIDE=sizes.kernel_stride, BLOCK=sizes.block_size, CELL=cell, CELLS=cells, SCORES=scores is not None,
         PRECISION=precision(q.dtype), OVERLAP=overlaps(q.device), **tiles,
-    )  # fmt: skip
+    )

@@ -26,7 +26,7 @@ CANDIDATES = 1024
 def head_importance(
     sums, carried, tops, lse, head, real, cells, first, SPLITS, ROWS, R, CELLS: tl.constexpr, TILE: tl.constexpr,
     SPLITSP: tl.constexpr, REACH: tl.constexpr, BJ: tl.constexpr,
-):  # fmt: skip
+):
     """The importance `[BJ]` of the blocks `first + i`, summed over the heads that are `real`.
 
     The pointers are those of head 0. `cells`: those up to the last visible entry's; the tiles that hold them are
@@ -64,14 +64,14 @@ def head_importance(
 def importance_bits(
     sums, carried, tops, lse, group, cells, first, low, high, SPLITS, ROWS, R, CELLS: tl.constexpr,
     TILE: tl.constexpr, SPLITSP: tl.constexpr, REACH: tl.constexpr, GC: tl.constexpr, BJ: tl.constexpr,
-):  # fmt: skip
+):
     """The importance of the blocks `first + i` as its bits, int32 `[BJ]`; -1 outside `[low, high)`."""
     importance = tl.zeros([BJ], tl.float32)
     for g in tl.range(0, group, GC):
         head = g + tl.arange(0, GC)
         importance += head_importance(
             sums, carried, tops, lse, head, head < group, cells, first, SPLITS, ROWS, R, CELLS, TILE, SPLITSP, REACH, BJ
-        )  # fmt: skip
+        )
     # NaN, of whatever sign, counts as infinity: no candidate is lost
     bits = tl.minimum(importance.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0x7F800000)
     j = first + tl.arange(0, BJ)
@@ -132,7 +132,7 @@ def decode_select_kernel(
     TOPK: tl.constexpr, SLOTSP: tl.constexpr, KP: tl.constexpr, GS: tl.constexpr, GP: tl.constexpr, ONCE: tl.constexpr,
     ALONE: tl.constexpr, BJ: tl.constexpr, GC: tl.constexpr, CELL: tl.constexpr, CELLS: tl.constexpr,
     TILE: tl.constexpr, SPLITSP: tl.constexpr, SCORES: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
+):
     """One program: BJ blocks, a chunk of what one query of one KV head may choose. Without SCORES no block is ever
     chosen by its importance.
 
@@ -173,7 +173,7 @@ def decode_select_kernel(
                 bits = importance_bits(
                     sums, carried, tops, lse, group, cells, chunk * BJ, INIT, end, SPLITS, ROWS, rows, CELLS, TILE,
                     SPLITSP, REACH, GC, BJ,
-                )  # fmt: skip
+                )
                 j = chunk * BJ + tl.arange(0, BJ)
                 if ALONE:
                     store_chosen(selection + INIT, best_candidates(bits, j, KP), blocks, FREE, KP)
@@ -203,14 +203,14 @@ def select_shape(heads: int, chosen: int, blocks: int, tile: int) -> dict[str, i
     return {
         "KP": kept, "BJ": at_once, "GC": together, "GS": size, "GP": groups, "ONCE": blocks <= groups * size,
         "ALONE": blocks <= at_once, "num_warps": 4,
-    }  # fmt: skip
+    }
 
 
 def decode_select(
     partial_lse: Tensor, splits: int, starts: Tensor | None, lengths: Tensor | None, keys: int, sizes: Sizes,
     cell: tuple[int, int, int], scores: tuple[Tensor, ...] | None, shape: dict[str, int], importance: Tensor,
     arrived: Tensor, selection: Tensor,
-) -> None:  # fmt: skip
+) -> None:
     """Fills `selection [B, T, Hk, topk]` int32: ascending, -1 = unused.
 
     Args:
@@ -231,4 +231,4 @@ def decode_select(
         LOCAL=sizes.local_blocks, TOPK=sizes.topk, SLOTSP=next_power_of_2(sizes.topk), CELL=cell[0], CELLS=cell[1],
         TILE=cell[2], SPLITSP=next_power_of_2(splits), SCORES=scores is not None, **shape,
         **following(selection.device),
-    )  # fmt: skip
+    )

@@ -37,7 +37,7 @@ def add_values(acc, top, total, logits, seen, values, PRECISION: tl.constexpr):
 def load_keys_values(
     k, v, first, index, inside, k_token, v_token,
     DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-):  # fmt: skip
+):
     """The keys and values `first + index`, zero where not `inside`."""
     first = tl.cast(first, tl.int64)
     keys = load_tile(k + first * k_token, index, k_token, inside, DK, DKP)
@@ -52,7 +52,7 @@ def decode_selected_kernel(
     DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BLOCK: tl.constexpr, LOCAL: tl.constexpr, SLOTSP: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr,
     OVERLAP: tl.constexpr,
-):  # fmt: skip
+):
     """One program: a split of one query's pieces (BN tokens of a block), for BM heads of the group.
 
     First the window, which needs no selection: its own run of keys from `k_win`, or, if SHARED, the blocks that it
@@ -165,7 +165,7 @@ def selected_partials(
     q: Tensor, k: Tensor, v: Tensor, k_win: Tensor | None, v_win: Tensor | None, selection: Tensor,
     starts: Tensor | None, lengths: Tensor | None, sizes: Sizes, scale_log2: float, tiles: dict[str, int], splits: int,
     partial: Tensor, partial_lse: Tensor,
-) -> None:  # fmt: skip
+) -> None:
     """Writes the selected branch's splits of `partial [2 * splits, B, T, Hq, Dv]` and, behind them, the window's."""
     batch, tokens, heads, key_dim = q.shape
     keys, kv_heads, value_dim = k.shape[1], k.shape[2], v.shape[3]
@@ -177,4 +177,4 @@ def selected_partials(
         *strides(v), *strides(near_k), *strides(near_v), DK=key_dim, DKP=padded(key_dim), DV=value_dim,
         DVP=padded(value_dim), BLOCK=sizes.block_size, LOCAL=sizes.local_blocks, SLOTSP=next_power_of_2(sizes.topk),
         SHARED=k_win is None, PRECISION=precision(q.dtype), **tiles, **following(q.device),
-    )  # fmt: skip
+    )

@@ -33,7 +33,7 @@ def block_terms(
     q, lse, visible, k_cmp, base, first, visible_most, k_stride, scale_log2, DK: tl.constexpr, DKP: tl.constexpr,
     BT: tl.constexpr, GP: tl.constexpr, BJ: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
     BLOCK: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """What the compressed blocks that begin in the selection blocks `[first, first + BJ)` say, summed over the heads.
 
     A compressed block `i` lies in the block `j` in which it begins and in the next one: of its weight
@@ -89,7 +89,7 @@ def best_of_document(
     best, q, lse, visible, k_cmp, base, own, mine, k_stride, scale_log2, DK: tl.constexpr, DKP: tl.constexpr,
     BT: tl.constexpr, GP: tl.constexpr, BJ: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
     BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, KP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """`best` and those of the blocks `[INIT, own - LOCAL]` of the queries `mine` of one document."""
     # With two local blocks, a block that may be chosen and the next one are past, and so is every compressed block that
     # reaches into it; the first blocks are the only ones with a part before the text.
@@ -103,13 +103,13 @@ def best_of_document(
         _, first_rest = block_terms(
             q, lse, visible, k_cmp, base, INIT - FEW, seen, k_stride, scale_log2, DK, DKP, BT, GP, FEW, KERNEL,
             STRIDE, BLOCK, True, PRECISION,
-        )  # fmt: skip
+        )
         before = tl.sum(tl.where(tl.arange(0, FEW)[None, :] == FEW - 1, first_rest, 0.0), 1)
     for first in tl.range(INIT, most - LOCAL + 1, BJ):
         importance, rest = block_terms(
             q, lse, visible, k_cmp, base, first, seen, k_stride, scale_log2, DK, DKP, BT, GP, BJ, KERNEL, STRIDE,
             BLOCK, MASKED, PRECISION,
-        )  # fmt: skip
+        )
         if KERNEL > STRIDE:
             left = tl.gather(rest, tl.maximum(column - 1, 0) + tl.zeros([BT, 1], tl.int32), 1)
             importance += tl.where(column == 0, before[:, None], left)
@@ -126,7 +126,7 @@ def select_kernel(
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
     CHOSEN: tl.constexpr, KP: tl.constexpr, TOPK: tl.constexpr, TOPKP: tl.constexpr, EVERY: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """The selected blocks of BT tokens of one KV head; EVERY: there are no more blocks than may be selected."""
     LAST: tl.constexpr = 0x7FFFFFFF
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -168,13 +168,13 @@ def select_kernel(
                     best, queries, log_sum, tl.where(row_document == current, visible, 0), keys,
                     tl.max(tl.where(mine, cmp_low, 0)), own, mine, HK * DK, scale_log2, DK, DKP, BT, GP, BJ, KERNEL,
                     STRIDE, BLOCK, INIT, LOCAL, KP, PRECISION,
-                )  # fmt: skip
+                )
                 current = tl.min(tl.where(document > current, document, LAST))
         else:
             best = best_of_document(
                 best, queries, log_sum, visible, keys, 0, own, own >= 0, HK * DK, scale_log2, DK, DKP, BT, GP, BJ,
                 KERNEL, STRIDE, BLOCK, INIT, LOCAL, KP, PRECISION,
-            )  # fmt: skip
+            )
         # the low half of a key holds the inverted index
         index = ((best & LAST) ^ LAST).to(tl.int32)
         index = tl.sort(tl.where((rank < CHOSEN) & (best >= 0), index, LAST))
@@ -253,5 +253,5 @@ def select(q: Tensor, k_cmp: Tensor, lse: Tensor, layout: Layout, sizes: Sizes, 
         STRIDE=sizes.kernel_stride, BLOCK=sizes.block_size, INIT=sizes.init_blocks, LOCAL=sizes.local_blocks,
         CHOSEN=chosen, KP=kept, TOPK=topk, TOPKP=next_power_of_2(topk), EVERY=every, PACKED=layout.packed,
         PRECISION=precision(q.dtype), num_warps=tiles["num_warps"], num_stages=tiles["num_stages"],
-    )  # fmt: skip
+    )
     return selection
