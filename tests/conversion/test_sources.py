@@ -1,4 +1,4 @@
-"""conversion/sources/source.py: where a dense model comes from, good and bad."""
+"""conversion/sources: where a dense model comes from, good and bad."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from tiny_runs import tiny_run, write_texts
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from nsa_hf.conversion import convert, export_dense, plan, verify
+from nsa_hf.conversion import convert, export_dense, plan, sources, verify
 from nsa_hf.conversion.files.checkpoint import CheckpointError, same_bits
 from nsa_hf.conversion.files.loading import transformers_progress
 from nsa_hf.conversion.sources import open_source
-from nsa_hf.conversion.sources import source as sources
-from nsa_hf.conversion.sources.folder import SafetensorsSource
+from nsa_hf.conversion.sources.folder import SafetensorsSource, tokenizer_code
 from nsa_hf.errors import NsaError
 from nsa_hf.recipes.cli import run
 from nsa_hf.recipes.load import load_tokenizer
@@ -265,13 +264,13 @@ def test_its_code_is_run_where_that_is_asked_for_and_nobody_is_asked(code_dir, t
 )
 def test_other_ways_to_name_it(code_dir, auto_map):
     name_tokenizer(code_dir, auto_map)
-    assert sources.tokenizer_code(code_dir) == ["tokenization_x.py", "tokenization_parts.py"]
+    assert tokenizer_code(code_dir) == ["tokenization_x.py", "tokenization_parts.py"]
 
 
 @pytest.mark.parametrize("auto_map", [None, {}, {"AutoTokenizer": None}, {"AutoProcessor": "processing_x.X"}])
 def test_no_code_of_its_own(code_dir, auto_map):
     name_tokenizer(code_dir, auto_map)
-    assert sources.tokenizer_code(code_dir) == []
+    assert tokenizer_code(code_dir) == []
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,15 @@ import torch
 from tiny_models import randomize_nsa
 from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from nsa_hf.conversion import convert, export_dense, plan
+from nsa_hf.conversion.files.checkpoint import SafetensorsCheckpoint, same_bits
 from nsa_hf.errors import NotPlain
 from nsa_hf.families import define_family, family_of, nsa_config_from_dense
+from nsa_hf.recipes.training.losses import output_logits
+from nsa_hf.releases import CACHE
 
 # What the tests found of every family.
 TABLE = Path(__file__).resolve().parents[2] / "recipes" / "results" / "families.csv"
@@ -31,6 +36,8 @@ SIZES = {
     "nsa_gate_dim": 8,
 }
 EXACT, LENGTH = 24, 60
+# Rounding: dense and sparse add the same numbers in another order. 4e-6 was the most seen, with logits up to 7.
+ROUNDING = 5e-5
 # Set where a family's config has the field, whatever it calls it otherwise.
 SMALL = {
     "vocab_size": VOCABULARY,
@@ -165,3 +172,37 @@ def refusal(model_type: str) -> str | None:
     except NotPlain as reason:
         return str(reason)
     return None
+
+
+def check_converted_and_exported(dense: PreTrainedModel, folder: Path, **saving) -> None:
+    """As stored, and back: every tensor bit for bit, experts and fused projections as the source stores them."""
+    dense.save_pretrained(folder / "dense", **saving)
+    convert(folder / "dense", folder / "nsa", **SIZES)
+    model = AutoModelForCausalLM.from_pretrained(folder / "nsa")
+    with torch.no_grad():
+        difference = (model(tokens()).logits - dense(tokens()).logits).abs()[:, :EXACT]
+        hidden = model.base_model(tokens(), use_cache=False).last_hidden_state
+        assert (output_logits(model, hidden) - model(tokens()).logits).abs().max() < ROUNDING, "training's logits"
+    assert difference.max() < ROUNDING
+    check_plan(plan(folder / "dense", lengths=[LENGTH], **SIZES), model)
+    report = export_dense(folder / "nsa", folder / "back")
+    assert not report["trained"] and report["as_in_source"] == report["tensors"] and report["dropped"] > 0
+    before, after = SafetensorsCheckpoint(folder / "dense"), SafetensorsCheckpoint(folder / "back")
+    assert before.table.keys() == after.table.keys()
+    assert all(same_bits(before.read(name), after.read(name)) for name in before.table)
+    configs = [AutoConfig.from_pretrained(folder / name).to_dict() for name in ("dense", "back")]
+    assert configs[0] | {"_name_or_path": ""} == configs[1] | {"_name_or_path": ""}
+
+
+def check_plan(said: dict, model: PreTrainedModel) -> None:
+    """What `plan` says of parameters and of the cache is what the model has."""
+    new = {name: parameter.numel() for name, parameter in model.named_parameters() if ".nsa." in name}
+    assert said["parameters"]["added"] == sum(new.values())
+    assert [layer["layer"] for layer in said["layers"] if layer["becomes"] == "nsa"] == sorted(
+        {int(re.search(r"\.(\d+)\.", name)[1]) for name in new}
+    )
+    with torch.no_grad():
+        cache = model(tokens(1), use_cache=True)[CACHE]
+    held = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in held)
+    assert said["kv_cache"][0]["dense_bytes"] == kept

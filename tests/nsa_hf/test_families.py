@@ -16,10 +16,20 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tiny_families import EXACT, LENGTH, SIZES, TABLE, refusal, sparse_of, tiny_dense, tokens
+from tiny_families import (
+    EXACT,
+    LENGTH,
+    ROUNDING,
+    SIZES,
+    TABLE,
+    check_converted_and_exported,
+    refusal,
+    sparse_of,
+    tiny_dense,
+    tokens,
+)
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
@@ -28,16 +38,10 @@ from transformers import (
 )
 
 import nsa_hf
-from nsa_hf.conversion import convert, export_dense, plan
-from nsa_hf.conversion.files.checkpoint import SafetensorsCheckpoint, same_bits
 from nsa_hf.discovery import causal_model_types, find_family
 from nsa_hf.families import family_of, nsa_config_from_dense
 from nsa_hf.modeling import NOT_QUANTISED
-from nsa_hf.recipes.training.losses import output_logits
 from nsa_hf.releases import CACHE
-
-# Rounding: dense and sparse add the same numbers in another order. 4e-6 was the most seen, with logits up to 7.
-ROUNDING = 5e-5
 
 FEATURES = {
     "no attention": r"no attention at all",
@@ -230,40 +234,6 @@ def check_saved_and_loaded(model: PreTrainedModel, folder: Path) -> None:
     with torch.no_grad():
         assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
     assert type(pickle.loads(pickle.dumps(model.config))) is type(model.config)
-
-
-def check_converted_and_exported(dense: PreTrainedModel, folder: Path, **saving) -> None:
-    """As stored, and back: every tensor bit for bit, experts and fused projections as the source stores them."""
-    dense.save_pretrained(folder / "dense", **saving)
-    convert(folder / "dense", folder / "nsa", **SIZES)
-    model = AutoModelForCausalLM.from_pretrained(folder / "nsa")
-    with torch.no_grad():
-        difference = (model(tokens()).logits - dense(tokens()).logits).abs()[:, :EXACT]
-        hidden = model.base_model(tokens(), use_cache=False).last_hidden_state
-        assert (output_logits(model, hidden) - model(tokens()).logits).abs().max() < ROUNDING, "training's logits"
-    assert difference.max() < ROUNDING
-    check_plan(plan(folder / "dense", lengths=[LENGTH], **SIZES), model)
-    report = export_dense(folder / "nsa", folder / "back")
-    assert not report["trained"] and report["as_in_source"] == report["tensors"] and report["dropped"] > 0
-    before, after = SafetensorsCheckpoint(folder / "dense"), SafetensorsCheckpoint(folder / "back")
-    assert before.table.keys() == after.table.keys()
-    assert all(same_bits(before.read(name), after.read(name)) for name in before.table)
-    configs = [AutoConfig.from_pretrained(folder / name).to_dict() for name in ("dense", "back")]
-    assert configs[0] | {"_name_or_path": ""} == configs[1] | {"_name_or_path": ""}
-
-
-def check_plan(said: dict, model: PreTrainedModel) -> None:
-    """What `plan` says of parameters and of the cache is what the model has."""
-    new = {name: parameter.numel() for name, parameter in model.named_parameters() if ".nsa." in name}
-    assert said["parameters"]["added"] == sum(new.values())
-    assert [layer["layer"] for layer in said["layers"] if layer["becomes"] == "nsa"] == sorted(
-        {int(re.search(r"\.(\d+)\.", name)[1]) for name in new}
-    )
-    with torch.no_grad():
-        cache = model(tokens(1), use_cache=True)[CACHE]
-    held = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
-    kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in held)
-    assert said["kv_cache"][0]["dense_bytes"] == kept
 
 
 EXPERTS = """

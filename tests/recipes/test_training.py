@@ -19,9 +19,10 @@ import nsa_hf
 from nsa_hf.conversion import export_dense, manifest
 from nsa_hf.conversion.files.checkpoint import SafetensorsCheckpoint, hash_file
 from nsa_hf.errors import NsaError
+from nsa_hf.recipes.train import main
 from nsa_hf.recipes.training.checkpoints import Checkpoints
 from nsa_hf.recipes.training.folder import RunFolderError
-from nsa_hf.recipes.training.loop import TrainingError, main, train
+from nsa_hf.recipes.training.loop import TrainingError, run_steps, train
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +269,7 @@ def test_main_ends_quietly_on_ctrl_c(nsa_dir, texts, tmp_path, monkeypatch, caps
 
     run = tmp_path / "run.yaml"
     run.write_text(yaml.safe_dump(tiny_run(nsa_dir, texts, tmp_path / "out").as_dict()))
-    monkeypatch.setattr("nsa_hf.recipes.train.final_states", interrupted)
+    monkeypatch.setattr("nsa_hf.recipes.training.loop.final_states", interrupted)
     assert main([str(run)]) == 130
     assert "stopped: the same command goes on" in capsys.readouterr().err
 
@@ -420,14 +421,14 @@ def test_a_state_of_more_steps_than_the_run_has_ends_nothing(nsa_dir, texts, tmp
 
 def test_two_at_once_on_one_out(nsa_dir, texts, tmp_path, monkeypatch):
     config = tiny_run(nsa_dir, texts, tmp_path / "out")
-    steps = nsa_hf.recipes.train.run_steps
+    steps = run_steps
 
     def the_other_comes(*args):
         with pytest.raises(RunFolderError, match=r"another process trains .*out now: wait until it is done"):
             train(config)
         steps(*args)
 
-    monkeypatch.setattr("nsa_hf.recipes.train.run_steps", the_other_comes)
+    monkeypatch.setattr("nsa_hf.recipes.training.loop.run_steps", the_other_comes)
     assert [row["step"] for row in result_of(train(config))["curve"]] == [1, 2, 3, 4]
 
 
@@ -477,7 +478,7 @@ def test_attention_dropout_is_refused_before_anything_is_computed(tmp_path, tiny
     dense.save_pretrained(tmp_path / "dense")
     byte_tokenizer().save_pretrained(tmp_path / "dense")
     model = converted(tmp_path / "dense", tmp_path / "nsa", tiny_sizes)
-    monkeypatch.setattr("nsa_hf.recipes.train.final_states", None)
+    monkeypatch.setattr("nsa_hf.recipes.training.loop.final_states", None)
     with pytest.raises(TrainingError, match=r"attention_dropout is 0.1, .* has no dropout: set it to 0"):
         train(tiny_run(model, texts, tmp_path / "out"))
     assert not (tmp_path / "out.unfinished").exists()
@@ -491,13 +492,13 @@ def test_weights_that_give_nan_are_named(nsa_dir, texts, tmp_path, monkeypatch):
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NsaError, match=r"logits are not finite \(positions 0-64, 64-128\)"):
         train(tiny_run(model, texts, tmp_path / "out"))
-    steps = nsa_hf.recipes.train.run_steps
+    steps = run_steps
 
     def too_far(accelerator, model, optimizer, loader, student, *others):
         steps(accelerator, model, optimizer, loader, student, *others)
         student.get_input_embeddings().weight.data.fill_(float("inf"))
 
-    monkeypatch.setattr("nsa_hf.recipes.train.run_steps", too_far)
+    monkeypatch.setattr("nsa_hf.recipes.training.loop.run_steps", too_far)
     with pytest.raises(NsaError, match="logits are not finite"):
         train(tiny_run(nsa_dir, texts, tmp_path / "out", save_every=0))
     assert [path.name for path in tmp_path.iterdir()] == ["nsa"]
