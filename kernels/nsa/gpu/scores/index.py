@@ -1,0 +1,203 @@
+"""Blocks chosen by an index: the largest `q_index . k_index` of each block, no exponential, in one pass over the keys.
+
+A program holds the index queries of some tokens with all heads of a group and walks over the past blocks. The heads'
+maxima `[blocks, rows]` of this one tile stay in memory of the program's own, which the cache of the card holds; when the
+walk is over, each head's are counted from its largest, the heads become one, and the best blocks are taken.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...sizes import Sizes
+from ..common import cdiv, load_tile, next_power_of_2, padded, precision
+from ..layout import Layout
+
+# Blocks whose maxima are searched at once for the next best one.
+SECTION = 16
+
+
+@triton.jit
+def block_maxima(
+    q, k, tokens, present, k_token, C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr, BJ: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKP: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """The largest product of each query with the keys of each block, `[ROWS, BJ]` float32.
+
+    Args:
+        tokens, present: `[BJ * BLOCKP]`, where the keys stand, and which of them there are.
+    """
+    keys = load_tile(k, tokens, k_token, present, C, CP)
+    products = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
+    if BLOCK != BLOCKP:
+        products = tl.where((tl.arange(0, BJ * BLOCKP) % BLOCKP < BLOCK)[None, :], products, float("-inf"))
+    return tl.max(tl.reshape(products, [ROWS, BJ, BLOCKP]), 2)
+
+
+@triton.jit
+def best_of_document(
+    q, k, base, row_own, own, mine, exists, maxima, sections, k_token, N,
+    C: tl.constexpr, CP: tl.constexpr, BT: tl.constexpr, GP: tl.constexpr, BJ: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCKP: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, CHOSEN: tl.constexpr, KP: tl.constexpr,
+    BC: tl.constexpr, SP: tl.constexpr, SECTION: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """The chosen blocks of the queries `mine` of one document, `[BT, KP]`, rising; behind them, LAST."""
+    LAST: tl.constexpr = 0x7FFFFFFF
+    NONE: tl.constexpr = float("-inf")
+    ROWS: tl.constexpr = BT * GP
+    row, column = tl.arange(0, ROWS), tl.arange(0, BT)
+    most = tl.max(tl.where(mine, own, 0))
+    least = tl.min(tl.where(mine, own, LAST))
+    top = tl.full([ROWS], NONE, tl.float32)
+    token = base + tl.arange(0, BJ * BLOCKP) // BLOCKP * BLOCK + tl.arange(0, BJ * BLOCKP) % BLOCKP
+    inside = tl.arange(0, BJ * BLOCKP) % BLOCKP < BLOCK
+    # blocks that are past for every query
+    all_past = tl.minimum(least, most) // BJ * BJ
+    for first in tl.range(0, all_past, BJ):
+        m = block_maxima(q, k, token + first * BLOCK, inside, k_token, C, CP, ROWS, BJ, BLOCK, BLOCKP, PRECISION)
+        top = tl.maximum(top, tl.max(m, 1))
+        j = first + tl.arange(0, BJ)
+        tl.store(maxima + j[None, :].to(tl.int64) * ROWS + row[:, None], m)
+    for first in tl.range(all_past, most, BJ):
+        j = first + tl.arange(0, BJ)
+        there = inside & (first + tl.arange(0, BJ * BLOCKP) // BLOCKP < most)
+        m = block_maxima(q, k, token + first * BLOCK, there, k_token, C, CP, ROWS, BJ, BLOCK, BLOCKP, PRECISION)
+        top = tl.maximum(top, tl.max(tl.where(j[None, :] < row_own[:, None], m, NONE), 1))
+        tl.store(maxima + j[None, :].to(tl.int64) * ROWS + row[:, None], m, mask=(j < most)[None, :])
+    tl.debug_barrier()
+
+    # one score a token and block, in the place of its first heads' maxima; the largest of each section
+    top = tl.where(exists, top, float("inf"))
+    for first in tl.range(0, most, BC):
+        j = first + tl.arange(0, BC)
+        at = maxima + j[None, :].to(tl.int64) * ROWS
+        m = tl.load(at + row[:, None], mask=(j < most)[None, :], other=NONE)
+        score = tl.max(tl.reshape(m - top[:, None], [BT, GP, BC]), 1)
+        choosable = (j[None, :] >= INIT) & (j[None, :] <= own[:, None] - LOCAL) & mine[:, None]
+        score = tl.where(choosable, score, NONE)
+        tl.debug_barrier()
+        tl.store(at + column[:, None], score, mask=(j < most)[None, :])
+        part = first // SECTION + tl.arange(0, BC // SECTION)
+        best = tl.max(tl.reshape(score, [BT, BC // SECTION, SECTION]), 2)
+        tl.store(sections + part[None, :] * BT + column[:, None], best, mask=(part < N)[None, :])
+    tl.debug_barrier()
+
+    part = tl.arange(0, SP)
+    here = (part < (most + SECTION - 1) // SECTION)[None, :] & mine[:, None]
+    best = tl.load(sections + part[None, :] * BT + column[:, None], mask=here, other=NONE)
+    rank = tl.arange(0, KP)
+    chosen = tl.full([BT, KP], LAST, tl.int32)
+    for number in range(CHOSEN):
+        value, section = tl.max(best, 1, return_indices=True, return_indices_tie_break_left=True)
+        j = section[:, None] * SECTION + tl.arange(0, SECTION)[None, :]
+        some = value > NONE
+        at = maxima + j.to(tl.int64) * ROWS + column[:, None]
+        score = tl.load(at, mask=some[:, None] & (j < most), other=NONE)
+        # the last one taken from this section was better, or as good and before
+        winner = tl.min(tl.where(score == value[:, None], j, LAST), 1)
+        score = tl.where(j == winner[:, None], NONE, score)
+        tl.store(at, score, mask=some[:, None] & (j == winner[:, None]))
+        best = tl.where(part[None, :] == section[:, None], tl.max(score, 1)[:, None], best)
+        chosen = tl.where((rank == number)[None, :], tl.where(some, winner, LAST)[:, None], chosen)
+        tl.debug_barrier()
+    return tl.sort(chosen)
+
+
+@triton.jit
+def index_select_kernel(
+    q, k, relative_ptr, document_ptr, selection, maxima, sections, T, S, HI, HK, HJ, TILES, BLOCKS, SLOTS, N,
+    C: tl.constexpr, CP: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCKP: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, CHOSEN: tl.constexpr, KP: tl.constexpr,
+    TOPK: tl.constexpr, TOPKP: tl.constexpr, BC: tl.constexpr, SP: tl.constexpr, SECTION: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """The selected blocks of BT tokens of one KV head, one such tile after another."""
+    LAST: tl.constexpr = 0x7FFFFFFF
+    ROWS: tl.constexpr = BT * GP
+    group = HI // HK
+    maxima += tl.program_id(0).to(tl.int64) * BLOCKS * ROWS
+    sections += tl.program_id(0).to(tl.int64) * N * BT
+    rank, slot = tl.arange(0, KP)[None, :], tl.arange(0, TOPKP)
+    for number in tl.range(tl.program_id(0), TILES, tl.num_programs(0)):
+        # the last tokens, which see most, first
+        tile = (TILES - 1 - number) // (tl.cdiv(TILES, tl.cdiv(T, BT)))
+        pair = (TILES - 1 - number) % (tl.cdiv(TILES, tl.cdiv(T, BT)))
+        batch, kv_head = pair // HK, pair % HK
+        token = tile * BT + tl.arange(0, BT)
+        relative = tl.load(relative_ptr + batch * T + token, mask=token < T, other=-1)
+        own = tl.where(relative < 0, -1, relative // BLOCK)
+        # head g of token t at row t * GP + g
+        row = tl.arange(0, ROWS)
+        row_token = tile * BT + row // GP
+        exists = (row_token < T) & (row % GP < group)
+        row_relative = tl.load(relative_ptr + batch * T + row_token, mask=exists, other=-1)
+        exists = exists & (row_relative >= 0)
+        row_own = tl.where(exists, row_relative // BLOCK, -1)
+        head = (batch * T + row_token).to(tl.int64) * HI + kv_head * group + row % GP
+        queries = load_tile(q, head, C, exists, C, CP)
+        keys = k + (batch.to(tl.int64) * S * HJ + kv_head * HJ // HK) * C
+        document = tl.load(document_ptr + batch * T + token, mask=token < T, other=LAST)
+        if PACKED:
+            chosen = tl.full([BT, KP], LAST, tl.int32)
+            row_document = tl.load(document_ptr + batch * T + row_token, mask=row_token < T, other=LAST)
+            current = tl.min(document)
+            while current < LAST:
+                mine = document == current
+                found = best_of_document(
+                    queries, keys, current, row_own, own, mine, exists & (row_document == current), maxima, sections,
+                    HJ * C, N, C, CP, BT, GP, BJ, BLOCK, BLOCKP, INIT, LOCAL, CHOSEN, KP, BC, SP, SECTION, PRECISION,
+                )
+                chosen = tl.where(mine[:, None], found, chosen)
+                current = tl.min(tl.where(document > current, document, LAST))
+        else:
+            chosen = best_of_document(
+                queries, keys, tl.min(document), row_own, own, own >= 0, exists, maxima, sections,
+                HJ * C, N, C, CP, BT, GP, BJ, BLOCK, BLOCKP, INIT, LOCAL, CHOSEN, KP, BC, SP, SECTION, PRECISION,
+            )
+        free = tl.minimum(tl.maximum(own + 1 - INIT - LOCAL, 0), CHOSEN)
+        place = selection + (((batch * T + token).to(tl.int64) * HK + kv_head) * SLOTS)[:, None]
+        tl.store(place + INIT + rank, chosen, mask=(rank < free[:, None]) & (token < T)[:, None])
+        # forced blocks and unused places; the chosen ones stand between the first and the local blocks
+        behind = slot[None, :] - tl.minimum(own + 1, TOPK)[:, None]
+        block = tl.where(slot[None, :] < INIT, slot[None, :], own[:, None] + 1 + behind)
+        block = tl.where(behind < 0, block, -1)
+        taken = (slot[None, :] >= INIT) & (slot[None, :] < INIT + free[:, None])
+        tl.store(place + slot[None, :], block, mask=(slot < TOPK)[None, :] & (token < T)[:, None] & ~taken)
+        tl.debug_barrier()
+
+
+def select_by_index(
+    q_index: Tensor, k_index: Tensor, kv_heads: int, layout: Layout, sizes: Sizes, *, rows: int = 128, blocks: int = 2,
+    num_warps: int = 4, num_stages: int = 3, per: int = 2, chunk: int = 64,
+) -> Tensor:
+    """The selection `[B, T, Hk, topk]` int32, ascending, -1 = unused."""
+    batch, tokens, heads, width = q_index.shape
+    keys, index_keys = k_index.shape[1:3]
+    most = (keys - 1) // sizes.block_size + 1
+    topk = min(sizes.topk, most)
+    make = q_index.new_full if topk < sizes.topk else lambda shape, _, dtype: q_index.new_empty(shape, dtype=dtype)
+    selection = make((batch, tokens, kv_heads, sizes.topk), -1, dtype=torch.int32)
+    group = next_power_of_2(heads // kv_heads)
+    bt = max(1, rows // group)
+    tiles = cdiv(tokens, bt) * batch * kv_heads
+    chosen = 0 if sizes.topk >= most else sizes.topk - sizes.init_blocks - sizes.local_blocks
+    programs = min(tiles, per * processors(q_index.device))
+    sections = cdiv(most, SECTION)
+    maxima = torch.empty(programs, most, bt * group, dtype=torch.float32, device=q_index.device)
+    best = torch.empty(programs, sections, bt, dtype=torch.float32, device=q_index.device)
+    index_select_kernel[(programs,)](
+        q_index, k_index, layout.relative, layout.document, selection, maxima, best, tokens, keys, heads, kv_heads,
+        index_keys, tiles, most, sizes.topk, sections, C=width, CP=padded(width), GP=group, BT=bt, BJ=blocks,
+        BLOCK=sizes.block_size, BLOCKP=next_power_of_2(sizes.block_size), INIT=sizes.init_blocks,
+        LOCAL=sizes.local_blocks, CHOSEN=chosen, KP=max(2, next_power_of_2(max(chosen, 1))), TOPK=topk,
+        TOPKP=next_power_of_2(topk), BC=chunk, SP=max(2, next_power_of_2(sections)), SECTION=SECTION,
+        PACKED=layout.packed, PRECISION=precision(q_index.dtype), num_warps=num_warps, num_stages=num_stages,
+    )
+    return selection
+
+
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

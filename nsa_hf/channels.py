@@ -1,0 +1,148 @@
+"""Which channels of a head RoPE turns slowest: what an index of blocks reads of queries and keys.
+
+Tokens that are far apart are compared by what does not turn between them. Which channels those are is seen by looking:
+the family's own attention is given the same hidden states at two positions, and the queries that come out are compared.
+So it holds for every order of channels, partial rotation, scaling, and for layers that do not rotate at all.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+
+from .discovery import find_family
+from .errors import NotPlain
+
+PROBE = "nsa-rotation-probe"
+# Two, so that the queries of one take every value although norms before them take a degree of freedom away.
+HEADS = 2
+# What a model of two heads has, where the config has the field: it costs nothing, and turns its channels as the large one.
+SMALL = {
+    "vocab_size": 16,
+    "intermediate_size": 8,
+    "moe_intermediate_size": 8,
+    "shared_expert_intermediate_size": 8,
+    "shared_intermediate_size": 8,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": HEADS,
+    "multi_query": True,
+    "pad_token_id": 0,
+    "attention_dropout": 0.0,
+}
+# Positions from one look to the next: the near one tells the fast channels apart, the far one the slow ones.
+NEAR, FAR = 1, 64
+# Rounding: some families turn in float32 whatever they are given.
+NOTHING = 1e-6
+
+
+def slowest_channels(config: PreTrainedConfig, count: int) -> list[list[int]]:
+    """The channels of each layer's heads that RoPE turns slowest, ascending.
+
+    Channels that are not turned come first, then pairs of channels by their frequency, both of a pair, lower numbers
+    first where they are equal.
+
+    Args:
+        config: of a dense model of a supported family.
+        count: how many channels, even where channels are turned in pairs.
+
+    Returns:
+        `count` channels for each layer, none for a layer without attention.
+
+    Raises:
+        NotPlain: the family's rotation is not one of pairs of channels, or cannot be looked at.
+    """
+    try:
+        rotations = rotations_of(config)
+    except NotPlain:
+        raise
+    except Exception as error:
+        raise NotPlain(f"how {config.model_type} turns its channels could not be looked at: {error}") from error
+    layers = range(config.num_hidden_layers)
+    return [slowest_of(*rotations[layer], count) if layer in rotations else [] for layer in layers]
+
+
+def slowest_of(near: Tensor, far: Tensor, count: int) -> list[int]:
+    """The slowest channels of the rotations by NEAR and by FAR positions, `[D, D]` each."""
+    turns = [torch.atan2(off_diagonal(one).amax(1), one.diagonal()) for one in (near, far)]
+    slow = turns[0] < 1 / FAR
+    turn = torch.where(slow, turns[1] / FAR, turns[0])
+    size = torch.where(slow[:, None], off_diagonal(far), off_diagonal(near))
+    partner = size.argmax(1)
+    single = size.amax(1) < NOTHING
+    channels = [[(0.0, channel, channel)] for channel in single.nonzero()[:, 0].tolist()]
+    for channel in (~single).nonzero()[:, 0].tolist():
+        other = int(partner[channel])
+        if int(partner[other]) != channel or size[channel].sum() > size[channel].amax() + len(size) * NOTHING:
+            raise NotPlain(f"channel {channel} is not turned together with one other channel")
+        if channel < other:
+            both = float((turn[channel] + turn[other]) / 2)
+            channels.append([(both, channel, channel), (both, channel, other)])
+    order = sorted(channels, key=lambda pair: (round(pair[0][0], 9), pair[0][1]))
+    chosen = [channel for pair in order for _, _, channel in pair][:count]
+    return sorted(chosen)
+
+
+def off_diagonal(rotation: Tensor) -> Tensor:
+    return rotation.abs().fill_diagonal_(0)
+
+
+@torch.no_grad()
+def rotations_of(config: PreTrainedConfig) -> dict[int, tuple[Tensor, Tensor]]:
+    """How each layer's attention turns a query by NEAR and by FAR positions, float64 `[D, D]` each."""
+    family = find_family(config.model_type)
+    fields = config.to_dict()
+    heads = config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or getattr(config, "kv_channels", None) or config.hidden_size // heads
+    fields |= {name: value for name, value in SMALL.items() if hasattr(config, name)}
+    fields["hidden_size"] = HEADS * dim
+    for name in ("model_type", "architectures", "transformers_version", "auto_map", "dtype"):
+        fields.pop(name, None)
+    small = family.config(**fields)
+    small._attn_implementation = PROBE
+    small._experts_implementation = "eager"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        with torch.device("cpu"):
+            model = family.model(small).double().eval()
+        for parameter in model.parameters():
+            # no norm's weight or bias at a value that hides something
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        hidden = torch.randn(4 * dim, 1, HEADS * dim, dtype=torch.float64)
+    found: list[dict[int, Tensor]] = []
+    for position in (0, NEAR, FAR):
+        seen: dict[int, Tensor] = {}
+        RECORDED.append(seen)
+        try:
+            model(
+                inputs_embeds=hidden,
+                position_ids=torch.full((len(hidden), 1), position),
+                attention_mask=torch.ones(len(hidden), 1, dtype=torch.long),
+                use_cache=False,
+            )
+        finally:
+            RECORDED.pop()
+        found.append(seen)
+    start, *turned = found
+
+    def rotation(layer: int, queries: dict[int, Tensor]) -> Tensor:
+        return torch.linalg.lstsq(start[layer].double(), queries[layer].double()).solution.mT
+
+    return {layer: (rotation(layer, turned[0]), rotation(layer, turned[1])) for layer in start}
+
+
+RECORDED: list[dict[int, Tensor]] = []
+
+
+def record(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """In the place of attention to one token: its value. Keeps the first head's queries, `[B, D]`."""
+    RECORDED[-1][module.layer_idx] = query[:, 0, 0]
+    groups = query.shape[1] // value.shape[1]
+    return value.repeat_interleave(groups, 1).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(PROBE, record)
+AttentionMaskInterface.register(PROBE, lambda *args, **kwargs: None)
