@@ -282,3 +282,8 @@ def test_an_error_leaves_the_inputs_alone() -> None:
     with pytest.raises(ValueError, match="topk"):
         nsa_attention(**{**inputs, "topk": 1})
     assert all(torch.equal(inputs[name], x) for name, x in before.items())
+
+
+def test_a_scale_may_be_any_int_that_is_finite_in_float32() -> None:
+    inputs = make_inputs(PLAIN)
+    assert torch.equal(nsa_attention(**inputs, scale=2**70), nsa_attention(**inputs, scale=2.0**70))

@@ -81,7 +81,7 @@ def nsa_attention(
     check_arguments(q, k, v, k_cmp, v_cmp, gates, sizes, k_win, v_win, cu_seqlens, starts, lengths)
     inputs = (q, k, v, k_cmp, v_cmp, gates)
     options: dict[str, Any] = {
-        "sizes": sizes, "scale": q.shape[-1] ** -0.5 if scale is None else scale, "k_win": k_win, "v_win": v_win,
+        "sizes": sizes, "scale": q.shape[-1] ** -0.5 if scale is None else float(scale), "k_win": k_win, "v_win": v_win,
         "cu_seqlens": cu_seqlens, "starts": starts, "lengths": lengths,
     }  # fmt: skip
     triton = load_triton(q.device.type) if backend == "triton" or (backend == "auto" and q.is_cuda) else None
