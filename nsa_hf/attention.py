@@ -186,6 +186,8 @@ def nsa_attention_forward(
             entries = nsa_cache_layer.extend(*compressed, nsa.compress_k, nsa.compress_v, stride, starts)
             if window is not None:
                 window = nsa_cache_layer.slide(*window, config.nsa_window_size)
+        else:
+            nsa_cache_layer.note_starts(starts)
     query, key, value = same_dtype(query, key, value)
     weights = None
     if nsa_mode.weights and (module.window is not None or nsa is None or nsa_mode.dense):
