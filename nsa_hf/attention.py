@@ -112,6 +112,8 @@ class NsaAttentionMixin:
             nsa_window_layer(cache, self.layer_idx)
             if given["nsa_segments"].lengths is None:
                 check_in_step(cache, self.layer_idx, given["nsa_segments"].past)
+        elif given["nsa_segments"].past or given["nsa_segments"].lengths is not None:
+            raise NsaError(CACHE_LOST)
         if cache is not None and self.nsa is not None:
             sizes, device = self.model_config.nsa_sizes, hidden_states.device
             layer = nsa_cache_layer(cache, self.layer_idx, sizes, device, independent)
