@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from nsa_hf.errors import NsaError
 from nsa_hf.families import family_of, nsa_config_from_dense
 from nsa_hf.fields import NSA_FIELDS, full_name
 
-from .files.checkpoint import CheckpointError, TensorInfo
+from .files.checkpoint import CheckpointError, SafetensorsCheckpoint, TensorInfo
 from .files.loading import IGNORED
+from .files.model_folder import refuse_adapter
 from .rope import parse_rope_scaling, scaled_config
 
 DTYPE_NAMES = {
@@ -107,6 +109,20 @@ def layout_of(config: PreTrainedConfig) -> Layout:
         tied=tied,
         ignored=(IGNORED, *patterns),
     )
+
+
+def check_weights(folder: Path, config: PreTrainedConfig) -> None:
+    """Holds the weights of a sparse model's folder against its config, by their names and shapes.
+
+    Transformers would make up what is missing, and only warn.
+
+    Raises:
+        CheckpointError: there is an adapter, or a tensor is missing, unknown or of another shape.
+    """
+    refuse_adapter(folder)
+    table = SafetensorsCheckpoint(folder).table
+    layout = layout_of(config).as_stored(table)
+    replace(layout, dense={**layout.dense, **layout.added}).check(table, str(folder))
 
 
 def target_config(

@@ -112,6 +112,8 @@ class NsaAttentionMixin:
             nsa_window_layer(cache, self.layer_idx)
             if given["nsa_segments"].lengths is None:
                 check_in_step(cache, self.layer_idx, given["nsa_segments"].past)
+        elif given["nsa_segments"].past or given["nsa_segments"].lengths is not None:
+            raise NsaError(CACHE_LOST)
         if cache is not None and self.nsa is not None:
             sizes, device = self.model_config.nsa_sizes, hidden_states.device
             layer = nsa_cache_layer(cache, self.layer_idx, sizes, device, independent)
@@ -186,6 +188,8 @@ def nsa_attention_forward(
             entries = nsa_cache_layer.extend(*compressed, nsa.compress_k, nsa.compress_v, stride, starts)
             if window is not None:
                 window = nsa_cache_layer.slide(*window, config.nsa_window_size)
+        else:
+            nsa_cache_layer.note_starts(starts)
     query, key, value = same_dtype(query, key, value)
     weights = None
     if nsa_mode.weights and (module.window is not None or nsa is None or nsa_mode.dense):

@@ -25,6 +25,11 @@ PAGED = (
     "cache_implementation='paged', transformers serve --continuous-batching): use generate() with left-padded rows and "
     "the dynamic or the static cache"
 )
+FILLED = (
+    "assisted and prompt-lookup decoding cannot go on with a cache that holds {} tokens already: Transformers would "
+    "read the whole text again behind them. Give no cache, or generate without assistant_model, "
+    "prompt_lookup_num_tokens and assistant_early_exit"
+)
 
 
 class NsaGenerationMixin:
@@ -79,6 +84,12 @@ class NsaGenerationMixin:
         """The 2D mask again (Transformers would make T*S numbers of it), with a static cache in a fixed shape."""
         static = static_length(cache_among([*args, *kwargs.values()]))
         return attention_mask if static is None else static_mask(attention_mask, static[1])
+
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        cache = cache_among(kwargs.values())
+        if cache is not None and cache.get_seq_length():
+            raise NsaError(FILLED.format(int(cache.get_seq_length())))
+        return super()._assisted_decoding(*args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NsaError(PAGED)

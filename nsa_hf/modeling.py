@@ -182,6 +182,10 @@ class NsaPreTrainedMixin(SavedByImport, NsaGenerationMixin):
         self.config.check_nsa()
 
 
+def checkpoints_activations(model: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 class HandsDown:
     """In front of a decoder layer that keeps its further arguments from its attention: leaves them with it."""
 
@@ -295,6 +299,9 @@ class NsaModelMixin(NsaPreTrainedMixin):
             # Families hand a mask of four dimensions through as it is, and build none: theirs would hold T*S numbers.
             # Layers with a state need the one of two; no other is made of it, see attention.py.
             given["attention_mask"] = torch.empty(0, 1, 1, 1, dtype=torch.bool, device=device)
+        if cache is None and self.training and torch.is_grad_enabled() and checkpoints_activations(self):
+            # Transformers' layers drop caches then, and some families make one all the same
+            given["use_cache"] = False
         mode = self.mode(given.get("output_attentions"))
         out = super().forward(**given, nsa_segments=segments, nsa_mode=mode)
         if mode.recorded is not None:

@@ -7,6 +7,7 @@ seconds and some memory for it, and is ended when they are used up.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from typing import Any
@@ -31,10 +32,11 @@ def apply_chat_template(tokenizer: Any, messages: list[dict[str, str]]) -> str:
     except ValueError as error:  # several, and none is the default
         raise NsaError(f"the tokenizer's chat template cannot be chosen: {error}") from error
     asked = json.dumps({**tokenizer.special_tokens_map, "chat_template": template, "conversations": [messages]})
+    # the modules that this process imports, and none that lie in the current folder
+    places = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-P", "-m", __name__]
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", __name__], input=asked, capture_output=True, text=True, timeout=SECONDS
-        )
+        done = subprocess.run(command, input=asked, capture_output=True, text=True, timeout=SECONDS, env=places)
     except subprocess.TimeoutExpired:
         raise wrong(f"does not end (within {SECONDS} seconds)") from None
     if done.returncode:

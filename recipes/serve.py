@@ -22,6 +22,7 @@ from transformers.utils.import_utils import is_serve_available
 
 import nsa_hf  # noqa: F401 - registers the model classes
 from nsa_hf.conversion.files.loading import read_config
+from nsa_hf.conversion.layout import check_weights
 from nsa_hf.errors import NsaError
 from nsa_hf.generation import PAGED
 
@@ -53,14 +54,16 @@ def serve(out: Path, arguments: list[str]) -> None:
         arguments: further options of `transformers serve`, such as `--host`, `--port`, `--device`, `--dtype`.
 
     Raises:
-        NsaError: no model is there, its chat template goes wrong, the server's packages are missing, or continuous
-            batching is asked for.
+        NsaError: no model is there, or not all of it, its chat template goes wrong, the server's packages are missing,
+            or continuous batching is asked for.
     """
-    read_config(out)
+    config = read_config(out)
     if "--continuous-batching" in arguments:
         raise NsaError(PAGED)
     if not is_serve_available():
         raise NsaError("the server needs more packages: pip install 'nsa-hf[serve]'")
+    if not getattr(config, "quantization_config", None):
+        check_weights(out, config)
     tokenizer = load_tokenizer(out, "--trust-remote-code" in arguments)
     if tokenizer.chat_template:
         # it runs in the server's own process for each request: one that never ends would be the end of the server

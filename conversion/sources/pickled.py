@@ -39,6 +39,8 @@ class PickleCheckpoint:
                 raise CheckpointError(f"{folder} holds no weights: expected safetensors, {SINGLE} or {INDEX}")
             try:
                 expected = dict(read_json(folder / INDEX)["weight_map"])
+                if not expected or not all(isinstance(name, str) for name in expected.values()):
+                    raise ValueError("its weight_map must give each tensor's file in this folder")
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise CheckpointError(f"{folder / INDEX} is not an index of weights ({error!r})") from error
         paths = [folder / name for name in sorted({*expected.values()} or {SINGLE})]

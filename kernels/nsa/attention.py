@@ -82,7 +82,7 @@ def nsa_attention(
     inputs = (q, k, v, k_cmp, v_cmp, gates)
     options: dict[str, Any] = {
         "sizes": sizes,
-        "scale": q.shape[-1] ** -0.5 if scale is None else scale,
+        "scale": q.shape[-1] ** -0.5 if scale is None else float(scale),
         "k_win": k_win,
         "v_win": v_win,
         "cu_seqlens": cu_seqlens,

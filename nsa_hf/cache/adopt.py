@@ -26,7 +26,8 @@ UNUSABLE = (
 
 CACHE_LOST = (
     f"the cache did not reach the sparse layers: Transformers {INSTALLED} hands it over in a way that this nsa_hf does "
-    f"not know (tested up to {NEWEST}): pip install 'transformers=={NEWEST}.*', or a newer nsa-hf"
+    f"not know (tested up to {NEWEST}): pip install 'transformers=={NEWEST}.*', or a newer nsa-hf. In training with "
+    "gradient checkpointing it hands none over: give no cache there, and use_cache=False"
 )
 
 

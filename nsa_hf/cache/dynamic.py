@@ -32,9 +32,11 @@ class NsaDynamicLayer(DynamicLayer):
         self.compressed_keys: Tensor | None = None
         self.compressed_values: Tensor | None = None
         self.compressed_length = 0
-        # of the entries held: kernel_size and kernel_stride, and the rows' first real positions, int32 [B]; None = 0
+        # of the entries held: kernel_size and kernel_stride
         self.block: tuple[int, int] | None = None
+        # the rows' first real positions, int32 [B]; None = 0, where they are known
         self.starts: Tensor | None = None
+        self.knows_starts = False
         self.packed = False
         self.offloaded = False
 
@@ -45,9 +47,9 @@ class NsaDynamicLayer(DynamicLayer):
         adopted.__dict__.update(layer.__dict__)
         return adopted
 
-    @property
-    def knows_starts(self) -> bool:
-        return self.compressed_length > 0
+    def note_starts(self, starts: Tensor | None) -> None:
+        """Keeps the rows' first real positions, int32 `[B]`, of a forward with this cache; None = 0."""
+        self.starts, self.knows_starts = starts, True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -89,7 +91,8 @@ class NsaDynamicLayer(DynamicLayer):
         starts: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """`extend`, of keys and values that begin at token `base`."""
-        self.block, self.starts = (compress_k.kernel_size, kernel_stride), starts
+        self.block = (compress_k.kernel_size, kernel_stride)
+        self.note_starts(starts)
         entries = []
         for name, states, compressor in zip(COMPRESSED, (keys, values), (compress_k, compress_v), strict=True):
             held, x = getattr(self, name), states.transpose(1, 2)
@@ -167,7 +170,7 @@ class NsaDynamicLayer(DynamicLayer):
         self.is_initialized = False
         super().reset()
         self.compressed_keys = self.compressed_values = self.starts = None
-        self.compressed_length, self.packed, self.block = 0, False, None
+        self.compressed_length, self.packed, self.knows_starts, self.block = 0, False, False, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)

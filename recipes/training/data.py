@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import sys
 import sysconfig
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -41,6 +42,7 @@ TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".c", ".h", ".cpp", ".java", ".js
 TOKEN_BYTES = 40  # of a token id in a list of Python's, and again in the table made of it
 Window = tuple[str, list[int]]  # name and token ids
 TABLE_FORMATS = {".json": "json", ".parquet": "parquet", ".csv": "csv"}
+LINE_SUFFIXES = {".jsonl", ".ndjson", ".jsonlines"}
 
 
 class DataError(NsaError):
@@ -60,9 +62,10 @@ def load_documents(source: str) -> Dataset:
         return as_dataset(folder_texts(path))
     if not path.is_file():
         raise DataError(f"no text at {source}: give 'stdlib', a text file, a folder, or a .jsonl or .parquet file")
-    if path.suffix == ".jsonl":
+    suffix = path.suffix.lower()
+    if suffix in LINE_SUFFIXES:
         return as_dataset([(f"{path.name}:{line}", text) for line, text in jsonl_texts(path)])
-    if path.suffix in TABLE_FORMATS:
+    if suffix in TABLE_FORMATS:
         return table_documents(path)
     return as_dataset([(path.name, read_text(path))])
 
@@ -85,7 +88,14 @@ def standard_library_texts() -> list[tuple[str, str]]:
 
 
 def folder_texts(folder: Path) -> list[tuple[str, str]]:
-    files = sorted(path for path in folder.rglob("*") if path.suffix in TEXT_SUFFIXES and path.is_file())
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    if tables := [path for path in found if path.suffix.lower() in {*LINE_SUFFIXES, ".parquet"}]:
+        print(
+            f"note: {folder} holds rows of texts ({tables[0].relative_to(folder)}), which are not read with a folder's "
+            "text files: to read them, give that file itself",
+            file=sys.stderr,
+        )
+    files = [path for path in found if path.suffix.lower() in TEXT_SUFFIXES]
     return [(path.relative_to(folder).as_posix(), read_text(path)) for path in files]
 
 
@@ -141,7 +151,7 @@ def kind_of(value: Any) -> str:
 def table_documents(path: Path) -> Dataset:
     datasets = import_datasets()
     try:
-        table = datasets.load_dataset(TABLE_FORMATS[path.suffix], data_files=str(path), split="train")
+        table = datasets.load_dataset(TABLE_FORMATS[path.suffix.lower()], data_files=str(path), split="train")
     except Exception as error:  # datasets has no common error of its own
         raise DataError(f"cannot read {path}: {error.__cause__ or error}") from error
     if "text" not in table.column_names:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from nsa_hf.conversion import manifest
 from nsa_hf.conversion.files.checkpoint import SafetensorsCheckpoint, hash_file, read_json
@@ -173,8 +174,14 @@ def save_trained(student: Any, config: RunConfig, depends: dict[str, Any], resul
     model, out = Path(config.model), Path(config.out)
     record = {"format": FORMAT, "fingerprint": depends, "config": config.as_dict(), **result, **machine()}
     with staged_folder(out) as stage:
-        with transformers_progress(False):
-            student.save_pretrained(stage)
+        try:
+            with transformers_progress(False):
+                student.save_pretrained(stage)
+        except SafetensorError as error:
+            raise RunFolderError(
+                f"cannot write the trained model {out} ({error}): once there is room, the same command goes on from "
+                "the last checkpoint"
+            ) from error
         for weights in stage.glob("*.safetensors"):  # safetensors makes files that only their owner can read
             shutil.copymode(stage / "config.json", weights)
         companions = open_source(model).save_companions(stage)

@@ -19,6 +19,7 @@ from nsa_hf.conversion.files.checkpoint import CheckpointError, same_bits
 from nsa_hf.conversion.files.loading import transformers_progress
 from nsa_hf.conversion.sources import open_source
 from nsa_hf.conversion.sources.folder import SafetensorsSource, tokenizer_code
+from nsa_hf.conversion.sources.pickled import PickleCheckpoint
 from nsa_hf.errors import NsaError
 from nsa_hf.recipes.cli import run
 from nsa_hf.recipes.load import load_tokenizer
@@ -301,3 +302,10 @@ def test_transformers_progress_is_put_back(before):
             assert transformers_logging.is_progress_bar_enabled() is before
     finally:
         switch[was]()
+
+
+@pytest.mark.parametrize("weight_map", [{}, {"a": 5}, {"a": ["x"]}, {"a": None}])
+def test_an_index_of_pickles_that_names_no_files_is_named(tmp_path, weight_map):
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match="is not an index of weights"):
+        PickleCheckpoint(tmp_path)

@@ -282,3 +282,9 @@ def test_an_error_leaves_the_inputs_alone() -> None:
     with pytest.raises(ValueError, match="topk"):
         nsa_attention(**{**inputs, "topk": 1})
     assert all(torch.equal(inputs[name], x) for name, x in before.items())
+
+
+def test_a_scale_may_be_any_int_that_is_finite_in_float32() -> None:
+    inputs = make_inputs(PLAIN)
+    as_int, as_float = (nsa_attention(**{**inputs, "scale": scale}) for scale in (2**70, 2.0**70))
+    assert torch.equal(as_int, as_float)

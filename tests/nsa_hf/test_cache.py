@@ -125,3 +125,18 @@ def test_rows_begin_where_they_began(kind, tiny_nsa_model):
         cache.reset()
         again = model(x, **{CACHE: cache}).logits
         torch.testing.assert_close(again, model(x).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_dense_forwards_note_where_rows_begin(kind, tiny_nsa_model):
+    model, x = tiny_nsa_model(nsa_compression="mlp"), torch.arange(3, 123).view(2, 60)
+    mask = (torch.arange(60) >= torch.tensor([[0], [9]])).long()
+    cache = StaticCache(model.config, max_cache_len=70) if kind == "static" else DynamicCache()
+    with torch.no_grad():
+        with model.dense_attention():
+            model(x[:, :40], attention_mask=mask[:, :40], **{CACHE: cache})
+        for later in (None, torch.ones_like(mask)):
+            for context in (torch.no_grad(), model.dense_attention()):
+                with context, pytest.raises(NsaError, match=r"rows that begin at token \[0, 9\]"):
+                    model(x[:, 40:], attention_mask=later, **{CACHE: cache})
+        model(x[:, 40:], attention_mask=mask, **{CACHE: cache})

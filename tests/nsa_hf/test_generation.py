@@ -296,3 +296,14 @@ def test_the_sizes_cross_every_border_here():
     assert 2 * selected < LENGTH
     for border in (sizes["kernel_size"], sizes["block_size"], sizes["window_size"], selected):
         assert any(prompt < border < prompt + NEW - 1 for prompt in SAMPLED)
+
+
+@pytest.mark.parametrize("how", ["lookup", "assistant"])
+def test_assisted_decoding_of_a_filled_cache_is_refused(how, tiny_nsa_model):
+    """Transformers reads the whole text again behind what the cache holds: other tokens, without a word."""
+    model, x, cache = tiny_nsa_model(), tokens(1, 40), DynamicCache()
+    with torch.no_grad():
+        model(x[:, :30], **{CACHE: cache})
+        options = {"prompt_lookup_num_tokens": 3} if how == "lookup" else {"assistant_model": tiny_dense_model()}
+        with pytest.raises(NsaError, match="cannot go on with a cache that holds 30 tokens"):
+            model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=3, **options, **{CACHE: cache})

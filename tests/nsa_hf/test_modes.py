@@ -10,6 +10,10 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 from tiny_families import sparse_of, tiny_dense
+from transformers import DynamicCache
+
+from nsa_hf import NsaError
+from nsa_hf.releases import CACHE
 
 # Llama's layers hand all arguments on to their attention, those of StableLM do not.
 FAMILIES = ["llama", "stablelm"]
@@ -200,3 +204,19 @@ def test_a_recomputation_records_nothing(reentrant):
         loss.backward()
         assert torch.equal(record[1], expected), "the last forward's"
     assert torch.equal(outer[1], expected), "a context around another one has them too"
+
+
+def test_gradient_checkpointing_keeps_no_cache():
+    """Transformers' layers drop it then: a filled one is refused, and none is made where none was given."""
+    model, x, cache = tiny().train(), tokens(), DynamicCache()
+    with torch.no_grad():
+        model(x[:, :40], use_cache=True, **{CACHE: cache})
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with pytest.raises(NsaError, match="In training with gradient checkpointing it hands none over: give no cache"):
+        model(x[:, 40:], **{CACHE: cache})
+    # a family that makes one all the same
+    model = tiny("nemotron_h").train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    out = model(x, labels=x)
+    out.loss.backward()
+    assert out.get(CACHE) is None

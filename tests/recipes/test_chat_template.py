@@ -70,3 +70,9 @@ def test_no_template_or_none_by_default(tokenizer):
     tokenizer.chat_template = None
     with pytest.raises(NsaError, match="has no chat template: leave --chat out"):
         apply_chat_template(tokenizer, TURNS)
+
+
+def test_modules_of_the_current_folder_are_not_run(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "random.py").write_text("raise SystemExit('run')")
+    monkeypatch.chdir(tmp_path)
+    assert apply_chat_template(tokenizer, TURNS).endswith("assistant: ")

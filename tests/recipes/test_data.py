@@ -202,3 +202,18 @@ def test_wrong_sources_are_named(tmp_path):
     ]:
         with pytest.raises(NsaError, match=message):
             load_documents(str(source))
+
+
+@pytest.mark.parametrize("name", ["rows.JSONL", "rows.ndjson", "rows.jsonlines"])
+def test_rows_are_known_by_any_spelling_of_their_suffix(tmp_path, name):
+    (tmp_path / name).write_text('{"text": "one"}\n{"text": "two"}\n')
+    assert load_documents(str(tmp_path / name))["text"] == ["one", "two"]
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "data/train.parquet"])
+def test_rows_beside_a_folders_texts_are_not_passed_over_silently(tmp_path, capsys, name):
+    (tmp_path / "README.md").write_text("about the data")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text('{"text": "one"}\n')
+    assert load_documents(str(tmp_path))["text"] == ["about the data"]
+    assert f"holds rows of texts ({name}), which are not read" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import byte_tokenizer, tiny_dense_model
 from tiny_runs import converted
 from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
@@ -319,3 +320,16 @@ def test_a_server_that_is_asked_to_stop_has_not_failed():
     """By SIGTERM; by Ctrl-C where the servers above are stopped."""
     done = subprocess.run([sys.executable, "-c", STOPPED], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "closed\n"), done.stderr
+
+
+def test_a_model_that_lacks_weights_is_not_served(nsa_dir, tmp_path):
+    shutil.copytree(nsa_dir, tmp_path / "nsa")
+    weights = load_file(tmp_path / "nsa/model.safetensors")
+    name = next(name for name in weights if ".nsa." in name)
+    del weights[name]
+    save_file(weights, tmp_path / "nsa/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NsaError, match=f"1 missing tensors .{name}"):
+        serve(tmp_path / "nsa", ["--no-such-option"])
+    (tmp_path / "nsa/adapter_config.json").write_text("{}")
+    with pytest.raises(NsaError, match="adapter"):
+        serve(tmp_path / "nsa", ["--no-such-option"])

@@ -3,8 +3,10 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from safetensors import SafetensorError
 from tiny_runs import converted, tiny_run
 
 from nsa_hf.errors import NsaError
@@ -228,3 +230,13 @@ def test_the_machine_is_described():
     found = machine()
     assert found["hardware"]["threads"] >= 1
     assert {"python", "torch", "transformers", "accelerate", "nsa-hf"} <= set(found["versions"])
+
+
+def test_a_full_disk_at_the_end_is_told(nsa_dir, tmp_path):
+    def full(folder):
+        raise SafetensorError("I/O error: No space left on device")
+
+    config = tiny_run(nsa_dir, tmp_path, tmp_path / "out")
+    with pytest.raises(NsaError, match=r"No space left.*once there is room"):
+        save_trained(SimpleNamespace(save_pretrained=full), config, {}, {})
+    assert not Path(config.out).exists()
