@@ -7,7 +7,6 @@ So it holds for every order of channels, partial rotation, scaling, and for laye
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from .errors import NotPlain
 PROBE = "nsa-rotation-probe"
 # Two, so that the queries of one take every value although norms before them take a degree of freedom away.
 HEADS = 2
-# What a model of two heads has, where the config has the field: it costs nothing, and turns its channels as the large one.
+# What a small model has, where the config has the field: it costs nothing, and turns its channels as the large one.
 SMALL = {
     "vocab_size": 16,
     "intermediate_size": 8,

@@ -8,6 +8,7 @@ from torch import Tensor
 from .sizes import Sizes, n_blocks
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+WIDEST_INDEX = 256  # channels of an index
 LARGEST = torch.finfo(torch.float32).max
 
 
@@ -15,12 +16,14 @@ def check_arguments(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
+    k_cmp: Tensor | None,
+    v_cmp: Tensor | None,
     gates: Tensor,
     sizes: Sizes,
     k_win: Tensor | None,
     v_win: Tensor | None,
+    q_index: Tensor | None,
+    k_index: Tensor | None,
     cu_seqlens: Tensor | None,
     starts: Tensor | None,
     lengths: Tensor | None,
@@ -31,20 +34,64 @@ def check_arguments(
         TypeError: something is no tensor, or a dtype is wrong.
         ValueError: a shape, a combination of arguments, or the content of `cu_seqlens`, `starts`, `lengths` is wrong.
     """
-    for name, x in (("q", q), ("k", k), ("v", v), ("k_cmp", k_cmp), ("v_cmp", v_cmp), ("gates", gates)):
+    for name, x in (("q", q), ("k", k), ("v", v), ("gates", gates)):
         check_tensor(name, x)
     check_tensors(q, k, v, gates)
-    batch, tokens, _, key_dim = q.shape
-    keys, kv_heads, value_dim = k.shape[1], k.shape[2], v.shape[3]
-    for name, x, dim in (("k_cmp", k_cmp, key_dim), ("v_cmp", v_cmp, value_dim)):
+    batch, tokens = q.shape[:2]
+    keys = k.shape[1]
+    check_places(q, batch, tokens, keys, cu_seqlens, starts, lengths)
+    check_index_tensors(q, k, q_index, k_index)
+    if k_cmp is None and v_cmp is None:
+        if q_index is None:
+            raise ValueError(
+                "k_cmp and v_cmp may be None, which is no compressed branch, only where blocks are chosen by an index: "
+                "give q_index and k_index, or what `compress` makes of k and v"
+            )
+    else:
+        check_compressed(q, k, v, k_cmp, v_cmp)
+        assert k_cmp is not None
+        check_block_count(k_cmp.shape[1], keys, sizes, cu_seqlens, starts, lengths)
+    check_window(q, k, v, k_win, v_win, sizes, lengths)
+
+
+def check_compressed(q: Tensor, k: Tensor, v: Tensor, k_cmp: object, v_cmp: object) -> None:
+    batch, kv_heads = q.shape[0], k.shape[2]
+    for name, x, dim in (("k_cmp", k_cmp, k.shape[3]), ("v_cmp", v_cmp, v.shape[3])):
+        check_tensor(name, x)
+        assert isinstance(x, Tensor)
         check_like(name, x, q)
         if x.dim() != 4 or x.shape[0] != batch or x.shape[2:] != (kv_heads, dim):
             raise ValueError(f"{name} must be [B, N, Hk, D] = [{batch}, N, {kv_heads}, {dim}], got {list(x.shape)}")
+    assert isinstance(k_cmp, Tensor) and isinstance(v_cmp, Tensor)
     if k_cmp.shape[1] != v_cmp.shape[1]:
         raise ValueError(f"k_cmp and v_cmp must hold the same blocks, got {k_cmp.shape[1]} and {v_cmp.shape[1]}")
-    check_places(q, batch, tokens, keys, cu_seqlens, starts, lengths)
-    check_block_count(k_cmp.shape[1], keys, sizes, cu_seqlens, starts, lengths)
-    check_window(q, k, v, k_win, v_win, sizes, lengths)
+
+
+def check_index_tensors(q: Tensor, k: Tensor, q_index: Tensor | None, k_index: Tensor | None) -> None:
+    if q_index is None and k_index is None:
+        return
+    if q_index is None or k_index is None:
+        raise ValueError("q_index and k_index go together: give both, or neither to choose blocks by compressed keys")
+    for name, x, like, letters in (("q_index", q_index, q, "[B, T, Hi, c]"), ("k_index", k_index, k, "[B, S, Hj, c]")):
+        check_tensor(name, x)
+        check_like(name, x, q)
+        if x.dim() != 4 or x.shape[:2] != like.shape[:2] or not 1 <= x.shape[3] <= WIDEST_INDEX:
+            raise ValueError(
+                f"{name} must be {letters} with {list(like.shape[:2])} first and c within 1 .. {WIDEST_INDEX}, got "
+                f"{list(x.shape)}"
+            )
+    kv_heads = k.shape[2]
+    if q_index.shape[3] != k_index.shape[3]:
+        raise ValueError(
+            f"q_index and k_index must have as many channels, got {q_index.shape[3]} and {k_index.shape[3]}"
+        )
+    if not q_index.shape[2] or q_index.shape[2] % kv_heads:
+        raise ValueError(
+            f"q_index must have a multiple of the {kv_heads} KV heads: one query a head of q, or one a KV head, got "
+            f"{q_index.shape[2]} heads"
+        )
+    if k_index.shape[2] not in (1, kv_heads):
+        raise ValueError(f"k_index must have the {kv_heads} KV heads, or one head for all, got {k_index.shape[2]}")
 
 
 def check_tensor(name: str, x: object) -> None:
@@ -153,7 +200,7 @@ def check_packed(like: Tensor, batch: int, tokens: int, keys: int, cu_seqlens: T
             raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {keys}, got {borders}")
 
 
-def check_scale(scale: object) -> None:
+def check_scale(scale: object, name: str = "scale") -> None:
     """Whether it is a scale of logits, or None for the default.
 
     Raises:
@@ -163,9 +210,9 @@ def check_scale(scale: object) -> None:
     if scale is None:
         return
     if not isinstance(scale, (int, float)) or isinstance(scale, bool):
-        raise TypeError(f"scale must be a number, or None for 1 / sqrt(Dk), got {scale!r}")
+        raise TypeError(f"{name} must be a number, or None for 1 / sqrt(Dk), got {scale!r}")
     if not 0 < scale <= LARGEST:
-        raise ValueError(f"scale must be positive and finite, or None for 1 / sqrt(Dk), got {scale}")
+        raise ValueError(f"{name} must be positive and finite, or None for 1 / sqrt(Dk), got {scale}")
 
 
 def check_block_count(

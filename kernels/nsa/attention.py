@@ -19,8 +19,8 @@ def nsa_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
+    k_cmp: Tensor | None,
+    v_cmp: Tensor | None,
     gates: Tensor,
     *,
     kernel_size: int = 32,
@@ -32,6 +32,9 @@ def nsa_attention(
     window_size: int = 512,
     k_win: Tensor | None = None,
     v_win: Tensor | None = None,
+    q_index: Tensor | None = None,
+    k_index: Tensor | None = None,
+    index_scale: float | None = None,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
     starts: Tensor | None = None,
@@ -52,12 +55,20 @@ def nsa_attention(
         k_cmp: `[B, N, Hk, Dk]`, the compressed keys (`compress`): block `i` of row `b` covers
             `[starts[b] + i*d, + l)`. N is `n_blocks(S, l, d)`; with `starts` or `lengths` at least the largest row's
             number; with `cu_seqlens` the documents' blocks, one document after another.
-        v_cmp: `[B, N, Hk, Dv]`.
+            None, with an index: there is no compressed branch, its gate is not read and gets no gradient.
+        v_cmp: `[B, N, Hk, Dv]`; goes with `k_cmp`.
         gates: `[B, T, Hq, 3]` in q's dtype or float32, in the order compressed, selected, window.
         kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks, window_size: see `Sizes`.
         k_win: `[B, Sw, Hk, Dk]` the window's own keys, the last Sw positions,
             `min(S, window_size + T - 1) <= Sw <= S` (Sw = S with `lengths`); None shares `k` and `v`.
         v_win: `[B, Sw, Hk, Dv]`; goes with `k_win`.
+        q_index: `[B, T, Hi, c]` in q's dtype, c at most 256: blocks are scored by an index instead of the compressed
+            keys. Hi is a multiple of Hk, its heads shared out among the KV heads as q's are. Of block j, before a
+            query's own, each index head says `s[g, j] = max over its tokens t of q_index[g] . k_index[t]`; the block's
+            score is the `max over g of (s[g, j] - max over j' of s[g, j'])`. Forced blocks, number and ties are as
+            ever. Nothing of it has a gradient.
+        k_index: `[B, S, Hj, c]`, Hj = Hk, or 1: one key for all.
+        index_scale: a positive factor of the index's logits. Blocks are chosen the same whatever it is.
         scale: of the logits, positive; None = `1 / sqrt(Dk)`.
         cu_seqlens: int32 `[documents + 1]`, borders of packed documents; B = 1, T = S.
         starts: int32 `[B]`, first real position of each left-padded row; None = 0.
@@ -78,13 +89,16 @@ def nsa_attention(
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     check_scale(scale)
-    check_arguments(q, k, v, k_cmp, v_cmp, gates, sizes, k_win, v_win, cu_seqlens, starts, lengths)
+    check_scale(index_scale, "index_scale")
+    check_arguments(q, k, v, k_cmp, v_cmp, gates, sizes, k_win, v_win, q_index, k_index, cu_seqlens, starts, lengths)
     inputs = (q, k, v, k_cmp, v_cmp, gates)
     options: dict[str, Any] = {
         "sizes": sizes,
         "scale": q.shape[-1] ** -0.5 if scale is None else float(scale),
         "k_win": k_win,
         "v_win": v_win,
+        "q_index": q_index,
+        "k_index": k_index,
         "cu_seqlens": cu_seqlens,
         "starts": starts,
         "lengths": lengths,

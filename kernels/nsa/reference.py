@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,6 +104,38 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, weights: bool) -> t
     return out.masked_fill(~sees.unsqueeze(2), 0), probabilities
 
 
+def compressed_importance(p_cmp: Tensor, places: Places, queries: tuple[int, int], blocks: int, sizes: Sizes) -> Tensor:
+    """Importance `[B, Hk, T, blocks]` from the compressed branch's probabilities `[B, Hk, G, T, N]` (eqs. 9 and 10)."""
+    score = p_cmp.sum(2)
+    if places.document_block is not None:
+        local = places.document_block[queries[0] : queries[1], None] + torch.arange(
+            score.shape[-1], device=score.device
+        )
+        inside = local < score.shape[-1]
+        local = local.clamp(max=max(score.shape[-1] - 1, 0)).expand_as(score)
+        score = score.gather(-1, local).masked_fill(~inside, 0) if score.shape[-1] else score
+    return block_importance(score, blocks, sizes)
+
+
+def index_importance(
+    q_index: Tensor, k_index: Tensor, key_block: Tensor, inside: Tensor, own: Tensor, blocks: int
+) -> Tensor:
+    """Importance `[B, Hk, T, blocks]` of the blocks before a query's own, from an index (see `nsa_attention`).
+
+    Args:
+        q_index: `[B, Hk, Gi, T, c]`; k_index: `[B, Hj, S, c]`.
+        key_block: `[B, S]`, a key's block, counted from its row's or document's start.
+        inside: bool `[B, T, S]`, the keys of a query's own row or document up to itself.
+        own: `[B, T]`, a query's own block.
+    """
+    logits = (q_index.flatten(2, 3) @ k_index.transpose(-1, -2)).unflatten(2, q_index.shape[2:4])
+    past = inside & (key_block[:, None, :] < own[..., None])
+    logits = logits.masked_fill(~past[:, None, None], float("-inf"))
+    largest = logits.new_full((*logits.shape[:-1], blocks), float("-inf"))
+    largest.scatter_reduce_(-1, key_block[:, None, None, None, :].expand_as(logits), logits, "amax")
+    return (largest - largest.amax(-1, keepdim=True)).amax(2)
+
+
 def block_importance(p_cmp: Tensor, blocks: int, sizes: Sizes) -> Tensor:
     """Importance of the selection blocks from the probabilities of the compressed ones (eq. 9).
 
@@ -162,14 +194,16 @@ def reference_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
+    k_cmp: Tensor | None,
+    v_cmp: Tensor | None,
     gates: Tensor,
     *,
     sizes: Sizes,
     scale: float,
     k_win: Tensor | None = None,
     v_win: Tensor | None = None,
+    q_index: Tensor | None = None,
+    k_index: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     starts: Tensor | None = None,
     lengths: Tensor | None = None,
@@ -186,10 +220,11 @@ def reference_attention(
     keys, kv_heads = k.shape[1:3]
     sizes = sizes.within(keys)
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    places = find_places(tokens, keys, k_cmp.shape[1], sizes, cu_seqlens, starts, lengths, q.device)
+    blocks = 0 if k_cmp is None else k_cmp.shape[1]
+    places = find_places(tokens, keys, blocks, sizes, cu_seqlens, starts, lengths, q.device)
     if starts is not None or lengths is not None:
-        q, k, v, k_cmp, v_cmp, gates, k_win, v_win = without_garbage(
-            places, sizes, lengths, q, k, v, k_cmp, v_cmp, gates, k_win, v_win
+        q, k, v, k_cmp, v_cmp, gates, k_win, v_win, q_index, k_index = without_garbage(
+            places, sizes, lengths, q, k, v, k_cmp, v_cmp, gates, k_win, v_win, q_index, k_index
         )
 
     def by_head(x: Tensor) -> Tensor:
@@ -197,9 +232,13 @@ def reference_attention(
 
     # [B, T, Hq, D] -> [B, Hk, G, T, D], the others [B, Hk, S, D]
     grouped = (by_head(q) * scale).unflatten(1, (kv_heads, heads // kv_heads))
-    tensors = [by_head(x) for x in (k, v, k_cmp, v_cmp)]
+    tensors = [None if x is None else by_head(x) for x in (k, v, k_cmp, v_cmp)]
     tensors += tensors[:2] if k_win is None or v_win is None else [by_head(k_win), by_head(v_win)]
     gate = by_head(gates).unflatten(1, (kv_heads, heads // kv_heads))
+    index_queries, index_keys = None, None
+    if q_index is not None and k_index is not None:
+        index_queries = by_head(q_index.detach()).unflatten(1, (kv_heads, q_index.shape[2] // kv_heads))
+        index_keys = by_head(k_index.detach())
 
     if chunk is None:
         chunk = max(16, CHUNK_LOGITS.get(q.device.type, 1 << 22) // max(1, batch * heads * keys))
@@ -222,7 +261,8 @@ def reference_attention(
             keys=keys,
             return_weights=return_weights,
         )
-        inputs = (grouped[..., first:last, :], gate[..., first:last, :], *tensors)
+        index = (None if index_queries is None else index_queries[..., first:last, :], index_keys)
+        inputs = (grouped[..., first:last, :], gate[..., first:last, :], *tensors, *index)
         if torch.is_grad_enabled() and tokens > chunk:
             # the probabilities of one chunk at a time, in the backward pass too
             results.append(checkpoint(one, *inputs, use_reentrant=False, preserve_rng_state=False))
@@ -244,10 +284,12 @@ def attend_chunk(
     gate: Tensor,
     k: Tensor,
     v: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
+    k_cmp: Tensor | None,
+    v_cmp: Tensor | None,
     k_win: Tensor,
     v_win: Tensor,
+    q_index: Tensor | None,
+    k_index: Tensor | None,
     *,
     places: Places,
     sizes: Sizes,
@@ -261,6 +303,7 @@ def attend_chunk(
 
     Args:
         q: `[B, Hk, G, T, Dk]`, scaled; gate: `[B, Hk, G, T, 3]`; the others `[B, Hk, S, D]`, all keys.
+        q_index: `[B, Hk, Gi, T, c]` of these queries; k_index: `[B, Hj, S, c]`.
 
     Returns:
         Output `[B, Hk, G, T, Dv]`, selection `[B, Hk, T, topk]`, weights `[B, Hk, G, T, S]` or None.
@@ -271,28 +314,27 @@ def attend_chunk(
     key = torch.arange(*seen, device=q.device)
 
     # compressed: block i is visible when its last token is at or before the query (eqs. 7 and 8)
-    first = places.block_first[:, None, :]
-    visible = (first >= start) & (first + sizes.kernel_size - 1 <= position)
-    out_cmp, p_cmp = attend(q, k_cmp, v_cmp, visible[:, None], weights=True)
-    assert p_cmp is not None
+    out_cmp, p_cmp = None, None
+    if k_cmp is not None and v_cmp is not None:
+        first = places.block_first[:, None, :]
+        visible = (first >= start) & (first + sizes.kernel_size - 1 <= position)
+        out_cmp, p_cmp = attend(q, k_cmp, v_cmp, visible[:, None], weights=True)
 
-    # selected: scores of the group's heads added (eq. 10), blocks picked, their tokens attended to
+    # selected: blocks scored and picked, their tokens attended to
     with torch.no_grad():
-        score = p_cmp.sum(2)
-        if places.document_block is not None:
-            local = places.document_block[queries[0] : queries[1], None] + torch.arange(
-                score.shape[-1], device=q.device
-            )
-            inside = local < score.shape[-1]
-            local = local.clamp(max=max(score.shape[-1] - 1, 0)).expand_as(score)
-            score = score.gather(-1, local).masked_fill(~inside, 0) if score.shape[-1] else score
         blocks = (seen[1] - seen[0] - 1) // sizes.block_size + 1
-        selection = select_blocks(block_importance(score, blocks, sizes), own, sizes)
+        key_block = (key - places.key_start[:, seen[0] : seen[1]]).clamp(min=0) // sizes.block_size
+        inside = (key >= start) & (key <= position)
+        if q_index is not None and k_index is not None:
+            here = k_index[:, :, seen[0] : seen[1]]
+            importance = index_importance(q_index, here, key_block, inside, own, blocks)
+        else:
+            assert p_cmp is not None
+            importance = compressed_importance(p_cmp, places, queries, blocks, sizes)
+        selection = select_blocks(importance, own, sizes)
         picked = torch.zeros(*selection.shape[:-1], blocks + 1, dtype=torch.bool, device=q.device)
         picked.scatter_(-1, selection.masked_fill(selection < 0, blocks), True)
-        key_block = (key - places.key_start[:, seen[0] : seen[1]]).clamp(min=0) // sizes.block_size
         index = key_block[:, None, None, :].expand(q.shape[0], q.shape[1], q.shape[3], -1)
-        inside = (key >= start) & (key <= position)
         tokens = picked.expand(q.shape[0], -1, -1, -1).gather(-1, index) & inside[:, None]
     here = slice(*seen)
     out_slc, p_slc = attend(q, k[:, :, here], v[:, :, here], tokens, weights=return_weights)
@@ -305,7 +347,9 @@ def attend_chunk(
     near = slice(window_low - offset, seen[1] - offset)
     out_win, _ = attend(q, k_win[:, :, near], v_win[:, :, near], inside[:, None], weights=False)
 
-    out = gate[..., 0:1] * out_cmp + gate[..., 1:2] * out_slc + gate[..., 2:3] * out_win
+    out = gate[..., 1:2] * out_slc + gate[..., 2:3] * out_win
+    if out_cmp is not None:
+        out = gate[..., 0:1] * out_cmp + out
     weights = None if p_slc is None else torch.nn.functional.pad(p_slc, (seen[0], keys - seen[1]))
     return out, selection, weights
 
@@ -317,12 +361,14 @@ def without_garbage(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
+    k_cmp: Tensor | None,
+    v_cmp: Tensor | None,
     gates: Tensor,
     k_win: Tensor | None,
     v_win: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    q_index: Tensor | None,
+    k_index: Tensor | None,
+) -> tuple[Any, ...]:
     """Zeroes what stands outside the rows' real tokens and behind their own blocks: it may be anything, NaN too.
 
     A mask on the logits is not enough: in the products of the backward pass, zero times NaN is NaN.
@@ -334,8 +380,8 @@ def without_garbage(
     empty_block = places.block_first + sizes.kernel_size > end
     empty_query = places.query < places.query_start
 
-    def clean(x: Tensor, empty: Tensor) -> Tensor:
-        return x.masked_fill(empty[..., None, None], 0)
+    def clean(x: Tensor | None, empty: Tensor) -> Tensor | None:
+        return None if x is None else x.masked_fill(empty[..., None, None], 0)
 
     if k_win is not None and v_win is not None:
         k_win, v_win = (clean(x, empty_key[:, keys - x.shape[1] :]) for x in (k_win, v_win))
@@ -348,4 +394,6 @@ def without_garbage(
         clean(gates, empty_query),
         k_win,
         v_win,
+        clean(q_index, empty_query),
+        clean(k_index, empty_key),
     )

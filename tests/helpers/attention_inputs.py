@@ -44,6 +44,8 @@ class Shape:
     cu_seqlens: tuple[int, ...] | None = None
     own_window: int | None = None  # tokens in k_win and v_win; None: shared
     scale: float | None = None
+    index: tuple[int, int, int] | None = None  # index heads a KV head, 1 if all heads share one key, channels
+    compressed: bool = True  # False: no compressed branch, with an index only
 
 
 def make_inputs(
@@ -93,7 +95,14 @@ def make_inputs(
         missing = shape.keys - shape.own_window
         inputs["k_win"] = owned(shape.own_window, shape.key_dim, missing)
         inputs["v_win"] = owned(shape.own_window, shape.value_dim, missing)
+    if shape.index is not None:
+        heads, one_key, channels = shape.index
+        keys = owned(shape.keys, channels)
+        inputs["q_index"] = normal(shape.batch, shape.queries, shape.kv_heads * heads, channels)
+        inputs["k_index"] = keys[:, :, :1] if one_key else keys
     inputs = {name: x.to(dtype) for name, x in inputs.items()}
+    if not shape.compressed:
+        inputs |= {"k_cmp": None, "v_cmp": None}
     for name in ("starts", "lengths", "cu_seqlens"):
         if (bounds := getattr(shape, name)) is not None:
             inputs[name] = torch.tensor(bounds, dtype=torch.int32)
@@ -102,7 +111,10 @@ def make_inputs(
 
 def with_gradients(inputs: Inputs) -> Inputs:
     """The same inputs with every differentiable tensor as a fresh leaf that wants a gradient."""
-    return {name: x.detach().clone().requires_grad_() if name in TENSORS else x for name, x in inputs.items()}
+    return {
+        name: x.detach().clone().requires_grad_() if name in TENSORS and x is not None else x
+        for name, x in inputs.items()
+    }
 
 
 EMPTY = {
@@ -121,7 +133,7 @@ def run_empty(attention: Callable[..., Any], shape: Shape, backend: str, device:
     inputs = with_gradients({name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()})
     out, selection = attention(**inputs, backend=backend, return_selection=True)
     out.sum().backward()
-    return [out.detach(), selection, *(inputs[name].grad for name in TENSORS if name in inputs)]
+    return [out.detach(), selection, *(inputs[name].grad for name in TENSORS if inputs.get(name) is not None)]
 
 
 def check_empty(shape: Shape, found: list[torch.Tensor]) -> None:
@@ -131,7 +143,7 @@ def check_empty(shape: Shape, found: list[torch.Tensor]) -> None:
     assert selection.shape == (shape.batch, shape.queries, shape.kv_heads, shape.sizes.topk)
     assert out.dtype == torch.float32 and selection.dtype == torch.int32
     inputs = make_inputs(shape)
-    assert [x.shape for x in gradients] == [inputs[name].shape for name in TENSORS if name in inputs]
+    assert [x.shape for x in gradients] == [inputs[name].shape for name in TENSORS if inputs.get(name) is not None]
     assert not any(x.any() for x in gradients)
 
 
@@ -190,6 +202,8 @@ def any_shape(draw: st.DrawFn) -> Shape:
     heads = {"kv_heads": draw(st.integers(1, 2)), "group": draw(st.integers(1, 3))}
     dims = {"key_dim": draw(st.integers(1, 5)), "value_dim": draw(st.integers(1, 5))}
     scale = draw(st.sampled_from([None, 0.3, 1.0]))
+    index = draw(st.none() | st.tuples(st.integers(1, 3), st.integers(0, 1), st.integers(1, 4)))
+    scorer = {"index": index, "compressed": index is None or draw(st.booleans())}
     if draw(st.booleans()):
         tokens = draw(st.lists(st.integers(1, 20), min_size=1, max_size=4))
         ends = [sum(tokens[:i]) for i in range(len(tokens) + 1)]
@@ -201,6 +215,7 @@ def any_shape(draw: st.DrawFn) -> Shape:
             total,
             **heads,
             **dims,
+            **scorer,
             scale=scale,
             cu_seqlens=tuple(ends),
             own_window=total if own else None,
@@ -214,5 +229,15 @@ def any_shape(draw: st.DrawFn) -> Shape:
     shortest = keys if lengths is not None else min(keys, sizes.window_size + queries - 1)
     own_window = draw(st.integers(shortest, keys)) if draw(st.booleans()) else None
     return Shape(
-        sizes, batch, queries, keys, **heads, **dims, starts=starts, lengths=lengths, own_window=own_window, scale=scale
+        sizes,
+        batch,
+        queries,
+        keys,
+        **heads,
+        **dims,
+        **scorer,
+        starts=starts,
+        lengths=lengths,
+        own_window=own_window,
+        scale=scale,
     )

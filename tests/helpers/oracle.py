@@ -118,12 +118,28 @@ def attend(
     return sum(p * value for p, value in zip(probabilities, values, strict=True)), probabilities
 
 
+def index_importances(
+    queries: list[np.ndarray], keys: list[np.ndarray], causal_blocks: int, block_size: int
+) -> list[float]:
+    """What an index says of each block: a head's largest product in it, less its largest in any; the largest head's.
+
+    Args:
+        queries: of the index heads of one KV head; keys: of all tokens before the query's own block, which is left 0.
+    """
+    of_heads = []
+    for query in queries:
+        products = [float(np.dot(query, key)) for key in keys]
+        blocks = [max(products[j * block_size : (j + 1) * block_size]) for j in range(causal_blocks - 1)]
+        of_heads.append([block - max(blocks) for block in blocks])
+    return [max(scores) for scores in zip(*of_heads, strict=True)] + [0.0]
+
+
 def nsa_oracle(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    k_cmp: torch.Tensor,
-    v_cmp: torch.Tensor,
+    k_cmp: torch.Tensor | None,
+    v_cmp: torch.Tensor | None,
     gates: torch.Tensor,
     *,
     kernel_size: int = 32,
@@ -135,6 +151,9 @@ def nsa_oracle(
     window_size: int = 512,
     k_win: torch.Tensor | None = None,
     v_win: torch.Tensor | None = None,
+    q_index: torch.Tensor | None = None,
+    k_index: torch.Tensor | None = None,
+    index_scale: float | None = None,
     scale: float | None = None,
     cu_seqlens: torch.Tensor | None = None,
     starts: torch.Tensor | None = None,
@@ -147,7 +166,9 @@ def nsa_oracle(
     _, keys, kv_heads, value_dim = v.shape
     group = q_heads // kv_heads
     scale = key_dim**-0.5 if scale is None else scale
-    Q, K, V, KC, VC, G = (x.detach().double().numpy() for x in (q, k, v, k_cmp, v_cmp, gates))
+    Q, K, V, G = (x.detach().double().numpy() for x in (q, k, v, gates))
+    KC, VC = (None if x is None else x.detach().double().numpy() for x in (k_cmp, v_cmp))
+    QI, KI = (None if x is None else x.detach().double().numpy() for x in (q_index, k_index))
     KW, VW = (x.detach().double().numpy() for x in (k if k_win is None else k_win, v if v_win is None else v_win))
     missing_in_window = keys - KW.shape[1]  # the window's tensors hold the last positions only
 
@@ -170,13 +191,18 @@ def nsa_oracle(
                 # compression, whose probabilities the group adds up
                 causal_blocks = p // block_size + 1
                 importance = [0.0] * causal_blocks
-                for g in heads:
+                for g in heads if KC is not None else ():
                     compressed, probabilities = attend(
                         Q[b, t, g], [KC[b, s, h] for s in slots], [VC[b, s, h] for s in slots], scale
                     )
                     output[b, t, g] += G[b, t, g, 0] * compressed
                     of_head = importances(probabilities, causal_blocks, kernel_size, kernel_stride, block_size)
                     importance = [x + y for x, y in zip(importance, of_head, strict=True)]
+                if QI is not None:
+                    per_head, key_head = QI.shape[2] // kv_heads, h if KI.shape[2] > 1 else 0
+                    asking = [QI[b, t, h * per_head + i] for i in range(per_head)]
+                    past = [KI[b, document.first + x, key_head] for x in range((causal_blocks - 1) * block_size)]
+                    importance = index_importances(asking, past, causal_blocks, block_size)
                 importance_of[b, t, h] = importance
                 # selection
                 if selection is None:

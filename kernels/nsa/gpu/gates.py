@@ -14,15 +14,19 @@ from .common import cdiv, load_tile, padded, store_tile
 
 @triton.jit
 def combine_kernel(
-    out_cmp, out_slc, out_win, gates, relative, out, ROWS, HQ, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr
+    out_cmp, out_slc, out_win, gates, relative, out, ROWS, HQ, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
+    FIRST: tl.constexpr,
 ):
-    """`out = sum over the branches of gate * out_branch`; 0 for a query before its document, whatever its gates."""
+    """`out = sum over the branches of gate * out_branch`; 0 for a query before its document, whatever its gates.
+
+    FIRST: 1 where there is no compressed branch.
+    """
     index = tl.arange(0, BM)
     start = tl.program_id(0).to(tl.int64) * BM
     exists = start + index < ROWS
     alive = tl.load(relative + (start + index) // HQ, mask=exists, other=-1) >= 0
     acc = tl.zeros([BM, DP], tl.float32)
-    for branch in tl.static_range(3):
+    for branch in tl.static_range(FIRST, 3):
         source = out_cmp if branch == 0 else out_slc if branch == 1 else out_win
         gate = tl.load(gates + (start + index) * 3 + branch, mask=alive, other=0.0).to(tl.float32)
         acc += gate[:, None] * load_tile(source + start * D, index, D, alive, D, DP).to(tl.float32)
@@ -32,7 +36,7 @@ def combine_kernel(
 @triton.jit
 def gate_gradient_kernel(
     out_cmp, out_slc, out_win, lse_cmp, lse_slc, lse_win, dout, gates, relative, dgates, rows, records, T, HQ,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, FIRST: tl.constexpr,
 ):
     """`correction = dout . out_branch`, which is also the gradient of the branch's gate; BM queries of one head."""
     batch, head = tl.program_id(1) // HQ, tl.program_id(1) % HQ
@@ -44,8 +48,8 @@ def gate_gradient_kernel(
     query = start + index * HQ
     douts = load_tile(dout + start * D, index, HQ * D, alive, D, DP).to(tl.float32)
     # [3, B, HQ, 3, T]
-    rows += (batch * HQ + head).to(tl.int64) * 3 * T + t
-    for branch in tl.static_range(3):
+    rows += (FIRST * tl.num_programs(1) + batch * HQ + head).to(tl.int64) * 3 * T + t
+    for branch in tl.static_range(FIRST, 3):
         source = out_cmp if branch == 0 else out_slc if branch == 1 else out_win
         lse = lse_cmp if branch == 0 else lse_slc if branch == 1 else lse_win
         dots = tl.sum(douts * load_tile(source + start * D, index, HQ * D, alive, D, DP).to(tl.float32), 1)
@@ -62,22 +66,25 @@ def gate_gradient_kernel(
             tl.store(records + query * 3 + 2, dots, mask=exists)
 
 
-def combine(out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, gates: Tensor, relative: Tensor) -> Tensor:
+def combine(
+    out_cmp: Tensor | None, out_slc: Tensor, out_win: Tensor, gates: Tensor, relative: Tensor
+) -> Tensor:
     """`[B, T, Hq, Dv]`; `relative [B, T]` is negative for queries that are not real."""
-    out, rows, dim = torch.empty_like(out_cmp), out_cmp.shape[:3].numel(), out_cmp.shape[3]
+    out, rows, dim = torch.empty_like(out_slc), out_slc.shape[:3].numel(), out_slc.shape[3]
     combine_kernel[(cdiv(rows, 32),)](
-        out_cmp, out_slc, out_win, gates, relative, out, rows, out.shape[2], D=dim, DP=padded(dim), BM=32, num_warps=4
+        out_cmp, out_slc, out_win, gates, relative, out, rows, out.shape[2], D=dim, DP=padded(dim), BM=32,
+        FIRST=int(out_cmp is None), num_warps=4,
     )
     return out
 
 
 def gate_gradient(
-    outs: Sequence[Tensor], lses: Sequence[Tensor], dout: Tensor, gates: Tensor, relative: Tensor
+    outs: Sequence[Tensor | None], lses: Sequence[Tensor | None], dout: Tensor, gates: Tensor, relative: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gates' gradient, and what the backward pass needs of each query and branch in two orders.
 
     Args:
-        outs: the branches' outputs, `[B, T, Hq, Dv]`.
+        outs: the branches' outputs, `[B, T, Hq, Dv]`; the first may be None, a branch that there is not.
         lses: their log2-sum-exps, `[B, T, Hq]` float32.
 
     Returns:
@@ -85,10 +92,12 @@ def gate_gradient(
         `[3, B, Hq, 3, T]` float32; those of the selected branch, `[B, T, Hq, 3]` float32.
     """
     batch, tokens, heads, dim = dout.shape
-    dgates, records = torch.empty_like(gates), torch.empty_like(gates, dtype=torch.float32)
+    first = int(outs[0] is None)
+    dgates = torch.zeros_like(gates) if first else torch.empty_like(gates)
+    records = torch.empty_like(gates, dtype=torch.float32)
     rows = records.new_empty(3, batch, heads, 3, tokens)
     gate_gradient_kernel[(cdiv(tokens, 32), batch * heads)](
         *outs, *lses, dout, gates, relative, dgates, rows, records, tokens, heads, D=dim, DP=padded(dim), BM=32,
-        num_warps=4,
+        FIRST=first, num_warps=4,
     )
     return dgates, rows, records

@@ -31,6 +31,7 @@ from .interval_backward import Second, find_borders, interval_dkv, interval_dq
 from .layout import Layout, count_parts, find_layout, part_shape
 from .query_major import query_major_forward, takes_query_major
 from .scores.compressed import select
+from .scores.index import select_by_index
 from .selected import find_pieces, selected_backward, selected_forward
 
 CMP, SLC, WIN = 0, 1, 2
@@ -65,9 +66,9 @@ def entries_of(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, parts: int) -> Pie
 
 @torch.library.custom_op("nsa_hf::forward", mutates_args=())
 def forward_op(
-    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, k_win: Tensor | None,
-    v_win: Tensor | None, cu_seqlens: Tensor | None, starts: Tensor | None, lengths: Tensor | None,
-    sizes: list[int], scale: float,
+    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor | None, v_cmp: Tensor | None, gates: Tensor, k_win: Tensor | None,
+    v_win: Tensor | None, q_index: Tensor | None, k_index: Tensor | None, cu_seqlens: Tensor | None,
+    starts: Tensor | None, lengths: Tensor | None, sizes: list[int], scale: float,
 ) -> list[Tensor]:
     """Output, selection, and what `Saved` names."""
     size, scale_log2 = Sizes(*sizes), scale * LOG2E
@@ -75,8 +76,13 @@ def forward_op(
     queries, parts = find_layout(q, k, v, near_k.shape[1], size, cu_seqlens, starts, lengths)
     layout = Layout.of(queries, parts, size.block_size, largest_part(q, v.shape[-1]), cu_seqlens is not None)
 
-    out_cmp, lse_cmp = interval_forward(q, k_cmp, v_cmp, *layout.compressed, scale_log2, long_runs=True)
-    selection = select(q, k_cmp, lse_cmp, layout, size, k.shape[1], scale_log2)
+    out_cmp = lse_cmp = None
+    if k_cmp is not None and v_cmp is not None:
+        out_cmp, lse_cmp = interval_forward(q, k_cmp, v_cmp, *layout.compressed, scale_log2, long_runs=True)
+    if q_index is not None and k_index is not None:
+        selection = select_by_index(q_index, k_index, k.shape[2], layout, size)
+    else:
+        selection = select(q, k_cmp, lse_cmp, layout, size, k.shape[1], scale_log2)
     order, offsets = selection.new_empty(0), selection.new_empty(0)
     if takes_query_major(q, k):
         out_slc, lse_slc = query_major_forward(q, k, v, selection, layout, size, scale_log2)
@@ -88,15 +94,19 @@ def forward_op(
             selected_forward(q, k, v, gather, layout, size, scale_log2, out_slc, lse_slc)
     out_win, lse_win = interval_forward(q, near_k, near_v, *layout.window, scale_log2)
     out = combine(out_cmp, out_slc, out_win, gates, layout.relative)
-    saved = Saved(out_cmp, out_slc, out_win, lse_cmp, lse_slc, lse_win, queries, parts, order, offsets)
+    none = (gates.new_empty(0), gates.new_empty(0))
+    cmp = none if out_cmp is None or lse_cmp is None else (out_cmp, lse_cmp)
+    saved = Saved(cmp[0], out_slc, out_win, cmp[1], lse_slc, lse_win, queries, parts, order, offsets)
     return [out, selection, *saved]
 
 
 @forward_op.register_fake
-def _(q, k, v, k_cmp, v_cmp, gates, k_win, v_win, cu_seqlens, starts, lengths, sizes, scale):
+def _(q, k, v, k_cmp, v_cmp, gates, k_win, v_win, q_index, k_index, cu_seqlens, starts, lengths, sizes, scale):
     size, (batch, tokens, heads, _) = Sizes(*sizes), q.shape
     outs = [q.new_empty(batch, tokens, heads, v.shape[-1]) for _ in range(4)]
     lses = [q.new_empty(batch, tokens, heads, dtype=torch.float32) for _ in range(3)]
+    if k_cmp is None:
+        outs[1], lses[0] = gates.new_empty(0), gates.new_empty(0)
     index = partial(q.new_empty, dtype=torch.int32)
     parts = count_parts(k.shape[1], cu_seqlens, size.block_size, largest_part(q, v.shape[-1]))
     pieces = None if takes_query_major(q, k) else entries_of(q, k, v, size, parts)
@@ -108,28 +118,33 @@ def _(q, k, v, k_cmp, v_cmp, gates, k_win, v_win, cu_seqlens, starts, lengths, s
 
 @torch.library.custom_op("nsa_hf::backward", mutates_args=())
 def backward_op(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, k_win: Tensor | None,
-    v_win: Tensor | None, packed: bool, selection: Tensor, saved: list[Tensor], sizes: list[int], scale: float,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor | None, v_cmp: Tensor | None, gates: Tensor,
+    k_win: Tensor | None, v_win: Tensor | None, packed: bool, selection: Tensor, saved: list[Tensor], sizes: list[int], scale: float,
 ) -> list[Tensor]:
-    """The gradients of q, k, v, k_cmp, v_cmp, gates and, where given, k_win, v_win."""
+    """The gradients of q, k, v, gates and, where given, k_cmp, v_cmp, and then k_win, v_win."""
     size, scale_log2, known = Sizes(*sizes), scale * LOG2E, Saved(*saved)
     near_k, near_v = (k, v) if k_win is None or v_win is None else (k_win, v_win)
     layout = Layout.of(known.queries, known.parts, size.block_size, largest_part(q, v.shape[-1]), packed)
-    dgates, rows, records = gate_gradient(known[:3], known[3:6], dout, gates, layout.relative)
+    outs, lses = ([None if k_cmp is None else x[0], *x[1:]] for x in (known[:3], known[3:6]))
+    dgates, rows, records = gate_gradient(outs, lses, dout, gates, layout.relative)
     scales = (scale, scale_log2)
-    cmp = (*layout.compressed, dout, rows[CMP], *scales)
     local = (*layout.local, dout, rows[SLC], *scales)
     win = (*layout.window, dout, rows[WIN], *scales)
     # over the same keys, the local blocks' runs and the window's end together: both for little more than one
     both = Second(layout.local[0], rows[SLC]) if k_win is None else None
 
     dq = torch.empty_like(q, dtype=torch.float32)
-    interval_dq(q, k_cmp, v_cmp, *cmp, dq, add=False)
-    interval_dq(q, near_k, near_v, *win, dq, add=True, second=both)
+    if k_cmp is None or v_cmp is None:
+        borders = find_borders(q, v, layout, k.shape[1])
+        compressed = []
+    else:
+        cmp = (*layout.compressed, dout, rows[CMP], *scales)
+        interval_dq(q, k_cmp, v_cmp, *cmp, dq, add=False)
+        borders = find_borders(q, v, layout, max(k.shape[1], k_cmp.shape[1]))
+        compressed = [*interval_dkv(q, k_cmp, v_cmp, *cmp, borders[CMP], dtype=q.dtype, few_keys=True)]
+    interval_dq(q, near_k, near_v, *win, dq, add=k_cmp is not None, second=both)
     if both is None:
         interval_dq(q, k, v, *local, dq, add=True)
-    borders = find_borders(q, v, layout, max(k.shape[1], k_cmp.shape[1]))
-    dk_cmp, dv_cmp = interval_dkv(q, k_cmp, v_cmp, *cmp, borders[CMP], dtype=q.dtype, few_keys=True)
 
     dk_dv, summed = None, torch.empty_like(q)
     if pieces := entries_of(q, k, v, size, known.parts.shape[-1]):
@@ -143,20 +158,19 @@ def backward_op(
     if k_win is not None:
         dk, dv = interval_dkv(q, k, v, *local, borders[SLC], dtype=q.dtype, add=dk_dv)
         dk_win, dv_win = interval_dkv(q, near_k, near_v, *win, borders[WIN], dtype=q.dtype)
-        return [summed, dk, dv, dk_cmp, dv_cmp, dgates, dk_win, dv_win]
+        return [summed, dk, dv, dgates, *compressed, dk_win, dv_win]
     dk_dv = interval_dkv(q, k, v, *local, borders[SLC], dtype=torch.float32, add=dk_dv)
     dk, dv = interval_dkv(q, k, v, *win, borders[WIN], dtype=q.dtype, add=dk_dv)
-    return [summed, dk, dv, dk_cmp, dv_cmp, dgates]
+    return [summed, dk, dv, dgates, *compressed]
 
 
 @backward_op.register_fake
 def _(dout, q, k, v, k_cmp, v_cmp, gates, k_win, v_win, *rest):
-    inputs = [q, k, v, k_cmp, v_cmp, gates, *([] if k_win is None else [k_win, v_win])]
-    return [torch.empty_like(x) for x in inputs]
+    return [torch.empty_like(x) for x in (q, k, v, gates, k_cmp, v_cmp, k_win, v_win) if x is not None]
 
 
 def setup_context(ctx, inputs, output) -> None:
-    *tensors, cu_seqlens, _, _, ctx.sizes, ctx.scale = inputs
+    *tensors, _, _, cu_seqlens, _, _, ctx.sizes, ctx.scale = inputs
     ctx.packed = cu_seqlens is not None
     ctx.mark_non_differentiable(output[1], *output[-4:])
     ctx.set_materialize_grads(False)
@@ -165,21 +179,23 @@ def setup_context(ctx, inputs, output) -> None:
 
 def backward(ctx, grads):
     if grads[0] is None:
-        return (None,) * 13
+        return (None,) * 15
     q, k, v, k_cmp, v_cmp, gates, k_win, v_win, selection, *saved = ctx.saved_tensors  # unpacked once, or recomputed
     tensors = (q, k, v, k_cmp, v_cmp, gates, k_win, v_win)
     dout = grads[0].contiguous()
-    found = backward_op(dout, *tensors, ctx.packed, selection, saved, ctx.sizes, ctx.scale)
-    own_window = found[6:] if len(found) > 6 else [None, None]
-    return (*found[:6], *own_window, None, None, None, None, None)
+    dq, dk, dv, dgates, *others = backward_op(dout, *tensors, ctx.packed, selection, saved, ctx.sizes, ctx.scale)
+    rest = iter(others)
+    dk_cmp, dv_cmp, dk_win, dv_win = (None if x is None else next(rest) for x in (k_cmp, v_cmp, k_win, v_win))
+    return (dq, dk, dv, dk_cmp, dv_cmp, dgates, dk_win, dv_win, *(None,) * 7)
 
 
 forward_op.register_autograd(backward, setup_context=setup_context)
 
 
 def triton_attention(
-    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, *, sizes: Sizes, scale: float,
-    k_win: Tensor | None = None, v_win: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor | None, v_cmp: Tensor | None, gates: Tensor, *, sizes: Sizes,
+    scale: float, k_win: Tensor | None = None, v_win: Tensor | None = None, q_index: Tensor | None = None,
+    k_index: Tensor | None = None, cu_seqlens: Tensor | None = None,
     starts: Tensor | None = None, lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`nsa_attention` by the Triton kernels; arguments as there, already checked. Returns the output and the selection
@@ -204,8 +220,9 @@ def triton_attention(
         sizes.window_size,
     ]
     inputs = [q, k, v, k_cmp, v_cmp, gates, k_win, v_win]
-    if takes_decode(inputs, q.shape[1], cu_seqlens):
+    index = [None if x is None else x.detach() for x in (q_index, k_index)]
+    if q_index is None and takes_decode(inputs, q.shape[1], cu_seqlens):
         return decode_op(*map(last_contiguous, (*inputs, starts, lengths)), numbers, float(scale))
-    tensors = [None if x is None else x.contiguous() for x in (*inputs, cu_seqlens, starts, lengths)]
+    tensors = [None if x is None else x.contiguous() for x in (*inputs, *index, cu_seqlens, starts, lengths)]
     out, selection, *_ = forward_op(*tensors, numbers, float(scale))
     return out, selection

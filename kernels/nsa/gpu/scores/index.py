@@ -1,8 +1,8 @@
 """Blocks chosen by an index: the largest `q_index . k_index` of each block, no exponential, in one pass over the keys.
 
 A program holds the index queries of some tokens with all heads of a group and walks over the past blocks. The heads'
-maxima `[blocks, rows]` of this one tile stay in memory of the program's own, which the cache of the card holds; when the
-walk is over, each head's are counted from its largest, the heads become one, and the best blocks are taken.
+maxima `[blocks, rows]` of this one tile stay in memory of the program's own; when the walk is over, each head's are
+counted from its largest, the heads become one, and the best blocks are taken.
 """
 
 from __future__ import annotations
