@@ -326,8 +326,7 @@ def attend_chunk(
         key_block = (key - places.key_start[:, seen[0] : seen[1]]).clamp(min=0) // sizes.block_size
         inside = (key >= start) & (key <= position)
         if q_index is not None and k_index is not None:
-            here = k_index[:, :, seen[0] : seen[1]]
-            importance = index_importance(q_index, here, key_block, inside, own, blocks)
+            importance = index_importance(q_index, k_index[:, :, seen[0] : seen[1]], key_block, inside, own, blocks)
         else:
             assert p_cmp is not None
             importance = compressed_importance(p_cmp, places, queries, blocks, sizes)

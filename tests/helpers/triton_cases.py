@@ -94,9 +94,7 @@ def compare(
     """
     inputs = on_device(make_inputs(shape, seed, dtype), device)
     mine = with_gradients(inputs)
-    truth = with_gradients(
-        {name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for name, x in inputs.items()}
-    )
+    truth = with_gradients({name: in_float64(x) for name, x in inputs.items()})
     out, selection = nsa_attention(**mine, backend="triton", return_selection=True)
     expected, expected_selection = nsa_attention(**truth, backend="reference", return_selection=True)
     assert out.dtype == dtype and selection.dtype == torch.int32 and selection.shape == expected_selection.shape
@@ -117,6 +115,10 @@ def compare(
             assert mine[name].grad.dtype == mine[name].dtype
             errors[name] = difference(mine[name].grad, truth[name].grad)
     return errors, float((selection == expected_selection).all(-1).double().mean())
+
+
+def in_float64(x: object) -> object:
+    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
 def on_device(inputs: Inputs, device: str) -> Inputs:

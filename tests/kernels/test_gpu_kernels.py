@@ -8,7 +8,7 @@ import pytest
 import torch
 from attention_inputs import EMPTY, TENSORS, Shape, Sizes, check_empty, make_inputs, run_empty, with_gradients
 from torch.utils.checkpoint import checkpoint
-from triton_cases import CASES, compare, on_device
+from triton_cases import CASES, compare, in_float64, on_device
 
 from nsa_hf.kernels import nsa_attention
 
@@ -31,6 +31,41 @@ REAL = {
         PAPER, 3, 700, 3000, 2, 2, 64, 64, starts=(0, 100, 2500), lengths=(3000, 2000, 2900)
     ),
     "large blocks": Shape(Sizes(64, 16, 256, 6, 2, 1, 300), 1, 2500, 2500, 2, 2, 64, 64),
+    "index, 9:3:64": Shape(PAPER, 1, 2100, 2100, 3, 3, 64, 64, index=(3, 0, 32), compressed=False),
+    "index, 32:8:128": Shape(PAPER, 1, 3001, 3001, 8, 4, 128, 128, index=(4, 0, 32), compressed=False),
+    "index, 64:4:128": Shape(PAPER, 1, 2500, 2500, 4, 16, 128, 128, index=(16, 0, 64), compressed=False),
+    "index, 2:2:256": Shape(PAPER, 1, 2100, 2100, 2, 1, 256, 256, index=(1, 0, 128), compressed=False),
+    "index and compressed branch, one key": Shape(PAPER, 1, 2100, 2100, 2, 2, 64, 64, index=(1, 1, 24)),
+    "index, packed": Shape(
+        PAPER,
+        1,
+        4000,
+        4000,
+        2,
+        2,
+        64,
+        64,
+        cu_seqlens=(0, 17, 1200, 1201, 3333, 4000),
+        index=(2, 0, 32),
+        compressed=False,
+    ),
+    "index, padded, the last queries": Shape(
+        PAPER,
+        3,
+        700,
+        3000,
+        2,
+        2,
+        64,
+        64,
+        starts=(0, 100, 2500),
+        lengths=(3000, 2000, 2900),
+        index=(2, 0, 32),
+        compressed=False,
+    ),
+    "index, large blocks": Shape(
+        Sizes(64, 16, 320, 6, 2, 1, 300), 1, 4500, 4500, 2, 2, 64, 64, index=(2, 0, 32), compressed=False
+    ),
     "own window keys": Shape(PAPER, 2, 900, 2500, 2, 2, 64, 64, own_window=1500),
 }
 SMALL = ["groups of three", "each token in three blocks", "packed, own window", "ragged and left-padded, own window"]
@@ -42,12 +77,12 @@ def assert_as_good_as_the_reference(shape: Shape, dtype: torch.dtype) -> None:
     inputs = on_device(make_inputs(shape, 1, dtype), "cuda")
     found = {}
     for name, backend, kind in (("mine", "triton", dtype), ("low", "reference", dtype), ("truth", "reference", None)):
-        these = {key: x.double() if kind is None and key in TENSORS else x for key, x in inputs.items()}
+        these = {key: in_float64(x) if kind is None else x for key, x in inputs.items()}
         these = with_gradients(these)
         out, selection = nsa_attention(**these, backend=backend, return_selection=True)
         dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
         out.backward(dout.to(out.dtype))
-        found[name] = {"out": out.detach(), **{key: these[key].grad for key in TENSORS if key in these}}
+        found[name] = {"out": out.detach(), **{key: these[key].grad for key in TENSORS if these.get(key) is not None}}
         found[name]["selection"] = selection
     # a query whose selection differs has another output: few do, at ties within rounding
     same = (found["mine"]["selection"] == found["truth"]["selection"]).all(-1).double().mean()
@@ -64,7 +99,7 @@ def test_bfloat16(name: str) -> None:
     assert_as_good_as_the_reference(REAL[name], torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", ["9:3:64", "16:2:192/128", "2:2:256", "packed", "large blocks"])
+@pytest.mark.parametrize("name", ["9:3:64", "16:2:192/128", "2:2:256", "packed", "large blocks", "index, packed"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_other_precisions(name: str, dtype: torch.dtype) -> None:
     assert_as_good_as_the_reference(REAL[name], dtype)
@@ -81,17 +116,19 @@ def gradients(inputs: dict, function=nsa_attention) -> list[torch.Tensor]:
     inputs = with_gradients(inputs)
     out = function(**inputs)
     out.backward(torch.ones_like(out))
-    return [out.detach(), *(inputs[name].grad for name in TENSORS if name in inputs)]
+    return [out.detach(), *(inputs[name].grad for name in TENSORS if inputs.get(name) is not None)]
 
 
-def test_the_same_inputs_give_the_same_bits() -> None:
-    inputs = on_device(make_inputs(REAL["32:8:128"], dtype=torch.bfloat16), "cuda")
+@pytest.mark.parametrize("name", ["32:8:128", "index, 32:8:128"])
+def test_the_same_inputs_give_the_same_bits(name: str) -> None:
+    inputs = on_device(make_inputs(REAL[name], dtype=torch.bfloat16), "cuda")
     first, second = gradients(inputs), gradients(inputs)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_compiled_checkpointed_and_under_autocast() -> None:
-    inputs = on_device(make_inputs(REAL["9:3:64"], dtype=torch.bfloat16), "cuda")
+@pytest.mark.parametrize("name", ["9:3:64", "index, 9:3:64"])
+def test_compiled_checkpointed_and_under_autocast(name: str) -> None:
+    inputs = on_device(make_inputs(REAL[name], dtype=torch.bfloat16), "cuda")
     expected = gradients(inputs)
 
     def checkpointed(q: torch.Tensor, **rest) -> torch.Tensor:

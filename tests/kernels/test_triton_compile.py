@@ -23,6 +23,7 @@ def compile_all(monkeypatch: pytest.MonkeyPatch, card: int, shape: Shape, dtype:
     from nsa_hf.kernels.gpu import query_major as triton_query_major
     from nsa_hf.kernels.gpu import selected as triton_selected
     from nsa_hf.kernels.gpu.scores import compressed as triton_select
+    from nsa_hf.kernels.gpu.scores import index as triton_index
 
     found = compile_for(
         monkeypatch,
@@ -32,6 +33,7 @@ def compile_all(monkeypatch: pytest.MonkeyPatch, card: int, shape: Shape, dtype:
         triton_interval_backward,
         triton_query_major,
         triton_select,
+        triton_index,
         triton_selected,
     )
     # nothing is computed: indices that nobody wrote are the largest number, which no slot's block is
@@ -39,7 +41,9 @@ def compile_all(monkeypatch: pytest.MonkeyPatch, card: int, shape: Shape, dtype:
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         inputs = make_inputs(shape, dtype=dtype)
-        tensors = [inputs[name] for name in ("q", "k", "v", "k_cmp", "v_cmp", "gates")] + [None] * 5
+        tensors = [inputs[name] for name in ("q", "k", "v", "k_cmp", "v_cmp", "gates")] + [None] * 7
+        if shape.index is not None:
+            tensors[8:10] = inputs["q_index"], inputs["k_index"]
         numbers = list(shape.sizes.__dict__.values())
         out, selection, *saved = triton_op.forward_op._init_fn(*tensors, numbers, 0.1)
         triton_op.backward_op._init_fn(out, *tensors[:8], False, selection, saved, numbers, 0.1)
@@ -69,6 +73,28 @@ KERNELS = {
     "borders_kernel",
     "sum_splits_kernel",
 }
+
+
+# with an index and without a compressed branch
+INDEX = KERNELS - {"select_kernel", "sum_splits_kernel"} | {"index_select_kernel"}
+
+
+@pytest.mark.parametrize(
+    ("card", "channels", "dtype"),
+    [
+        (86, 64, torch.bfloat16),
+        (90, 32, torch.bfloat16),
+        pytest.param(86, 256, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(80, 128, torch.float16, marks=pytest.mark.slow),
+        pytest.param(86, 256, torch.float32, marks=pytest.mark.slow),
+        pytest.param(100, 32, torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
+def test_an_index_compiles_ahead(monkeypatch: pytest.MonkeyPatch, card: int, channels: int, dtype: torch.dtype) -> None:
+    shape = Shape(PAPER, 1, 2048, 2048, 2, 4, 64, 64, index=(4, 0, channels), compressed=False)
+    found = compile_all(monkeypatch, card, shape, dtype)
+    assert set(found) == INDEX
+    assert all(shared <= SHARED_MEMORY[card] * 1024 for shared in found.values()), found
 
 
 # of groups from 12 on: one kernel in the place of two

@@ -82,6 +82,7 @@ def forward_op(
     if q_index is not None and k_index is not None:
         selection = select_by_index(q_index, k_index, k.shape[2], layout, size)
     else:
+        assert k_cmp is not None and lse_cmp is not None
         selection = select(q, k_cmp, lse_cmp, layout, size, k.shape[1], scale_log2)
     order, offsets = selection.new_empty(0), selection.new_empty(0)
     if takes_query_major(q, k):
@@ -119,7 +120,8 @@ def _(q, k, v, k_cmp, v_cmp, gates, k_win, v_win, q_index, k_index, cu_seqlens, 
 @torch.library.custom_op("nsa_hf::backward", mutates_args=())
 def backward_op(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor | None, v_cmp: Tensor | None, gates: Tensor,
-    k_win: Tensor | None, v_win: Tensor | None, packed: bool, selection: Tensor, saved: list[Tensor], sizes: list[int], scale: float,
+    k_win: Tensor | None, v_win: Tensor | None, packed: bool, selection: Tensor, saved: list[Tensor],
+    sizes: list[int], scale: float,
 ) -> list[Tensor]:
     """The gradients of q, k, v, gates and, where given, k_cmp, v_cmp, and then k_win, v_win."""
     size, scale_log2, known = Sizes(*sizes), scale * LOG2E, Saved(*saved)

@@ -7,41 +7,54 @@ counted from its largest, the heads become one, and the best blocks are taken.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...sizes import Sizes
-from ..common import cdiv, load_tile, next_power_of_2, padded, precision
+from ..common import SMALL_SHARED_MEMORY, cdiv, load_tile, next_power_of_2, padded, precision, shared_memory
 from ..layout import Layout
+from .compressed import check_limits
 
-# Blocks whose maxima are searched at once for the next best one.
-SECTION = 16
+# The next best block is looked for among the best ones of so many sections of the past.
+MOST_SECTIONS = 128
 
 
 @triton.jit
 def block_maxima(
-    q, k, tokens, present, k_token, C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr, BJ: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCKP: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, first_token, blocks, k_token, C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr, BJ: tl.constexpr,
+    BLOCK: tl.constexpr, PART: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """The largest product of each query with the keys of each block, `[ROWS, BJ]` float32.
+    """The largest product of each query with the keys of each of BJ blocks, `[ROWS, BJ]` float32.
 
     Args:
-        tokens, present: `[BJ * BLOCKP]`, where the keys stand, and which of them there are.
+        first_token: of the first block.
+        blocks: how many of them there are, read with MASKED only; what is said of the others means nothing.
     """
-    keys = load_tile(k, tokens, k_token, present, C, CP)
-    products = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
-    if BLOCK != BLOCKP:
-        products = tl.where((tl.arange(0, BJ * BLOCKP) % BLOCKP < BLOCK)[None, :], products, float("-inf"))
-    return tl.max(tl.reshape(products, [ROWS, BJ, BLOCKP]), 2)
+    column = tl.arange(0, BJ * PART)
+    m = tl.full([ROWS, BJ], float("-inf"), tl.float32)
+    # blocks of more than PART tokens in several parts, smaller ones several at a time
+    for part in tl.static_range((BLOCK + PART - 1) // PART):
+        place = part * PART + column % PART
+        inside = place < BLOCK
+        if MASKED:
+            inside = inside & (column // PART < blocks)
+        keys = load_tile(k, first_token + column // PART * BLOCK + place, k_token, inside, C, CP)
+        products = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
+        if BLOCK % PART != 0:
+            products = tl.where((place < BLOCK)[None, :], products, float("-inf"))
+        m = tl.maximum(m, tl.max(tl.reshape(products, [ROWS, BJ, PART]), 2))
+    return m
 
 
 @triton.jit
 def best_of_document(
     q, k, base, row_own, own, mine, exists, maxima, sections, k_token, N,
     C: tl.constexpr, CP: tl.constexpr, BT: tl.constexpr, GP: tl.constexpr, BJ: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCKP: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, CHOSEN: tl.constexpr, KP: tl.constexpr,
+    PART: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, CHOSEN: tl.constexpr, KP: tl.constexpr,
     BC: tl.constexpr, SP: tl.constexpr, SECTION: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """The chosen blocks of the queries `mine` of one document, `[BT, KP]`, rising; behind them, LAST."""
@@ -52,19 +65,17 @@ def best_of_document(
     most = tl.max(tl.where(mine, own, 0))
     least = tl.min(tl.where(mine, own, LAST))
     top = tl.full([ROWS], NONE, tl.float32)
-    token = base + tl.arange(0, BJ * BLOCKP) // BLOCKP * BLOCK + tl.arange(0, BJ * BLOCKP) % BLOCKP
-    inside = tl.arange(0, BJ * BLOCKP) % BLOCKP < BLOCK
     # blocks that are past for every query
     all_past = tl.minimum(least, most) // BJ * BJ
     for first in tl.range(0, all_past, BJ):
-        m = block_maxima(q, k, token + first * BLOCK, inside, k_token, C, CP, ROWS, BJ, BLOCK, BLOCKP, PRECISION)
+        m = block_maxima(q, k, base + first * BLOCK, BJ, k_token, C, CP, ROWS, BJ, BLOCK, PART, False, PRECISION)
         top = tl.maximum(top, tl.max(m, 1))
         j = first + tl.arange(0, BJ)
         tl.store(maxima + j[None, :].to(tl.int64) * ROWS + row[:, None], m)
     for first in tl.range(all_past, most, BJ):
         j = first + tl.arange(0, BJ)
-        there = inside & (first + tl.arange(0, BJ * BLOCKP) // BLOCKP < most)
-        m = block_maxima(q, k, token + first * BLOCK, there, k_token, C, CP, ROWS, BJ, BLOCK, BLOCKP, PRECISION)
+        left = most - first
+        m = block_maxima(q, k, base + first * BLOCK, left, k_token, C, CP, ROWS, BJ, BLOCK, PART, True, PRECISION)
         top = tl.maximum(top, tl.max(tl.where(j[None, :] < row_own[:, None], m, NONE), 1))
         tl.store(maxima + j[None, :].to(tl.int64) * ROWS + row[:, None], m, mask=(j < most)[None, :])
     tl.debug_barrier()
@@ -110,7 +121,7 @@ def best_of_document(
 def index_select_kernel(
     q, k, relative_ptr, document_ptr, selection, maxima, sections, T, S, HI, HK, HJ, TILES, BLOCKS, SLOTS, N,
     C: tl.constexpr, CP: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCKP: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, CHOSEN: tl.constexpr, KP: tl.constexpr,
+    PART: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, CHOSEN: tl.constexpr, KP: tl.constexpr,
     TOPK: tl.constexpr, TOPKP: tl.constexpr, BC: tl.constexpr, SP: tl.constexpr, SECTION: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):
@@ -140,7 +151,9 @@ def index_select_kernel(
         queries = load_tile(q, head, C, exists, C, CP)
         keys = k + (batch.to(tl.int64) * S * HJ + kv_head * HJ // HK) * C
         document = tl.load(document_ptr + batch * T + token, mask=token < T, other=LAST)
-        if PACKED:
+        if CHOSEN == 0:
+            chosen = tl.full([BT, KP], LAST, tl.int32)
+        elif PACKED:
             chosen = tl.full([BT, KP], LAST, tl.int32)
             row_document = tl.load(document_ptr + batch * T + row_token, mask=row_token < T, other=LAST)
             current = tl.min(document)
@@ -148,14 +161,14 @@ def index_select_kernel(
                 mine = document == current
                 found = best_of_document(
                     queries, keys, current, row_own, own, mine, exists & (row_document == current), maxima, sections,
-                    HJ * C, N, C, CP, BT, GP, BJ, BLOCK, BLOCKP, INIT, LOCAL, CHOSEN, KP, BC, SP, SECTION, PRECISION,
+                    HJ * C, N, C, CP, BT, GP, BJ, BLOCK, PART, INIT, LOCAL, CHOSEN, KP, BC, SP, SECTION, PRECISION,
                 )
                 chosen = tl.where(mine[:, None], found, chosen)
                 current = tl.min(tl.where(document > current, document, LAST))
         else:
             chosen = best_of_document(
                 queries, keys, tl.min(document), row_own, own, own >= 0, exists, maxima, sections,
-                HJ * C, N, C, CP, BT, GP, BJ, BLOCK, BLOCKP, INIT, LOCAL, CHOSEN, KP, BC, SP, SECTION, PRECISION,
+                HJ * C, N, C, CP, BT, GP, BJ, BLOCK, PART, INIT, LOCAL, CHOSEN, KP, BC, SP, SECTION, PRECISION,
             )
         free = tl.minimum(tl.maximum(own + 1 - INIT - LOCAL, 0), CHOSEN)
         place = selection + (((batch * T + token).to(tl.int64) * HK + kv_head) * SLOTS)[:, None]
@@ -169,35 +182,59 @@ def index_select_kernel(
         tl.debug_barrier()
 
 
-def select_by_index(
-    q_index: Tensor, k_index: Tensor, kv_heads: int, layout: Layout, sizes: Sizes, *, rows: int = 128, blocks: int = 2,
-    num_warps: int = 4, num_stages: int = 3, per: int = 2, chunk: int = 64,
-) -> Tensor:
-    """The selection `[B, T, Hk, topk]` int32, ascending, -1 = unused."""
+def index_tiles(q_index: Tensor) -> dict[str, int]:
+    """Rows (heads of some queries) and columns (tokens) of a program at a time."""
+    row, small = padded(q_index.shape[-1]) * q_index.element_size(), shared_memory(q_index.device) < SMALL_SHARED_MEMORY
+    if q_index.dtype == torch.float32:
+        return {"rows": 32, "columns": 32, "num_warps": 4, "num_stages": 1}
+    if row > 256 or (row > 128 and small):
+        return {"rows": 64, "columns": 64, "num_warps": 4, "num_stages": 2}
+    return {"rows": 128, "columns": 128, "num_warps": 4, "num_stages": 3}
+
+
+def select_by_index(q_index: Tensor, k_index: Tensor, kv_heads: int, layout: Layout, sizes: Sizes) -> Tensor:
+    """The selection `[B, T, Hk, topk]` int32, ascending, -1 = unused.
+
+    Args:
+        q_index: `[B, T, Hi, c]`, k_index: `[B, S, Hj, c]`; see `nsa_attention`.
+
+    Raises:
+        ValueError: more index heads share a KV head, or more blocks are to be chosen, than the kernel takes.
+    """
     batch, tokens, heads, width = q_index.shape
     keys, index_keys = k_index.shape[1:3]
-    most = (keys - 1) // sizes.block_size + 1
-    topk = min(sizes.topk, most)
-    make = q_index.new_full if topk < sizes.topk else lambda shape, _, dtype: q_index.new_empty(shape, dtype=dtype)
-    selection = make((batch, tokens, kv_heads, sizes.topk), -1, dtype=torch.int32)
-    group = next_power_of_2(heads // kv_heads)
-    bt = max(1, rows // group)
-    tiles = cdiv(tokens, bt) * batch * kv_heads
-    chosen = 0 if sizes.topk >= most else sizes.topk - sizes.init_blocks - sizes.local_blocks
-    programs = min(tiles, per * processors(q_index.device))
-    sections = cdiv(most, SECTION)
-    maxima = torch.empty(programs, most, bt * group, dtype=torch.float32, device=q_index.device)
-    best = torch.empty(programs, sections, bt, dtype=torch.float32, device=q_index.device)
+    check_limits(heads // kv_heads, keys, sizes)
+    blocks = (keys - 1) // sizes.block_size + 1
+    every = sizes.topk >= blocks
+    topk = min(sizes.topk, blocks)
+    if topk < sizes.topk:
+        selection = q_index.new_full((batch, tokens, kv_heads, sizes.topk), -1, dtype=torch.int32)
+    else:
+        selection = q_index.new_empty(batch, tokens, kv_heads, sizes.topk, dtype=torch.int32)
+    chosen = 0 if every else sizes.topk - sizes.init_blocks - sizes.local_blocks
+    tiles, group = index_tiles(q_index), next_power_of_2(heads // kv_heads)
+    part = min(tiles["columns"], max(16, next_power_of_2(sizes.block_size)))
+    bt = max(1, tiles["rows"] // group)
+    count = cdiv(tokens, bt) * batch * kv_heads
+    programs = min(count, 2 * processors(q_index.device))
+    section = max(16, next_power_of_2(cdiv(blocks, MOST_SECTIONS)))
+    sections = cdiv(blocks, section)
+    # of each program its own: the heads' maxima of a tile's blocks, and the best score of each section
+    maxima = q_index.new_empty(programs, blocks, bt * group, dtype=torch.float32)
+    best = q_index.new_empty(programs, sections, bt, dtype=torch.float32)
     index_select_kernel[(programs,)](
         q_index, k_index, layout.relative, layout.document, selection, maxima, best, tokens, keys, heads, kv_heads,
-        index_keys, tiles, most, sizes.topk, sections, C=width, CP=padded(width), GP=group, BT=bt, BJ=blocks,
-        BLOCK=sizes.block_size, BLOCKP=next_power_of_2(sizes.block_size), INIT=sizes.init_blocks,
-        LOCAL=sizes.local_blocks, CHOSEN=chosen, KP=max(2, next_power_of_2(max(chosen, 1))), TOPK=topk,
-        TOPKP=next_power_of_2(topk), BC=chunk, SP=max(2, next_power_of_2(sections)), SECTION=SECTION,
-        PACKED=layout.packed, PRECISION=precision(q_index.dtype), num_warps=num_warps, num_stages=num_stages,
+        index_keys, count, blocks, sizes.topk, sections, C=width, CP=padded(width), GP=group, BT=bt,
+        BJ=tiles["columns"] // part, BLOCK=sizes.block_size, PART=part, INIT=sizes.init_blocks,
+        LOCAL=sizes.local_blocks, CHOSEN=chosen, KP=max(2, next_power_of_2(chosen)), TOPK=topk,
+        TOPKP=next_power_of_2(topk), BC=max(64, section), SP=max(2, next_power_of_2(sections)), SECTION=section,
+        PACKED=layout.packed, PRECISION=precision(q_index.dtype), num_warps=tiles["num_warps"],
+        num_stages=tiles["num_stages"],
     )
     return selection
 
 
+@cache
 def processors(device: torch.device) -> int:
+    """How many of a card's processors there are; asked once a device."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
