@@ -3,8 +3,8 @@
     python docs/draw.py                  writes docs/query.svg
     python docs/draw.py elsewhere.png    the same elsewhere, in the format that the name says
 
-The text is random, 96 tokens, and the sizes are small, so that everything can be drawn. The selection is what the operation
-returns; the probabilities of the entries are their softmax, as the operation takes it.
+The text is 96 random tokens and the sizes are small, so that everything can be drawn. The selection is what the
+operation returns; the probabilities of the entries are their softmax, as the operation takes it.
 """
 
 from __future__ import annotations

@@ -119,9 +119,7 @@ def growth() -> str:
         for shape in DECODED:
             places = [(tokens, full_batch(shape, tokens, gib) or 1) for tokens in (SHORTEST, LONGEST)]
             for system in systems:
-                ends = [
-                    decoding_row(run, shape, *end, system) for end in zip((SHORTEST, LONGEST), batches, strict=True)
-                ]
+                ends = [decoding_row(run, shape, *place, system) for place in places]
                 ours, paper, once = (ratio_a_row(ends, column) for column in ("median_ms", "bytes", "bytes_once"))
                 dense = [fastest_dense(run, shape, *place) for place in places]
                 line = [f"{label}, {shape}", system, f"{ours:.2f}", f"{ratio_a_row(dense, 'median_ms'):.2f}"]
