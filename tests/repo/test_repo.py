@@ -112,6 +112,14 @@ def test_modules_that_documents_run_exist() -> None:
     assert [name for name in sorted(named) if find_spec(name) is None] == []
 
 
+def test_modules_have_gone_where_the_changelog_says() -> None:
+    from importlib.util import find_spec
+
+    moved = re.findall(r"-> (?:the same in )?`(nsa_hf[\w.]+)`", (ROOT / "CHANGELOG.md").read_text())
+    assert "nsa_hf.recipes.benchmarks.operation" in moved
+    assert [name for name in moved if find_spec(name) is None] == []
+
+
 def test_readme_is_short_and_begins_with_what_one_can_do() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 125
