@@ -78,6 +78,30 @@ def test_commands_named_in_documents_exist() -> None:
     assert named <= commands
 
 
+def test_the_guide_names_every_command() -> None:
+    from nsa_hf.recipes.commands import app
+
+    named = re.findall(r"^\| `nsa-hf ([a-z-]+)", (ROOT / "docs" / "guide.md").read_text(), flags=re.MULTILINE)
+    assert set(named) == set(typer.main.get_command(app).commands)
+
+
+def test_options_and_settings_named_in_documents_exist() -> None:
+    """Of a whole command in one line. What `serve` takes besides is Transformers'."""
+    from nsa_hf.recipes.commands import app
+    from nsa_hf.recipes.training.config import RunConfig
+
+    commands = typer.main.get_command(app).commands
+    text = "\n".join((ROOT / document).read_text() for document in DOCUMENTS)
+    lines = re.findall(r"nsa-hf ([a-z][a-z-]*)([^`#\n]*)", text)
+    options = {(name, option) for name, rest in lines for option in re.findall(r"--[a-z][a-z-]*", rest)}
+    assert ("generate", "--prompt-file") in options
+    for name, option in options:
+        known = {spelling for parameter in commands[name].params for spelling in parameter.opts}
+        assert option in {*known, "--help"} or name == "serve", f"nsa-hf {name} {option}"
+    settings = {key for name, rest in lines if name == "train" for key in re.findall(r" ([a-z_]+)=", rest)}
+    assert {"model", "out", "steps"} <= settings <= set(RunConfig.__dataclass_fields__)
+
+
 def headings(document: Path) -> set[str]:
     """The anchors of a document's headings, as GitHub makes them."""
     titles = re.findall(r"^#+ (.+)$", document.read_text(), flags=re.MULTILINE)
