@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
+sys.path.extend(str(Path(__file__).resolve().parents[1] / "tests" / folder) for folder in ("helpers", "kernels"))
 from attention_inputs import make_inputs, with_gradients
 from test_gpu_decode import HEADS, cached_inputs, step
 from test_gpu_kernels import REAL

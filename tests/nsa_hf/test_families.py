@@ -1,6 +1,7 @@
 """Every causal language model that Transformers has: converted and exact, or refused with the feature named.
 
-`python tests/nsa_hf/test_families.py` writes what was found to recipes/results: families.csv, and families.md to read.
+`PYTHONPATH=tests/helpers python tests/nsa_hf/test_families.py` writes what was found to recipes/results: families.csv,
+and families.md to read.
 """
 
 from __future__ import annotations

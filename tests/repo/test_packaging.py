@@ -59,7 +59,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the repository: building leaves folders behind, and old ones would end up in the wheel."""
     copy = tmp_path_factory.mktemp("source") / "nsa-hf"
     copy.mkdir()
-    folders = {Path(folder).parts[0] for folder in PACKAGES.values()} | {"tests", ".ci"}
+    folders = {Path(folder).parts[0] for folder in PACKAGES.values()} | {"tests", "docs", ".ci"}
     for entry in ROOT.iterdir():
         if entry.is_dir() and entry.name in folders:
             shutil.copytree(entry, copy / entry.name, ignore=IGNORED)
@@ -138,6 +138,7 @@ def test_source_distribution_can_run_the_tests(built: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     tests = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("*.py")}
+    tests |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.*")}
     assert tests | {"Makefile", "pyproject.toml", "constraints.txt", "LICENSE", "README.md", ".ci/run"} <= names
     assert not any("__pycache__" in name for name in names)
 

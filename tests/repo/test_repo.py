@@ -1,9 +1,15 @@
-"""What the documents promise: the commands and files that they name exist, and no file names a machine's folder."""
+"""What the documents promise: the commands and files that they name exist, and no file names a machine's folder.
+
+Whether the code in them runs: test_documents.py. Whether the figures are right: test_measured.py.
+"""
 
 from __future__ import annotations
 
+import csv
 import re
 import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,7 +17,15 @@ import typer.main
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
+# What docs/extending.md has a reader make, and what CONTRIBUTING.md says there must not be, or any of many.
+EXAMPLES = {
+    "kernels/nsa/gpu/mean.py",
+    "tests/kernels/test_triton_mean.py",
+    "kernels/__init__.py",
+    "conversion/files/x.py",
+    "tests/conversion/test_x.py",
+}
 FOLDERS = ["nsa_hf", "kernels", "conversion", "recipes", "model_cards", "docs", "tests", ".ci"]
 
 
@@ -64,22 +78,98 @@ def test_commands_named_in_documents_exist() -> None:
     assert named <= commands
 
 
-def test_links_in_documents_lead_somewhere() -> None:
-    for document in DOCUMENTS:
-        for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / document).read_text()):
-            assert target.startswith("https://") or (ROOT / target).exists(), f"{document}: {target}"
+def test_the_guide_names_every_command() -> None:
+    from nsa_hf.recipes.commands import app
+
+    named = re.findall(r"^\| `nsa-hf ([a-z-]+)", (ROOT / "docs" / "guide.md").read_text(), flags=re.MULTILINE)
+    assert set(named) == set(typer.main.get_command(app).commands)
 
 
-def test_files_named_in_the_readme_exist() -> None:
-    text = (ROOT / "README.md").read_text()
-    names = set(re.findall(r"\b((?:kernels|nsa_hf|conversion|recipes|model_cards|tests)/[\w./-]*\w)", text))
-    assert "recipes/runs/demo.yaml" in names
+def test_options_and_settings_named_in_documents_exist() -> None:
+    """Of a whole command in one line. What `serve` takes besides is Transformers'."""
+    from nsa_hf.recipes.commands import app
+    from nsa_hf.recipes.training.config import RunConfig
+
+    commands = typer.main.get_command(app).commands
+    text = "\n".join((ROOT / document).read_text() for document in DOCUMENTS)
+    lines = re.findall(r"nsa-hf ([a-z][a-z-]*)([^`#\n]*)", text)
+    options = {(name, option) for name, rest in lines for option in re.findall(r"--[a-z][a-z-]*", rest)}
+    assert ("generate", "--prompt-file") in options
+    for name, option in options:
+        known = {spelling for parameter in commands[name].params for spelling in parameter.opts}
+        assert option in {*known, "--help"} or name == "serve", f"nsa-hf {name} {option}"
+    settings = {key for name, rest in lines if name == "train" for key in re.findall(r" ([a-z_]+)=", rest)}
+    assert {"model", "out", "steps"} <= settings <= set(RunConfig.__dataclass_fields__)
+
+
+def headings(document: Path) -> set[str]:
+    """The anchors of a document's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", document.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_in_documents_lead_somewhere(document: str) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", (ROOT / document).read_text()):
+        if link.startswith("https://"):
+            continue
+        path, _, heading = link.partition("#")
+        target = (ROOT / document).parent / path if path else ROOT / document
+        assert target.exists(), f"{document}: {link}"
+        assert not heading or heading in headings(target), f"{document}: {link}"
+
+
+@pytest.mark.parametrize("document", [name for name in DOCUMENTS if name != "CHANGELOG.md"])
+def test_files_named_in_documents_exist(document: str) -> None:
+    """Paths that begin with a folder of the repository, but for those of a tree, and of the changelog's past."""
+    text = re.sub(r"^ {4} *\S+  +.*$", "", (ROOT / document).read_text(), flags=re.MULTILINE)
+    folders = "kernels|nsa_hf|conversion|recipes|model_cards|tests|docs|\\.ci"
+    names = set(re.findall(rf"(?<![\w./-])((?:{folders})/[\w./-]*\w)", text)) - EXAMPLES
     assert [name for name in sorted(names) if not (ROOT / name).exists()] == []
+
+
+def test_modules_that_documents_run_exist() -> None:
+    from importlib.util import find_spec
+
+    named = {name for doc in DOCUMENTS for name in re.findall(r"-m (nsa_hf[\w.]*)", (ROOT / doc).read_text())}
+    assert "nsa_hf.recipes.train" in named
+    assert [name for name in sorted(named) if find_spec(name) is None] == []
+
+
+def test_modules_have_gone_where_the_changelog_says() -> None:
+    from importlib.util import find_spec
+
+    moved = re.findall(r"-> (?:the same in )?`(nsa_hf[\w.]+)`", (ROOT / "CHANGELOG.md").read_text())
+    assert "nsa_hf.recipes.benchmarks.operation" in moved
+    assert [name for name in moved if find_spec(name) is None] == []
+
+
+def test_readme_is_short_and_begins_with_what_one_can_do() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 125
+    assert lines.index("```python") < 40
+    assert [line for line in lines[:20] if line.startswith("    make demo ")]
+
+
+def test_the_readme_counts_the_families_that_the_table_has() -> None:
+    with (ROOT / "recipes" / "results" / "families.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    exact, newest = Counter(row["result"] for row in rows)["exact"], rows[0]["transformers"].rpartition(".")[0]
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"{exact} of Transformers {newest}'s {len(rows)} causal language models" in text
+
+
+def test_what_make_gpu_watches_can_be_imported() -> None:
+    """`.ci/every_kernel.py` takes its shapes from the tests; it is stopped here before it needs a GPU."""
+    pytest.importorskip("triton")
+    command = [sys.executable, str(ROOT / ".ci" / "every_kernel.py"), "1/1"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert "a part is 0/N to N-1/N, got 1/1" in result.stderr
 
 
 def test_the_tree_is_the_repositorys() -> None:
     """One line for each file that is more than a package's __init__, under the line of its folder."""
-    tree = (ROOT / "docs" / "architecture.md").read_text().partition("## The tree\n")[2]
+    tree = (ROOT / "docs" / "architecture.md").read_text().partition("## The tree\n")[2].partition("\n## ")[0]
     named, folders = set(), [""]
     for indent, name in re.findall(r"^ {4}( *)(\S+)  +\S", tree, flags=re.MULTILINE):
         above = folders[: len(indent) // 2 + 1]

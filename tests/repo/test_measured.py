@@ -1,0 +1,219 @@
+"""docs/measured.md holds what the CSV files in recipes/results hold, and nothing else.
+
+`python tests/repo/test_measured.py` prints its tables, to be put there after a new measurement.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "recipes" / "results"
+MEASURED = ROOT / "docs" / "measured.md"
+SHAPES = ("64:4:128", "32:8:128", "16:8:128", "9:3:64", "64:4:192/128")
+DECODED = SHAPES[:2]
+SHORTEST, LONGEST = 8192, 131072
+# The runs of the decoding benchmark that the tables are of.
+BY_LENGTH, FULL_CARD, FULLEST_CARD = "eeac3ac3", "8ea8ff7b", "dc590777"
+PLAIN, OWN_WINDOW = "nsa", "nsa-independent"
+
+Row = dict[str, str]
+
+
+def rows_of(name: str, **wanted: object) -> list[Row]:
+    """The rows of a CSV file in recipes/results whose columns have the wanted values."""
+    with (RESULTS / f"{name}.csv").open(newline="") as file:
+        return [row for row in csv.DictReader(file) if all(row[key] == str(value) for key, value in wanted.items())]
+
+
+def the_row(name: str, **wanted: object) -> Row:
+    """The one row of a CSV file with these values."""
+    (row,) = rows_of(name, **wanted)
+    return row
+
+
+def cut(number: float) -> str:
+    """Two decimals, cut and not rounded: a ratio is never said to be more than it was."""
+    return f"{int(number * 100) / 100:.2f}"
+
+
+def table(columns: str, lines: list[list[object]]) -> str:
+    """A Markdown table: the first column as text, the others to the right."""
+    names = columns.split(", ")
+    head = [names, ["---", *["---:"] * (len(names) - 1)]]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [*head, *lines])
+
+
+def operation(part: str) -> str:
+    """One pass of the operation beside PyTorch's attentions."""
+    lines: list[list[object]] = []
+    for shape in SHAPES:
+        for tokens in (SHORTEST, 65536, LONGEST):
+            found = {
+                row["system"]: row
+                for row in rows_of("h100-2026-11-23", config=shape, tokens=tokens, inputs="random", part=part)
+            }
+            times = {system: float(row["median_ms"]) for system, row in found.items()}
+            line = [shape, f"{tokens:,}", f"{times['nsa']:.2f}"]
+            for other in ("fa2", "cudnn"):
+                line += [f"{times[other]:.2f}", cut(times[other] / times["nsa"])]
+            if part == "backward":
+                line += [f"{int(found[system]['peak_mib']):,}" for system in ("nsa", "fa2", "cudnn")]
+            lines.append(line)
+    columns = "shape, tokens, NSA ms, FlashAttention-2 ms, times, cuDNN ms, times"
+    return table(columns + (", NSA MiB, FA-2 MiB, cuDNN MiB" if part == "backward" else ""), lines)
+
+
+def full_batch(shape: str, tokens: int, gib: int) -> int:
+    """How many rows have so many GiB of keys and values in bfloat16."""
+    _, kv_heads, dim = map(int, shape.split(":"))
+    return (gib << 30) // (tokens * kv_heads * dim * 2 * 2)
+
+
+def decoding_row(run: str, shape: str, tokens: int, batch: int, system: str = PLAIN) -> Row:
+    return the_row(
+        "decode-h100-2026-11-23", run_id=run, config=shape, tokens=tokens, batch=batch, queries=1, system=system
+    )
+
+
+def decoding_by_length() -> str:
+    """4 GiB of keys and values, and a single row."""
+    lines: list[list[object]] = []
+    for tokens in (SHORTEST, 16384, 32768, 65536, LONGEST):
+        line: list[object] = [f"{tokens:,}"]
+        for shape in DECODED:
+            for batch in (full_batch(shape, tokens, 4), 1):
+                row = decoding_row(BY_LENGTH, shape, tokens, batch)
+                line += [f"{float(row['median_ms']):.3f}", row["times_dense"]]
+        lines.append([*line, row["ceiling"]])
+    shapes = [f"{shape}{rows} ms, times" for shape in DECODED for rows in ("", " one row")]
+    return table(f"tokens, {', '.join(shapes)}, by bytes", lines)
+
+
+def decoding_full() -> str:
+    """32 GiB of keys and values; the window shares them, or has its own."""
+    lines: list[list[object]] = []
+    for shape in DECODED:
+        for system in (PLAIN, OWN_WINDOW):
+            for tokens in (SHORTEST, LONGEST):
+                row = decoding_row(FULL_CARD, shape, tokens, full_batch(shape, tokens, 32), system)
+                time = f"{float(row['median_ms']):.3f}"
+                lines.append([shape, system, f"{tokens:,}", row["batch"], time, row["times_dense"], row["ceiling"]])
+    return table("shape, system, tokens, rows, ms, times dense, by bytes", lines)
+
+
+def growth() -> str:
+    """How much more a token costs at the longest length than at the shortest."""
+    lines: list[list[object]] = []
+    for label, run, gib, systems in (
+        ("4 GiB", BY_LENGTH, 4, (PLAIN,)),
+        ("32 GiB", FULL_CARD, 32, (PLAIN, OWN_WINDOW)),
+        ("56 GiB", FULLEST_CARD, 56, (PLAIN, OWN_WINDOW)),
+        ("one row", BY_LENGTH, 0, (PLAIN,)),
+    ):
+        for shape in DECODED:
+            places = [(tokens, full_batch(shape, tokens, gib) or 1) for tokens in (SHORTEST, LONGEST)]
+            for system in systems:
+                ends = [decoding_row(run, shape, *place, system) for place in places]
+                ours, paper, once = (ratio_a_row(ends, column) for column in ("median_ms", "bytes", "bytes_once"))
+                dense = [fastest_dense(run, shape, *place) for place in places]
+                line = [f"{label}, {shape}", system, f"{ours:.2f}", f"{ratio_a_row(dense, 'median_ms'):.2f}"]
+                lines.append([*line, f"{paper:.2f}", f"{once:.2f}"])
+    return table("keys and values, system, time, fastest dense, bytes by the paper, bytes as read", lines)
+
+
+def fastest_dense(run: str, shape: str, tokens: int, batch: int) -> Row:
+    rows = rows_of("decode-h100-2026-11-23", run_id=run, config=shape, tokens=tokens, batch=batch, queries=1)
+    return min((row for row in rows if not row["system"].startswith("nsa")), key=lambda row: float(row["median_ms"]))
+
+
+def ratio_a_row(ends: list[Row], column: str) -> float:
+    first, last = (float(row[column]) / int(row["batch"]) for row in ends)
+    return last / first
+
+
+def first_token() -> str:
+    """A whole model's time to the first token."""
+    lines: list[list[object]] = []
+    for row in rows_of("generate-h100-2026-11-23", phase="first-token"):
+        seconds = f"{float(row['median_ms']) / 1000:.2f}"
+        lines.append(
+            [row["system"], f"{int(row['tokens']):,}", seconds, row["times_dense"], f"{int(row['peak_mib']):,}"]
+        )
+    return table("system, tokens, s, times dense, MiB", lines)
+
+
+def whole_model_steps() -> str:
+    """A whole model's steps, each system's latest run."""
+    latest = {row["system"]: row for row in rows_of("generate-h100-2026-11-23", phase="decode")}
+    lines: list[list[object]] = [
+        [name, f"{float(row['median_ms']):.1f}", f"{float(row['tokens_per_s']):.1f}", row["times_dense"], row["commit"]]
+        for name, row in sorted(latest.items(), key=lambda item: float(item[1]["median_ms"]))
+    ]
+    return table("system, ms a step, tokens a second, times dense, commit", lines)
+
+
+TABLES = {
+    "forward": lambda: operation("forward"),
+    "backward": lambda: operation("backward"),
+    "decoding by length": decoding_by_length,
+    "decoding, 32 GiB": decoding_full,
+    "growth": growth,
+    "first token": first_token,
+    "steps of a whole model": whole_model_steps,
+}
+
+
+def test_every_table_is_the_csv_files() -> None:
+    text = MEASURED.read_text()
+    for name, make in TABLES.items():
+        assert make() in text, f"{name}: docs/measured.md has another table than `python {Path(__file__).name}` prints"
+    rows = sum(make().count("\n") + 1 for make in TABLES.values())
+    assert len(re.findall(r"^\|", text, flags=re.MULTILINE)) == rows, "a table that no CSV file shows"
+
+
+def test_the_text_says_what_the_csv_files_say() -> None:
+    text = " ".join(MEASURED.read_text().split())
+    results = Counter(row["result"] for row in rows_of("families"))
+    assert f"{results['exact']} of {results.total()} families" in text
+    compiled = the_row("generate-h100-2026-11-23", system="nsa", run_id="91a23d45")
+    assert f"off by {compiled['compiled_error']} of their norm" in text
+    assert f"{compiled['one_bit_error']} by one other last bit" in text
+
+
+@pytest.mark.parametrize("part", ["forward", "backward"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_from_where_on_it_is_the_fastest(shape: str, part: str) -> None:
+    assert "From 32,768 tokens on it is the fastest of the three" in MEASURED.read_text()
+    rows = rows_of("h100-2026-11-23", config=shape, inputs="random", part=part)
+    lengths = {int(row["tokens"]) for row in rows}
+    fastest = {
+        tokens: min((float(row["median_ms"]), row["system"]) for row in rows if row["tokens"] == str(tokens))[1]
+        for tokens in lengths
+    }
+    assert {system for tokens, system in fastest.items() if tokens >= 32768} == {"nsa"}
+    assert fastest[SHORTEST] == "cudnn"
+
+
+def test_every_file_of_results_is_named() -> None:
+    text = MEASURED.read_text()
+    names = {path.name for path in RESULTS.iterdir()}
+    assert {name for name in names if f"../recipes/results/{name})" not in text} == set()
+
+
+def test_the_readme_repeats_figures_only() -> None:
+    """Its table of what is reached: every number stands in docs/measured.md too."""
+    reached = (ROOT / "README.md").read_text().partition("## What it reaches\n")[2].partition("\n## ")[0]
+    numbers = re.findall(r"\d+\.\d+", reached)
+    assert len(numbers) > 8
+    assert [number for number in numbers if number not in MEASURED.read_text()] == []
+
+
+if __name__ == "__main__":
+    for name, make in TABLES.items():
+        print(f"{name}\n\n{make()}\n")
