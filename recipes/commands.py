@@ -18,7 +18,7 @@ from nsa_hf import NsaError, __version__
 from nsa_hf.errors import check_folder
 
 from .exit_codes import FAILED
-from .nsa_options import given, with_nsa_options
+from .nsa_options import options_of, with_nsa_options
 from .terminal import read_text, show
 from .training.config import load_run_config, settings_help
 
@@ -87,7 +87,7 @@ def plan(
     from nsa_hf.conversion import plan, render_plan
 
     trusted: dict[str, Any] = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-    show(plan(src, dtype=dtype, revision=revision, **trusted, **given(nsa)), render_plan, as_json)
+    show(plan(src, dtype=dtype, revision=revision, **trusted, **options_of(nsa)), render_plan, as_json)
 
 
 @app.command()
@@ -134,7 +134,7 @@ def convert(
             allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
             progress=sys.stderr.isatty(),
-            **given(nsa),
+            **options_of(nsa),
         )
     except KeyboardInterrupt:
         print("stopped: the same command goes on where it was", file=sys.stderr)
