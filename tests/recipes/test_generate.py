@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_runs import converted
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from nsa_hf.errors import NsaError
@@ -18,11 +17,6 @@ from nsa_hf.recipes.load import load_nsa_model
 from nsa_hf.recipes.training.evaluate import evaluate
 
 PROMPT = "the words of it are as they were, " * 4  # beyond the exact range of 64 tokens
-
-
-@pytest.fixture(scope="module")
-def nsa_dir(tiny_dense_dir, tiny_sizes, tmp_path_factory):
-    return converted(tiny_dense_dir, tmp_path_factory.mktemp("nsa") / "model", tiny_sizes)
 
 
 def test_greedy_text_equals_one_pass_per_token(nsa_dir, tmp_path, capsys):

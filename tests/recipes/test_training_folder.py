@@ -20,11 +20,6 @@ from nsa_hf.recipes.training.folder import (
 )
 
 
-@pytest.fixture(scope="module")
-def nsa_dir(tiny_dense_dir, tiny_sizes, tmp_path_factory):
-    return converted(tiny_dense_dir, tmp_path_factory.mktemp("nsa") / "model", tiny_sizes)
-
-
 def depends(config):
     """As `train` puts it together."""
     return fingerprint(config) | {"training_text": "a", "held_out_text": "b", "tokens": "c", "processes": 2}
