@@ -247,7 +247,7 @@ def evaluate(
         device=pick_device(device),
         trust_remote_code=trust_remote_code,
     )
-    show(result, lambda found: render_rows(found["rows"], f"{out}: the same weights dense and sparse"), as_json)
+    show(result, lambda figures: render_rows(figures["rows"], f"{out}: the same weights dense and sparse"), as_json)
 
 
 @app.command()
@@ -294,13 +294,13 @@ def generate(
 
     The text is printed as it comes, then the tokens per second.
     """
-    from .generate import generate
+    from .generate import generate_text
     from .load import pick_device
 
     if (prompt is None) == (prompt_file is None):
         raise NsaError("give the prompt once: --prompt TEXT or --prompt-file FILE")
     text = read_text(prompt_file) if prompt_file is not None else str(prompt)
-    generate(
+    generate_text(
         out,
         text,
         chat=chat,
@@ -324,9 +324,9 @@ def serve(context: typer.Context, out: Out) -> None:
     It is `transformers serve` with the sparse classes known; further options are that command's: --host, --port,
     --device, --dtype, --compile, ... Needs `pip install 'nsa-hf[serve]'`.
     """
-    from .serve import serve
+    from .serve import serve_model
 
-    serve(out, context.args)
+    serve_model(out, context.args)
 
 
 @app.command()
@@ -352,6 +352,6 @@ def demo(
 
     Fetch SmolLM2-135M, then plan, convert, verify, train, generate, inspect, card. Finished steps are not done again.
     """
-    from .demo import demo
+    from .demo import run_demo
 
-    demo(work, run, context.obj)
+    run_demo(work, run, context.obj)

@@ -30,7 +30,13 @@ class DemoError(NsaError):
 
 @dataclass(frozen=True)
 class Step:
-    """One command: its heading, its arguments, and the file that shows that it is done (None: it finds out itself)."""
+    """One command of the demo.
+
+    Attributes:
+        title: its heading.
+        arguments: of `nsa-hf`.
+        result: a file that is there when it was run; None: the command itself knows.
+    """
 
     title: str
     arguments: list[str]
@@ -67,11 +73,11 @@ def demo_steps(work: Path, run: Path) -> list[Step]:
     ]
 
 
-def demo(work: Path, run: Path | None, run_command: Callable[[list[str]], int]) -> None:
+def run_demo(work: Path, run: Path | None, run_command: Callable[[list[str]], int]) -> None:
     """Runs the demo in a folder.
 
     Args:
-        work: for everything that it makes.
+        work: the folder for everything that it makes.
         run: the training run's settings; None for the package's own.
         run_command: runs one command line of `nsa-hf` and gives its exit code.
 
@@ -94,7 +100,7 @@ def demo(work: Path, run: Path | None, run_command: Callable[[list[str]], int]) 
 
 
 def run_step(step: Step, run_command: Callable[[list[str]], int]) -> None:
-    """Prints a step's command and runs it unless its result is there."""
+    """Prints a step's command and runs it unless its result is there; DemoError when it fails."""
     print(f"\n# {step.title}\n$ nsa-hf {shlex.join(step.arguments)}", flush=True)
     if step.result is not None and step.result.is_file():
         print(f"(done before: {step.result})")
@@ -105,6 +111,6 @@ def run_step(step: Step, run_command: Callable[[list[str]], int]) -> None:
 
 
 def peak_gib() -> float:
-    """The process's largest resident memory."""
+    """The process's largest resident memory so far, in GiB."""
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used / (2**30 if sys.platform == "darwin" else 2**20)
