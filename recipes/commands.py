@@ -1,4 +1,4 @@
-"""The commands of `nsa-hf`, each a thin cover over a function that Python can call too.
+"""The commands of `nsa-hf`. Each reads its options and calls one function, which Python programs can call too.
 
 PyTorch and Transformers are imported by the command that runs, so that `--help` and completion do not wait for them.
 """
@@ -43,12 +43,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON ins
 
 
 def show_version(wanted: bool) -> None:
+    """Prints the versions and leaves, where `--version` was given."""
     if wanted:
         print(f"nsa-hf {__version__} ({', '.join(versions('torch', 'transformers', 'triton'))})")
         raise typer.Exit
 
 
 def versions(*packages: str) -> Iterator[str]:
+    """Each package with its version, or as missing."""
     for package in packages:
         try:
             yield f"{package} {version(package)}"
@@ -118,7 +120,7 @@ def convert(
     if push_to_hub:
         from nsa_hf.model_cards.card import render_card
 
-        # better known now than afterwards
+        # said now, not after the conversion
         if missing := [package for package in ("jinja2", "matplotlib") if find_spec(package) is None]:
             raise NsaError(f"the model card that goes along needs {', '.join(missing)}: pip install 'nsa-hf[eval]'")
         hub.check_upload(push_to_hub)
@@ -268,8 +270,8 @@ def inspect(
     from .inspection import inspect_model, render_inspection
     from .load import pick_device
 
-    given_text = (text.name, read_text(text)) if text else None
-    result = inspect_model(out, given_text, length, pick_device(device), trust_remote_code)
+    named_text = (text.name, read_text(text)) if text else None
+    result = inspect_model(out, named_text, length, pick_device(device), trust_remote_code)
     show(result, render_inspection, as_json)
 
 

@@ -24,10 +24,6 @@ RUN = Path(__file__).parent / "runs" / "demo.yaml"
 QUESTION = "What is the capital of France?"
 
 
-class DemoError(NsaError):
-    """A step that failed."""
-
-
 @dataclass(frozen=True)
 class Step:
     """One command of the demo.
@@ -82,7 +78,7 @@ def run_demo(work: Path, run: Path | None, run_command: Callable[[list[str]], in
         run_command: runs one command line of `nsa-hf` and gives its exit code.
 
     Raises:
-        DemoError: a step failed; started again, the demo goes on from there.
+        NsaError: a step failed; started again, the demo goes on from there.
     """
     began = time.perf_counter()
     times: list[tuple[str, float]] = []
@@ -100,14 +96,14 @@ def run_demo(work: Path, run: Path | None, run_command: Callable[[list[str]], in
 
 
 def run_step(step: Step, run_command: Callable[[list[str]], int]) -> None:
-    """Prints a step's command and runs it unless its result is there; DemoError when it fails."""
+    """Prints a step's command and runs it unless its result is there; NsaError when it fails."""
     print(f"\n# {step.title}\n$ nsa-hf {shlex.join(step.arguments)}", flush=True)
     if step.result is not None and step.result.is_file():
         print(f"(done before: {step.result})")
         return
     code = run_command(step.arguments)
     if code:
-        raise DemoError(f"the step '{step.title}' failed with exit code {code}; nsa-hf demo goes on from there")
+        raise NsaError(f"the step '{step.title}' failed with exit code {code}; nsa-hf demo goes on from there")
 
 
 def peak_gib() -> float:

@@ -111,7 +111,7 @@ def limited(manager: type, stopping: Event) -> type:
         limit_answer(model, inputs["input_ids"], config)
         return {**inputs, "stopping_criteria": StoppingCriteriaList([until_stopped])}
 
-    class LimitedManager(manager):  # type: ignore[misc]
+    class LimitedManager(manager):
         def generate_streaming(self, model: Any, processor: Any, inputs: Any, gen_config: Any, **others: Any) -> Any:
             inputs = limit(model, inputs, gen_config)
             return super().generate_streaming(model, processor, inputs, gen_config, **others)

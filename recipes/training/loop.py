@@ -42,7 +42,7 @@ from .data import (
     training_windows,
 )
 from .evaluate import mean_kl
-from .folder import check_out, fingerprint, open_run_folder, save_trained
+from .folder import check_out, open_run_folder, save_trained, settings_fingerprint
 from .held_out import HeldOut, held_out_figures, print_figures
 from .launch import deterministic, make_accelerator, on_main_process
 from .losses import LossModel
@@ -68,7 +68,7 @@ class Texts(NamedTuple):
     held_out_windows: list[Window]
 
     def fingerprint(self) -> dict[str, str]:
-        """Hashes of the text and its tokens, which decide the weights as the settings do."""
+        """The part of the run's fingerprint (see folder.py) that follows from its text: hashes of it and its tokens."""
         named_texts = zip(self.documents["name"], self.documents["text"], strict=True)
         tokens = chain(self.windows["input_ids"], (ids for _, ids in self.held_out_windows))
         return {
@@ -120,11 +120,11 @@ def run(config: RunConfig) -> Path:
     check_model(config)
     accelerator = make_accelerator(config)
     with deterministic(config.deterministic), ExitStack() as stack:
-        depends = fingerprint(config)
+        fingerprint = settings_fingerprint(config)
         texts = read_texts(config, accelerator.num_processes)
-        depends |= {**texts.fingerprint(), "processes": accelerator.num_processes}
+        fingerprint |= {**texts.fingerprint(), "processes": accelerator.num_processes}
         # locked by the main process until the run ends
-        folder = on_main_process(accelerator, lambda: stack.enter_context(open_run_folder(config, depends)))
+        folder = on_main_process(accelerator, lambda: stack.enter_context(open_run_folder(config, fingerprint)))
         if folder is None:
             accelerator.print(f"{out} holds this run already, finished: nothing to do")
             return out
@@ -139,7 +139,7 @@ def run(config: RunConfig) -> Path:
         run_steps(prepared, config, state, checkpoints)
         result = measure_result(prepared, config, texts, held_out, state)
         if accelerator.is_main_process:
-            save_trained(prepared.student, config, depends, result)
+            save_trained(prepared.student, config, fingerprint, result)
             print_figures(result["held_out"], out)
         accelerator.wait_for_everyone()
     return out
