@@ -6,7 +6,7 @@
 The model has random weights, the same in every system, and by default the shape of an 8B model: 15 GB, and 39 GB of
 keys and values at 64k tokens and batch 4. Rows are appended to a CSV as they come; `times_dense` is the fastest dense
 time of the same shape in the CSV over the row's own, `peak_mib` the most memory while the steps, or the passes over the
-prompt, are timed. `compiled_error`, `kernels_error` and `one_bit_error` are those of `Errors`.
+prompt, are timed. `compiled_error`, `kernels_error` and `one_bit_error` are those of `logits.Errors`.
 
 decode: the prompt is read once, in one row, and copied to the others. Then `generate()` continues it from this cache,
 once to compile and once to be timed, from step to step. Systems:
@@ -32,17 +32,15 @@ import csv
 import gc
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
-from transformers.cache_utils import Cache
 
 from nsa_hf.releases import CACHE
 
@@ -55,12 +53,12 @@ from .common import (
     make_axes,
     make_parser,
     no_gpu,
-    relative_error,
     save_figure,
     stamp,
     write_rows,
 )
-from .models import Shape, cut_back, filled_cache, make_model, select_these
+from .logits import check
+from .models import Shape, cut_back, filled_cache, make_model
 
 COLUMNS = (
     *STAMP,
@@ -87,14 +85,7 @@ SYSTEMS = {
     "first-token": ("nsa", *(f"dense-{kernel}" for kernel in DENSE_KERNELS)),
 }
 COMPILED = ("nsa", "dense-static", "dense-flex")
-# Steps before those that are timed, and steps that are compared.
-WARM_UP, COMPARED = 8, 6
-# A logit's error that is more than rounding. bf16 has 8 bits, and the layers' errors add up: with 36 layers it was .05
-# where the same blocks are selected. What compiling may change is measured: no more than the last bit of one number
-# in a token's embedding changes where it changes least. With 36 layers that was .06 to .09 on an H100, and .6 to .8
-# wherever the first layer selected one other block: with random weights an embedding is small beside what the first
-# attention adds to it.
-WRONG = 0.1
+WARM_UP = 8  # steps before those that are timed
 DEVICE = "cuda"
 
 
@@ -108,93 +99,6 @@ def wait(device: str) -> float:
 def rounded_as_uncompiled() -> AbstractContextManager[None]:
     """Within it, compiled code rounds to bf16 after each of the model's operators, as uncompiled code does."""
     return torch._inductor.config.patch(emulate_precision_casts=True)
-
-
-class Errors(NamedTuple):
-    """How far the logits of some steps are off, as a share of their norm.
-
-    Attributes:
-        compiled: those of `generate()`, which compiles, beside the same steps without compiling (see
-            `rounded_as_uncompiled`); the worst row of the worst step.
-        kernels: those without compiling beside the reference attention, which is given the blocks that the kernels
-            selected; the worst row of the worst step.
-        one_bit: those of steps without compiling whose tokens' embeddings differ in the last bit of one number, as
-            rounding may make it; the best row of the best step.
-    """
-
-    compiled: float
-    kernels: float
-    one_bit: float
-
-    def __str__(self) -> str:
-        by = f"{self.compiled:.3f} of their norm by compiling, {self.kernels:.3f} by the kernels, {self.one_bit:.3f}"
-        return f"the logits are off by {by} at least where one bit of a token's embedding is another"
-
-    @property
-    def wrong(self) -> bool:
-        """Whether compiling or the kernels change more than rounding does."""
-        # NaN is wrong
-        return not (self.compiled <= min(self.one_bit, WRONG) and self.kernels <= WRONG)
-
-
-def with_another_bit(module: Any, arguments: Any, embedded: Tensor) -> Tensor:
-    """A forward hook of an embedding, `[.., hidden]`: flips the last bit of each token's largest number."""
-    place = embedded.abs().argmax(-1, keepdim=True)
-    bits = embedded.gather(-1, place).view({2: torch.int16, 4: torch.int32}[embedded.element_size()])
-    return embedded.scatter(-1, place, (bits ^ 1).view(embedded.dtype))
-
-
-def check(model: Any, ids: Tensor, cache: Cache) -> Errors:
-    """Takes COMPARED steps of a sparse model in four ways and compares their logits.
-
-    Args:
-        ids: the text, `[B, n]`.
-        cache: holds at least all of `ids` but the last; the steps' keys and values stay in it.
-    """
-    past = ids.shape[1] - 1
-    options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    cut_back(cache, past)
-    # the first step compresses all that the cache holds at once, which may round differently than step by step
-    model(ids[:, past:], **{CACHE: cache}, use_cache=True)
-    cut_back(cache, past)
-    generated = model.generate(ids, **{CACHE: cache}, max_new_tokens=COMPARED, **options)
-    new = generated.sequences[:, past:-1].split(1, dim=1)
-
-    def logits(token: Tensor) -> Tensor:
-        return model(token, **{CACHE: cache}, use_cache=True).logits[:, -1]
-
-    cut_back(cache, past)
-    plain, selected = [], []
-    for token in new:
-        with model.record_selection() as record:
-            plain.append(logits(token))
-        selected += [record[layer] for layer in sorted(record)]
-    cut_back(cache, past)
-    hook = model.get_input_embeddings().register_forward_hook(with_another_bit)
-    try:
-        close = [logits(token) for token in new]
-    finally:
-        hook.remove()
-    cut_back(cache, past)
-    try:
-        model.set_attn_implementation("eager")
-        with select_these(selected):
-            truth = [logits(token) for token in new]
-    finally:
-        model.set_attn_implementation("nsa")
-    compiled, kernels, one_bit = (row_errors(*x) for x in ((generated.logits, plain), (plain, truth), (close, plain)))
-    # each NaN if any of them is
-    return Errors(float(compiled.max()), float(kernels.max()), float(one_bit.min()))
-
-
-def row_errors(steps: Sequence[Tensor], expected: Sequence[Tensor]) -> Tensor:
-    """The relative error of every row of every step.
-
-    Args:
-        steps, expected: logits `[B, vocabulary]` of each step.
-    """
-    pairs = (pair for step in zip(steps, expected, strict=True) for pair in zip(*step, strict=True))
-    return torch.tensor([relative_error(row, truth.double()) for row, truth in pairs])
 
 
 class Stamps(StoppingCriteria):
