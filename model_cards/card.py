@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from .escaping import FILTERS, Markdown, escaped
+
 TEMPLATE = "template.md.j2"
-# result's name in the template: its file
+# The results that a card shows: name in the template, file in the folder.
 RESULTS = {
     "verify": "verify.json",
     "training": "training.json",
@@ -38,36 +39,80 @@ SETTINGS = (
     "nsa_gate",
 )
 
-# What reading a result raises that has something else in a place than our commands write.
+# What is raised by a result that has something else in a place than our commands write there.
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 class CardError(ValueError):
-    """A folder that a card cannot be made of."""
+    """A folder of which no card can be made."""
 
 
 def render_card(out: str | Path) -> Path:
-    """Writes `out`/README.md and the pictures it shows; returns its path.
+    """Writes a folder's model card: README.md, and the pictures in it.
+
+    Args:
+        out: a converted or trained model's folder.
+
+    Returns:
+        The path of README.md.
 
     Raises:
-        CardError: `out` is no converted folder, or one of its results cannot be read.
+        CardError: `out` is no converted folder, one of its results cannot be read, or a package is missing.
     """
     folder = Path(out)
-    manifest, config = read_result(folder / "manifest.json"), read_result(folder / "config.json")
-    if manifest is None and str((config or {}).get("model_type")).startswith("nsa_"):
-        manifest = nothing_recorded(folder)
-    if manifest is None or config is None:
-        raise CardError(
-            f"{folder} is no converted model: expected manifest.json and config.json, as nsa-hf convert writes"
-        )
+    manifest, config = read_model(folder)
     results = {name: read_result(folder / file) for name, file in RESULTS.items()}
     samples = [sample for file in SAMPLES if (sample := read_result(folder / file))]
     try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
+        from jinja2 import TemplateError
 
         from .pictures import draw_pictures, pictures_of
     except ImportError as error:
         raise CardError(f"a card needs the package {error.name}: pip install 'nsa-hf[eval]'") from error
+    measured = results["training"], results["verify"], results["inspection"]
+    try:
+        pictures = [name for name, draw in pictures_of(*measured).items() if draw is not None]
+        text = render_text(folder, manifest, config, results, samples, pictures)
+        draw_pictures(folder, *measured)
+    except (TemplateError, *MALFORMED) as error:
+        raise CardError(f"a result in {folder} lacks what the card shows ({error}): run its command again") from error
+    return replace_readme(folder, text)
+
+
+def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The manifest and the config of a converted model; CardError when there is none."""
+    manifest, config = read_result(folder / "manifest.json"), read_result(folder / "config.json")
+    if manifest is None and str((config or {}).get("model_type")).startswith("nsa_"):
+        manifest = empty_manifest(folder)
+    if manifest is None or config is None:
+        raise CardError(
+            f"{folder} is no converted model: expected manifest.json and config.json, as nsa-hf convert writes"
+        )
+    return manifest, config
+
+
+def render_text(
+    folder: Path,
+    manifest: dict[str, Any],
+    config: dict[str, Any],
+    results: dict[str, dict[str, Any] | None],
+    samples: list[dict[str, Any]],
+    pictures: list[str],
+) -> str:
+    """The card's text.
+
+    Args:
+        folder: the model's, whose name the card tells.
+        manifest, config: see `read_model`.
+        results: by their names in RESULTS; None for one that was not measured.
+        samples: of generation.
+        pictures: the names of those that are drawn.
+
+    Raises:
+        One of MALFORMED, or jinja2's TemplateError: a result lacks what the card shows of it.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,
@@ -75,35 +120,35 @@ def render_card(out: str | Path) -> Path:
         finalize=escaped,
     )
     environment.filters.update(FILTERS)
-    try:
-        measured = results["training"], results["verify"], results["inspection"]
-        text = environment.get_template(TEMPLATE).render(
-            manifest=manifest,
-            trained=is_trained(manifest),
-            config=config,
-            settings={name: config[name] for name in SETTINGS if name in config},
-            counts=count_tensors(manifest),
-            title=title(manifest, folder),
-            source_name=source_name(manifest),
-            folder=folder.name,
-            front_matter=front_matter(manifest),
-            pictures=[name for name, draw in pictures_of(*measured).items() if draw is not None],
-            samples=samples,
-            **{**results, "training": with_rows(results["training"])},
-        )
-        draw_pictures(folder, *measured)
-    except (TemplateError, *MALFORMED) as error:
-        raise CardError(f"a result in {folder} lacks what the card shows ({error}): run its command again") from error
+    text = environment.get_template(TEMPLATE).render(
+        manifest=manifest,
+        trained=is_trained(manifest),
+        config=config,
+        settings={name: config[name] for name in SETTINGS if name in config},
+        counts=count_tensors(manifest),
+        title=title(manifest, folder),
+        source_name=source_name(manifest),
+        folder=folder.name,
+        front_matter=front_matter(manifest),
+        pictures=pictures,
+        samples=samples,
+        **{**results, "training": training_rows(results["training"])},
+    )
+    return tidy(text)
+
+
+def replace_readme(folder: Path, text: str) -> Path:
+    """Writes README.md, whole or not at all; one that is a link is replaced, and what it points to stays."""
     path = folder / "README.md"
     temporary = path.with_name(".README.md.unfinished")
     temporary.unlink(missing_ok=True)  # never written through, should it be a link
-    temporary.write_text(tidy(text), encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
     return path
 
 
 def read_result(path: Path) -> dict[str, Any] | None:
-    """A JSON result, or None when it was not measured."""
+    """A JSON result, None when it was not measured; CardError when it is damaged."""
     if not path.is_file():
         return None
     try:
@@ -115,14 +160,14 @@ def read_result(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def nothing_recorded(folder: Path) -> dict[str, Any]:
-    """In place of the manifest of a folder that something else saved: Trainer, TRL, `save_pretrained` after a merge."""
+def empty_manifest(folder: Path) -> dict[str, Any]:
+    """In place of the manifest, which is missing where another program saved the model: Trainer, TRL, PEFT."""
     source: dict[str, Any] = {"name": folder.resolve().name, "kind": None, "revision": None, "files": {}}
     return {"trained": None, "source": source, "versions": {}, "tensors": {}}
 
 
 def is_trained(manifest: dict[str, Any]) -> bool | None:
-    """Whether the model was trained, by the record of the run, as `verify` takes it; None where nothing is recorded."""
+    """Whether the model was trained, by the run's record in the manifest; None where nothing is recorded."""
     trained, run = manifest["trained"], manifest.get("training")
     if trained is None:
         return None
@@ -130,7 +175,7 @@ def is_trained(manifest: dict[str, Any]) -> bool | None:
 
 
 def front_matter(manifest: dict[str, Any]) -> str:
-    """The card's YAML header: only what is known."""
+    """The card's YAML header, with what is known only."""
     source = manifest["source"]
     facts: dict[str, Any] = {}
     if source.get("license"):
@@ -151,16 +196,19 @@ def source_name(manifest: dict[str, Any]) -> str:
 
 
 def title(manifest: dict[str, Any], folder: Path) -> str:
+    """The card's heading."""
     name = source_name(manifest).split("/")[-1] or folder.name
     return f"{name} with Native Sparse Attention"
 
 
 def count_tensors(manifest: dict[str, Any]) -> dict[str, int]:
+    """How many tensors are the source's and how many are new."""
     origins = [tensor["from"] for tensor in manifest["tensors"].values()]
     return {"source": origins.count("source"), "nsa": origins.count("nsa")}
 
 
-def with_rows(training: dict[str, Any] | None) -> dict[str, Any] | None:
+def training_rows(training: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The result of training with what the card's table shows: "rows" by position, and "tokens_per_step"."""
     if training is None:
         return None
     held_out, config = training["held_out"], training["config"]
@@ -170,61 +218,9 @@ def with_rows(training: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def tidy(text: str) -> str:
-    """One empty line at most, none at the end."""
+    """A text without repeated empty lines, and none at its end."""
     lines: list[str] = []
     for line in text.splitlines():
         if line.strip() or (lines and lines[-1]):
             lines.append(line.rstrip())
     return "\n".join(lines).strip() + "\n"
-
-
-class Markdown(str):
-    """Text that goes into the card as it is; whatever else does is escaped."""
-
-
-def escaped(value: Any) -> Any:
-    """What the card shows of a value: names, licenses and texts come from others, and must not be read as Markdown."""
-    if isinstance(value, Markdown | int | float):
-        return value
-    line = re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(printable(str(value)).split()))
-    return re.sub(r"^([#+=~-])", r"\\\1", line)
-
-
-def printable(text: str) -> str:
-    """Without control characters, those that turn the direction of writing among them."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
-
-
-def code(value: Any) -> str:
-    """A name as code; where a backtick or a table's bar would end that, as escaped text."""
-    text = " ".join(printable(str(value)).split())
-    return Markdown(escaped(text) if not text or set(text) & set("`|") else f"`{text}`")
-
-
-def number(value: Any, form: str) -> str:
-    return Markdown("–" if value is None else format(value, form))
-
-
-def scientific(value: float | None) -> str:
-    """0.00432 as 4.32e-03; what is only rounding, as a KL of equal models is, by its bound."""
-    return Markdown("under 1e-07") if value is not None and abs(value) < 1e-7 else number(value, ".2e")
-
-
-def block(text: str) -> str:
-    """Text as an indented code block, safe whatever it holds."""
-    return Markdown("\n".join(f"    {line}" for line in text.strip("\n").splitlines()) or "    (nothing)")
-
-
-FILTERS = {
-    "integer": lambda value: number(value, ",d"),
-    "fixed": lambda value, digits: number(value, f",.{digits}f"),
-    "scientific": scientific,
-    "percent": lambda value: number(value, ".2%"),
-    "plain": lambda value: number(value, "g"),
-    "span": lambda row: Markdown(f"{row['from']:,}–{row['to']:,}"),
-    "code": code,
-    "codes": lambda names: Markdown(", ".join(map(code, names))),
-    "quoted": lambda text: Markdown(json.dumps(text, ensure_ascii=False)),
-    "versions": lambda versions: ", ".join(f"{name} {version}" for name, version in versions.items()),
-    "block": block,
-}

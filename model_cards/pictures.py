@@ -14,7 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-Result = dict[str, Any]
+Result = dict[str, Any]  # as a command wrote it, see card.RESULTS
+Pictures = dict[str, Callable[[], Figure] | None]  # by file name, how each is drawn; None for what was not measured
 
 INK, MUTED, GRID = "#1f2933", "#6b7785", "#e3e8ee"
 BLUE, ORANGE, GREEN, VIOLET = "#2563c9", "#dd6b20", "#23875a", "#7c4dbd"
@@ -23,11 +24,8 @@ DPI = 160
 MAPS_ACROSS, MAPS_DOWN = 6, 4  # layers and heads shown at most
 
 
-Pictures = dict[str, Callable[[], Figure] | None]
-
-
 def pictures_of(training: Result | None, verify: Result | None, inspection: Result | None) -> Pictures:
-    """The card's pictures by name, and how to draw each; None for one of what was not measured."""
+    """The card's pictures, which are not drawn yet."""
     return {
         "training.png": (lambda: training_curve(training)) if training else None,
         "perplexity.png": perplexity_picture(training, verify),
@@ -37,27 +35,35 @@ def pictures_of(training: Result | None, verify: Result | None, inspection: Resu
 
 
 def draw_pictures(folder: Path, training: Result | None, verify: Result | None, inspection: Result | None) -> list[str]:
-    """Draws what was measured into `folder`; returns the files' names and removes pictures of what is not there.
+    """Draws what was measured, and removes old pictures of what was not.
 
-    A file is replaced, and not written through, should it be a link.
+    A file that is a link is replaced, and what it points to stays.
+
+    Args:
+        folder: for the pictures.
+        training, verify, inspection: the results; None for one that was not measured.
+
+    Returns:
+        The files' names.
     """
     pictures = pictures_of(training, verify, inspection)
     drawn = {name: draw() for name, draw in pictures.items() if draw is not None}
     for name in pictures:
         (folder / name).unlink(missing_ok=True)
-    for name, picture in drawn.items():
-        picture.savefig(folder / name, dpi=DPI, facecolor="white", metadata={"Software": None})
+    for name, figure in drawn.items():
+        figure.savefig(folder / name, dpi=DPI, facecolor="white", metadata={"Software": None})
     return list(drawn)
 
 
 def perplexity_picture(training: Result | None, verify: Result | None) -> Callable[[], Figure] | None:
+    """How perplexity by position is drawn: before and after training, or else of `verify`; None without either."""
     if training:
         held_out = training["held_out"]
-        before, after, own = held_out["before"], held_out["after"], held_out["after_own_dense"]
+        before, after, own_dense = held_out["before"], held_out["after"], held_out["after_own_dense"]
         series = [
             ("sparse, before training", ORANGE, [row["ppl"] for row in before]),
             ("sparse, after", BLUE, [row["ppl"] for row in after]),
-            ("after, run dense", GREEN, [row["ppl_reference"] for row in own]),
+            ("after, run dense", GREEN, [row["ppl_reference"] for row in own_dense]),
         ]
         return lambda: perplexity_by_position(before, series, "held-out text, before and after training")
     if verify:
@@ -67,7 +73,7 @@ def perplexity_picture(training: Result | None, verify: Result | None) -> Callab
 
 
 def training_curve(training: Result) -> Figure:
-    """Next-token loss, and KL to the teacher with the held-out batch's before and after, by step."""
+    """Next-token loss and KL to the teacher by step, with lines for the held-out KL before and after."""
     curve, held_out = training["curve"], training["held_out"]
     steps = [row["step"] for row in curve]
     figure = Figure(figsize=(9, 3.4), layout="constrained")
@@ -95,7 +101,13 @@ def training_curve(training: Result) -> Figure:
 def perplexity_by_position(
     dense: Sequence[Result], series: Sequence[tuple[str, str, Sequence[float | None]]], what: str
 ) -> Figure:
-    """Perplexity by position, and each series' difference from dense in percent, which the first cannot show."""
+    """Perplexity by position, and beside it each series' difference from dense in percent; curves nearly coincide.
+
+    Args:
+        dense: a row for each range of positions, with "from", "to" and "ppl_reference".
+        series: name, color and perplexities of each.
+        what: which text, for the title.
+    """
     labels = [f"{row['from']:,}–\n{row['to']:,}" for row in dense]
     base = as_array([row["ppl_reference"] for row in dense])
     place = np.arange(len(labels))
@@ -125,13 +137,13 @@ def perplexity_by_position(
 
 def selection_maps(inspection: Result) -> Figure:
     """Which key blocks (columns) the queries of each block (rows) select: some layers across, KV heads down."""
-    chosen = spread(len(inspection["layers"]), MAPS_ACROSS)
+    shown_layers = spread(len(inspection["layers"]), MAPS_ACROSS)
     heads = spread(len(inspection["map"][0]), MAPS_DOWN)
-    figure = Figure(figsize=(1.55 * len(chosen) + 1.2, 1.55 * len(heads) + 0.9), layout="constrained")
-    grid = figure.subplots(len(heads), len(chosen), squeeze=False)
+    figure = Figure(figsize=(1.55 * len(shown_layers) + 1.2, 1.55 * len(heads) + 0.9), layout="constrained")
+    grid = figure.subplots(len(heads), len(shown_layers), squeeze=False)
     image = None
     for row, head in enumerate(heads):
-        for column, index in enumerate(chosen):
+        for column, index in enumerate(shown_layers):
             axes = grid[row][column]
             shares = np.asarray(inspection["map"][index][head], dtype=float)
             future = np.triu(np.ones_like(shares, dtype=bool), 1)
@@ -157,7 +169,7 @@ def selection_maps(inspection: Result) -> Figure:
 
 
 def gate_lines(inspection: Result) -> Figure:
-    """Mean gate of each branch by layer: the selected branch by itself, whose gate lies elsewhere than the others'."""
+    """Mean gate of each branch by layer; the selected branch has a panel of its own, far from the others."""
     layers, gates = inspection["layers"], np.asarray(inspection["gates"], dtype=float)
     branches = inspection["branches"]
     figure = Figure(figsize=(9, 3), layout="constrained")
@@ -177,13 +189,14 @@ def gate_lines(inspection: Result) -> Figure:
 
 
 def percent_label(value: float) -> str:
-    """Two digits that count, "0" for what is none; nothing where nothing was measured."""
+    """A difference in percent with two or three digits, "0" for a tiny one, nothing where nothing was measured."""
     if np.isnan(value):
         return ""
     return "0" if abs(value) < 0.005 else f"{value:+.2f}" if abs(value) < 1 else f"{value:+.1f}"
 
 
 def style(axes: Axes, title: str, x: str, y: str) -> None:
+    """Gives axes their title, labels and colors."""
     axes.set_title(title, fontsize=10, color=INK, loc="left", pad=8)
     axes.set_xlabel(x, fontsize=8.5, color=MUTED)
     axes.set_ylabel(y, fontsize=8.5, color=MUTED)
@@ -196,11 +209,12 @@ def style(axes: Axes, title: str, x: str, y: str) -> None:
 
 
 def spread(count: int, most: int) -> list[int]:
-    """At most `most` of the indices 0 .. count-1, evenly spread, the first and the last among them."""
+    """At most `most` of the indices 0 .. count - 1, evenly spread, with the first and the last."""
     if count <= most:
         return list(range(count))
     return [round(index * (count - 1) / (most - 1)) for index in range(most)]
 
 
 def as_array(values: Sequence[float | None]) -> np.ndarray:
+    """Numbers as an array, NaN for what was not measured."""
     return np.asarray([np.nan if value is None else value for value in values], dtype=float)

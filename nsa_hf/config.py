@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from nsa_hf.kernels import COMPRESSORS, Sizes
+from nsa_hf.kernels import Sizes
 
 from .errors import NotPlain, NsaError
-from .fields import NSA_FORMAT, NsaFields
+from .fields import NSA_FIELDS, NSA_FORMAT, NsaFields
 from .remote_code import SavedConfig
 
-CHOICES = {
-    "nsa_compression": COMPRESSORS,
-    "nsa_rope_order": ("post", "pre"),
-    "nsa_branch_kv": ("shared", "independent"),
-    "nsa_gate": ("residual", "sigmoid", "blend"),
-}
+CHOICES = {name: member.metadata["choices"] for name, member in NSA_FIELDS.items() if member.metadata["choices"]}
 NOT_YET = {"nsa_rope_order": "pre"}
 
 

@@ -1,6 +1,7 @@
-"""The `nsa_*` fields of a model's config: their types, defaults and what they are. Their rules: config.py.
+"""The `nsa_*` fields of a model's config: types, defaults, choices and help texts. Their other rules: config.py.
 
-Nothing heavy is imported here, so that `nsa-hf --help` can read it.
+The options of `nsa-hf convert` are made from them. This module imports neither PyTorch nor Transformers, for which
+`--help` would have to wait.
 """
 
 from __future__ import annotations
@@ -14,8 +15,15 @@ from .registration import PREFIX
 NSA_FORMAT = 1
 
 
-def option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def option(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
+    """A field of the config that is also an option of the command line.
+
+    Args:
+        default: its value when it is not given.
+        text: what it is, for `--help`; it names every choice.
+        choices: the values it may have; none listed: its rule is in config.py.
+    """
+    return field(default=default, metadata={"help": text, "choices": choices})
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
@@ -29,11 +37,17 @@ class NsaFields:
     nsa_init_blocks: int = option(1, "blocks at the start of the text that are always selected")
     nsa_local_blocks: int = option(2, "the query's own block and those just before it, always selected")
     nsa_window_size: int = option(512, "tokens of the sliding window, the query's own counted [w]")
-    nsa_compression: str = option("mlp", "how a block becomes one key and one value: mean, linear or mlp")
+    nsa_compression: str = option(
+        "mlp", "how a block becomes one key and one value: mean, linear or mlp", ("mean", "linear", "mlp")
+    )
     nsa_compression_dim: int = option(128, "width of the compression MLP")
-    nsa_rope_order: str = option("post", "keys are compressed after RoPE (post) or before (pre)")
-    nsa_branch_kv: str = option("shared", "one K and V for all branches (shared) or one each (independent)")
-    nsa_gate: str = option("residual", "residual and blend start exactly dense; sigmoid is the paper's")
+    nsa_rope_order: str = option("post", "keys are compressed after RoPE (post) or before (pre)", ("post", "pre"))
+    nsa_branch_kv: str = option(
+        "shared", "one K and V for all branches (shared) or one each (independent)", ("shared", "independent")
+    )
+    nsa_gate: str = option(
+        "residual", "residual and blend start exactly dense; sigmoid is the paper's", ("residual", "sigmoid", "blend")
+    )
     nsa_gate_dim: int = option(64, "width of the gate's MLP")
     nsa_gate_blend: float = option(0.0, "with nsa_gate=blend: the share of the paper's gates, from 0 (dense) to 1")
     nsa_dense_layers: list[int] | None = option(

@@ -8,7 +8,7 @@ Exit codes: 0 all is well, 1 a check failed, 2 wrong input (one line says what, 
 
 from __future__ import annotations
 
-# All else is imported where an early Ctrl-C is caught.
+# Everything else is imported inside `run`, which catches an early Ctrl-C.
 import sys
 
 from .exit_codes import INTERRUPTED, WRONG_INPUT
@@ -17,13 +17,13 @@ from .exit_codes import INTERRUPTED, WRONG_INPUT
 def main(arguments: list[str] | None = None) -> None:
     """The entry point: runs one command and leaves with its exit code."""
     if hasattr(sys.stdout, "reconfigure"):
-        # a model writes any letter, a path has any byte, and a terminal or file knows some of them
+        # a model writes any letter and a path has any byte, and the terminal's encoding may lack some
         sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
 def run(arguments: list[str]) -> int:
-    """Runs one command line, prints errors; the exit code. `--debug` may stand anywhere."""
+    """Runs one command line and prints its errors; returns the exit code. `--debug` may stand anywhere."""
     try:
         import typer
 

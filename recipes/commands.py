@@ -1,4 +1,4 @@
-"""The commands of `nsa-hf`, each a thin cover over a function that Python can call too.
+"""The commands of `nsa-hf`. Each reads its options and calls one function, which Python programs can call too.
 
 PyTorch and Transformers are imported by the command that runs, so that `--help` and completion do not wait for them.
 """
@@ -18,7 +18,7 @@ from nsa_hf import NsaError, __version__
 from nsa_hf.errors import check_folder
 
 from .exit_codes import FAILED
-from .nsa_options import given, with_nsa_options
+from .nsa_options import options_of, with_nsa_options
 from .terminal import read_text, show
 from .training.config import load_run_config, settings_help
 
@@ -43,12 +43,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON ins
 
 
 def show_version(wanted: bool) -> None:
+    """Prints the versions and leaves, where `--version` was given."""
     if wanted:
         print(f"nsa-hf {__version__} ({', '.join(versions('torch', 'transformers', 'triton'))})")
         raise typer.Exit
 
 
 def versions(*packages: str) -> Iterator[str]:
+    """Each package with its version, or as missing."""
     for package in packages:
         try:
             yield f"{package} {version(package)}"
@@ -87,7 +89,7 @@ def plan(
     from nsa_hf.conversion import plan, render_plan
 
     trusted: dict[str, Any] = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-    show(plan(src, dtype=dtype, revision=revision, **trusted, **given(nsa)), render_plan, as_json)
+    show(plan(src, dtype=dtype, revision=revision, **trusted, **options_of(nsa)), render_plan, as_json)
 
 
 @app.command()
@@ -118,7 +120,7 @@ def convert(
     if push_to_hub:
         from nsa_hf.model_cards.card import render_card
 
-        # better known now than afterwards
+        # said now, not after the conversion
         if missing := [package for package in ("jinja2", "matplotlib") if find_spec(package) is None]:
             raise NsaError(f"the model card that goes along needs {', '.join(missing)}: pip install 'nsa-hf[eval]'")
         hub.check_upload(push_to_hub)
@@ -134,7 +136,7 @@ def convert(
             allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
             progress=sys.stderr.isatty(),
-            **given(nsa),
+            **options_of(nsa),
         )
     except KeyboardInterrupt:
         print("stopped: the same command goes on where it was", file=sys.stderr)
@@ -247,7 +249,7 @@ def evaluate(
         device=pick_device(device),
         trust_remote_code=trust_remote_code,
     )
-    show(result, lambda found: render_rows(found["rows"], f"{out}: the same weights dense and sparse"), as_json)
+    show(result, lambda figures: render_rows(figures["rows"], f"{out}: the same weights dense and sparse"), as_json)
 
 
 @app.command()
@@ -268,8 +270,8 @@ def inspect(
     from .inspection import inspect_model, render_inspection
     from .load import pick_device
 
-    given_text = (text.name, read_text(text)) if text else None
-    result = inspect_model(out, given_text, length, pick_device(device), trust_remote_code)
+    named_text = (text.name, read_text(text)) if text else None
+    result = inspect_model(out, named_text, length, pick_device(device), trust_remote_code)
     show(result, render_inspection, as_json)
 
 
@@ -294,13 +296,13 @@ def generate(
 
     The text is printed as it comes, then the tokens per second.
     """
-    from .generate import generate
+    from .generate import generate_text
     from .load import pick_device
 
     if (prompt is None) == (prompt_file is None):
         raise NsaError("give the prompt once: --prompt TEXT or --prompt-file FILE")
     text = read_text(prompt_file) if prompt_file is not None else str(prompt)
-    generate(
+    generate_text(
         out,
         text,
         chat=chat,
@@ -324,9 +326,9 @@ def serve(context: typer.Context, out: Out) -> None:
     It is `transformers serve` with the sparse classes known; further options are that command's: --host, --port,
     --device, --dtype, --compile, ... Needs `pip install 'nsa-hf[serve]'`.
     """
-    from .serve import serve
+    from .serve import serve_model
 
-    serve(out, context.args)
+    serve_model(out, context.args)
 
 
 @app.command()
@@ -352,6 +354,6 @@ def demo(
 
     Fetch SmolLM2-135M, then plan, convert, verify, train, generate, inspect, card. Finished steps are not done again.
     """
-    from .demo import demo
+    from .demo import run_demo
 
-    demo(work, run, context.obj)
+    run_demo(work, run, context.obj)

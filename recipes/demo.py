@@ -24,13 +24,15 @@ RUN = Path(__file__).parent / "runs" / "demo.yaml"
 QUESTION = "What is the capital of France?"
 
 
-class DemoError(NsaError):
-    """A step that failed."""
-
-
 @dataclass(frozen=True)
 class Step:
-    """One command: its heading, its arguments, and the file that shows that it is done (None: it finds out itself)."""
+    """One command of the demo.
+
+    Attributes:
+        title: its heading.
+        arguments: of `nsa-hf`.
+        result: a file that is there when it was run; None: the command itself knows.
+    """
 
     title: str
     arguments: list[str]
@@ -67,16 +69,16 @@ def demo_steps(work: Path, run: Path) -> list[Step]:
     ]
 
 
-def demo(work: Path, run: Path | None, run_command: Callable[[list[str]], int]) -> None:
+def run_demo(work: Path, run: Path | None, run_command: Callable[[list[str]], int]) -> None:
     """Runs the demo in a folder.
 
     Args:
-        work: for everything that it makes.
+        work: the folder for everything that it makes.
         run: the training run's settings; None for the package's own.
         run_command: runs one command line of `nsa-hf` and gives its exit code.
 
     Raises:
-        DemoError: a step failed; started again, the demo goes on from there.
+        NsaError: a step failed; started again, the demo goes on from there.
     """
     began = time.perf_counter()
     times: list[tuple[str, float]] = []
@@ -94,17 +96,17 @@ def demo(work: Path, run: Path | None, run_command: Callable[[list[str]], int]) 
 
 
 def run_step(step: Step, run_command: Callable[[list[str]], int]) -> None:
-    """Prints a step's command and runs it unless its result is there."""
+    """Prints a step's command and runs it unless its result is there; NsaError when it fails."""
     print(f"\n# {step.title}\n$ nsa-hf {shlex.join(step.arguments)}", flush=True)
     if step.result is not None and step.result.is_file():
         print(f"(done before: {step.result})")
         return
     code = run_command(step.arguments)
     if code:
-        raise DemoError(f"the step '{step.title}' failed with exit code {code}; nsa-hf demo goes on from there")
+        raise NsaError(f"the step '{step.title}' failed with exit code {code}; nsa-hf demo goes on from there")
 
 
 def peak_gib() -> float:
-    """The process's largest resident memory."""
+    """The process's largest resident memory so far, in GiB."""
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used / (2**30 if sys.platform == "darwin" else 2**20)

@@ -1,5 +1,5 @@
-"""What the program leaves with; 0 is success."""
+"""The exit codes of `nsa-hf`; 0 is success."""
 
-FAILED = 1  # a check
+FAILED = 1  # a check failed
 WRONG_INPUT = 2
 INTERRUPTED = 130

@@ -33,16 +33,26 @@ def inspect_model(
     device: str = "cpu",
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Runs the model once over the first `length` tokens of `text` (name, text; None takes a held-out one).
+    """Runs the model once over a text.
 
-    The result, also written to `out`/inspect.json: `map[layer][head]` is a square matrix, the share of query block i's
-    queries (rows) that select key block j (columns); `gates[layer]` the mean of each branch over tokens and heads;
-    `distance[layer]` the share of the selections that are not forced by distance in blocks. NsaError when the folder or
-    the text is wrong.
+    Args:
+        out: the model's folder.
+        text: name and text; None takes a held-out one.
+        length: tokens of the text that are read.
+        device: where to run.
+        trust_remote_code: run the code of its own that the tokenizer may have.
+
+    Returns:
+        The result, also written to `out`/inspect.json. `map[layer][head]` is a square matrix: of the queries of query
+        block i (rows), the share that select key block j (columns). `gates[layer]` has the mean of each branch's gate
+        over tokens and heads, `distance[layer]` how many blocks back the selections lie that are not forced.
+
+    Raises:
+        NsaError: the folder or the text is wrong.
     """
     model, tokenizer = load_nsa_model(out, device), load_tokenizer(out, trust_remote_code)
-    chosen = text or held_out_documents("stdlib", 1)[0]
-    name, ids = held_out_windows([chosen], tokenizer, length)[0]
+    named_text = text or held_out_documents("stdlib", 1)[0]
+    name, ids = held_out_windows([named_text], tokenizer, length)[0]
     check_token_ids(model, ids)
     with torch.no_grad(), model.record_selection() as selection, record_gates(model) as gates:
         model.base_model(torch.tensor([ids], device=device), use_cache=False)
@@ -71,7 +81,11 @@ def inspect_model(
 
 @contextmanager
 def record_gates(model: Any) -> Iterator[dict[int, list[float]]]:
-    """Gives a dict that a forward fills: layer to the three branches' gates, means over tokens and heads."""
+    """Within it a forward notes its gates.
+
+    Yields:
+        A dict that the forward fills: layer to the three branches' gates, means over tokens and heads.
+    """
     means: dict[int, list[float]] = {}
     handles = []
     for module in model.modules():
@@ -91,9 +105,15 @@ def record_gates(model: Any) -> Iterator[dict[int, list[float]]]:
 
 
 def selection_map(selection: Tensor, blocks: int, block_size: int) -> Tensor:
-    """[Hk, blocks, blocks] fp32: of query block i's queries, the share that select key block j.
+    """The share of each query block's queries that select each key block.
 
-    `selection` [T, Hk, topk] int, -1 for unused places.
+    Args:
+        selection: [T, Hk, topk] int, -1 for unused places.
+        blocks: of the text.
+        block_size: tokens of a block.
+
+    Returns:
+        [Hk, blocks, blocks] fp32, query blocks before key blocks.
     """
     tokens, heads, _ = selection.shape
     picked = torch.zeros(tokens, heads, blocks + 1)
@@ -104,16 +124,24 @@ def selection_map(selection: Tensor, blocks: int, block_size: int) -> Tensor:
 
 
 def by_distance(selection: Tensor, config: Any) -> dict[str, Any]:
-    """Where the selections that are not forced fall: shares for 1, 2-3, 4-7, ... blocks back, and their number.
+    """How many blocks back the selections lie that are not forced.
 
     Counted for the queries that have a choice: those beyond the exact range.
+
+    Args:
+        selection: [T, Hk, topk] int, -1 for unused places.
+        config: the model's.
+
+    Returns:
+        "share" of the selections that lie 1, 2-3, 4-7, ... blocks back (None where there are no selections), the first
+        number of each as "from_blocks", and how many "selections" there are.
     """
     tokens = selection.shape[0]
-    own = (torch.arange(tokens) // config.nsa_block_size)[:, None, None]
-    chosen = selection.long().cpu()
-    back = own - chosen
-    free = (chosen >= config.nsa_init_blocks) & (back >= config.nsa_local_blocks) & (own >= config.nsa_topk)
-    back = back[free]
+    query_block = (torch.arange(tokens) // config.nsa_block_size)[:, None, None]
+    key_block = selection.long().cpu()
+    back = query_block - key_block
+    has_choice = query_block >= config.nsa_topk
+    back = back[(key_block >= config.nsa_init_blocks) & (back >= config.nsa_local_blocks) & has_choice]
     edges = [1]
     while edges[-1] * 2 < tokens / config.nsa_block_size:
         edges.append(edges[-1] * 2)
@@ -137,13 +165,14 @@ def pool(matrix: Tensor, bins: int) -> Tensor:
 
 
 def rounded(matrix: Tensor) -> list[list[float]]:
+    """A matrix as lists, with three decimals."""
     return [[round(value, 3) for value in row] for row in matrix.tolist()]
 
 
 def render_inspection(result: dict[str, Any]) -> Table:
-    """Gates per layer, and how many blocks back the selections lie that are not forced."""
-    what = f"{result['text']}, {result['length']:,} tokens"
-    table = Table(title=f"{what}\nmean gates, and selections that are not forced by how many blocks they lie back")
+    """A result of `inspect_model` as a table: gates, and how many blocks back selections lie, layer by layer."""
+    text = f"{result['text']}, {result['length']:,} tokens"
+    table = Table(title=f"{text}\nmean gates, and selections that are not forced by how many blocks they lie back")
     edges = result["distance"][0]["from_blocks"] if result["distance"] else []
     for heading in ("layer", *result["branches"], *(str(e) if e == 1 else f"{e}-{2 * e - 1}" for e in edges)):
         table.add_column(heading, justify="right", no_wrap=True)

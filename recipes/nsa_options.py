@@ -1,20 +1,21 @@
-"""The `--nsa-*` options of `plan` and `convert`: one per `nsa_*` field of the config, with and without `nsa-`."""
+"""The `--nsa-*` options of `plan` and `convert`: one for each `nsa_*` field of the config, with and without `nsa-`.
+
+Names, types, defaults and help texts are those of `nsa_hf/fields.py`.
+"""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from nsa_hf.errors import NsaError
-from nsa_hf.fields import NSA_FIELDS, full_name
+from nsa_hf.fields import NSA_FIELDS, NsaFields, full_name
 
 NSA_OPTIONS = {name: member for name, member in NSA_FIELDS.items() if name != "nsa_format"}
-# A field's type, as the config writes it, on the command line; the layers are a list such as 0,1,-1.
-TYPES = {"int": int, "float": float, "str": str, "list[int] | None": str}
 ROPE_SCALING = typer.Option(
     "--rope-scaling",
     metavar="KIND:FACTOR",
@@ -27,27 +28,48 @@ OPTIONS_FILE = typer.Option(
 
 
 def with_nsa_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives `command`, which takes **nsa, an option for each entry of NSA_OPTIONS; None is one not given."""
+    """Gives a command an option for each entry of `NSA_OPTIONS`, and `--rope-scaling` and `--options`.
+
+    Args:
+        command: takes the options as `**nsa`, each by its name; None where it was not given.
+
+    Returns:
+        The command itself, with a signature from which Typer makes the options.
+    """
     signature = inspect.signature(command, eval_str=True)
     named = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    added = []
+    types = get_type_hints(NsaFields)
+    options = []
     for name, field in NSA_OPTIONS.items():
         long = "--" + name.replace("_", "-")
         text = f"{field.metadata['help']} [default: {field.default}]"
-        shown = typer.Option(long, long.replace("--nsa-", "--"), help=text, show_default=False)
-        added.append(parameter(name, Annotated[TYPES[str(field.type)] | None, shown]))
-    added.append(parameter("rope_scaling", Annotated[str | None, ROPE_SCALING]))
-    added.append(parameter("options_file", Annotated[Path | None, OPTIONS_FILE]))
-    command.__signature__ = signature.replace(parameters=[*named, *added])  # type: ignore[attr-defined]
+        settings = typer.Option(long, long.replace("--nsa-", "--"), help=text, show_default=False)
+        # a list is written as text: 0,1,-1 (see `parse_layers`)
+        kind = types[name] if types[name] in (int, float, str) else str
+        options.append(keyword(name, Annotated[kind | None, settings]))
+    options.append(keyword("rope_scaling", Annotated[str | None, ROPE_SCALING]))
+    options.append(keyword("options_file", Annotated[Path | None, OPTIONS_FILE]))
+    command.__signature__ = signature.replace(parameters=[*named, *options])  # type: ignore[attr-defined]
     return command
 
 
-def parameter(name: str, annotation: Any) -> inspect.Parameter:
+def keyword(name: str, annotation: Any) -> inspect.Parameter:
+    """A parameter of a command that is None where it is not given."""
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def given(nsa: dict[str, Any]) -> dict[str, Any]:
-    """The options that were given, as `convert` takes them; those on the command line win over the file's."""
+def options_of(nsa: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given, on the command line or in the file of `--options`.
+
+    Args:
+        nsa: what a command of `with_nsa_options` got as `**nsa`.
+
+    Returns:
+        What `conversion.convert` takes. Where both give an option, the command line's value.
+
+    Raises:
+        NsaError: the file cannot be used, or the layers are not a list of whole numbers.
+    """
     options = {name: value for name, value in nsa.items() if value is not None}
     file = options.pop("options_file", None)
     if file is not None:
@@ -58,7 +80,7 @@ def given(nsa: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_options(path: Path) -> dict[str, Any]:
-    """The options in a YAML file, with their full names.
+    """The options in a YAML file, by their full names.
 
     Raises:
         NsaError: it cannot be read, is not a list of settings, or gives one twice.
@@ -67,13 +89,13 @@ def read_options(path: Path) -> dict[str, Any]:
     from nsa_hf.conversion.files.plain_yaml import read_plain
 
     try:
-        found = read_plain(path)
+        content = read_plain(path)
     except (OSError, ValueError) as error:
         raise NsaError(f"cannot read the options in {path}: {error}") from error
-    if not isinstance(found, dict):
-        raise NsaError(f"{path} must hold options such as `topk: 32`, one a line, got {type(found).__name__}")
+    if not isinstance(content, dict):
+        raise NsaError(f"{path} must hold options such as `topk: 32`, one a line, got {type(content).__name__}")
     options: dict[str, Any] = {}
-    for name, value in found.items():
+    for name, value in content.items():
         full = full_name(str(name)) if full_name(str(name)) in NSA_OPTIONS else str(name)
         if full in options:
             raise NsaError(f"{path} gives {full} twice, with and without its prefix: give it once")
@@ -82,6 +104,11 @@ def read_options(path: Path) -> dict[str, Any]:
 
 
 def parse_layers(text: str) -> list[int]:
+    """The layers in a text such as "0,1,-1".
+
+    Raises:
+        NsaError: it has something else than whole numbers.
+    """
     try:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError:

@@ -12,7 +12,13 @@ from nsa_hf.errors import NsaError
 
 
 def show(result: dict[str, Any], render: Callable[[dict[str, Any]], Any], as_json: bool) -> None:
-    """Prints a result: as JSON, or as what `render` makes of it for rich."""
+    """Prints a result.
+
+    Args:
+        result: as JSON can hold it.
+        render: makes something of it that rich prints.
+        as_json: print it as JSON instead.
+    """
     if as_json:
         print(json.dumps(result, indent=2))
         return
@@ -22,7 +28,7 @@ def show(result: dict[str, Any], render: Callable[[dict[str, Any]], Any], as_jso
 
 
 def read_text(path: Path) -> str:
-    """A text file, "-" being standard input; NsaError when it cannot be read."""
+    """The text in a file, or in standard input where it is "-"; NsaError when it cannot be read."""
     try:
         return sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -30,7 +36,11 @@ def read_text(path: Path) -> str:
 
 
 def report(error: Exception) -> bool:
-    """Prints an error that a user can act upon in one line; False for one that is a bug of ours."""
+    """Prints an error in one line, if a user can act upon it.
+
+    Returns:
+        False for an error that is a bug of ours, which is not printed.
+    """
     if hasattr(error, "format_message"):  # click's, about the command line
         context = getattr(error, "ctx", None)
         hint = f" ({context.command_path} --help shows how)" if context else ""

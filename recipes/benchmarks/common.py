@@ -1,4 +1,4 @@
-"""What the benchmarks share: shapes, times, rates of the card, and a CSV that says where its numbers come from."""
+"""What the benchmarks share: shapes, times, rates of the card, pictures, and a CSV that says where rows come from."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-# where a row comes from
+# The columns that say which run, machine and versions a row comes from.
 STAMP = ("run_id", "gpu", "torch", "triton", "commit")
-Times = tuple[float, float, float]
+Times = tuple[float, float, float]  # median, 20th and 80th percentile in milliseconds
 # PyTorch's fused attentions
 DENSE_KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -29,7 +29,11 @@ DENSE_KERNELS = {
 
 @dataclass(frozen=True)
 class Heads:
-    """`Hq:Hk:D` or `Hq:Hk:Dk/Dv`."""
+    """How many heads an attention has, and how wide they are.
+
+    Attributes:
+        name: `Hq:Hk:D` or `Hq:Hk:Dk/Dv`.
+    """
 
     name: str
     query_heads: int
@@ -39,22 +43,25 @@ class Heads:
 
     @classmethod
     def parse(cls, name: str) -> Heads:
+        """The heads that a name stands for."""
         query, kv, dims = name.split(":")
         key_dim, _, value_dim = dims.partition("/")
         return cls(name, int(query), int(kv), int(key_dim), int(value_dim or key_dim))
 
 
 class Cost(NamedTuple):
-    """What a part must do at least."""
+    """What a part must do at least: floating-point operations, and bytes read or written."""
 
     flops: float
     bytes: float
 
 
 def achieved(cost: Cost, median_ms: float, flops: float, moved: float) -> dict[str, str]:
-    """Columns of what a part must do at least, and what of it was done a second.
+    """The columns of a part's least work, and of how much of it was done a second.
 
     Args:
+        cost: the least work.
+        median_ms: the measured time.
         flops, moved: FLOP/s and bytes/s that the card was measured to give.
     """
     floor_ms = max(cost.flops / flops, cost.bytes / moved) * 1e3
@@ -69,7 +76,7 @@ def achieved(cost: Cost, median_ms: float, flops: float, moved: float) -> dict[s
 
 
 def no_gpu() -> bool:
-    """Whether there is no CUDA GPU; says so."""
+    """Whether there is no CUDA GPU, which is printed as an error."""
     missing = not torch.cuda.is_available()
     if missing:
         print("error: the benchmark needs a CUDA GPU", file=sys.stderr)
@@ -84,24 +91,30 @@ def stamp(commit: str | None = None) -> dict[str, str]:
     """
     import triton
 
-    found = (uuid.uuid4().hex[:8], torch.cuda.get_device_name(), torch.__version__, triton.__version__)
-    return dict(zip(STAMP, (*found, commit or git_commit()), strict=True))
+    run_id, gpu = uuid.uuid4().hex[:8], torch.cuda.get_device_name()
+    return dict(zip(STAMP, (run_id, gpu, torch.__version__, triton.__version__, commit or git_commit()), strict=True))
 
 
 def git_commit() -> str:
+    """The commit of this folder, or "unknown"."""
     folder = Path(__file__).resolve().parent
     result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)
     return result.stdout.strip() or "unknown"
 
 
 def relative_error(x: Tensor, truth: Tensor) -> float:
+    """The norm of the difference over that of `truth`, which is float64."""
     return float((x.detach().double() - truth).norm() / truth.norm().clamp(min=1e-30))
 
 
 def measure(call: Callable[[], object], repeat_ms: int = 300) -> Times:
-    """Median, 20th and 80th percentile in milliseconds, by events, the cache emptied between calls.
+    """The time of a call on the GPU, by events, with the GPU's cache emptied before each.
 
-    At least three calls after the first, and otherwise about as many as take `repeat_ms`, at most 100.
+    After one call that is not counted, at least three are timed: about as many as take `repeat_ms`, at most 100.
+
+    Args:
+        call: what is timed.
+        repeat_ms: milliseconds that the calls may take together.
     """
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
 
@@ -130,7 +143,11 @@ def measure(call: Callable[[], object], repeat_ms: int = 300) -> Times:
 
 
 def card_rates() -> tuple[float, float, Iterator[tuple[str, Times, Cost]]]:
-    """FLOP/s of a bf16 matrix product and bytes/s of a copy (read and written), and the rows that say so."""
+    """Measures the card: FLOP/s of a bf16 matrix product, bytes/s of a copy (read and written).
+
+    Returns:
+        The two rates, and of both measurements the part, its times and its cost.
+    """
     a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
@@ -143,13 +160,18 @@ def card_rates() -> tuple[float, float, Iterator[tuple[str, Times, Cost]]]:
 def write_rows(path: Path, columns: Sequence[str], rows: list[dict]) -> None:
     """Appends rows to a CSV, which is made with its header when it is not there.
 
+    Args:
+        path: the CSV.
+        columns: its columns; what a row lacks stays empty.
+        rows: values by column.
+
     Raises:
         ValueError: the file has other columns.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
-    if not new and (found := path.open().readline().strip()) != ",".join(columns):
-        raise ValueError(f"{path} must have the columns {','.join(columns)}, got {found}: name another file (--out)")
+    if not new and (header := path.open().readline().strip()) != ",".join(columns):
+        raise ValueError(f"{path} must have the columns {','.join(columns)}, got {header}: name another file (--out)")
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         if new:
@@ -158,7 +180,12 @@ def write_rows(path: Path, columns: Sequence[str], rows: list[dict]) -> None:
 
 
 def make_parser(description: str | None, out: str) -> argparse.ArgumentParser:
-    """A parser with the options of every benchmark; `out` is the default of `--out`."""
+    """A parser with the options of every benchmark.
+
+    Args:
+        description: the benchmark's docstring.
+        out: the default of `--out`.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(out), help="CSV to append to")
     parser.add_argument("--commit", default=None, help="what to write down as the commit; default: git's")
@@ -166,7 +193,7 @@ def make_parser(description: str | None, out: str) -> argparse.ArgumentParser:
 
 
 def make_axes(panels: int, **options: Any) -> tuple[Any, Any]:
-    """A figure and its axes side by side."""
+    """A figure and its axes, `panels` side by side; the options are those of `pyplot.subplots`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -192,7 +219,12 @@ def save_figure(figure: Any, path: Path) -> Path:
 
 
 def draw_and_say(path: Path, draw: Callable[[Path], Path | None]) -> None:
-    """Says where the CSV and its picture are, where something was measured."""
+    """Draws the picture of a CSV and prints where both are; nothing where there is no CSV.
+
+    Args:
+        path: the CSV.
+        draw: draws its picture and returns where, None where there is too little to compare.
+    """
     if not path.exists():
         return
     try:

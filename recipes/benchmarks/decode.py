@@ -4,9 +4,8 @@
     python -m nsa_hf.recipes.benchmarks.decode --configs 9:3:64 --queries 1,4   another shape; four tokens at a time
     python -m nsa_hf.recipes.benchmarks.decode --batches 32GiB --tokens 8192,131072   growth where the card is full
 
-Keys and values lie as in a static cache. A batch of "4GiB" is the one whose keys and values take so much. A graph walks
-over as many caches as it takes that none is still in the GPU's own cache when its turn comes; times are those of one
-step.
+Keys and values lie as in a static cache. A batch of "4GiB" is the one whose keys and values take so much. A graph goes
+over so many caches that none is still in the GPU's own cache when its turn comes; times are those of one step.
 
 Before a shape is timed, rows of its result are compared with the float64 reference; a wrong one is not timed and the
 exit code is 1. `bytes` are the keys, values and compressed entries that a step reads by the paper's count: the
@@ -23,6 +22,8 @@ import sys
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -50,29 +51,35 @@ from .figures import (
     SIZES,
     SPARSE,
     draw,
-    figures,
     full_batch,
     growth,
     printed,
     read_curves,
+    step_row,
     token_bytes,
     tokens_read,
 )
 
 CONFIGS = ("64:4:128", "32:8:128")
 TOKENS = (8192, 16384, 32768, 65536, 131072)
-# what a graph's steps read together, several times the cache of any GPU
+# Bytes that a graph's steps read together: several times the cache of any GPU.
 COLD = 200_000_000
 Step = Callable[[], Tensor]
 
 
 class WrongResult(Exception):
-    """What is wrong with the sparse step's result."""
+    """A sparse step whose result is wrong; the message says in what."""
 
 
 class Cache(NamedTuple):
-    """A full static cache, `[B, Hk, S, D]`, its compressed entries, `[B, N, Hk, D]`, and keys and values of a window of
-    its own, `[B, Hk, w + T - 1, D]`, bf16."""
+    """A full static cache, bf16, with keys and values of a window of its own.
+
+    Attributes:
+        keys, values: `[B, Hk, S, D]`.
+        k_cmp, v_cmp: the compressed entries, `[B, N, Hk, D]`.
+        k_win, v_win: the window's, `[B, Hk, w + T - 1, D]` for T queries.
+        lengths: tokens of each row, int32 `[B]`.
+    """
 
     keys: Tensor
     values: Tensor
@@ -84,13 +91,14 @@ class Cache(NamedTuple):
 
 
 class Query(NamedTuple):
-    """`[B, T, Hq, Dk]` and gates `[B, T, Hq, 3]`, bf16."""
+    """The queries of a step `[B, T, Hq, Dk]` and their gates `[B, T, Hq, 3]`, bf16."""
 
     q: Tensor
     gates: Tensor
 
 
 def make_cache(heads: Heads, tokens: int, batch: int, device: str, queries: int = 1) -> Cache:
+    """A cache of random numbers with `tokens` tokens in each row, for steps of `queries`."""
     entries = n_blocks(tokens, SIZES.kernel_size, SIZES.kernel_stride)
     dims = (heads.key_dim, heads.value_dim)
     bf16: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
@@ -106,27 +114,34 @@ def make_cache(heads: Heads, tokens: int, batch: int, device: str, queries: int 
 
 
 def make_query(heads: Heads, batch: int, queries: int, device: str) -> Query:
+    """Random queries and gates of a step."""
     bf16: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
     q = torch.randn(batch, queries, heads.query_heads, heads.key_dim, **bf16)
     return Query(q, torch.rand(batch, queries, heads.query_heads, 3, **bf16))
 
 
 def nsa(cache: Cache, query: Query, backend: str, system: str = "nsa", **options: Any) -> Any:
+    """A sparse step.
+
+    Args:
+        system: one of SPARSE.
+        options: further arguments of `nsa_attention`, whose result is returned.
+    """
     keys, values, k_win, v_win = (x.transpose(1, 2) for x in (cache.keys, cache.values, cache.k_win, cache.v_win))
     inputs = (query.q, keys, values, cache.k_cmp, cache.v_cmp, query.gates)
     if system == "nsa":
         options |= {"lengths": cache.lengths}
     else:
-        # what is kept is the window: the operation takes its last tokens, where all rows are full
+        # all rows are full, so the window's buffers hold just the last tokens, which the operation takes
         options |= {"k_win": k_win, "v_win": v_win}
     return nsa_attention(*inputs, backend=backend, **options)
 
 
 def dense(cache: Cache, query: Query, fold: bool) -> Tensor:
-    """Dense attention `[B, T, Hq, Dv]`; with several queries each sees all keys, which reads the same.
+    """A dense step, `[B, T, Hq, Dv]`. With several queries each sees all keys, which costs as many bytes.
 
     Args:
-        fold: the query heads of a group as rows of one head, `[B, Hk, G * T, D]`.
+        fold: give the query heads of a group to the kernel as rows of one head, `[B, Hk, G * T, D]`.
     """
     batch, queries, query_heads, dim = query.q.shape
     kv_heads = cache.keys.shape[1]
@@ -139,16 +154,19 @@ def dense(cache: Cache, query: Query, fold: bool) -> Tensor:
 
 
 def check(cache: Cache, query: Query, backend: str, system: str = "nsa") -> list[str]:
-    """What is wrong with the first and the last row of a step, against float64; empty: nothing.
+    """Compares the first and the last row of a step with the float64 reference.
 
-    A block whose importance is that of another but for rounding may be chosen instead of it: 2 % of the blocks may
-    differ, and outputs are compared where none does. bf16 has 8 bits, so .01 of a norm is more than rounding.
+    Of two blocks whose scores differ by less than rounding, either may be chosen: 2 % of the blocks may differ, and
+    outputs are compared where none does. bf16 has 8 bits, so .01 of a norm is more than rounding.
+
+    Returns:
+        A line for each row that is wrong.
     """
     out, selection = nsa(cache, query, backend, system, return_selection=True)
     wrong = []
     for row in sorted({0, query.q.shape[0] - 1}):
-        one = (x[row : row + 1] for x in cache)
-        exact = Cache(*(x.double() if x.is_floating_point() else x for x in one))
+        single = (x[row : row + 1] for x in cache)
+        exact = Cache(*(x.double() if x.is_floating_point() else x for x in single))
         queries = Query(*(x[row : row + 1].double() for x in query))
         truth, chosen = nsa(exact, queries, "reference", system, return_selection=True)
         same = (selection[row : row + 1, ..., None] == chosen[..., None, :]).any(-1)
@@ -163,7 +181,15 @@ def check(cache: Cache, query: Query, backend: str, system: str = "nsa") -> list
 
 
 def timed(steps: list[Step], budget_ms: float = 100) -> tuple[Times, Tensor]:
-    """Median, 20th and 80th percentile of one step in milliseconds, of a CUDA graph of all; the first one's result."""
+    """Times steps in one CUDA graph.
+
+    Args:
+        steps: captured one after the other; each should read other memory.
+        budget_ms: about how long the graph is replayed.
+
+    Returns:
+        The times of one step, and the first step's result.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -194,7 +220,14 @@ def timed(steps: list[Step], budget_ms: float = 100) -> tuple[Times, Tensor]:
 def measure_shape(
     heads: Heads, tokens: int, batch: int, queries: int, device: str = "cuda", backend: str = "triton"
 ) -> Iterator[tuple[str, Times | str]]:
-    """Systems and their times, dense ones first; instead of times, why a dense one has none.
+    """Measures every system at one shape, after comparing the sparse ones with the reference.
+
+    Args:
+        heads, tokens, batch, queries: the shape.
+        backend: of the sparse ones.
+
+    Yields:
+        Systems and their times, dense ones first; for a dense one that cannot run, the reason instead of times.
 
     Raises:
         WrongResult: the result of a sparse step is wrong.
@@ -222,21 +255,48 @@ def measure_shape(
 
 
 def batch_sizes(text: str) -> list[tuple[int, str]]:
-    """Numbers of `rows` or `GiB`, of `--batches`.
+    """What `--batches` names: numbers, each of "rows" or "GiB".
 
     Raises:
         argparse.ArgumentTypeError: what is wanted and what came.
     """
-    found = []
+    sizes = []
     for size in text.split(","):
         number = size.removesuffix("GiB")
         if not number.isdecimal() or int(number) < 1:
             raise ArgumentTypeError(f"whole numbers of rows or of GiB, as in 4GiB,1, got {size}")
-        found.append((int(number), "rows" if number == size else "GiB"))
-    return found
+        sizes.append((int(number), "rows" if number == size else "GiB"))
+    return sizes
+
+
+def write_shape(
+    path: Path, source: dict[str, str], rate: float, heads: Heads, tokens: int, batch: int, queries: int
+) -> None:
+    """Measures one shape, prints its rows and appends them to the CSV.
+
+    Args:
+        path: the CSV.
+        source: the columns STAMP.
+        rate: bytes a second that the card copies.
+
+    Raises:
+        WrongResult: the result of a sparse step is wrong.
+    """
+    fastest: float | None = None
+    for system, times in measure_shape(heads, tokens, batch, queries):
+        if isinstance(times, str):
+            print(f"{heads.name} {tokens} batch {batch} {system}: not measured, {times}", flush=True)
+            continue
+        dense_ms = fastest if system in SPARSE else None
+        row = source | step_row(heads, tokens, batch, queries, system, times, dense_ms, rate)
+        if system not in SPARSE:
+            fastest = min(times[0], fastest or times[0])
+        print(printed(row), flush=True)
+        write_rows(path, COLUMNS, [row])
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
     parser = make_parser(__doc__, "recipes/results/decode.csv")
     parser.add_argument("--configs", default=",".join(CONFIGS), help="Hq:Hk:D or Hq:Hk:Dk/Dv, separated by commas")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="lengths, separated by commas")
@@ -255,27 +315,18 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{source['gpu']} copies at {rate * 1e-9:.0f} GB/s", flush=True)
     failed = False
     lengths, counts = ([int(x) for x in text.split(",")] for text in (options.tokens, options.queries))
-    for heads in map(Heads.parse, options.configs.split(",")):
-        for tokens, size in ((tokens, size) for tokens in lengths for size in options.batches):
-            batch = size[0] if size[1] == "rows" else full_batch(heads, tokens, size[0])
-            for queries in counts:
-                fastest: float | None = None
-                try:
-                    for system, times in measure_shape(heads, tokens, batch, queries):
-                        if isinstance(times, str):
-                            print(f"{heads.name} {tokens} batch {batch} {system}: not measured, {times}", flush=True)
-                            continue
-                        dense_ms = fastest if system in SPARSE else None
-                        row = source | figures(heads, tokens, batch, queries, system, times, dense_ms, rate)
-                        if system not in SPARSE:
-                            fastest = min(times[0], fastest or times[0])
-                        print(printed(row), flush=True)
-                        write_rows(options.out, COLUMNS, [row])
-                except WrongResult as error:
-                    failed = True
-                    shape = f"{heads.name}, {tokens} tokens, batch {batch}, {queries} queries"
-                    print(f"error: {shape} is not timed, since it is wrong: {error}", file=sys.stderr, flush=True)
-                torch.cuda.empty_cache()
+    for config, tokens, (number, unit), queries in product(
+        options.configs.split(","), lengths, options.batches, counts
+    ):
+        heads = Heads.parse(config)
+        batch = number if unit == "rows" else full_batch(heads, tokens, number)
+        try:
+            write_shape(options.out, source, rate, heads, tokens, batch, queries)
+        except WrongResult as error:
+            failed = True
+            shape = f"{heads.name}, {tokens} tokens, batch {batch}, {queries} queries"
+            print(f"error: {shape} is not timed, since it is wrong: {error}", file=sys.stderr, flush=True)
+        torch.cuda.empty_cache()
     if options.out.exists():
         print("\n".join(growth(read_curves(options.out))))
     draw_and_say(options.out, draw)

@@ -1,4 +1,4 @@
-"""The bytes that a decoding step reads, and what `benchmark_decode` writes, says and draws of its time."""
+"""The bytes that a decoding step reads, and what decode.py writes, prints and draws of its time."""
 
 from __future__ import annotations
 
@@ -30,28 +30,30 @@ COLUMNS = (
     "share_of_ceiling",
 )
 SIZES = Sizes()
-# One set of keys and values, and a window with its own.
+# The sparse systems: one set of keys and values for all branches; a window that has its own.
 SPARSE = ("nsa", "nsa-independent")
-# Full batches: GiB of keys and values.
+# The batches that are drawn beside that of 1, by the GiB that their keys and values take.
 FULL = (4, 32)
 
 
 def token_bytes(heads: Heads) -> int:
-    """Keys and values of one token in bf16."""
+    """Bytes of one token's keys and values in bf16."""
     return 2 * heads.kv_heads * (heads.key_dim + heads.value_dim)
 
 
 def full_batch(heads: Heads, tokens: int, gib: int) -> int:
-    """The batch whose keys and values take so many GiB."""
+    """The batch whose keys and values take `gib` GiB, at least 1."""
     return max(1, (gib << 30) // (tokens * token_bytes(heads)))
 
 
 def tokens_read(tokens: int, queries: int = 1, *, once: bool = False) -> int:
-    """Tokens and compressed entries that one row of a step reads, of a text of `tokens`.
+    """How many tokens and compressed entries one row of a step reads.
 
-    With several queries the forced blocks are read for all together, the others as if each query chose its own.
+    With several queries the forced blocks are counted once for all of them, the others as if each query chose others.
 
     Args:
+        tokens: the text's length.
+        queries: of the step.
         once: count the local blocks' tokens that lie in the window once.
     """
     s = SIZES
@@ -63,21 +65,24 @@ def tokens_read(tokens: int, queries: int = 1, *, once: bool = False) -> int:
     return entries + chosen + window - (min(local, window) if once else 0)
 
 
-def figures(
+def step_row(
     heads: Heads, tokens: int, batch: int, queries: int, system: str, times: Times, dense_ms: float | None, rate: float
 ) -> dict[str, object]:
     """A row of the CSV but for its stamp.
 
     Args:
-        dense_ms: the fastest dense time, of a sparse step.
+        heads, tokens, batch, queries: the shape of the step.
+        system: one of SPARSE, or a dense one.
+        times: of one step.
+        dense_ms: the fastest dense time, beside which a sparse step is put.
         rate: bytes a second that the card copies.
     """
-    row = batch * token_bytes(heads)
-    whole = read = once = tokens * row
+    token = batch * token_bytes(heads)
+    dense_bytes = read = once = tokens * token
     if system in SPARSE:
-        read, once = (tokens_read(tokens, queries, once=x) * row for x in (False, system == "nsa"))
+        read, once = (tokens_read(tokens, queries, once=x) * token for x in (False, system == "nsa"))
     gb_s = once / times[0] * 1e-6
-    found: dict[str, object] = {
+    row: dict[str, object] = {
         "config": heads.name,
         "tokens": tokens,
         "batch": batch,
@@ -89,15 +94,16 @@ def figures(
         "gb_s": f"{gb_s:.0f}",
         "share_of_card": f"{gb_s * 1e9 / rate:.3f}",
     }
-    found |= zip(("median_ms", "p20_ms", "p80_ms"), (f"{time:.5f}" for time in times), strict=True)
+    row |= zip(("median_ms", "p20_ms", "p80_ms"), (f"{time:.5f}" for time in times), strict=True)
     if dense_ms is not None:
-        faster, ceiling = dense_ms / times[0], whole / read
-        found |= {"times_dense": f"{faster:.2f}", "ceiling": f"{ceiling:.2f}"}
-        found["share_of_ceiling"] = f"{faster / ceiling:.3f}"
-    return found
+        faster, ceiling = dense_ms / times[0], dense_bytes / read
+        row |= {"times_dense": f"{faster:.2f}", "ceiling": f"{ceiling:.2f}"}
+        row["share_of_ceiling"] = f"{faster / ceiling:.3f}"
+    return row
 
 
 def printed(row: dict[str, object]) -> str:
+    """A row in one line."""
     beside = ""
     if "ceiling" in row:
         beside = (
@@ -110,12 +116,12 @@ def printed(row: dict[str, object]) -> str:
     )
 
 
+# Microseconds a row by length, of a batch (`4 GiB`, `32 GiB` or `batch 1`), a config, and `dense` or one of SPARSE.
 Curves = dict[tuple[str, str, str], dict[int, float]]
 
 
 def read_curves(path: Path) -> Curves:
-    """Microseconds a row by length, of (`4 GiB`, `32 GiB` or `batch 1`, config, `dense` or one of `SPARSE`): the latest
-    with one query."""
+    """The curves in a CSV: steps with one query, the latest of each shape, and the fastest dense system of a run."""
     curves: Curves = {}
     fastest: dict[tuple, float] = {}
     with path.open(newline="") as file:
@@ -135,7 +141,8 @@ def read_curves(path: Path) -> Curves:
 
 
 def growth(curves: Curves) -> list[str]:
-    """How much more a token costs at the longest length than at the shortest, beside the bytes that it reads."""
+    """A line for each curve: how many times as long a step takes, and how many times the bytes it reads, at the longest
+    length beside the shortest."""
     lines = []
     for (kind, config, system), times in sorted(curves.items()):
         first, last = min(times), max(times)
@@ -149,7 +156,14 @@ def growth(curves: Curves) -> list[str]:
 
 
 def draw(path: Path) -> Path | None:
-    """Time of a token over length, sparse and the fastest dense: `path` with `.png` for `.csv`; None without any."""
+    """Draws the time of a row over length, sparse and the fastest dense.
+
+    Args:
+        path: the CSV.
+
+    Returns:
+        The picture beside it; None where the CSV has no curve.
+    """
     if not (curves := read_curves(path)):
         return None
     configs = sorted({config for _, config, _ in curves})

@@ -5,8 +5,8 @@
 
 The model has random weights, the same in every system, and by default the shape of an 8B model: 15 GB, and 39 GB of
 keys and values at 64k tokens and batch 4. Rows are appended to a CSV as they come; `times_dense` is the fastest dense
-time of the same shape in the CSV over the row's own, `peak_mib` the most memory while the steps are timed, or all of
-the passes over the prompt. `compiled_error`, `kernels_error` and `one_bit_error` are `check`'s.
+time of the same shape in the CSV over the row's own, `peak_mib` the most memory while the steps, or the passes over the
+prompt, are timed. `compiled_error`, `kernels_error` and `one_bit_error` are those of `logits.Errors`.
 
 decode: the prompt is read once, in one row, and copied to the others. Then `generate()` continues it from this cache,
 once to compile and once to be timed, from step to step. Systems:
@@ -19,9 +19,9 @@ once to compile and once to be timed, from step to step. Systems:
     dense-flex      static cache, compiled, flex attention
     dense-cut       static buffers cut on the host: no mask and no copies, a cache that Transformers does not have
 
-What is compiled rounds where PyTorch's own operators do (Inductor's `emulate_precision_casts`). By default it rounds
-less often, which changes a bf16 query by a few thousandths, and the choice between blocks that are about as good: with
-random weights that is another text, which nothing could be compared with.
+Compiled code rounds where PyTorch's own operators do (Inductor's `emulate_precision_casts`). By default it rounds less
+often, which changes a bf16 query by a few thousandths, and with it the choice between blocks that are about as good:
+with random weights another text comes out, which could be compared with nothing.
 
 first-token: one forward over the prompt that fills a cache. Systems: nsa, dense-flash, dense-cudnn, dense-efficient.
 """
@@ -32,17 +32,15 @@ import csv
 import gc
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
-from transformers.cache_utils import Cache
 
 from nsa_hf.releases import CACHE
 
@@ -55,12 +53,12 @@ from .common import (
     make_axes,
     make_parser,
     no_gpu,
-    relative_error,
     save_figure,
     stamp,
     write_rows,
 )
-from .models import Shape, cut_back, filled_cache, make_model, select_these
+from .logits import check
+from .models import Shape, cut_back, filled_cache, make_model
 
 COLUMNS = (
     *STAMP,
@@ -87,109 +85,28 @@ SYSTEMS = {
     "first-token": ("nsa", *(f"dense-{kernel}" for kernel in DENSE_KERNELS)),
 }
 COMPILED = ("nsa", "dense-static", "dense-flex")
-# steps before those that are timed, and steps that are compared
-WARM_UP, COMPARED = 8, 6
-# bf16 has 8 bits, and the error of a logit is that of some dozen layers: of 36 it was .05 where the same blocks are
-# selected. What compiling may change is measured: no more than the last bit of one number in a token's embedding does
-# where it does least. Of 36 layers that was .06 to .09 on an H100, and .6 to .8 wherever the first layer selected one
-# other block: of random weights, an embedding is small beside what the first attention adds to it.
-WRONG = 0.1
+WARM_UP = 8  # steps before those that are timed
 DEVICE = "cuda"
 
 
 def wait(device: str) -> float:
-    """The time when everything is done."""
+    """The time in seconds when the device has done everything."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def rounded_as_uncompiled() -> AbstractContextManager[None]:
-    """What is compiled within this rounds to bf16 after each of the model's operators, as they do by themselves."""
+    """Within it, compiled code rounds to bf16 after each of the model's operators, as uncompiled code does."""
     return torch._inductor.config.patch(emulate_precision_casts=True)
 
 
-class Errors(NamedTuple):
-    """How far the logits of some steps are off, as a share of their norm.
-
-    compiled: of `generate()`, which compiles, beside the same steps without compiling (see `rounded_as_uncompiled`); in
-        the worst row of the worst step.
-    kernels: of these beside the reference attention, which is given the blocks that the kernels selected; the worst.
-    one_bit: of plain steps whose tokens' embeddings have another last bit in one number, as a rounding may make it; in
-        the best row of the best step.
-    """
-
-    compiled: float
-    kernels: float
-    one_bit: float
-
-    def __str__(self) -> str:
-        by = f"{self.compiled:.3f} of their norm by compiling, {self.kernels:.3f} by the kernels, {self.one_bit:.3f}"
-        return f"the logits are off by {by} at least where one bit of a token's embedding is another"
-
-    @property
-    def wrong(self) -> bool:
-        # NaN is wrong
-        return not (self.compiled <= min(self.one_bit, WRONG) and self.kernels <= WRONG)
-
-
-def with_another_bit(module: Any, arguments: Any, embedded: Tensor) -> Tensor:
-    """A forward hook: the largest number of each token's embedding `[.., hidden]` with another last bit."""
-    place = embedded.abs().argmax(-1, keepdim=True)
-    bits = embedded.gather(-1, place).view({2: torch.int16, 4: torch.int32}[embedded.element_size()])
-    return embedded.scatter(-1, place, (bits ^ 1).view(embedded.dtype))
-
-
-def check(model: Any, ids: Tensor, cache: Cache) -> Errors:
-    """The errors of some steps; the keys and values of these stay in the cache.
-
-    Args:
-        cache: holds at least all of `ids [B, n]` but the last.
-    """
-    held = ids.shape[1] - 1
-    options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    cut_back(cache, held)
-    # the first step compresses all that the cache holds at once, which may round otherwise than step by step
-    model(ids[:, held:], **{CACHE: cache}, use_cache=True)
-    cut_back(cache, held)
-    found = model.generate(ids, **{CACHE: cache}, max_new_tokens=COMPARED, **options)
-    new = found.sequences[:, held:-1].split(1, dim=1)
-
-    def logits(token: Tensor) -> Tensor:
-        return model(token, **{CACHE: cache}, use_cache=True).logits[:, -1]
-
-    cut_back(cache, held)
-    plain, selected = [], []
-    for token in new:
-        with model.record_selection() as record:
-            plain.append(logits(token))
-        selected += [record[layer] for layer in sorted(record)]
-    cut_back(cache, held)
-    hook = model.get_input_embeddings().register_forward_hook(with_another_bit)
-    try:
-        close = [logits(token) for token in new]
-    finally:
-        hook.remove()
-    cut_back(cache, held)
-    try:
-        model.set_attn_implementation("eager")
-        with select_these(selected):
-            truth = [logits(token) for token in new]
-    finally:
-        model.set_attn_implementation("nsa")
-    compiled, kernels, one_bit = (row_errors(*x) for x in ((found.logits, plain), (plain, truth), (close, plain)))
-    # each NaN if any of them is
-    return Errors(float(compiled.max()), float(kernels.max()), float(one_bit.min()))
-
-
-def row_errors(steps: Sequence[Tensor], expected: Sequence[Tensor]) -> Tensor:
-    """Of every row of every step."""
-    pairs = (pair for step in zip(steps, expected, strict=True) for pair in zip(*step, strict=True))
-    return torch.tensor([relative_error(row, truth.double()) for row, truth in pairs])
-
-
 class Stamps(StoppingCriteria):
-    """Stops nothing, and keeps when each step was done on the host, which waits for the one before."""
+    """Stops nothing; notes when the host was done with each step, for which it waits for the one before.
+
+    Attributes:
+        times: `time.perf_counter()` of each step.
+    """
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -200,30 +117,34 @@ class Stamps(StoppingCriteria):
 
 
 def decode(model: Any, ids: Tensor, system: str, new: int) -> tuple[list[float], float, dict[str, str]]:
-    """Seconds of each step of `generate()`, those of what came before, which compiles, and the errors of `nsa`.
+    """Times the steps of `generate()`.
 
     Args:
-        ids: `[B, n]`, the same in every row.
+        ids: the prompt, `[B, n]`, the same in every row.
+        system: of SYSTEMS.
         new: steps that are timed.
+
+    Returns:
+        Seconds of each step; seconds of what came before, compiling included; the columns of `nsa`'s errors.
 
     Raises:
         ArithmeticError: the sparse model's result is wrong.
     """
-    held, begin = ids.shape[1] - 1, time.perf_counter()
+    past, begin = ids.shape[1] - 1, time.perf_counter()
     errors = {}
-    cache = filled_cache(model, ids[:, :held], system, ids.shape[1] + WARM_UP + new)
+    cache = filled_cache(model, ids[:, :past], system, ids.shape[1] + WARM_UP + new)
     if system == "dense-flex":
         model.set_attn_implementation("flex_attention")
     if system == "nsa":
-        found = check(model, ids, cache)
-        print(f"{system}: {found}", flush=True)
-        if found.wrong:
-            raise ArithmeticError(str(found))
-        errors = {f"{name}_error": f"{value:.3f}" for name, value in found._asdict().items()}
-        cut_back(cache, held)
+        checked = check(model, ids, cache)
+        print(f"{system}: {checked}", flush=True)
+        if checked.wrong:
+            raise ArithmeticError(str(checked))
+        errors = {f"{name}_error": f"{value:.3f}" for name, value in checked._asdict().items()}
+        cut_back(cache, past)
     options: dict[str, Any] = {CACHE: cache, "do_sample": False}
     model.generate(ids, max_new_tokens=WARM_UP, **options)
-    cut_back(cache, held)
+    cut_back(cache, past)
     stamps = Stamps()
     if ids.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -234,7 +155,11 @@ def decode(model: Any, ids: Tensor, system: str, new: int) -> tuple[list[float],
 
 
 def first_token(model: Any, ids: Tensor, system: str, repeats: int = 2) -> tuple[list[float], float]:
-    """Seconds from the prompt `[B, n]` to the first token, each time anew, and those of the first call."""
+    """Times one forward over the prompt `[B, n]`, with a new cache each time.
+
+    Returns:
+        Seconds to the first token, of each repetition; seconds of the call before them.
+    """
     kernel = DENSE_KERNELS.get(system.removeprefix("dense-"))
     times = []
     for _ in range(repeats + 1):
@@ -247,17 +172,30 @@ def first_token(model: Any, ids: Tensor, system: str, repeats: int = 2) -> tuple
 
 
 def graphs() -> str:
-    """What `torch.compile` made since the last call: without graph breaks and skips a step is one launch."""
+    """What `torch.compile` did since the last call, in words. Without breaks and skips a step is one launch."""
     from torch._dynamo.utils import counters
 
-    made, skipped = counters["stats"]["unique_graphs"], counters["inductor"]["cudagraph_skips"]
-    text = f"{made} graphs compiled, {sum(counters['graph_break'].values())} breaks, {skipped} CUDA graphs skipped"
+    compiled, skipped = counters["stats"]["unique_graphs"], counters["inductor"]["cudagraph_skips"]
+    text = f"{compiled} graphs compiled, {sum(counters['graph_break'].values())} breaks, {skipped} CUDA graphs skipped"
     counters.clear()
     return text
 
 
 def measure(shape: Shape, tokens: int, batch: int, phase: str, system: str, new: int, device: str) -> dict[str, Any]:
-    """A row of the CSV but for its stamp: one system at one length."""
+    """Measures one system at one length.
+
+    Args:
+        shape: of the model.
+        tokens, batch: of the prompt.
+        phase, system: of SYSTEMS.
+        new: steps of decoding that are timed.
+
+    Returns:
+        A row of the CSV but for its stamp.
+
+    Raises:
+        ArithmeticError: the sparse model's result is wrong.
+    """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     model = make_model(shape, tokens + WARM_UP + new, system.startswith("nsa"), device)
@@ -290,8 +228,12 @@ def measure(shape: Shape, tokens: int, batch: int, phase: str, system: str, new:
 
 
 def fastest_dense(path: Path, row: dict[str, Any]) -> float | None:
-    """The least milliseconds of a dense system in the CSV for a row's GPU and shape; None where decoding was measured
-    without compiling only, since then much of a dense step may be the host's."""
+    """The least milliseconds of a dense system in the CSV for a row's GPU, PyTorch and shape.
+
+    Returns:
+        None where there is none, or decoding was measured without compiling only: much of such a step may be the
+        host's.
+    """
     same = ("gpu", "torch", "model", "config", "tokens", "batch", "phase")
     times: list[tuple[float, str]] = []
     if path.exists():
@@ -305,21 +247,27 @@ def fastest_dense(path: Path, row: dict[str, Any]) -> float | None:
 
 
 def draw(path: Path) -> Path | None:
-    """Tokens a second of each system, and seconds to the first token over the prompt's length, the latest of each:
-    `path` with `.png` for `.csv`. None with a single bar and a single length: there is nothing to see."""
+    """Draws tokens a second of each system, and seconds to the first token over length; the latest of each.
+
+    Args:
+        path: the CSV.
+
+    Returns:
+        The picture beside it; None with a single system and a single length, where there is nothing to see.
+    """
     rates: dict[str, float] = {}
     times: dict[str, dict[int, float]] = {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
             model = f"{row['model']} {row['config']}"
             if row["phase"] == "first-token":
-                found = times.setdefault(f"{model}, {row['system']}", {})
-                found[int(row["tokens"])] = float(row["median_ms"]) / 1e3
+                seconds = times.setdefault(f"{model}, {row['system']}", {})
+                seconds[int(row["tokens"])] = float(row["median_ms"]) / 1e3
             else:
                 how = "compiled" if row["system"] in COMPILED else "not compiled"
                 shape = f"{row['config']}, {row['tokens']} tokens, batch {row['batch']}"
                 rates[f"{row['system']}, {how}\n{row['model']}\n{shape}"] = float(row["tokens_per_s"])
-    lengths = sorted({tokens for found in times.values() for tokens in found})
+    lengths = sorted({tokens for seconds in times.values() for tokens in seconds})
     panels = [name for name, shown in (("rates", len(rates) > 1), ("times", len(lengths) > 1)) if shown]
     if not panels:
         return None
@@ -332,15 +280,29 @@ def draw(path: Path) -> Path | None:
         axes[0][0].set(xlabel="tokens per second", xlim=(0, 1.15 * max(rates.values())))
     if "times" in panels:
         axis = axes[0][-1]
-        for name, found in sorted(times.items()):
-            axis.plot([tokens / 1024 for tokens in sorted(found)], [found[n] for n in sorted(found)], "o-", label=name)
+        for name, seconds in sorted(times.items()):
+            measured = sorted(seconds)
+            axis.plot([n / 1024 for n in measured], [seconds[n] for n in measured], "o-", label=name)
         lengths_below(axis, lengths)
         axis.set(xlabel="tokens of the prompt (thousands)", ylabel="seconds to the first token", ylim=(0, None))
         axis.legend(fontsize="small")
     return save_figure(figure, path)
 
 
+def print_row(row: dict[str, Any]) -> None:
+    """Prints a row in one line, and what was compiled for it."""
+    rate = f", {row['tokens_per_s']} tokens/s" if row["phase"] == "decode" else ""
+    beside = f", {row['times_dense']} times as fast as dense" if "times_dense" in row else ""
+    print(
+        f"{row['phase']} {row['system']:15} {row['tokens']:7} tokens, batch {row['batch']}: {row['median_ms']} ms "
+        f"({row['p20_ms']} to {row['p80_ms']}){rate}{beside}; before {row['warm_up_s']} s, {graphs()}, "
+        f"peak {row['peak_mib']} MiB",
+        flush=True,
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
     parser = make_parser(__doc__, "recipes/results/generate.csv")
     parser.add_argument("--phase", choices=SYSTEMS, required=True)
     parser.add_argument("--systems", help="separated by commas; default: all of the phase")
@@ -361,9 +323,9 @@ def main(arguments: list[str] | None = None) -> int:
     for tokens in map(int, (options.tokens or ("65536" if decoding else "65536,131072")).split(",")):
         # the dense ones first, so that the sparse one stands beside them
         for system in sorted(systems):
-            given = (tokens, options.batch or (4 if decoding else 1), options.phase, system, options.new)
+            batch = options.batch or (4 if decoding else 1)
             try:
-                row = source | measure(shape, *given, DEVICE)
+                row = source | measure(shape, tokens, batch, options.phase, system, options.new, DEVICE)
             except (ArithmeticError, RuntimeError) as error:
                 failed = True
                 print(f"error: {system}, {tokens} tokens: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
@@ -376,14 +338,7 @@ def main(arguments: list[str] | None = None) -> int:
             if system.startswith("nsa") and least:
                 row["times_dense"] = f"{least / float(row['median_ms']):.2f}"
             write_rows(options.out, COLUMNS, [row])
-            rate = f", {row['tokens_per_s']} tokens/s" if decoding else ""
-            beside = f", {row['times_dense']} times as fast as dense" if "times_dense" in row else ""
-            print(
-                f"{options.phase} {system:15} {tokens:7} tokens, batch {row['batch']}: {row['median_ms']} ms "
-                f"({row['p20_ms']} to {row['p80_ms']}){rate}{beside}; before {row['warm_up_s']} s, {graphs()}, "
-                f"peak {row['peak_mib']} MiB",
-                flush=True,
-            )
+            print_row(row)
     draw_and_say(options.out, draw)
     return 1 if failed else 0
 

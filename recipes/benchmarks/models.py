@@ -1,4 +1,4 @@
-"""Models with random weights and caches filled with a prompt, for `benchmark_generate`."""
+"""Models with random weights and caches filled with a prompt, for generate.py."""
 
 from __future__ import annotations
 
@@ -21,13 +21,18 @@ from .common import Heads
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's size; `name` is `family:layers:hidden:intermediate:vocabulary`."""
+    """A model's size.
+
+    Attributes:
+        name: `family:layers:hidden:intermediate:vocabulary`.
+        heads: of its attention.
+    """
 
     name: str
     heads: Heads
 
     def config(self, tokens: int) -> Any:
-        """The dense config, for texts of `tokens`."""
+        """The dense config, for texts of up to `tokens`."""
         family, *sizes = self.name.split(":")
         layers, hidden, intermediate, vocabulary = map(int, sizes)
         return AutoConfig.for_model(
@@ -48,7 +53,13 @@ class Shape:
 
 
 def make_model(shape: Shape, tokens: int, sparse: bool, device: str) -> Any:
-    """A bf16 model made on the device; what sparse and dense have in common is the same numbers."""
+    """A bf16 model of random numbers, the same in every call; the weights that a sparse one shares with the dense are
+    equal.
+
+    Args:
+        tokens: the longest text.
+        sparse: converted, with the default options.
+    """
     config = shape.config(tokens)
     if sparse:
         config = nsa_config_from_dense(config)
@@ -64,25 +75,35 @@ def make_model(shape: Shape, tokens: int, sparse: bool, device: str) -> Any:
 
 
 class CutLayer(StaticLayer):
-    """Static buffers of which the attention is given what they hold, known on the host."""
+    """Static buffers of which the attention is given the part that is filled, known on the host.
+
+    Attributes:
+        filled: tokens in the buffers.
+    """
 
     is_compileable = False
-    held = 0
+    filled = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        self.held += key_states.shape[-2]
-        return keys[:, :, : self.held], values[:, :, : self.held]
+        self.filled += key_states.shape[-2]
+        return keys[:, :, : self.filled], values[:, :, : self.filled]
 
     def get_seq_length(self) -> int:
-        return self.held
+        return self.filled
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.held + query_length, 0
+        return self.filled + query_length, 0
 
 
 def filled_cache(model: Any, ids: Tensor, system: str, room: int) -> Cache:
-    """A system's cache with the tokens `ids [B, n]`, of which every row is the same, and room for `room` tokens."""
+    """A cache with a prompt in it, which is read in one row and copied to the others.
+
+    Args:
+        ids: the prompt, `[B, n]`, the same in every row.
+        system: of `generate.SYSTEMS`, which decides the kind of cache.
+        room: tokens that a static cache has place for.
+    """
     batch, tokens = ids.shape
     row = DynamicCache(config=model.config)
     model(ids[:1], **{CACHE: row}, use_cache=True, logits_to_keep=1)
@@ -93,36 +114,36 @@ def filled_cache(model: Any, ids: Tensor, system: str, room: int) -> Cache:
     if system == "dense-cut":
         cache.layers = [CutLayer(room) for _ in cache.layers]
     for layer in cache.layers:
-        held = row.layers.pop(0)  # one after the other: the memory is needed
-        layer.lazy_initialization(*(x.expand(batch, -1, -1, -1) for x in (held.keys, held.values)))
-        layer.keys[:, :, :tokens] = held.keys[:, :, :tokens]
-        layer.values[:, :, :tokens] = held.values[:, :, :tokens]
+        filled = row.layers.pop(0)  # one after the other: the memory is needed
+        layer.lazy_initialization(*(x.expand(batch, -1, -1, -1) for x in (filled.keys, filled.values)))
+        layer.keys[:, :, :tokens] = filled.keys[:, :, :tokens]
+        layer.values[:, :, :tokens] = filled.values[:, :, :tokens]
     cut_back(cache, tokens)
     return cache
 
 
 def cut_back(cache: Cache, tokens: int) -> None:
-    """Makes the cache hold its first `tokens` tokens only."""
+    """Takes out of a cache what comes after its first `tokens` tokens."""
     for layer in cache.layers:
         if isinstance(layer, StaticLayer):
             layer.cumulative_length.fill_(tokens)
             if isinstance(layer, CutLayer):
-                layer.held = tokens
+                layer.filled = tokens
         elif (more := layer.get_seq_length() - tokens) > 0:
             layer.crop(-more)
 
 
 @contextmanager
 def select_these(blocks: Iterable[Tensor]) -> Iterator[None]:
-    """Makes the reference attention take these blocks in the place of its own choice.
+    """Within this context the reference attention takes these blocks instead of choosing.
 
     Args:
         blocks: int32 `[B, 1, Hk, topk]`, one for each call with a single query, no more and no fewer.
     """
-    own, ahead = reference.select_blocks, iter(blocks)
-    reference.select_blocks = lambda *_: next(ahead).transpose(1, 2).long()
+    original, remaining = reference.select_blocks, iter(blocks)
+    reference.select_blocks = lambda *_: next(remaining).transpose(1, 2).long()
     try:
         yield
-        assert next(ahead, None) is None, "blocks are left over"
+        assert next(remaining, None) is None, "blocks are left over"
     finally:
-        reference.select_blocks = own
+        reference.select_blocks = original

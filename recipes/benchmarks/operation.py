@@ -5,17 +5,18 @@
 
 Forward and backward are compared with the float64 reference first; a configuration that is wrong is not timed and the
 exit code is 1. Rows are appended to a CSV, one for each (config, tokens, inputs, system, part), so that a run that was
-cut off leaves what it measured. `flops` and `bytes` are what the part has to do at least; `floor_ms` is the larger of
-the two times they take at the rates that this card was measured to give at the start of the run (system `card`).
-`tflop_s` and `gb_s` are what of them was done a second, and `share_of_card` the floor's share of the time.
+cut off leaves what it measured. `flops` and `bytes` are what the part has to do at least. At the start of the run the
+card's own rates are measured (system `card`), and `floor_ms` is the longer of the two times that these take at them.
+`tflop_s` and `gb_s` are `flops` and `bytes` over the measured time, and `share_of_card` is `floor_ms` over it.
 """
 
 from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,12 +67,16 @@ COLUMNS = (
 
 
 def check(heads: Heads, tokens: int = 1536) -> list[str]:
-    """What is wrong with the kernels at this configuration, against float64; empty: nothing.
-
-    A multiple of 16 tokens, as those that are timed: the very same kernels run.
+    """Compares forward and backward of the kernels with the float64 reference.
 
     bf16 has 8 bits: a rounding is at most 2^-9 = .002 of a number, and a result passes through a few of them
     (probabilities, partial results, gradients of logits), so .01 of a tensor's norm is more than rounding.
+
+    Args:
+        tokens: a multiple of 16, as the lengths that are timed are, so that the very same kernels run.
+
+    Returns:
+        A line for each tensor that is wrong.
     """
     inputs = make_inputs(heads, tokens, "random", seed=1)
     results = {}
@@ -82,8 +87,8 @@ def check(heads: Heads, tokens: int = 1536) -> list[str]:
         results[backend] = [out, *torch.autograd.grad(out, leaves, inputs.dout.to(dtype))]
     wrong = []
     names = ("output", *(f"gradient of {name}" for name in Inputs._fields[:6]))
-    for name, got, truth in zip(names, results["triton"], (x.detach() for x in results["reference"]), strict=True):
-        error = relative_error(got, truth)
+    for name, result, truth in zip(names, results["triton"], (x.detach() for x in results["reference"]), strict=True):
+        error = relative_error(result, truth)
         # `not <=`: NaN is wrong too
         if not error <= 0.01:
             wrong.append(f"{heads.name}: {name} is off by {error:.4f} of its norm")
@@ -91,7 +96,7 @@ def check(heads: Heads, tokens: int = 1536) -> list[str]:
 
 
 def peak_mib(call: Callable[[], object]) -> float:
-    """Most memory allocated during the call, what was there before included."""
+    """The most memory allocated during the call, in MiB; what was allocated before it counts too."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     call()
@@ -100,7 +105,7 @@ def peak_mib(call: Callable[[], object]) -> float:
 
 
 def costs(heads: Heads, tokens: int) -> dict[str, Cost]:
-    """Least work of the parts: each (query, key) pair once, each tensor read or written once."""
+    """The least work of each part: each pair of query and key once, each tensor read or written once."""
     s, pair = SIZES, 2.0 * heads.query_heads * (heads.key_dim + heads.value_dim)
     blocks = max(0, (tokens - s.kernel_size) // s.kernel_stride + 1)
     seen = tokens * blocks / 2
@@ -129,7 +134,7 @@ def costs(heads: Heads, tokens: int) -> dict[str, Cost]:
 
 
 def whole(system: str, x: Inputs) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    """A system's forward pass and the leaves that it takes gradients of."""
+    """A system's forward pass, and the tensors whose gradients its backward pass gives."""
     if system == "nsa":
         leaves = [tensor.detach().requires_grad_() for tensor in x[:6]]
 
@@ -154,7 +159,7 @@ def whole(system: str, x: Inputs) -> tuple[Callable[[], Tensor], list[Tensor]]:
 
 
 def measure_system(system: str, x: Inputs) -> Iterator[tuple[str, Times, float]]:
-    """Forward and backward of a whole system: part, times, peak memory."""
+    """Measures the passes of a whole system: "forward" or "backward", times, peak memory in MiB."""
     forward, leaves = whole(system, x)
     peak_forward = peak_mib(forward)
     out = forward()
@@ -172,7 +177,14 @@ def measure_system(system: str, x: Inputs) -> Iterator[tuple[str, Times, float]]
 
 
 def draw(path: Path) -> Path | None:
-    """Speed over length, beside FlashAttention-2 of the same run: `path` with `.png` for `.csv`; None without any."""
+    """Draws how many times as fast as FlashAttention-2 the operation is, over length.
+
+    Args:
+        path: the CSV.
+
+    Returns:
+        The picture beside it; None where no length has both.
+    """
     times: dict[tuple, float] = {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -197,7 +209,97 @@ def draw(path: Path) -> Path | None:
     return save_figure(figure, path)
 
 
+class Case(NamedTuple):
+    """The columns of what is measured.
+
+    Attributes:
+        config: of heads, as `Heads.parse` takes it.
+        tokens: length of the text.
+        inputs: "random" or "realistic", see `make_inputs`.
+    """
+
+    config: str
+    tokens: int
+    inputs: str
+
+
+class Recorder:
+    """Prints rows and appends them to the CSV; knows what the card can do, which it measures first."""
+
+    def __init__(self, path: Path, source: dict[str, str]) -> None:
+        """Measures the card and writes its rows.
+
+        Args:
+            path: the CSV.
+            source: the columns STAMP.
+        """
+        self.path, self.source = path, source
+        self.flops, self.moved, card = card_rates()
+        case = Case("", 0, "random")
+        self.write([self.row(case, "card", part, times, cost=cost) for part, times, cost in card])
+
+    def row(
+        self, case: Case, system: str, part: str, times: Times, peak: float | None = None, cost: Cost | None = None
+    ) -> dict[str, object]:
+        """Prints a row of the CSV and returns it.
+
+        Args:
+            peak: the most memory, in MiB.
+            cost: what the part has to do at least.
+        """
+        median, low, high = (f"{time:.4f}" for time in times)
+        row: dict[str, object] = {**self.source, **case._asdict(), "system": system, "part": part}
+        row |= {"median_ms": median, "p20_ms": low, "p80_ms": high, "peak_mib": "" if peak is None else round(peak)}
+        row |= achieved(cost, times[0], self.flops, self.moved) if cost else {}
+        print(
+            f"{case.config:13} {case.tokens:7} {case.inputs:9} {system:5} {part:32} {median:>9} ms"
+            + (f"  floor {row['floor_ms']:>8}" if cost else ""),
+            "" if peak is None else f"  peak {peak:.0f} MiB",
+            flush=True,
+        )
+        return row
+
+    def write(self, rows: list[dict[str, object]]) -> None:
+        """Appends rows to the CSV."""
+        write_rows(self.path, COLUMNS, rows)
+
+
+def measure_case(recorder: Recorder, heads: Heads, case: Case, systems: Sequence[str], with_parts: bool) -> None:
+    """Measures whole passes of the systems, and the parts of the sparse one, and writes their rows.
+
+    A dense system that PyTorch has no kernel for, or no memory, is passed over with a line. Dense ones take the same
+    time for all inputs, and are measured with random ones.
+
+    Args:
+        systems: of nsa, fa2, cudnn.
+        with_parts: the stages of `nsa` too.
+    """
+    least = costs(heads, case.tokens)
+    x = make_inputs(heads, case.tokens, case.inputs)
+    for system in systems:
+        if system != "nsa" and case.inputs != "random":
+            continue
+        prefix = "" if system == "nsa" else "dense "
+        try:
+            rows = [
+                recorder.row(case, system, part, times, peak, least[prefix + part])
+                for part, times, peak in measure_system(system, x)
+            ]
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if system == "nsa":
+                raise
+            print(f"{case.config} {case.tokens} {system}: not measured, {str(error).splitlines()[0]}", flush=True)
+            continue
+        recorder.write(rows)
+    if with_parts and "nsa" in systems:
+        stages = Stages(x)
+        for parts in (stages.forward, stages.backward):
+            for part, call in parts().items():
+                recorder.write([recorder.row(case, "nsa", part, measure(call, 60), cost=least.get(part))])
+
+
 def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
     parser = make_parser(__doc__, "recipes/results/benchmark.csv")
     parser.add_argument("--configs", default=",".join(CONFIGS), help="Hq:Hk:D or Hq:Hk:Dk/Dv, separated by commas")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="lengths, separated by commas")
@@ -207,34 +309,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if no_gpu():
         return 2
-    source = stamp(options.commit)
-    flops, moved, card = card_rates()
-
-    def row(
-        config: str,
-        tokens: int,
-        inputs: str,
-        system: str,
-        part: str,
-        times: Times,
-        peak: float | None,
-        cost: Cost | None,
-    ) -> dict[str, object]:
-        found = {**source, "config": config, "tokens": tokens, "inputs": inputs, "system": system, "part": part}
-        median, low, high = (f"{time:.4f}" for time in times)
-        found |= {"median_ms": median, "p20_ms": low, "p80_ms": high, "peak_mib": "" if peak is None else round(peak)}
-        found |= achieved(cost, times[0], flops, moved) if cost else {}
-        print(f"{config:13} {tokens:7} {inputs:9} {system:5} {part:32} {median:>9} ms", end="")
-        print(
-            f"  floor {found['floor_ms']:>8}" if cost else "",
-            "" if peak is None else f"  peak {peak:.0f} MiB",
-            flush=True,
-        )
-        return found
-
-    write_rows(
-        options.out, COLUMNS, [row("", 0, "random", "card", part, times, None, cost) for part, times, cost in card]
-    )
+    recorder = Recorder(options.out, stamp(options.commit))
+    systems = options.systems.split(",")
     failed = False
     for heads in map(Heads.parse, options.configs.split(",")):
         if wrong := check(heads):
@@ -242,33 +318,8 @@ def main(arguments: list[str] | None = None) -> int:
             print("\n".join(["error: not timed, since it is wrong:", *wrong]), file=sys.stderr, flush=True)
             continue
         for tokens in map(int, options.tokens.split(",")):
-            least = costs(heads, tokens)
-            for kind in options.inputs.split(","):
-                x = make_inputs(heads, tokens, kind)
-                for system in options.systems.split(","):
-                    if system != "nsa" and kind != "random":
-                        continue
-                    name = "" if system == "nsa" else "dense "
-                    try:
-                        rows = [
-                            row(heads.name, tokens, kind, system, part, times, peak, least[name + part])
-                            for part, times, peak in measure_system(system, x)
-                        ]
-                    except (torch.OutOfMemoryError, RuntimeError) as error:
-                        if system == "nsa":
-                            raise
-                        print(f"{heads.name} {tokens} {system}: not measured, {str(error).splitlines()[0]}", flush=True)
-                        continue
-                    write_rows(options.out, COLUMNS, rows)
-                if not options.no_parts and "nsa" in options.systems.split(","):
-                    stages = Stages(x)
-                    for parts in (stages.forward, stages.backward):
-                        for part, call in parts().items():
-                            times = measure(call, 60)
-                            found = row(heads.name, tokens, kind, "nsa", part, times, None, least.get(part))
-                            write_rows(options.out, COLUMNS, [found])
-                    del stages, parts, call
-                del x
+            for inputs in options.inputs.split(","):
+                measure_case(recorder, heads, Case(heads.name, tokens, inputs), systems, not options.no_parts)
                 torch.cuda.empty_cache()
     draw_and_say(options.out, draw)
     return 1 if failed else 0

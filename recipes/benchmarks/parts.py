@@ -1,4 +1,4 @@
-"""The stages of the operation, each callable by itself, on the inputs that the benchmark makes."""
+"""The stages of the operation, each callable by itself, and the inputs of the benchmarks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,12 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(heads: Heads, tokens: int, kind: str, device: str = "cuda", seed: int = 0) -> Inputs:
-    """Normal numbers; `realistic`: queries that turn slowly, so that neighbours choose much the same blocks."""
+    """Random inputs of one row, the same in every call.
+
+    Args:
+        kind: "random": normal numbers. "realistic": queries that change slowly from token to token, so that neighbours
+            choose much the same blocks.
+    """
     random = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -59,7 +64,7 @@ def make_inputs(heads: Heads, tokens: int, kind: str, device: str = "cuda", seed
 
 
 class Stages:
-    """The forward pass of a whole text taken apart. Importing the kernels needs Triton, so it is done here."""
+    """The two passes of the operation taken apart. The kernels are imported in here, since that needs Triton."""
 
     def __init__(self, x: Inputs) -> None:
         from nsa_hf.kernels.gpu.common import largest_part
@@ -76,6 +81,7 @@ class Stages:
         self.pieces = entries_of(x.q, x.k, x.v, SIZES, self.saved.parts.shape[-1])
 
     def forward(self) -> Parts:
+        """The stages of the forward pass by name."""
         from nsa_hf.kernels.gpu.common import LOG2E
         from nsa_hf.kernels.gpu.gates import combine
         from nsa_hf.kernels.gpu.gather import gather_queries
@@ -108,6 +114,7 @@ class Stages:
         }
 
     def backward(self) -> Parts:
+        """The stages of the backward pass by name."""
         from nsa_hf.kernels.gpu.common import LOG2E
         from nsa_hf.kernels.gpu.gates import gate_gradient
         from nsa_hf.kernels.gpu.gather import gather_queries

@@ -1,4 +1,4 @@
-"""How blocks are best chosen: what each way of scoring them costs a dense model that nothing was trained of.
+"""How blocks are best chosen: what each way of scoring them costs a dense model that was not trained for it.
 
     python -m nsa_hf.recipes.benchmarks.selectors MODEL DOCUMENTS.json --csv OUT.csv --tokens 8192
 
@@ -30,6 +30,7 @@ MEASURED = ("from", "to", "kl", "kl_error", "rise_percent", "rise_error", "docum
 RAN = ("tokens", "device", "torch", "transformers", "commit")
 QUERIES = 1024  # at a time
 LOGITS = 512  # positions at a time
+Losses = list[tuple[float, float]]  # KL to dense and difference of the loss, for each of RANGES
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,15 @@ def single_layers(head_dim: int, layers: int) -> Iterator[tuple[str, Variant]]:
 
 
 class Study:
-    """A dense model whose attention is dense, or chooses blocks as `variant` says."""
+    """A dense model whose attention is dense, or chooses blocks as a variant says.
+
+    Attributes:
+        model: Transformers' dense causal model, whose attention is replaced.
+        full: its layers with full attention.
+        head_dim: channels of a head.
+        variant: of the forward that runs; None: dense.
+        energy: by layer, the mean square of each channel of queries times that of keys, [D], see `calibrate`.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -178,8 +187,8 @@ class Study:
         """Which tokens each query's blocks hold: `[Hk, G, T, D]` and `[Hk, S, D]` to bool `[Hk, T, S]`."""
         variant = self.variant
         assert variant is not None
-        here = self.channels(layer, variant)
-        q, k = query[..., here], key[..., here]
+        channels = self.channels(layer, variant)
+        q, k = query[..., channels], key[..., channels]
         if variant.mean_query:
             q = q.mean(1, keepdim=True)
         if variant.bits:
@@ -190,10 +199,10 @@ class Study:
         logits = torch.nn.functional.pad(logits, (0, blocks * size - tokens), value=-torch.inf).unflatten(
             -1, (-1, size)
         )
-        block, own = torch.arange(blocks, device=q.device), position[:, None] // size
-        logits.masked_fill_((block >= own)[..., None], -torch.inf)
-        importance = FORMS[variant.form](logits).masked_fill((block >= own), -torch.inf)
-        forced = (block == 0) | (block == own) | (block == own - 1)
+        block, current = torch.arange(blocks, device=q.device), position[:, None] // size
+        logits.masked_fill_((block >= current)[..., None], -torch.inf)
+        importance = FORMS[variant.form](logits).masked_fill((block >= current), -torch.inf)
+        forced = (block == 0) | (block == current) | (block == current - 1)
         importance = importance.masked_fill(forced, torch.inf).nan_to_num(nan=-torch.inf, posinf=torch.inf)
         best = importance.topk(min(variant.topk, blocks), dim=-1).indices
         taken = torch.zeros_like(importance, dtype=torch.bool).scatter_(-1, best, True)
@@ -210,12 +219,24 @@ class Study:
             pairs = (energy[:half] + energy[half:]).topk(variant.channels // 2).indices.sort().values
         return torch.cat([pairs, pairs + half]).to(self.model.device)
 
+    def calibrate(self, ids: Tensor) -> None:
+        """Notes the energy of each layer's channels on a text, int64 [1, T], for the rule `energy`."""
+        self.calibrating = True
+        self.hidden(ids, None)
+        self.calibrating = False
+
     def hidden(self, ids: Tensor, variant: Variant | None) -> Tensor:
+        """The model's last hidden states [T, D] of a text, int64 [1, T]; dense without a variant."""
         self.variant = variant
         return self.model.model(ids, use_cache=False).last_hidden_state[0]
 
-    def compare(self, ids: Tensor, dense: Tensor, sparse: Tensor) -> list[tuple[float, float]]:
-        """KL to dense and difference of the loss, the mean of each range of positions."""
+    def compare(self, ids: Tensor, dense: Tensor, sparse: Tensor) -> Losses:
+        """What a variant costs on a text, a mean for each of RANGES.
+
+        Args:
+            ids: int64 [1, T].
+            dense, sparse: what `hidden` gave, [T, D].
+        """
         kl, rise = [], []
         for start in range(0, len(dense) - 1, LOGITS):
             part = slice(start, min(start + LOGITS, len(dense) - 1))
@@ -224,24 +245,88 @@ class Study:
             kl.append((p.exp() * (p - q)).sum(-1))
             rise.append((p - q).gather(1, target)[:, 0])
         kls, rises = torch.cat(kl).double(), torch.cat(rise).double()
-        ranges = [slice(*one) for one in RANGES if one[0] < len(kls)]
-        return [(float(kls[one].mean()), float(rises[one].mean())) for one in ranges]
+        ranges = [slice(*positions) for positions in RANGES if positions[0] < len(kls)]
+        return [(float(kls[positions].mean()), float(rises[positions].mean())) for positions in ranges]
 
 
 def rounded(x: Tensor, bits: int) -> Tensor:
-    """`[..., c]` as integers of so many bits with one scale each would have it."""
+    """`x [..., c]` rounded to integers of `bits` bits, with one scale for each `[c]`."""
     most = 2 ** (bits - 1) - 1
     scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / most
     return (x / scale).round() * scale
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """The mean and its standard error, NaN for a single value."""
     x = torch.tensor(values, dtype=torch.float64)
     return float(x.mean()), float(x.std() / len(x) ** 0.5) if len(x) > 1 else float("nan")
 
 
+def read_documents(path: Path, tokenizer: Any, tokens: int, most: int, bos: bool, device: str) -> list[Tensor]:
+    """The first documents that are long enough, int64 [1, tokens].
+
+    Args:
+        path: DOCUMENTS.json.
+        most: how many of the file are looked at, beside the one that calibrates.
+        bos: begin each with the tokenizer's first token, instead of what the tokenizer adds by itself.
+    """
+    texts = [document["text"] for document in json.loads(path.read_text(encoding="utf-8"))][: most + 1]
+    first = tokenizer.bos_token if bos else ""
+    settings = {"return_tensors": "pt", "add_special_tokens": not bos}
+    encoded = [tokenizer(first + text, **settings).input_ids[:, :tokens].to(device) for text in texts]
+    return [ids for ids in encoded if ids.shape[1] == tokens]
+
+
+def compare_variants(
+    study: Study, documents: list[Tensor], chosen: list[Variant], seconds: float
+) -> list[list[Losses]]:
+    """What each variant costs on each document.
+
+    Args:
+        documents: int64 [1, T] each.
+        seconds: no document is begun after so many.
+    """
+    results: list[list[Losses]] = [[] for _ in chosen]
+    begin = time.perf_counter()
+    for done, ids in enumerate(documents):
+        if time.perf_counter() - begin > seconds:
+            break
+        dense = study.hidden(ids, None)
+        for result, variant in zip(results, chosen, strict=True):
+            result.append(study.compare(ids, dense, study.hidden(ids, variant)))
+        print(f"{done + 1} of {len(documents)} documents, {time.perf_counter() - begin:.0f} s", flush=True)
+    return results
+
+
+def variant_columns(model: str, question: str, variant: Variant) -> list[Any]:
+    """The columns ASKED of a variant's rows."""
+    layers = "all" if variant.layers is None else f"{variant.layers[0]}-{variant.layers[-1]}"
+    return [
+        model,
+        question,
+        variant.form,
+        variant.channels,
+        variant.rule,
+        variant.bits,
+        variant.mean_query,
+        variant.block_size,
+        variant.topk,
+        layers,
+    ]
+
+
+def measured_columns(documents: list[Losses]) -> Iterator[tuple[list[Any], str]]:
+    """For each range of positions the columns MEASURED of a variant, and how they are printed."""
+    for positions, losses in zip(RANGES, zip(*documents, strict=True), strict=False):
+        kl, kl_error = mean_and_error([kl for kl, _ in losses])
+        rise, rise_error = (100 * x for x in mean_and_error([rise for _, rise in losses]))
+        row = [*positions, f"{kl:.5f}", f"{kl_error:.5f}", f"{rise:.3f}", f"{rise_error:.3f}", len(losses)]
+        yield row, f"{kl:.4f} {rise:+.2f}%"
+
+
 @torch.no_grad()
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("documents", type=Path)
@@ -259,51 +344,22 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).eval()
     study = Study(model)
-    texts = [one["text"] for one in json.loads(args.documents.read_text(encoding="utf-8"))][: args.most + 1]
-    first = tokenizer.bos_token if args.bos else ""
-    given = {"return_tensors": "pt", "add_special_tokens": not args.bos}
-    encoded = [tokenizer(first + text, **given).input_ids[:, : args.tokens].to(device) for text in texts]
-    encoded = [ids for ids in encoded if ids.shape[1] == args.tokens]
-
-    study.calibrating = True
-    study.hidden(encoded[0], None)
-    study.calibrating = False
+    first, *documents = read_documents(args.documents, tokenizer, args.tokens, args.most, args.bos, device)
+    study.calibrate(first)
     make = single_layers if args.single_layers else variants
-    asked = list(make(study.head_dim, len(study.full)))
-    found: dict[int, list[list[tuple[float, float]]]] = {index: [] for index in range(len(asked))}
-    begin = time.perf_counter()
-    for done, ids in enumerate(encoded[1:]):
-        if time.perf_counter() - begin > args.seconds:
-            break
-        dense = study.hidden(ids, None)
-        for index, (_, variant) in enumerate(asked):
-            found[index].append(study.compare(ids, dense, study.hidden(ids, variant)))
-        print(f"{done + 1} of {len(encoded) - 1} documents, {time.perf_counter() - begin:.0f} s", flush=True)
+    questions, chosen = zip(*make(study.head_dim, len(study.full)), strict=True)
+    results = compare_variants(study, documents, list(chosen), args.seconds)
 
     gpu = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     ran = [args.tokens, gpu, torch.__version__, transformers.__version__, args.commit]
     with args.csv.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([*ASKED, *MEASURED, *RAN])
-        for index, (question, variant) in enumerate(asked):
-            layers = "all" if variant.layers is None else f"{variant.layers[0]}-{variant.layers[-1]}"
-            what = [Path(args.model).name, question, variant.form, variant.channels, variant.rule, variant.bits]
-            what += [variant.mean_query, variant.block_size, variant.topk, layers]
-            said = []
-            for place, one in enumerate(zip(*found[index], strict=True)):
-                kl, kl_error = mean_and_error([pair[0] for pair in one])
-                rise, rise_error = (100 * x for x in mean_and_error([pair[1] for pair in one]))
-                measured = [
-                    *RANGES[place],
-                    f"{kl:.5f}",
-                    f"{kl_error:.5f}",
-                    f"{rise:.3f}",
-                    f"{rise_error:.3f}",
-                    len(one),
-                ]
-                writer.writerow([*what, *measured, *ran])
-                said.append(f"{kl:.4f} {rise:+.2f}%")
-            print(*what[1:], ":", *said)
+        for question, variant, result in zip(questions, chosen, results, strict=True):
+            columns = variant_columns(Path(args.model).name, question, variant)
+            measured = list(measured_columns(result))
+            writer.writerows([*columns, *row, *ran] for row, _ in measured)
+            print(*columns[1:], ":", *(text for _, text in measured))
 
 
 if __name__ == "__main__":

@@ -16,11 +16,8 @@ from typing import Any
 from nsa_hf.errors import NsaError
 
 
-class RunConfigError(NsaError):
-    """A run file or an override that cannot be used; the message names the setting."""
-
-
 def setting(help: str, default: Any = MISSING) -> Any:
+    """A field of RunConfig with its help text; required where it has no default."""
     return field(metadata={"help": help}) if default is MISSING else field(default=default, metadata={"help": help})
 
 
@@ -60,6 +57,7 @@ class RunConfig:
     seed: int = setting("order of the text and every random number", 0)
 
     def as_dict(self) -> dict[str, Any]:
+        """The settings by name."""
         return asdict(self)
 
 
@@ -78,38 +76,48 @@ LONGEST = 1 << 16  # characters of a run file
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run in YAML file `path`, changed by `overrides` ("steps=10"). RunConfigError names what is wrong."""
+    """The settings of a run.
+
+    Args:
+        path: its YAML file.
+        overrides: settings that differ, each as "steps=10".
+
+    Raises:
+        NsaError: what is wrong, and in which setting.
+    """
     values = dict(read_run_file(Path(path)))
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise RunConfigError(f"an override is key=value, got {override!r}")
+            raise NsaError(f"an override is key=value, got {override!r}")
         values[key] = parse_override(key, text)
     return make_run_config(values)
 
 
 def read_run_file(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file, not yet checked; NsaError when it cannot be read."""
     # here: with its package come PyTorch and Transformers, for which --help does not wait
     from nsa_hf.conversion.files.plain_yaml import read_plain
 
     try:
         content = read_plain(path, LONGEST)
     except FileNotFoundError as error:
-        raise RunConfigError(f"no run file at {path}; recipes/runs/demo.yaml is one to start from") from error
+        raise NsaError(f"no run file at {path}; recipes/runs/demo.yaml is one to start from") from error
     except (OSError, ValueError) as error:
-        raise RunConfigError(f"cannot read the run file {path}: {shortened(str(error))}") from error
+        raise NsaError(f"cannot read the run file {path}: {shortened(str(error))}") from error
     if not isinstance(content, dict):
-        raise RunConfigError(f"{path} must hold settings as 'name: value' lines")
+        raise NsaError(f"{path} must hold settings as 'name: value' lines")
     return content
 
 
 def shortened(text: str, most: int = 200) -> str:
-    """One line of at most `most` characters and a little."""
+    """A text in one line, cut behind `most` characters."""
     text = " ".join(text.split())
     return text if len(text) <= most else f"{text[:most]}..."
 
 
 def parse_override(key: str, text: str) -> Any:
+    """The value of setting `key` that an override has as text; NsaError when it cannot be read."""
     from nsa_hf.conversion.files.plain_yaml import load_plain  # as in `read_run_file`
 
     if field_type(key) == "str":
@@ -117,15 +125,19 @@ def parse_override(key: str, text: str) -> Any:
     try:
         return load_plain(text)
     except ValueError as error:
-        raise RunConfigError(f"cannot read the value of {key}={shortened(text)!r}: {shortened(str(error))}") from error
+        raise NsaError(f"cannot read the value of {key}={shortened(text)!r}: {shortened(str(error))}") from error
 
 
 def make_run_config(values: dict[str, Any]) -> RunConfig:
-    """A checked RunConfig from plain values."""
+    """A RunConfig of values that are checked one by one and together.
+
+    Raises:
+        NsaError: a setting is missing, unknown, of another type or out of range, or two contradict each other.
+    """
     checked = {key: check_type(key, field_type(key), value) for key, value in values.items()}
     missing = [f.name for f in fields(RunConfig) if f.default is MISSING and not checked.get(f.name)]
     if missing:
-        raise RunConfigError(f"no value for {' and '.join(missing)}: write it in the run file or add {missing[0]}=...")
+        raise NsaError(f"no value for {' and '.join(missing)}: write it in the run file or add {missing[0]}=...")
     for name in ("model", "out", "data", "held_out"):
         if name in checked:
             checked[name] = os.path.expanduser(checked[name])  # "~", which no shell expands behind "model="
@@ -133,37 +145,42 @@ def make_run_config(values: dict[str, Any]) -> RunConfig:
     for name, least in RULES.items():
         value = getattr(config, name)
         if not least <= value < math.inf:
-            raise RunConfigError(f"{name} must be finite and at least {least}, got {shown(value)}")
+            raise NsaError(f"{name} must be finite and at least {least}, got {shown(value)}")
         most = MOST if isinstance(value, int) else LARGEST
         if value > most:
-            raise RunConfigError(f"{name} must be at most {most}, got {shown(value)}")
+            raise NsaError(f"{name} must be at most {most}, got {shown(value)}")
     for name in ("beta1", "beta2"):
         if getattr(config, name) >= 1:
-            raise RunConfigError(f"{name} must be below 1, got {getattr(config, name)}")
+            raise NsaError(f"{name} must be below 1, got {getattr(config, name)}")
     if config.adam_eps <= 0:
-        raise RunConfigError(f"adam_eps must be above 0, got {config.adam_eps}")
+        raise NsaError(f"adam_eps must be above 0, got {config.adam_eps}")
     if not config.max_grad_norm > 0:  # nor is NaN
-        raise RunConfigError(f"max_grad_norm must be above 0, got {config.max_grad_norm}; a large one clips nothing")
+        raise NsaError(f"max_grad_norm must be above 0, got {config.max_grad_norm}; a large one clips nothing")
     if config.ce_weight == 0 and config.kl_weight == 0:
-        raise RunConfigError("ce_weight and kl_weight are both 0: there is no loss; raise one of them")
+        raise NsaError("ce_weight and kl_weight are both 0: there is no loss; raise one of them")
     if config.lr_nsa == 0 and config.lr_backbone == 0:
-        raise RunConfigError("lr_nsa and lr_backbone are both 0: nothing is trained; raise one of them")
+        raise NsaError("lr_nsa and lr_backbone are both 0: nothing is trained; raise one of them")
     if config.mixed_precision not in ("no", "bf16", "fp16"):
-        raise RunConfigError(f"mixed_precision must be 'no', 'bf16' or 'fp16', got {config.mixed_precision!r}")
+        raise NsaError(f"mixed_precision must be 'no', 'bf16' or 'fp16', got {config.mixed_precision!r}")
     return config
 
 
 def field_type(key: str) -> str:
-    """The declared type of setting `key` as written ("int", "float", "bool", "str")."""
+    """The declared type of setting `key`: "int", "float", "bool" or "str"; NsaError for an unknown one."""
     types = {f.name: str(f.type) for f in fields(RunConfig)}
     if key not in types:
         near = difflib.get_close_matches(shown(key), types, n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; settings are {', '.join(types)}"
-        raise RunConfigError(f"unknown setting {shown(key)}{hint}")
+        raise NsaError(f"unknown setting {shown(key)}{hint}")
     return types[key]
 
 
 def check_type(key: str, expected: str, value: Any) -> Any:
+    """A setting's value as its type; NsaError when it is of another type.
+
+    Args:
+        expected: see `field_type`.
+    """
     # YAML 1.1 reads 1e-5 as text and no as false
     if key == "mixed_precision" and value is False:
         return "no"
@@ -177,18 +194,18 @@ def check_type(key: str, expected: str, value: Any) -> Any:
     if {"int": int, "bool": bool, "str": str, "float": float}[expected] is type(value):
         return value
     names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-    raise RunConfigError(f"{key} must be {names[expected]}, got {shown(value)}")
+    raise NsaError(f"{key} must be {names[expected]}, got {shown(value)}")
 
 
 def shown(value: Any) -> str:
-    """A value for a message; a number too long to be written is told by its size."""
+    """A value as a message shows it; of a very long number its size."""
     if isinstance(value, int) and value.bit_length() > 200:
         return f"a number of {value.bit_length()} bits"
     return shortened(repr(value))
 
 
 def settings_help() -> str:
-    """One line per setting, for `nsa-hf train --help` and the documentation."""
+    """A line for each setting, for `nsa-hf train --help`."""
     lines = []
     for f in fields(RunConfig):
         default = "required" if f.default is MISSING else repr(f.default)

@@ -3,7 +3,7 @@
     windows = training_windows(load_documents("stdlib"), tokenizer, length=2048, count=100, seed=0)
 
 The training text that is on every machine is the Python standard library's source (PSF License), without the held-out
-files. A window lies within one document, so that what is far back belongs to what is predicted.
+files. A window lies within one document, so that its first tokens say something about its last ones.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 STANDARD_LIBRARY = "stdlib"
-# Not in every installation of one Python version, or tables that nobody writes by hand.
+# What not every installation of one Python version has, and tables that nobody writes by hand.
 LEFT_OUT_FOLDERS = {
     "site-packages",
     "dist-packages",
@@ -39,21 +39,24 @@ LEFT_OUT_FOLDERS = {
     "encodings",
 }
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".c", ".h", ".cpp", ".java", ".js", ".ts", ".go", ".rs", ".html", ".tex"}
-TOKEN_BYTES = 40  # of a token id in a list of Python's, and again in the table made of it
+TOKEN_BYTES = 40  # memory of a token id: in a Python list, and again in the table made of it
 Window = tuple[str, list[int]]  # name and token ids
 TABLE_FORMATS = {".json": "json", ".parquet": "parquet", ".csv": "csv"}
 LINE_SUFFIXES = {".jsonl", ".ndjson", ".jsonlines"}
 
 
-class DataError(NsaError):
-    """Text that is missing, too short or cannot be read."""
-
-
 def load_documents(source: str) -> Dataset:
-    """Documents as a dataset with columns `name` and `text`, in a fixed order.
+    """Reads documents.
 
-    `source`: 'stdlib' (held-out files excluded), a text file, a folder of text files, or a .jsonl, .json, .parquet or
-    .csv with a column `text`. DataError when there is no text.
+    Args:
+        source: 'stdlib' (without the held-out files), a text file, a folder of text files, or a .jsonl, .json, .parquet
+            or .csv with a column `text`.
+
+    Returns:
+        A dataset with columns `name` and `text`, in a fixed order.
+
+    Raises:
+        NsaError: there is no text, or it cannot be read.
     """
     if source == STANDARD_LIBRARY:
         return as_dataset(standard_library_texts())
@@ -61,7 +64,7 @@ def load_documents(source: str) -> Dataset:
     if path.is_dir():
         return as_dataset(folder_texts(path))
     if not path.is_file():
-        raise DataError(f"no text at {source}: give 'stdlib', a text file, a folder, or a .jsonl or .parquet file")
+        raise NsaError(f"no text at {source}: give 'stdlib', a text file, a folder, or a .jsonl or .parquet file")
     suffix = path.suffix.lower()
     if suffix in LINE_SUFFIXES:
         return as_dataset([(f"{path.name}:{line}", text) for line, text in jsonl_texts(path)])
@@ -71,9 +74,20 @@ def load_documents(source: str) -> Dataset:
 
 
 def held_out_documents(source: str, count: int) -> list[tuple[str, str]]:
-    """The first `count` held-out documents as (name, text); of 'stdlib' the files that `load_documents` leaves out."""
+    """The first held-out documents.
+
+    Args:
+        source: as `load_documents` takes it; of 'stdlib' they are the files that it leaves out.
+        count: how many.
+
+    Returns:
+        Name and text of each.
+
+    Raises:
+        NsaError: there is no text, or it cannot be read.
+    """
     if count < 1:
-        raise DataError(f"at least one held-out document is needed, got {count}")
+        raise NsaError(f"at least one held-out document is needed, got {count}")
     if source == STANDARD_LIBRARY:
         return held_out_texts(HELD_OUT[:count])
     documents = load_documents(source)
@@ -81,6 +95,7 @@ def held_out_documents(source: str, count: int) -> list[tuple[str, str]]:
 
 
 def standard_library_texts() -> list[tuple[str, str]]:
+    """Path and text of the standard library's files that are trained on."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [path for path in sorted(root.rglob("*.py")) if not LEFT_OUT_FOLDERS & set(path.relative_to(root).parts)]
     texts = [(path.relative_to(root).as_posix(), path) for path in files if path.name not in HELD_OUT]
@@ -88,26 +103,28 @@ def standard_library_texts() -> list[tuple[str, str]]:
 
 
 def folder_texts(folder: Path) -> list[tuple[str, str]]:
-    found = sorted(path for path in folder.rglob("*") if path.is_file())
-    if tables := [path for path in found if path.suffix.lower() in {*LINE_SUFFIXES, ".parquet"}]:
+    """Path and text of a folder's text files, sorted by path; rows of texts beside them are named, and not read."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    if tables := [path for path in paths if path.suffix.lower() in {*LINE_SUFFIXES, ".parquet"}]:
         print(
             f"note: {folder} holds rows of texts ({tables[0].relative_to(folder)}), which are not read with a folder's "
             "text files: to read them, give that file itself",
             file=sys.stderr,
         )
-    files = [path for path in found if path.suffix.lower() in TEXT_SUFFIXES]
+    files = [path for path in paths if path.suffix.lower() in TEXT_SUFFIXES]
     return [(path.relative_to(folder).as_posix(), read_text(path)) for path in files]
 
 
 def read_text(path: Path) -> str:
+    """A file's text; NsaError when it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path} as UTF-8 text: {error}") from error
+        raise NsaError(f"cannot read {path} as UTF-8 text: {error}") from error
 
 
 def jsonl_texts(path: Path) -> Iterator[tuple[int, str]]:
-    """Each row's number, counted from 0 without empty lines, and its text. DataError names the line that has none."""
+    """The number of each row, counted from 0 without empty lines, and its text; NsaError names a line without."""
     row = 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -115,33 +132,40 @@ def jsonl_texts(path: Path) -> Iterator[tuple[int, str]]:
                 continue
             place = f"{path}, line {number}"
             try:
-                found = json.loads(line.decode("utf-8-sig"))
+                content = json.loads(line.decode("utf-8-sig"))
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{place}: cannot read it as JSON: {str(error)[:200]}") from error
-            yield row, text_of(found, place)
+                raise NsaError(f"{place}: cannot read it as JSON: {str(error)[:200]}") from error
+            yield row, text_of(content, place)
             row += 1
 
 
 def text_of(row: Any, place: str) -> str:
-    """A row's text. DataError says what it has instead."""
+    """A row's text.
+
+    Args:
+        place: where the row stands, for messages.
+
+    Raises:
+        NsaError: it has none; says what it has instead.
+    """
     expected = 'expected a row like {"text": "..."}'
     if not isinstance(row, dict):
-        raise DataError(f"{place}: {expected}, got {kind_of(row)}")
+        raise NsaError(f"{place}: {expected}, got {kind_of(row)}")
     if "text" not in row:
         chat = ": write each chat out as one text, by the model's chat template" if "messages" in row else ""
-        raise DataError(f"{place}: {expected}, got one with {', '.join(map(str, row)) or 'nothing in it'}{chat}"[:400])
+        raise NsaError(f"{place}: {expected}, got one with {', '.join(map(str, row)) or 'nothing in it'}{chat}"[:400])
     text = row["text"]
     if not isinstance(text, str):
-        raise DataError(f"{place}: {expected}, got {kind_of(text)} as its text")
+        raise NsaError(f"{place}: {expected}, got {kind_of(text)} as its text")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{place}: half a character (a lone surrogate) in its text: {error}"[:400]) from error
+        raise NsaError(f"{place}: half a character (a lone surrogate) in its text: {error}"[:400]) from error
     return text
 
 
 def kind_of(value: Any) -> str:
-    """What JSON calls it."""
+    """A value's kind, as JSON calls it."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     kinds: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
@@ -149,13 +173,14 @@ def kind_of(value: Any) -> str:
 
 
 def table_documents(path: Path) -> Dataset:
+    """The documents in a .json, .parquet or .csv; NsaError when it cannot be read or a row has no text."""
     datasets = import_datasets()
     try:
         table = datasets.load_dataset(TABLE_FORMATS[path.suffix.lower()], data_files=str(path), split="train")
     except Exception as error:  # datasets has no common error of its own
-        raise DataError(f"cannot read {path}: {error.__cause__ or error}") from error
+        raise NsaError(f"cannot read {path}: {error.__cause__ or error}") from error
     if "text" not in table.column_names:
-        raise DataError(f"{path} needs a column 'text', has {', '.join(table.column_names)}")
+        raise NsaError(f"{path} needs a column 'text', has {', '.join(table.column_names)}")
     texts = table.select_columns(["text"])
     if texts.features["text"].dtype not in ("string", "large_string") or texts.data.column("text").null_count:
         for number, row in enumerate(texts, 1):
@@ -165,22 +190,36 @@ def table_documents(path: Path) -> Dataset:
 
 
 def as_dataset(texts: list[tuple[str, str]]) -> Dataset:
+    """Named texts as a dataset; NsaError when all are empty."""
     if not any(text for _, text in texts):
-        raise DataError("found no text: the folder holds no text files, or they are empty")
+        raise NsaError("found no text: the folder holds no text files, or they are empty")
     names, bodies = zip(*texts, strict=True)
     return import_datasets().Dataset.from_dict({"name": list(names), "text": list(bodies)})
 
 
 def training_windows(documents: Dataset, tokenizer: Any, *, length: int, count: int, seed: int) -> Dataset:
-    """`count` windows of `length` tokens (columns `input_ids`, `name`), the same ones in the same order for a seed.
+    """Cuts windows out of documents, the same ones in the same order for the same seed.
 
-    Documents come in shuffled order and are tokenised only until there is enough; each is cut into whole windows, what
-    is left over at its end is dropped. A round takes at most an eighth of `count` from one document, the next goes on
-    behind it; when all text is used up it is read again. DataError when no document is long enough, or memory is not.
+    Documents come in shuffled order and are tokenised until there are enough windows. Each is cut into whole windows;
+    what is left over at its end is dropped. A round takes at most an eighth of `count` from one document, and the next
+    round goes on behind it. When all text is used up it is read again.
+
+    Args:
+        documents: of `load_documents`.
+        tokenizer: Transformers'.
+        length: tokens of a window.
+        count: how many windows.
+        seed: of both shuffles, that of the documents and that of the windows.
+
+    Returns:
+        A dataset with columns `input_ids` and `name`.
+
+    Raises:
+        NsaError: no document is long enough, or the machine's memory is too small.
     """
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if count * length * TOKEN_BYTES > memory:
-        raise DataError(
+        raise NsaError(
             f"{count:,} windows of {length:,} tokens do not fit into the {memory / 1e9:.0f} GB of this machine, where "
             "they are made before training begins: lower steps, accumulate, batch_size or length"
         )
@@ -194,7 +233,7 @@ def training_windows(documents: Dataset, tokenizer: Any, *, length: int, count: 
             if len(rows) == count:
                 break
         if len(rows) == before and first == 0:
-            raise DataError(
+            raise NsaError(
                 f"none of the {len(documents)} documents has {length} tokens: give longer texts or a smaller length"
             )
         first = first + share if len(rows) > before else 0
@@ -217,27 +256,39 @@ def windows_of(documents: Dataset, tokenizer: Any, length: int, first: int, end:
 
 
 def opening_tokens(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before a text: [bos] or nothing."""
+    """The tokens that the tokenizer puts before a text: [bos] or none."""
     ids = tokenizer("a")["input_ids"]
     return ids[:1] if ids[0] == tokenizer.bos_token_id else []
 
 
 def held_out_windows(texts: list[tuple[str, str]], tokenizer: Any, length: int) -> list[Window]:
-    """The first `length` tokens of each text as (name, ids): the fixed batch that before and after are compared on."""
+    """The held-out batch, on which a model before and after training is compared.
+
+    Args:
+        texts: name and text of each document.
+        tokenizer: Transformers'.
+        length: tokens that are taken of each, from its beginning.
+
+    Returns:
+        Name and token ids of each.
+
+    Raises:
+        NsaError: a text has fewer tokens.
+    """
     if length < 2:
-        raise DataError(f"a held-out window has at least 2 tokens, one to predict the other from, got {length}")
+        raise NsaError(f"a held-out window has at least 2 tokens, one to predict the other from, got {length}")
     # verbose=False: no warning that a whole document is longer than the model's window
     windows = [(name, tokenizer(text, verbose=False)["input_ids"][:length]) for name, text in texts]
     short = [f"{name} ({len(ids)})" for name, ids in windows if len(ids) < length]
     if short:
-        raise DataError(f"held-out texts need {length} tokens, too short: {', '.join(short)}; take a smaller length")
+        raise NsaError(f"held-out texts need {length} tokens, too short: {', '.join(short)}; take a smaller length")
     return windows
 
 
 def hash_texts(texts: Iterable[tuple[str, str]]) -> str:
-    """One hash of all texts, by what they say, where each ends, their order and their names."""
+    """One hash of named texts: of the names, the texts, where each ends, and their order."""
     written = (part.encode() for named in texts for part in named)
-    return hash_parts(piece for part in written for piece in (len(part).to_bytes(8, "little"), part))
+    return hash_parts(chunk for part in written for chunk in (len(part).to_bytes(8, "little"), part))
 
 
 def hash_windows(windows: Iterable[Sequence[int]]) -> str:
@@ -246,6 +297,7 @@ def hash_windows(windows: Iterable[Sequence[int]]) -> str:
 
 
 def import_datasets() -> Any:
+    """The package `datasets`; NsaError says how to install it where it is missing."""
     try:
         import datasets
     except ImportError as error:

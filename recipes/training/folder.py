@@ -1,8 +1,11 @@
-"""Where a run lives until it is done, and the folder it ends as.
+"""The folder in which a run lives until it is done, and the one that it leaves.
 
-`OUT.unfinished/` holds `run.json` (what the run depends on) and `checkpoints/`; the process that trains has it locked.
-OUT appears whole when the run is done, and the other goes. OUT holds the trained model, its tokenizer, `manifest.json`
-with "trained": true, and `training.json`.
+`OUT.unfinished/` holds `run.json` (the run's fingerprint) and `checkpoints/`; the process that trains has it locked.
+When the run is done, OUT appears whole and `OUT.unfinished/` is removed. OUT holds the trained model, its tokenizer,
+`manifest.json` with "trained": true, and `training.json`.
+
+A run's fingerprint is all that decides its weights: settings, hashes of the model and of the text, number of processes.
+A run goes on only with the fingerprint that it began with.
 """
 
 from __future__ import annotations
@@ -29,9 +32,9 @@ from .config import RunConfig
 
 RUN, RESULT = "run.json", "training.json"
 FORMAT = 1
-# may differ when a run goes on: they do not change its weights
-FREE = {"model", "out", "save_every", "keep", "log_every", "trust_remote_code"}
-# what a fingerprint has hashes of, and how a change of it is told
+# Settings that may differ when a run goes on: they do not change its weights.
+NOT_IN_FINGERPRINT = {"model", "out", "save_every", "keep", "log_every", "trust_remote_code"}
+# What a fingerprint has hashes of, and what a message says when one has changed.
 CONTENTS = {
     "training_text": "the training text, data={data}, has changed",
     "held_out_text": "the held-out text, held_out={held_out}, has changed",
@@ -42,64 +45,74 @@ CONTENTS = {
 PACKAGES = ("nsa-hf", "torch", "transformers", "accelerate", "datasets")
 
 
-class RunFolderError(NsaError):
-    """A folder that holds another run, or something else."""
+def settings_fingerprint(config: RunConfig) -> dict[str, Any]:
+    """The part of a run's fingerprint that follows from its settings and the model's folder.
 
-
-def fingerprint(config: RunConfig) -> dict[str, Any]:
-    """What decides a run's weights, as far as settings and model folder say it: see `train` for text and processes."""
+    Raises:
+        NsaError: the folder holds no converted model.
+    """
     model = Path(config.model)
     manifest.find(model)
-    settings = {name: value for name, value in config.as_dict().items() if name not in FREE}
+    settings = {name: value for name, value in config.as_dict().items() if name not in NOT_IN_FINGERPRINT}
     weights = {file.name: hash_file(file) for file in SafetensorsCheckpoint(model).files}
     return {**settings, "model_config": hash_file(model / "config.json"), "weights": weights}
 
 
 def check_out(config: RunConfig) -> None:
-    """Refuses an OUT that holds something else than this run, before any work is done."""
+    """Whether OUT may be written, or holds a finished run; NsaError where it holds something else."""
     if not (Path(config.out) / RESULT).is_file():
         check_output(Path(config.out), keep=(Path(config.model),))
 
 
-def finished_run(config: RunConfig, depends: dict[str, Any]) -> bool:
-    """Whether `config.out` holds this very run, finished. RunFolderError when it holds another one.
+def finished_run(config: RunConfig, fingerprint: dict[str, Any]) -> bool:
+    """Whether `config.out` holds this very run, finished.
 
-    `depends`: the run's whole fingerprint. What an older version did not note is not compared.
+    Args:
+        fingerprint: of the run. Of it, what an older version did not note is not compared.
+
+    Raises:
+        NsaError: it holds another run, finished.
     """
     path = Path(config.out) / RESULT
     if not path.is_file():
         return False
     noted = noted_fingerprint(path)
-    check_same(config, path, noted, {name: value for name, value in depends.items() if name in noted})
+    check_same(config, path, noted, {name: value for name, value in fingerprint.items() if name in noted})
     remove_run_folder(unfinished(config))
     return True
 
 
 @contextmanager
-def open_run_folder(config: RunConfig, depends: dict[str, Any]) -> Iterator[Path | None]:
-    """The folder of the unfinished run, made or found, and this process's alone; None when OUT holds it finished.
+def open_run_folder(config: RunConfig, fingerprint: dict[str, Any]) -> Iterator[Path | None]:
+    """Locks the folder of the unfinished run, which is made where it does not exist.
 
     A run that is refused before its first checkpoint leaves nothing.
 
+    Args:
+        fingerprint: of the run.
+
+    Yields:
+        The folder; None when OUT holds the run finished.
+
     Raises:
-        RunFolderError: another process trains it, or it is of a run with another fingerprint, or of something else.
+        NsaError: another process trains it, or it holds a run with another fingerprint, or something else.
     """
     folder, path = unfinished(config), unfinished(config) / RUN
-    if finished_run(config, depends):
+    if finished_run(config, fingerprint):
         yield None
         return
     check_out(config)
     with locked(folder, config):
-        # while this one waited for the lock, the one that had it may have come to its end
-        if finished_run(config, depends):
+        # another process may have ended the run just before this one got the lock
+        if finished_run(config, fingerprint):
             yield None
             return
         if path.is_file():
-            check_same(config, path, noted_fingerprint(path), depends)
+            check_same(config, path, noted_fingerprint(path), fingerprint)
         elif foreign := [file.name for file in folder.iterdir() if not file.name.startswith(f".{RUN}.")]:
-            raise RunFolderError(f"{folder} is where the run would live, and holds {foreign[0]}: give another out=")
+            raise NsaError(f"{folder} is where the run would live, and holds {foreign[0]}: give another out=")
         else:
-            write_json(path, {"format": FORMAT, "fingerprint": depends})
+            write_json(path, {"format": FORMAT, "fingerprint": fingerprint})
         try:
             yield folder
         except NsaError:
@@ -110,30 +123,35 @@ def open_run_folder(config: RunConfig, depends: dict[str, Any]) -> Iterator[Path
 
 @contextmanager
 def locked(folder: Path, config: RunConfig) -> Iterator[None]:
-    """Holds `folder`, made if it is not there, for this process alone; the lock ends with the process."""
+    """Keeps `folder` for this process alone, and makes it where it does not exist; the lock ends with the process.
+
+    Raises:
+        NsaError: another process has it, or it cannot be made.
+    """
     try:
         lock = lock_folder(folder)
     except BlockingIOError as error:
-        raise RunFolderError(
+        raise NsaError(
             f"another process trains {config.out} now: wait until it is done, or give another out="
         ) from error
     except OSError as error:
-        raise RunFolderError(f"cannot make {folder}: {error.strerror or error}") from error
+        raise NsaError(f"cannot make {folder}: {error.strerror or error}") from error
     try:
         yield
     finally:
-        with suppress(OSError):  # empty: nothing began
+        with suppress(OSError):  # an empty folder: nothing began
             folder.rmdir()
         os.close(lock)
 
 
 def unfinished(config: RunConfig) -> Path:
+    """The folder in which a run lives until it is done."""
     out = Path(config.out).resolve()
     return out.with_name(f"{out.name}.unfinished")
 
 
 def remove_run_folder(folder: Path) -> None:
-    """Removes what a run keeps in its folder, and the folder when nothing else is in it."""
+    """Removes what a run wrote into its folder, and the folder when nothing else is in it."""
     if (folder / RUN).is_file():
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         (folder / RUN).unlink(missing_ok=True)
@@ -142,8 +160,17 @@ def remove_run_folder(folder: Path) -> None:
 
 
 def check_same(config: RunConfig, path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Compares two fingerprints.
+
+    Args:
+        path: the record that has the first.
+        before, now: what the run began with, and what it would go on with.
+
+    Raises:
+        NsaError: what has changed, or was not noted.
+    """
     if unknown := [name for name in now if name not in before]:
-        raise RunFolderError(
+        raise NsaError(
             f"{path.parent} holds a run that an older version began, which did not note its {', '.join(unknown)}: give "
             "another out=, or remove that folder to start from the beginning"
         )
@@ -151,54 +178,64 @@ def check_same(config: RunConfig, path: Path, before: dict[str, Any], now: dict[
     if changed != ["tokens"]:
         changed = [name for name in changed if name != "tokens"]  # they follow from the others
     if changed:
-        told = "; ".join(
+        changes = "; ".join(
             CONTENTS[name].format(**config.as_dict()) if name in CONTENTS else f"{name}: {before[name]} -> {now[name]}"
             for name in changed
         )
-        raise RunFolderError(
-            f"{path.parent} holds a run that is not this one ({told}): give another out=, take that back, or remove "
+        raise NsaError(
+            f"{path.parent} holds a run that is not this one ({changes}): give another out=, take that back, or remove "
             "that folder to start from the beginning"
         )
 
 
 def noted_fingerprint(path: Path) -> dict[str, Any]:
-    """The fingerprint in a run's record, unfinished or finished; RunFolderError when it is damaged."""
+    """The fingerprint in a run's record, unfinished or finished; NsaError when it is damaged."""
     try:
         return dict(read_json(path)["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunFolderError(f"{path} is damaged ({error!r}): remove its folder and run again") from error
+        raise NsaError(f"{path} is damaged ({error!r}): remove its folder and run again") from error
 
 
-def save_trained(student: Any, config: RunConfig, depends: dict[str, Any], result: dict[str, Any]) -> None:
-    """Writes the finished run's folder, whole or not at all, and removes the unfinished one."""
+def save_trained(student: Any, config: RunConfig, fingerprint: dict[str, Any], result: dict[str, Any]) -> None:
+    """Writes the folder of a finished run, whole or not at all, and removes the unfinished one.
+
+    Args:
+        student: the trained model.
+        fingerprint: of the run.
+        result: what training.json records beside settings and machine.
+
+    Raises:
+        NsaError: it cannot be written.
+    """
     model, out = Path(config.model), Path(config.out)
-    record = {"format": FORMAT, "fingerprint": depends, "config": config.as_dict(), **result, **machine()}
+    record = {"format": FORMAT, "fingerprint": fingerprint, "config": config.as_dict(), **result, **machine()}
     with staged_folder(out) as stage:
         try:
             with transformers_progress(False):
                 student.save_pretrained(stage)
         except SafetensorError as error:
-            raise RunFolderError(
+            raise NsaError(
                 f"cannot write the trained model {out} ({error}): once there is room, the same command goes on from "
                 "the last checkpoint"
             ) from error
-        for weights in stage.glob("*.safetensors"):  # safetensors makes files that only their owner can read
+        for weights in stage.glob("*.safetensors"):  # which safetensors lets only their owner read
             shutil.copymode(stage / "config.json", weights)
         companions = open_source(model).save_companions(stage)
         write_json(stage / RESULT, record)
-        run = {"steps": config.steps, "fingerprint": record["fingerprint"]}
+        run = {"steps": config.steps, "fingerprint": fingerprint}
         manifest.write(stage, manifest.build_trained(stage, model, manifest.find(model), companions, run))
     remove_run_folder(unfinished(config))
 
 
 def machine() -> dict[str, Any]:
-    """Hardware and versions that the figures were measured with."""
+    """The hardware and versions of this machine, beside which measured figures are recorded."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     hardware = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "gpus": gpus}
     return {"hardware": hardware, "versions": manifest.versions(PACKAGES)}
 
 
 def cpu_name() -> str:
+    """The CPU's name, as far as the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -4,28 +4,25 @@
     accelerate launch -m nsa_hf.recipes.train recipes/runs/demo.yaml model=build/nsa out=build/trained
     (a toy size: steps=2 length=1088 held_out_documents=1)
 
-loss = ce_weight * CE(next token) + kl_weight * KL(teacher || student), the teacher being the converted model's own
-weights, frozen, run with dense attention: the dense source. The run lives in `OUT.unfinished` until it is done; then
-OUT appears whole. Killed and started again with the same settings it goes on from its last checkpoint and ends with the
-same weights.
+loss = ce_weight * CE(next token) + kl_weight * KL(teacher || student). The teacher has the converted model's own
+weights, frozen, and runs with dense attention, so it is the dense source. The run lives in `OUT.unfinished` until it is
+done; then OUT appears whole. A run that was killed goes on from its last checkpoint when it is started again with the
+same settings, and ends with the same weights.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from rich.console import Console
 
-from nsa_hf.conversion.compare.texts import provenance
 from nsa_hf.conversion.files.loading import read_config
 from nsa_hf.conversion.plan import training_hindrance
 from nsa_hf.conversion.sources import open_source
@@ -36,6 +33,7 @@ from ..load import check_token_ids, load_nsa_model, load_tokenizer
 from .checkpoints import Checkpoints
 from .config import RunConfig
 from .data import (
+    Window,
     hash_texts,
     hash_windows,
     held_out_documents,
@@ -43,27 +41,67 @@ from .data import (
     load_documents,
     training_windows,
 )
-from .evaluate import compare_models, final_states, mean_kl, render_before_after
-from .folder import check_out, fingerprint, open_run_folder, save_trained
+from .evaluate import mean_kl
+from .folder import check_out, open_run_folder, save_trained, settings_fingerprint
+from .held_out import HeldOut, held_out_figures, print_figures
+from .launch import deterministic, make_accelerator, on_main_process
 from .losses import LossModel
 from .optimizer import make_optimizer, set_rates
 
-# by the variable with which Accelerate is told of it
-OTHER_WAYS = {
-    "ACCELERATE_DYNAMO_BACKEND": "torch.compile",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context or sequence parallelism",
-}
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
-class TrainingError(NsaError):
-    """A run that cannot start, or go on."""
+class Texts(NamedTuple):
+    """The text of a run.
+
+    Attributes:
+        documents: the training text, columns `name` and `text`.
+        windows: what the steps read of it, in order, columns `input_ids` and `name`.
+        held_out_documents: name and text of each held-out document.
+        held_out_windows: name and token ids of what is read of each.
+    """
+
+    documents: Dataset
+    windows: Dataset
+    held_out_documents: list[tuple[str, str]]
+    held_out_windows: list[Window]
+
+    def fingerprint(self) -> dict[str, str]:
+        """The part of the run's fingerprint (see folder.py) that follows from its text: hashes of it and its tokens."""
+        named_texts = zip(self.documents["name"], self.documents["text"], strict=True)
+        tokens = chain(self.windows["input_ids"], (ids for _, ids in self.held_out_windows))
+        return {
+            "training_text": hash_texts(named_texts),
+            "held_out_text": hash_texts(self.held_out_documents),
+            "tokens": hash_windows(tokens),
+        }
+
+
+class Prepared(NamedTuple):
+    """What a run trains and trains with.
+
+    Attributes:
+        accelerator: Accelerate's, of this process.
+        teacher: the converted model, frozen.
+        student: the model to train.
+        model: the student with its losses, as Accelerate prepared it.
+        optimizer, loader: as Accelerate prepared them.
+    """
+
+    accelerator: Any
+    teacher: Any
+    student: Any
+    model: Any
+    optimizer: Any
+    loader: Any
 
 
 def train(config: RunConfig) -> Path:
-    """Runs, or goes on with, the run of `config`; returns its folder.
+    """Runs, or goes on with, the run of `config`.
+
+    Returns:
+        The folder of the trained model.
 
     Raises:
         NsaError: what is in the way (folders, settings, text too short, a loss that is not finite).
@@ -76,138 +114,146 @@ def train(config: RunConfig) -> Path:
 
 
 def run(config: RunConfig) -> Path:
+    """`train`, without a word to somebody who stops it."""
     out = Path(config.out)
     check_out(config)
     check_model(config)
     accelerator = make_accelerator(config)
     with deterministic(config.deterministic), ExitStack() as stack:
-        # text
-        depends = fingerprint(config)
-        tokenizer = load_tokenizer(config.model, config.trust_remote_code)
-        texts = held_out_documents(config.held_out, config.held_out_documents)
-        held_out = held_out_windows(texts, tokenizer, config.length)
-        documents = load_documents(config.data)
-        count = config.steps * config.accumulate * config.batch_size * accelerator.num_processes
-        windows = training_windows(documents, tokenizer, length=config.length, count=count, seed=config.seed)
-        rows = windows.select_columns("input_ids").with_format("torch")
-
-        # the run's folder: this run's, and no other process's
-        depends |= {
-            "training_text": hash_texts(zip(documents["name"], documents["text"], strict=True)),
-            "held_out_text": hash_texts(texts),
-            "tokens": hash_windows(chain(windows["input_ids"], (ids for _, ids in held_out))),
-            "processes": accelerator.num_processes,
-        }
-        folder = on_main_process(accelerator, lambda: stack.enter_context(open_run_folder(config, depends)))
+        fingerprint = settings_fingerprint(config)
+        texts = read_texts(config, accelerator.num_processes)
+        fingerprint |= {**texts.fingerprint(), "processes": accelerator.num_processes}
+        # locked by the main process until the run ends
+        folder = on_main_process(accelerator, lambda: stack.enter_context(open_run_folder(config, fingerprint)))
         if folder is None:
             accelerator.print(f"{out} holds this run already, finished: nothing to do")
             return out
+        prepared = prepare(config, accelerator, texts)
         checkpoints = Checkpoints(folder / "checkpoints", config.keep)
-
-        # models
-        teacher = load_nsa_model(config.model, accelerator.device).requires_grad_(False)
-        for ids in windows["input_ids"]:
-            check_token_ids(teacher, ids)
-        student = load_student(config, accelerator.device)
-        model, optimizer, loader = accelerator.prepare(
-            LossModel(student, teacher if config.kl_weight else None, config.loss_chunk),
-            make_optimizer(student, config),
-            torch.utils.data.DataLoader(rows, config.batch_size),
-        )
-
-        # where it begins: at the start, or behind the last checkpoint
         latest = on_main_process(accelerator, checkpoints.latest)
-        with teacher.dense_attention():
-            teacher_states = final_states(teacher, held_out, accelerator.autocast)
+        held_out = HeldOut(texts.held_out_windows, prepared.teacher, accelerator.autocast)
         if latest is None:
-            states = final_states(student, held_out, accelerator.autocast)
-            before = compare_models(teacher, teacher_states, student, states, held_out)
-            state: dict[str, Any] = {"step": 0, "curve": [], "before": before}
-            accelerator.print(f"held-out KL to the teacher before: {mean_kl(before):.6f}")
+            state = first_state(accelerator, held_out, prepared.student)
         else:
-            state = checkpoints.restore(accelerator, latest)
-            if not 0 < state["step"] < config.steps:
-                raise TrainingError(f"{latest} says that {state['step']} of {config.steps} steps are done: remove it")
-            accelerator.print(f"going on from {latest}")
-
-        run_steps(accelerator, model, optimizer, loader, student, config, state, checkpoints)
-
-        # the same held-out batch again: sparse, and the new weights run dense beside it
-        states = final_states(student, held_out, accelerator.autocast)
-        with student.dense_attention():
-            own_dense = final_states(student, held_out, accelerator.autocast)
-        after = compare_models(teacher, teacher_states, student, states, held_out)
-        own = compare_models(student, own_dense, student, states, held_out)
-        exact = student.config.nsa_sizes.exact_tokens
-        figures = {
-            "names": [name for name, _ in texts],
-            "texts": provenance(texts),
-            "length": config.length,
-            "exact_range": exact,
-            "before": state["before"],
-            "after": after,
-            "after_own_dense": own,
-            "kl_before": mean_kl(state["before"]),
-            "kl_after": mean_kl(after),
-            "kl_before_beyond": mean_kl(state["before"], exact),
-            "kl_after_beyond": mean_kl(after, exact),
-        }
-        parameters = {
-            "nsa": sum(p.numel() for name, p in student.named_parameters() if ".nsa." in name),
-            "all": sum(p.numel() for p in student.parameters()),
-        }
+            state = restore_state(accelerator, checkpoints, latest, config.steps)
+        run_steps(prepared, config, state, checkpoints)
+        result = measure_result(prepared, config, texts, held_out, state)
         if accelerator.is_main_process:
-            result = {
-                "data": {"source": config.data, "documents": len(documents), "windows": len(windows)},
-                "parameters": parameters,
-                "curve": state["curve"],
-                "held_out": figures,
-                "processes": accelerator.num_processes,
-            }
-            save_trained(student, config, depends, result)
-            report(figures, out)
+            save_trained(prepared.student, config, fingerprint, result)
+            print_figures(result["held_out"], out)
         accelerator.wait_for_everyone()
     return out
 
 
-def run_steps(
-    accelerator: Any,
-    model: Any,
-    optimizer: Any,
-    loader: Any,
-    student: Any,
-    config: RunConfig,
-    state: dict[str, Any],
-    checkpoints: Checkpoints,
-) -> None:
-    """The steps that are left of the run; adds a row per step to `state["curve"]` and saves checkpoints."""
-    batches = iter(accelerator.skip_first_batches(loader, state["step"] * config.accumulate))
+def check_model(config: RunConfig) -> None:
+    """Whether the model can be trained as `config` says, and its other files can go along with the result.
+
+    Raises:
+        NsaError: why not.
+    """
+    model = read_config(Path(config.model))
+    if hindrance := training_hindrance(model):
+        raise NsaError(f"{config.model}: {hindrance}")
+    if config.gate_blend_steps and model.nsa_gate != "blend":
+        raise NsaError(f"gate_blend_steps needs nsa_gate 'blend', the model has {model.nsa_gate!r}")
+    open_source(config.model)
+
+
+def read_texts(config: RunConfig, processes: int) -> Texts:
+    """Reads and tokenises all that the run will read.
+
+    Raises:
+        NsaError: text is missing or too short.
+    """
+    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+    held_out = held_out_documents(config.held_out, config.held_out_documents)
+    held_out_ids = held_out_windows(held_out, tokenizer, config.length)
+    documents = load_documents(config.data)
+    count = config.steps * config.accumulate * config.batch_size * processes
+    windows = training_windows(documents, tokenizer, length=config.length, count=count, seed=config.seed)
+    return Texts(documents, windows, held_out, held_out_ids)
+
+
+def prepare(config: RunConfig, accelerator: Any, texts: Texts) -> Prepared:
+    """Loads teacher and student, and lets Accelerate prepare them for its device.
+
+    Raises:
+        NsaError: the model cannot be loaded, or a window has a token that it has no embedding for.
+    """
+    teacher = load_nsa_model(config.model, accelerator.device).requires_grad_(False)
+    for ids in texts.windows["input_ids"]:
+        check_token_ids(teacher, ids)
+    student = load_student(config, accelerator.device)
+    rows = texts.windows.select_columns("input_ids").with_format("torch")
+    model, optimizer, loader = accelerator.prepare(
+        LossModel(student, teacher if config.kl_weight else None, config.loss_chunk),
+        make_optimizer(student, config),
+        torch.utils.data.DataLoader(rows, config.batch_size),
+    )
+    return Prepared(accelerator, teacher, student, model, optimizer, loader)
+
+
+def load_student(config: RunConfig, device: Any) -> Any:
+    """The model to train; parameters whose rate is 0 are frozen."""
+    student = load_nsa_model(config.model, device)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_((config.lr_nsa if ".nsa." in name else config.lr_backbone) > 0)
+    if config.gradient_checkpointing:
+        checkpoint_activations(student, config.gradient_checkpointing)
+    return student.train()
+
+
+def first_state(accelerator: Any, held_out: HeldOut, student: Any) -> dict[str, Any]:
+    """The state of a run that begins: finished steps, a row for each of them, the held-out rows before training."""
+    before = held_out.compare(student)
+    accelerator.print(f"held-out KL to the teacher before: {mean_kl(before):.6f}")
+    return {"step": 0, "curve": [], "before": before}
+
+
+def restore_state(accelerator: Any, checkpoints: Checkpoints, latest: Path, steps: int) -> dict[str, Any]:
+    """The state of a run that goes on (see `first_state`); what Accelerate prepared becomes what it was then.
+
+    Args:
+        latest: the checkpoint.
+        steps: of the whole run.
+
+    Raises:
+        NsaError: the checkpoint cannot be read, or is none of a run with so many steps.
+    """
+    state = checkpoints.restore(accelerator, latest)
+    if not 0 < state["step"] < steps:
+        raise NsaError(f"{latest} says that {state['step']} of {steps} steps are done: remove it")
+    accelerator.print(f"going on from {latest}")
+    return state
+
+
+def run_steps(prepared: Prepared, config: RunConfig, state: dict[str, Any], checkpoints: Checkpoints) -> None:
+    """Takes the steps that are left of the run, prints their progress and saves checkpoints.
+
+    Args:
+        state: see `first_state`; each step adds its row to `state["curve"]`.
+
+    Raises:
+        NsaError: a loss is not finite, or a checkpoint cannot be written.
+    """
+    accelerator, student = prepared.accelerator, prepared.student
+    batches = iter(accelerator.skip_first_batches(prepared.loader, state["step"] * config.accumulate))
     tokens = config.batch_size * config.length * config.accumulate * accelerator.num_processes
     first_blend = student.config.nsa_gate_blend
     began = time.perf_counter()
-    model.train()
+    prepared.model.train()
     for step in range(state["step"], config.steps):
         start = time.perf_counter()
-        rates = set_rates(optimizer, step, config)
+        rates = set_rates(prepared.optimizer, step, config)
         if config.gate_blend_steps:
             share = min(1.0, (step + 1) / config.gate_blend_steps)
             student.set_gate_blend(first_blend + share * (1 - first_blend))
-        sums = torch.zeros(2, device=accelerator.device)
-        for _ in range(config.accumulate):
-            with accelerator.accumulate(model):
-                ce, kl = model(next(batches)["input_ids"])
-                accelerator.backward(config.ce_weight * ce + config.kl_weight * kl)
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            sums += torch.stack((ce, kl)).detach() / config.accumulate
-        ce, kl = accelerator.reduce(sums, "mean").tolist()
-        if not math.isfinite(ce + kl + float(norm)):
-            raise TrainingError(f"the loss is not finite at step {step + 1} (ce {ce}, kl {kl}): lower the rates")
+        ce, kl, norm = take_step(prepared, config, batches)
+        if not math.isfinite(ce + kl + norm):
+            raise NsaError(f"the loss is not finite at step {step + 1} (ce {ce}, kl {kl}): lower the rates")
         seconds = time.perf_counter() - start
         row = {"step": step + 1, "loss": config.ce_weight * ce + config.kl_weight * kl, "ce": ce, "kl": kl}
-        row |= {"grad_norm": float(norm), **rates, "seconds": seconds, "tokens_per_second": tokens / seconds}
+        row |= {"grad_norm": norm, **rates, "seconds": seconds, "tokens_per_second": tokens / seconds}
         state["curve"].append(row)
         if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
             done = step + 1 - state["step"]
@@ -217,7 +263,38 @@ def run_steps(
             checkpoints.save(accelerator, step + 1, {"curve": state["curve"], "before": state["before"]})
 
 
+def take_step(
+    prepared: Prepared, config: RunConfig, batches: Iterator[dict[str, torch.Tensor]]
+) -> tuple[float, float, float]:
+    """One step of the optimizer, over `config.accumulate` batches.
+
+    Returns:
+        Next-token loss and KL to the teacher, means over batches and processes in nats a token; the gradient's norm
+        before it is clipped.
+    """
+    accelerator, model, optimizer = prepared.accelerator, prepared.model, prepared.optimizer
+    sums = torch.zeros(2, device=accelerator.device)
+    for _ in range(config.accumulate):
+        with accelerator.accumulate(model):
+            ce, kl = model(next(batches)["input_ids"])
+            accelerator.backward(config.ce_weight * ce + config.kl_weight * kl)
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        sums += torch.stack((ce, kl)).detach() / config.accumulate
+    ce, kl = accelerator.reduce(sums, "mean").tolist()
+    return ce, kl, float(norm)
+
+
 def progress_line(row: dict[str, Any], steps: int, left: float) -> str:
+    """A step in one line.
+
+    Args:
+        row: the step's, of the curve.
+        steps: of the whole run.
+        left: seconds until its end.
+    """
     minutes, seconds = divmod(round(left), 60)
     return (
         f"step {row['step']}/{steps}  loss {row['loss']:.4f}  ce {row['ce']:.4f}  kl {row['kl']:.5f}  "
@@ -225,90 +302,27 @@ def progress_line(row: dict[str, Any], steps: int, left: float) -> str:
     )
 
 
-def on_main_process(accelerator: Any, do: Callable[[], Any]) -> Any:
-    """What `do` returns, or raises of our kind, in the main process: in all of them."""
-    from accelerate.utils import broadcast_object_list
+def measure_result(
+    prepared: Prepared, config: RunConfig, texts: Texts, held_out: HeldOut, state: dict[str, Any]
+) -> dict[str, Any]:
+    """What training.json records of a run beside its settings and the machine; runs the trained student once more.
 
-    outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = do()
-        except NsaError as error:
-            outcome[1] = error
-    broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
-
-
-def check_launch(config: RunConfig) -> None:
-    """Refuses what the environment, and with it `accelerate launch`, would set against the run file or in its place."""
-    for variable, setting, ours in (
-        ("ACCELERATE_MIXED_PRECISION", "mixed_precision", config.mixed_precision),
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "accumulate", str(config.accumulate)),
-    ):
-        theirs = os.environ.get(variable, "").lower()
-        # "no" is also what the launcher sets when it was told nothing
-        if theirs not in ("", ours, "no" if setting == "mixed_precision" else ours):
-            raise TrainingError(
-                f"{setting} is {ours} in the run file, and {theirs} by `accelerate launch` or the environment "
-                f"({variable}): take that back, or write {setting}={theirs}"
-            )
-    for variable, what in OTHER_WAYS.items():
-        if os.environ.get(variable, "").lower() not in ("", "no", "false", "0"):
-            raise TrainingError(
-                f"`accelerate launch` or the environment asks for {what} ({variable}={os.environ[variable]}), which "
-                "this training does not have: it runs one process per GPU, each with the whole model"
-            )
-
-
-def check_model(config: RunConfig) -> None:
-    """Refuses a model that cannot be trained as `config` says, or whose other files cannot go along with the result."""
-    model = read_config(Path(config.model))
-    if hindrance := training_hindrance(model):
-        raise TrainingError(f"{config.model}: {hindrance}")
-    if config.gate_blend_steps and model.nsa_gate != "blend":
-        raise TrainingError(f"gate_blend_steps needs nsa_gate 'blend', the model has {model.nsa_gate!r}")
-    open_source(config.model)
-
-
-def make_accelerator(config: RunConfig) -> Any:
-    check_launch(config)
-    try:
-        from accelerate import Accelerator
-        from accelerate.utils import set_seed
-    except ImportError as error:
-        raise TrainingError("training needs the package `accelerate`: pip install 'nsa-hf[train]'") from error
-    try:
-        accelerator = Accelerator(mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.accumulate)
-    except ValueError as error:
-        raise TrainingError(f"mixed_precision={config.mixed_precision} does not work here: {error}") from error
-    set_seed(config.seed)
-    return accelerator
-
-
-def load_student(config: RunConfig, device: Any) -> Any:
-    """The model to train, what has rate 0 frozen."""
-    student = load_nsa_model(config.model, device)
-    for name, parameter in student.named_parameters():
-        parameter.requires_grad_((config.lr_nsa if ".nsa." in name else config.lr_backbone) > 0)
-    if config.gradient_checkpointing:
-        checkpoint_activations(student, config.gradient_checkpointing)
-    return student.train()
-
-
-@contextmanager
-def deterministic(wanted: bool) -> Iterator[None]:
-    """Operations that give the same bits every time, where PyTorch has them; a warning where it does not."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(wanted, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-
-
-def report(figures: dict[str, Any], out: Path) -> None:
-    Console().print(render_before_after(figures))
-    print(f"held-out KL to the teacher: {figures['kl_before']:.6f} before, {figures['kl_after']:.6f} after")
-    print(f"trained model: {out}")
+    Raises:
+        NsaError: its logits are not finite.
+    """
+    student = prepared.student
+    after, after_own_dense = held_out.compare_trained(student)
+    figures = held_out_figures(
+        student, texts.held_out_documents, config.length, state["before"], after, after_own_dense
+    )
+    parameters = {
+        "nsa": sum(p.numel() for name, p in student.named_parameters() if ".nsa." in name),
+        "all": sum(p.numel() for p in student.parameters()),
+    }
+    return {
+        "data": {"source": config.data, "documents": len(texts.documents), "windows": len(texts.windows)},
+        "parameters": parameters,
+        "curve": state["curve"],
+        "held_out": figures,
+        "processes": prepared.accelerator.num_processes,
+    }

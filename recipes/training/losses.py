@@ -36,10 +36,16 @@ def output_logits(model: Any, hidden: Tensor) -> Tensor:
 
 
 def loss_sums(logits: Tensor, teacher_logits: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over counted positions of -log p(label) and of KL(teacher || student) = sum_v t_v (log t_v - log s_v); fp32.
+    """The two losses of some positions, summed over those that are counted.
 
-    `logits`, `teacher_logits` [N, V] of any float dtype, `labels` [N] int64 with IGNORED. Without a teacher the second
-    is 0.
+    Args:
+        logits: the student's, [N, V] of any float dtype.
+        teacher_logits: the teacher's, likewise; or None.
+        labels: [N] int64; IGNORED counts nowhere.
+
+    Returns:
+        The sums of -log p(label) and of KL(teacher || student) = sum_v t_v (log t_v - log s_v), fp32 scalars; the
+        second is 0 without a teacher.
     """
     log_student = F.log_softmax(logits.float(), dim=-1)
     nll = F.nll_loss(log_student, labels, ignore_index=IGNORED, reduction="sum")
@@ -60,12 +66,21 @@ def chunked_losses(
     teacher_head: Head | None = None,
     chunk: int = 256,
 ) -> tuple[Tensor, Tensor]:
-    """Mean next-token loss and mean KL(teacher || student) over the counted positions, in nats.
+    """Mean next-token loss and mean KL(teacher || student), as of whole logits but for the order of additions.
 
-    `hidden` [B, T, D] are the student's final hidden states at the positions that predict `labels` [B, T] int64
-    (already shifted; IGNORED counts nowhere), `teacher_hidden` [B, T, D'] the teacher's; `head` and `teacher_head` map
-    [n, D] to logits [n, V]. Gradients reach `hidden` and what `head` holds. Equal to the loss on whole logits up to the
-    order of additions. ValueError when the shapes do not fit.
+    Args:
+        hidden: the student's final hidden states at the positions that predict the labels, [B, T, D].
+        head: maps [n, D] to logits [n, V].
+        labels: the next tokens (already shifted), [B, T] int64; IGNORED counts nowhere.
+        teacher_hidden: the teacher's hidden states, [B, T, D'].
+        teacher_head: maps [n, D'] to logits [n, V].
+        chunk: positions whose logits exist at a time.
+
+    Returns:
+        Both means over the counted positions, in nats. Gradients reach `hidden` and the parameters of `head`.
+
+    Raises:
+        ValueError: the shapes do not fit.
     """
     if (teacher_hidden is None) != (teacher_head is None):
         raise ValueError("teacher_hidden and teacher_head go together: give both or neither")
@@ -93,7 +108,15 @@ def chunked_losses(
 
 
 class LossModel(nn.Module):
-    """A student's two losses on a batch. The teacher is no part of it: it is neither trained, wrapped nor saved."""
+    """A student with its two losses, as Accelerate prepares it.
+
+    The teacher is in a list, so that it is no part of this module: it is neither trained nor wrapped nor saved.
+
+    Attributes:
+        student: the sparse model.
+        teachers: the teacher, or nothing.
+        chunk: positions whose logits exist at a time.
+    """
 
     def __init__(self, student: Any, teacher: Any | None, chunk: int):
         super().__init__()
@@ -101,7 +124,11 @@ class LossModel(nn.Module):
         self.teachers = [teacher] if teacher is not None else []
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """`input_ids` [B, T] int64 to mean next-token loss and mean KL(teacher || student), both in nats."""
+        """Mean next-token loss and mean KL(teacher || student) of a batch, in nats.
+
+        Args:
+            input_ids: [B, T] int64.
+        """
         teacher_side: dict[str, Any] = {}
         for teacher in self.teachers:
             with torch.no_grad(), teacher.dense_attention():

@@ -1,4 +1,4 @@
-"""AdamW with rates of their own for old and new weights, and the rates' course over a run."""
+"""AdamW with separate rates for the backbone and the NSA parameters, and how the rates change over a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from .config import RunConfig
 
 
 def make_optimizer(student: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
-    """Groups `nsa`, `backbone` and `backbone_vectors` (norms and biases); only `backbone`'s matrices decay."""
+    """AdamW over what is trained, in groups `nsa`, `backbone` (matrices, which alone decay) and `backbone_vectors`.
+
+    Each group has its highest rate as "peak".
+    """
     groups: dict[str, list[nn.Parameter]] = {"nsa": [], "backbone": [], "backbone_vectors": []}
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
@@ -40,7 +43,15 @@ def rate_factor(step: int, config: RunConfig) -> float:
 
 
 def set_rates(optimizer: Any, step: int, config: RunConfig) -> dict[str, float]:
-    """Sets the rates of `step`, which depend on nothing else; returns them as {"lr_nsa", "lr_backbone"}."""
+    """Sets the optimizer's rates of a step.
+
+    Args:
+        optimizer: of `make_optimizer`.
+        step: counted from 0; the rates depend on nothing else but the settings.
+
+    Returns:
+        The rates, as "lr_nsa" and "lr_backbone".
+    """
     factor = rate_factor(step, config)
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor

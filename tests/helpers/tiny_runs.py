@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
 
 from nsa_hf.conversion import convert
 from nsa_hf.recipes.training.config import RunConfig, make_run_config
@@ -50,3 +54,13 @@ def folder_hashes(folder: Path) -> dict[str, str]:
     """sha256 of every file."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    """What a finished run wrote into its training.json."""
+    return json.loads((folder / "training.json").read_text())
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a model in one file."""
+    return load_file(folder / "model.safetensors")

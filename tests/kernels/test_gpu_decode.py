@@ -17,7 +17,8 @@ from transformers import StaticCache
 from nsa_hf.kernels import n_blocks, nsa_attention
 from nsa_hf.recipes.benchmarks import models as benchmark_model
 from nsa_hf.recipes.benchmarks.common import Heads
-from nsa_hf.recipes.benchmarks.generate import check, graphs, rounded_as_uncompiled
+from nsa_hf.recipes.benchmarks.generate import graphs, rounded_as_uncompiled
+from nsa_hf.recipes.benchmarks.logits import check
 from nsa_hf.releases import CACHE
 
 pytestmark = pytest.mark.gpu

@@ -10,6 +10,7 @@ from transformers import AutoConfig, LlamaConfig
 
 import nsa_hf
 from nsa_hf import NsaError, NsaLlamaConfig, nsa_config_from_dense
+from nsa_hf.kernels import COMPRESSORS
 
 
 def test_defaults_are_the_papers():
@@ -23,6 +24,15 @@ def test_defaults_are_the_papers():
 def test_every_field_is_documented_and_flat():
     assert set(nsa_hf.NSA_FIELDS) <= set(NsaLlamaConfig().to_dict())
     assert all(field.name.startswith("nsa_") and field.metadata["help"] for field in nsa_hf.NSA_FIELDS.values())
+
+
+def test_every_choice_is_named_in_its_help():
+    choices = {name: field.metadata["choices"] for name, field in nsa_hf.NSA_FIELDS.items() if field.type == "str"}
+    assert all(choices.values())
+    assert choices["nsa_compression"] == COMPRESSORS
+    for name, values in choices.items():
+        assert nsa_hf.NSA_FIELDS[name].default in values
+        assert all(value in nsa_hf.NSA_FIELDS[name].metadata["help"] for value in values)
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ from nsa_hf.recipes.benchmarks.common import STAMP, Heads, write_rows
 from nsa_hf.recipes.benchmarks.figures import (
     COLUMNS,
     draw,
-    figures,
     full_batch,
     growth,
     printed,
     read_curves,
+    step_row,
     token_bytes,
     tokens_read,
 )
@@ -50,14 +50,14 @@ def test_full_batches() -> None:
 
 
 def test_a_row() -> None:
-    row = figures(LLAMA, 65536, 16, 1, "nsa", (0.2, 0.19, 0.21), 1.4, RATE)
+    row = step_row(LLAMA, 65536, 16, 1, "nsa", (0.2, 0.19, 0.21), 1.4, RATE)
     assert row["bytes"] == 5631 * 16 * 4096 and row["bytes_once"] == 5503 * 16 * 4096
     # 360.6 MB in .2 ms
     assert (row["gb_s"], row["share_of_card"]) == ("1803", "0.601")
     assert (row["times_dense"], row["ceiling"], row["share_of_ceiling"]) == ("7.00", "11.64", "0.601")
-    independent = figures(LLAMA, 65536, 16, 1, "nsa-independent", (0.2, 0.19, 0.21), 1.4, RATE)
+    independent = step_row(LLAMA, 65536, 16, 1, "nsa-independent", (0.2, 0.19, 0.21), 1.4, RATE)
     assert independent["bytes"] == independent["bytes_once"] == row["bytes"]
-    dense = figures(LLAMA, 65536, 16, 1, "flash", (1.4, 1.4, 1.4), None, RATE)
+    dense = step_row(LLAMA, 65536, 16, 1, "flash", (1.4, 1.4, 1.4), None, RATE)
     assert dense["bytes"] == dense["bytes_once"] == 1 << 32
     assert "ceiling" not in dense and set(dense) < set(row) and set(row) | set(STAMP) == set(COLUMNS)
     assert "7.00 times dense" in printed(row) and "times dense" not in printed(dense)
@@ -66,7 +66,7 @@ def test_a_row() -> None:
 def write(path: Path, rows: list[tuple]) -> None:
     for run, heads, tokens, batch, queries, system, ms in rows:
         stamp = dict.fromkeys(STAMP, run)
-        write_rows(path, COLUMNS, [stamp | figures(heads, tokens, batch, queries, system, (ms, ms, ms), None, RATE)])
+        write_rows(path, COLUMNS, [stamp | step_row(heads, tokens, batch, queries, system, (ms, ms, ms), None, RATE)])
 
 
 def test_curves_and_picture(tmp_path: Path) -> None:

@@ -19,17 +19,14 @@ from nsa_hf.recipes.benchmarks import generate as benchmark_generate
 from nsa_hf.recipes.benchmarks.common import STAMP, Heads, save_figure, write_rows
 from nsa_hf.recipes.benchmarks.generate import (
     COLUMNS,
-    Errors,
-    check,
     decode,
     draw,
     fastest_dense,
     first_token,
     graphs,
     main,
-    row_errors,
-    with_another_bit,
 )
+from nsa_hf.recipes.benchmarks.logits import COMPARED, Errors, check, row_errors, with_another_bit
 from nsa_hf.recipes.benchmarks.models import Shape, filled_cache, make_model, select_these
 
 MODEL, HEADS, TOKENS = "qwen3:2:48:64:256", Heads.parse("6:2:16"), 300
@@ -62,7 +59,7 @@ def test_steps_are_timed_one_by_one(model, ids: torch.Tensor) -> None:
     assert sum(times) + before <= whole
     # the prompt but for one token is read once, in one row
     assert shapes[0] == (1, TOKENS - 1) and set(shapes[1:]) == {(2, 1)}
-    compared = 1 + 4 * benchmark_generate.COMPARED if name == "nsa" else 0
+    compared = 1 + 4 * COMPARED if name == "nsa" else 0
     assert len(shapes) == 1 + compared + 2 * benchmark_generate.WARM_UP + 5
 
 

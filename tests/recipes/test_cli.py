@@ -16,7 +16,7 @@ from nsa_hf.errors import NsaError
 from nsa_hf.fields import NSA_FIELDS
 from nsa_hf.recipes.cli import main, run
 from nsa_hf.recipes.commands import app, convert, versions
-from nsa_hf.recipes.nsa_options import NSA_OPTIONS, given
+from nsa_hf.recipes.nsa_options import NSA_OPTIONS, options_of
 
 COMMANDS = typer.main.get_command(app).commands
 
@@ -96,12 +96,12 @@ def test_every_field_is_an_option(command):
 
 
 def test_given_options():
-    assert given({"nsa_topk": 4, "nsa_gate": None, "nsa_dense_layers": "0, 1,-1"}) == {
+    assert options_of({"nsa_topk": 4, "nsa_gate": None, "nsa_dense_layers": "0, 1,-1"}) == {
         "nsa_topk": 4,
         "nsa_dense_layers": [0, 1, -1],
     }
     with pytest.raises(NsaError, match="a list such as 0,1,-1, got 'x'"):
-        given({"nsa_dense_layers": "x"})
+        options_of({"nsa_dense_layers": "x"})
 
 
 def test_plan_convert_verify(tiny_dense_dir, tmp_path, capsys):

@@ -5,7 +5,7 @@ import torch
 from rich.console import Console
 from tiny_runs import converted, write_texts
 
-from nsa_hf.recipes.training.data import DataError
+from nsa_hf.errors import NsaError
 from nsa_hf.recipes.training.evaluate import (
     EvaluationError,
     compare_models,
@@ -67,7 +67,7 @@ def test_eval_writes_what_it_returns(tiny_dense_dir, tiny_sizes, tmp_path):
     assert [row["to"] for row in result["rows"]] == [64, 128]
     assert result["rows"][0]["kl"] < 1e-7 < result["rows"][1]["kl"]
     assert "64-128" in printed(render_rows(result["rows"], "title"))
-    with pytest.raises(DataError, match="too short"):
+    with pytest.raises(NsaError, match="too short"):
         evaluate(out, text=str(texts), documents=1, length=4000)
 
 

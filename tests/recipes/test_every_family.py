@@ -27,7 +27,7 @@ from nsa_hf.errors import NotPlain, NsaError
 from nsa_hf.kernels import MeanCompressor, n_blocks
 from nsa_hf.model_cards import pictures
 from nsa_hf.model_cards.card import render_card
-from nsa_hf.recipes.generate import generate
+from nsa_hf.recipes.generate import generate_text
 from nsa_hf.recipes.inspection import inspect_model, render_inspection
 from nsa_hf.recipes.training.evaluate import evaluate, render_rows
 from nsa_hf.recipes.training.loop import train
@@ -111,7 +111,7 @@ def check_generation(out: Path, text: str) -> None:
             blocks[module] += given[0].shape[1]
 
     with register_module_forward_pre_hook(count):
-        new = generate(out, text, prompt_tokens=PROMPT, max_new_tokens=NEW)["new_tokens"]
+        new = generate_text(out, text, prompt_tokens=PROMPT, max_new_tokens=NEW)["new_tokens"]
     # the last token is not read
     once = n_blocks(PROMPT + new - 1, SIZES["nsa_kernel_size"], SIZES["nsa_kernel_stride"])
     assert set(blocks.values()) == {once}

@@ -7,12 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_runs import converted
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from nsa_hf.errors import NsaError
 from nsa_hf.recipes.cli import run
-from nsa_hf.recipes.generate import generate, prompt_ids
+from nsa_hf.recipes.generate import generate_text, prompt_ids
 from nsa_hf.recipes.inspection import inspect_model
 from nsa_hf.recipes.load import load_nsa_model
 from nsa_hf.recipes.training.evaluate import evaluate
@@ -20,13 +19,8 @@ from nsa_hf.recipes.training.evaluate import evaluate
 PROMPT = "the words of it are as they were, " * 4  # beyond the exact range of 64 tokens
 
 
-@pytest.fixture(scope="module")
-def nsa_dir(tiny_dense_dir, tiny_sizes, tmp_path_factory):
-    return converted(tiny_dense_dir, tmp_path_factory.mktemp("nsa") / "model", tiny_sizes)
-
-
 def test_greedy_text_equals_one_pass_per_token(nsa_dir, tmp_path, capsys):
-    result = generate(nsa_dir, PROMPT, max_new_tokens=12, save=tmp_path / "result.json")
+    result = generate_text(nsa_dir, PROMPT, max_new_tokens=12, save=tmp_path / "result.json")
     assert json.loads((tmp_path / "result.json").read_text()) == result
     model, tokenizer = AutoModelForCausalLM.from_pretrained(nsa_dir).eval(), AutoTokenizer.from_pretrained(nsa_dir)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
@@ -45,14 +39,16 @@ def test_greedy_text_equals_one_pass_per_token(nsa_dir, tmp_path, capsys):
 
 
 def test_part_of_a_prompt(nsa_dir):
-    result = generate(nsa_dir, PROMPT, prompt_tokens=10, max_new_tokens=1)
+    result = generate_text(nsa_dir, PROMPT, prompt_tokens=10, max_new_tokens=1)
     assert result["prompt_tokens"] == 10
     assert result["prompt_end"] == PROMPT[:10]
     assert result["tokens_per_second"] is None
 
 
 def test_sampling_repeats_with_its_seed(nsa_dir):
-    texts = [generate(nsa_dir, PROMPT, temperature=2.0, seed=seed, max_new_tokens=12)["text"] for seed in (1, 1, 2)]
+    texts = [
+        generate_text(nsa_dir, PROMPT, temperature=2.0, seed=seed, max_new_tokens=12)["text"] for seed in (1, 1, 2)
+    ]
     assert texts[0] == texts[1] != texts[2]
 
 
@@ -60,18 +56,18 @@ def test_tokens_per_second_count_what_comes_after_the_first(nsa_dir, monkeypatch
     """A clock that goes on by a second whenever it is read: once for the prompt, and once for each token."""
     clock = SimpleNamespace(perf_counter=itertools.count(5.0).__next__)
     monkeypatch.setattr("nsa_hf.recipes.generate.time", clock)
-    result = generate(nsa_dir, PROMPT, max_new_tokens=7)
+    result = generate_text(nsa_dir, PROMPT, max_new_tokens=7)
     assert (result["seconds_to_first_token"], result["tokens_per_second"]) == (1, 1)
     clock.perf_counter = itertools.count(0, 0.25).__next__
-    assert generate(nsa_dir, PROMPT, max_new_tokens=7)["tokens_per_second"] == 4
+    assert generate_text(nsa_dir, PROMPT, max_new_tokens=7)["tokens_per_second"] == 4
 
 
 @pytest.mark.parametrize(("option", "greedy"), [("top_p", 1e-6), ("top_k", 1), ("temperature", 1e-4)])
 def test_each_setting_of_sampling_counts(nsa_dir, option, greedy):
     free = {"temperature": 5.0, "max_new_tokens": 12}
-    expected = generate(nsa_dir, PROMPT, max_new_tokens=12)["text"]
-    assert generate(nsa_dir, PROMPT, **free)["text"] != expected
-    result = generate(nsa_dir, PROMPT, **free | {option: greedy})
+    expected = generate_text(nsa_dir, PROMPT, max_new_tokens=12)["text"]
+    assert generate_text(nsa_dir, PROMPT, **free)["text"] != expected
+    result = generate_text(nsa_dir, PROMPT, **free | {option: greedy})
     assert result["text"] == expected and result[option] == greedy
 
 
@@ -81,14 +77,14 @@ def test_without_top_k_every_token_may_come(nsa_dir):
     with torch.no_grad():
         logits = model(tokenizer(PROMPT, return_tensors="pt").input_ids).logits[0, -1]
     likely = {tokenizer.decode([token]) for token in logits.topk(50).indices.tolist()} | {""}
-    first = {generate(nsa_dir, PROMPT, temperature=100, seed=seed, max_new_tokens=1)["text"] for seed in range(12)}
+    first = {generate_text(nsa_dir, PROMPT, temperature=100, seed=seed, max_new_tokens=1)["text"] for seed in range(12)}
     assert first - likely
 
 
 def test_a_chat_turn_goes_through_the_template(nsa_dir):
     tokenizer = AutoTokenizer.from_pretrained(nsa_dir)
     assert tokenizer.decode(prompt_ids(tokenizer, "hello", chat=True)[0]) == "user: hello\nassistant: "
-    result = generate(nsa_dir, "hello", chat=True, max_new_tokens=2)
+    result = generate_text(nsa_dir, "hello", chat=True, max_new_tokens=2)
     assert (result["chat"], result["prompt_end"]) == (True, "hello")
     tokenizer.chat_template = None
     with pytest.raises(NsaError, match="no chat template"):
@@ -112,17 +108,17 @@ def test_a_chat_turn_goes_through_the_template(nsa_dir):
 )
 def test_wrong_settings_are_named(nsa_dir, settings, message):
     with pytest.raises(NsaError, match=message):
-        generate(nsa_dir, PROMPT, **settings)
+        generate_text(nsa_dir, PROMPT, **settings)
 
 
 def test_half_a_character_is_refused(nsa_dir):
     with pytest.raises(NsaError, match=r"no text in UTF-8: .*surrogates not allowed"):
-        generate(nsa_dir, "abc\udcff")
+        generate_text(nsa_dir, "abc\udcff")
 
 
 def test_an_empty_prompt_is_refused(nsa_dir):
     with pytest.raises(NsaError, match="the prompt is empty"):
-        generate(nsa_dir, "")
+        generate_text(nsa_dir, "")
 
 
 def test_the_command_prints_text_as_it_comes_and_tokens_per_second(nsa_dir, tmp_path, monkeypatch):
@@ -173,9 +169,9 @@ def with_file(nsa_dir, folder, name, **changes):
 )
 def test_a_checkpoint_that_asks_for_more_than_one_text(nsa_dir, tmp_path, capsys, asked):
     model = with_file(nsa_dir, tmp_path, "generation_config.json", **asked)
-    expected = generate(nsa_dir, PROMPT, max_new_tokens=6)["text"]
+    expected = generate_text(nsa_dir, PROMPT, max_new_tokens=6)["text"]
     capsys.readouterr()
-    assert generate(model, PROMPT, max_new_tokens=6)["text"] == expected
+    assert generate_text(model, PROMPT, max_new_tokens=6)["text"] == expected
     said = capsys.readouterr().err
     for name in asked.keys() & {"num_beams", "num_return_sequences", "prompt_lookup_num_tokens"}:
         assert f"{name}={asked[name]}" in said
@@ -183,17 +179,17 @@ def test_a_checkpoint_that_asks_for_more_than_one_text(nsa_dir, tmp_path, capsys
 
 
 def test_a_checkpoints_stop_strings_stop(nsa_dir, tmp_path):
-    free = generate(nsa_dir, PROMPT, max_new_tokens=12)
+    free = generate_text(nsa_dir, PROMPT, max_new_tokens=12)
     model = with_file(nsa_dir, tmp_path, "generation_config.json", stop_strings=[free["text"][:3]])
-    stopped = generate(model, PROMPT, max_new_tokens=12)
+    stopped = generate_text(model, PROMPT, max_new_tokens=12)
     assert (stopped["text"], stopped["new_tokens"], free["new_tokens"]) == (free["text"][:3], 3, 12)
 
 
 def test_sampling_is_as_the_options_say(nsa_dir, tmp_path, capsys):
     free = {"temperature": 2.0, "seed": 1, "max_new_tokens": 12}
-    expected = generate(nsa_dir, PROMPT, **free)["text"]
+    expected = generate_text(nsa_dir, PROMPT, **free)["text"]
     model = with_file(nsa_dir, tmp_path, "generation_config.json", do_sample=True, min_p=0.9, typical_p=0.1)
-    assert generate(model, PROMPT, **free)["text"] == expected
+    assert generate_text(model, PROMPT, **free)["text"] == expected
     assert "min_p=0.9, typical_p=0.1; this command samples as its options say" in capsys.readouterr().err
 
 
@@ -203,7 +199,7 @@ def test_sampling_is_as_the_options_say(nsa_dir, tmp_path, capsys):
 def test_a_generation_config_that_cannot_be_followed_is_named(nsa_dir, tmp_path, wrong):
     model = with_file(nsa_dir, tmp_path, "generation_config.json", **wrong)
     with pytest.raises(NsaError, match=r"generation_config\.json cannot be followed"):
-        generate(model, PROMPT, max_new_tokens=2)
+        generate_text(model, PROMPT, max_new_tokens=2)
 
 
 def test_a_bug_of_ours_is_not_taken_for_the_generation_config(nsa_dir, monkeypatch):
@@ -212,7 +208,7 @@ def test_a_bug_of_ours_is_not_taken_for_the_generation_config(nsa_dir, monkeypat
 
     monkeypatch.setattr("nsa_hf.NsaLlamaForCausalLM.generate", bug)
     with pytest.raises(ValueError, match=r"^a bug$"):
-        generate(nsa_dir, PROMPT, max_new_tokens=2)
+        generate_text(nsa_dir, PROMPT, max_new_tokens=2)
 
 
 def test_a_tokenizer_of_another_model_is_named_before_the_model_runs(nsa_dir, tmp_path, monkeypatch):
@@ -220,11 +216,11 @@ def test_a_tokenizer_of_another_model_is_named_before_the_model_runs(nsa_dir, tm
     tokenizer.add_tokens(["beyond"])
     model = shutil.copytree(nsa_dir, tmp_path / "model")
     tokenizer.save_pretrained(model)
-    assert generate(model, "within", max_new_tokens=1)["new_tokens"] == 1
+    assert generate_text(model, "within", max_new_tokens=1)["new_tokens"] == 1
     monkeypatch.setattr("nsa_hf.NsaLlamaForCausalLM.forward", None)
     message = "the tokenizer gives token 256, and the model's vocabulary ends at 255"
     with pytest.raises(NsaError, match=message):
-        generate(model, "beyond", max_new_tokens=1)
+        generate_text(model, "beyond", max_new_tokens=1)
     text = ("text.txt", "and beyond it, " * 40)
     with pytest.raises(NsaError, match=message):
         inspect_model(model, text, 100)

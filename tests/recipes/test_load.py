@@ -3,7 +3,6 @@ import shutil
 
 import pytest
 import torch
-from tiny_runs import converted
 from transformers import AutoModel, AutoModelForCausalLM
 
 import nsa_hf
@@ -11,11 +10,6 @@ from nsa_hf.conversion import export_dense
 from nsa_hf.conversion.files.loading import load_whole
 from nsa_hf.errors import NsaError
 from nsa_hf.recipes.load import check_token_ids, load_nsa_model, load_tokenizer, pick_device
-
-
-@pytest.fixture(scope="module")
-def nsa_dir(tiny_dense_dir, tiny_sizes, tmp_path_factory):
-    return converted(tiny_dense_dir, tmp_path_factory.mktemp("nsa") / "model", tiny_sizes)
 
 
 def edit_config(folder, change) -> None:

@@ -9,7 +9,7 @@ import pytest
 from nsa_hf import NsaError
 from nsa_hf.recipes.cli import run
 from nsa_hf.recipes.exit_codes import WRONG_INPUT
-from nsa_hf.recipes.nsa_options import given, read_options
+from nsa_hf.recipes.nsa_options import options_of, read_options
 
 SIZES = "kernel_size: 8\nkernel_stride: 4\nnsa_block_size: 16\ntopk: 4\ninit_blocks: 1\nlocal_blocks: 1\n"
 
@@ -52,7 +52,7 @@ def test_rope_scaling(tiny_dense_dir, tmp_path, capsys):
 def test_layers_in_a_file_may_be_written_as_on_the_command_line(tmp_path):
     path = tmp_path / "options.yaml"
     path.write_text('dense_layers: "0,1,-1"\nrope_scaling: {rope_type: yarn, factor: 2}\n')
-    assert given({"options_file": path, "nsa_topk": None}) == {
+    assert options_of({"options_file": path, "nsa_topk": None}) == {
         "nsa_dense_layers": [0, 1, -1],
         "rope_scaling": {"rope_type": "yarn", "factor": 2},
     }

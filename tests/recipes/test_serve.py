@@ -21,7 +21,8 @@ from tiny_runs import converted
 from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
 
 from nsa_hf.errors import NsaError
-from nsa_hf.recipes.serve import check_request, fit, serve, settle, stop_well
+from nsa_hf.recipes.request_checks import check_request
+from nsa_hf.recipes.serve import adapt_server, limit_answer, serve_model, stop_without_failure
 
 POSITIONS = 160
 TURN = [{"role": "user", "content": "tell me about the words of it, and of them, and of those " * 2}]
@@ -163,20 +164,20 @@ def test_the_pipeline_generates(nsa_dir, expected):
 
 def test_what_cannot_be_served_is_refused(nsa_dir, tmp_path):
     with pytest.raises(NsaError, match=r"holds a dense model \(llama\)"):
-        serve(nsa_dir.parent / "dense", [])
+        serve_model(nsa_dir.parent / "dense", [])
     with pytest.raises(NsaError, match="holds no model"):
-        serve(tmp_path, [])
+        serve_model(tmp_path, [])
     with pytest.raises(NsaError, match="none does not exist"):
-        serve(tmp_path / "none", [])
+        serve_model(tmp_path / "none", [])
     with pytest.raises(NsaError, match="does not support continuous batching"):
-        serve(nsa_dir, ["--continuous-batching"])
+        serve_model(nsa_dir, ["--continuous-batching"])
 
 
 def test_a_template_that_goes_wrong_is_not_served(nsa_dir, tmp_path):
     folder = shutil.copytree(nsa_dir, tmp_path / "model")
     (folder / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
     with pytest.raises(NsaError, match="chat template fails with TemplateError: no"):
-        serve(folder, [])
+        serve_model(folder, [])
 
 
 @pytest.mark.parametrize(
@@ -232,12 +233,12 @@ def test_a_request_is_cut_to_the_positions_that_are_left(tiny_nsa_model):
     model = tiny_nsa_model()
     config = GenerationConfig(max_new_tokens=10**9, num_beams=4, return_dict_in_generate=True)
     model.generation_config.num_beams = 3
-    fit(model, torch.ones(1, 4000, dtype=torch.long), config)
+    limit_answer(model, torch.ones(1, 4000, dtype=torch.long), config)
     assert (config.max_new_tokens, config.num_beams, config.return_dict_in_generate) == (96, None, None)
     assert model.generation_config.num_beams is None
-    fit(model, torch.ones(1, 4095, dtype=torch.long), config)
+    limit_answer(model, torch.ones(1, 4095, dtype=torch.long), config)
     assert config.max_new_tokens == 1
-    fit(model, torch.ones(1, 4000, dtype=torch.long), total := GenerationConfig(max_length=10**9))
+    limit_answer(model, torch.ones(1, 4000, dtype=torch.long), total := GenerationConfig(max_length=10**9))
     assert (total.max_new_tokens, total.max_length) == (None, 4096)
     for ids, message in [
         (torch.ones(1, 4096, dtype=torch.long), "has 4096 tokens, and the model takes 4096"),
@@ -245,7 +246,7 @@ def test_a_request_is_cut_to_the_positions_that_are_left(tiny_nsa_model):
         (torch.full((1, 3), 256), "gives token 256"),
     ]:
         with pytest.raises(NsaError, match=message):
-            fit(model, ids, config)
+            limit_answer(model, ids, config)
 
 
 def test_a_server_that_stops_cuts_its_answers_short(tiny_nsa_model, monkeypatch):
@@ -258,9 +259,9 @@ def test_a_server_that_stops_cuts_its_answers_short(tiny_nsa_model, monkeypatch)
     application = SimpleNamespace(add_exception_handler=lambda *_: None)
     monkeypatch.setattr(server, "build_server", lambda: application)
     told = []
-    monkeypatch.setattr("nsa_hf.recipes.serve.stop_well", lambda server, stopping: told.append(stopping))
+    monkeypatch.setattr("nsa_hf.recipes.serve.stop_without_failure", lambda server, stopping: told.append(stopping))
     monkeypatch.setitem(sys.modules, "uvicorn", SimpleNamespace(Server=None))
-    settle()
+    adapt_server()
     assert server.build_server() is application
     threading.Timer(0.5, told[0].set).start()
     model = tiny_nsa_model()
@@ -286,7 +287,7 @@ def test_a_second_ctrl_c_ends_at_once(monkeypatch):
     monkeypatch.setattr("os._exit", left.append)
     stopping = threading.Event()
     monkeypatch.setattr("signal.signal", lambda *_: None)
-    stop_well(Server, stopping)
+    stop_without_failure(Server, stopping)
     server = Server()
     server.asked = False
     server.handle_exit(signal.SIGINT, None)
@@ -300,9 +301,9 @@ def test_a_second_ctrl_c_ends_at_once(monkeypatch):
 
 STOPPED = """
 import threading, os, signal, uvicorn
-from nsa_hf.recipes.serve import stop_well
+from nsa_hf.recipes.serve import stop_without_failure
 
-stop_well(uvicorn.Server, threading.Event())
+stop_without_failure(uvicorn.Server, threading.Event())
 
 async def app(scope, receive, send):
     await receive()
@@ -329,7 +330,7 @@ def test_a_model_that_lacks_weights_is_not_served(nsa_dir, tmp_path):
     del weights[name]
     save_file(weights, tmp_path / "nsa/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NsaError, match=f"1 missing tensors .{name}"):
-        serve(tmp_path / "nsa", ["--no-such-option"])
+        serve_model(tmp_path / "nsa", ["--no-such-option"])
     (tmp_path / "nsa/adapter_config.json").write_text("{}")
     with pytest.raises(NsaError, match="adapter"):
-        serve(tmp_path / "nsa", ["--no-such-option"])
+        serve_model(tmp_path / "nsa", ["--no-such-option"])

@@ -1,0 +1,67 @@
+"""recipes/benchmarks/selectors.py on a tiny dense model."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import sys
+
+import pytest
+import torch
+from tiny_models import tiny_dense_model
+from tiny_runs import WORDS
+
+from nsa_hf.recipes.benchmarks import selectors
+from nsa_hf.recipes.benchmarks.selectors import ASKED, MEASURED, RAN, Study, Variant, mean_and_error
+
+TOKENS = 1100
+
+
+@pytest.fixture
+def documents(tmp_path):
+    """Three that are long enough, and one that is not."""
+    texts = [" ".join(random.Random(seed).choices(WORDS, k=1000)) for seed in range(3)] + ["short"]
+    path = tmp_path / "documents.json"
+    path.write_text(json.dumps([{"name": str(index), "text": text} for index, text in enumerate(texts)]))
+    return path
+
+
+def test_a_run_writes_a_row_for_each_variant_and_range(documents, tiny_dense_dir, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "selectors.csv"
+    arguments = [str(tiny_dense_dir), str(documents), "--csv", str(out), "--tokens", str(TOKENS), "--single-layers"]
+    monkeypatch.setattr(sys, "argv", ["selectors", *arguments, "--commit", "abc"])
+    selectors.main()
+    with out.open(newline="") as file:
+        reader = csv.DictReader(file)
+        assert tuple(reader.fieldnames) == (*ASKED, *MEASURED, *RAN)
+        rows = list(reader)
+    assert [(row["layers"], row["from"], row["to"]) for row in rows] == [
+        (f"{layer}-{layer}", start, end) for layer in range(3) for start, end in (("0", "1024"), ("1024", "2048"))
+    ]
+    # the first document calibrates, the short one is left out
+    assert {row["documents"] for row in rows} == {"2"} and {row["commit"] for row in rows} == {"abc"}
+    # up to 16 blocks of 64 tokens every block is selected
+    assert all(float(row["kl"]) == float(row["rise_percent"]) == 0 for row in rows if row["from"] == "0")
+    assert all(float(row["rise_percent"]) != 0 for row in rows if row["from"] == "1024")
+    assert "2 of 2 documents" in capsys.readouterr().out
+
+
+@torch.no_grad()
+def test_what_selects_every_block_is_dense():
+    study = Study(tiny_dense_model())
+    ids = torch.randint(256, (1, 200), generator=torch.Generator().manual_seed(0))
+    study.calibrate(ids)
+    assert set(study.energy) == {0, 1, 2}
+    dense = study.hidden(ids, None)
+    everything = Variant(channels=None, block_size=16, topk=13, rule="energy", bits=8, mean_query=True)
+    torch.testing.assert_close(study.hidden(ids, everything), dense)
+    few = study.hidden(ids, Variant(channels=4, block_size=16, topk=4, rule="energy"))
+    torch.testing.assert_close(few[:64], dense[:64])
+    assert (few[64:] - dense[64:]).abs().max() > 1e-3
+
+
+def test_the_error_of_a_mean():
+    assert mean_and_error([1.0, 3.0]) == (2.0, 1.0)
+    mean, error = mean_and_error([5.0])
+    assert mean == 5.0 and error != error
