@@ -17,6 +17,7 @@ from tiny_models import randomize_nsa
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nsa_hf.conversion import convert, export_dense, manifest, render_verify, verify
+from nsa_hf.conversion.compare.metrics import Bucket
 from nsa_hf.conversion.files.checkpoint import CheckpointError, SafetensorsCheckpoint, hash_tensor
 from nsa_hf.conversion.verify import judge
 from nsa_hf.errors import NsaError
@@ -130,7 +131,8 @@ def test_a_single_flipped_bit_is_found(tiny_dense_dir, copy, name, changed, why)
 )
 def test_a_single_flipped_bit_of_any_other_file_is_found(tiny_dense_dir, copy, monkeypatch, name):
     module = importlib.import_module("nsa_hf.conversion.verify")
-    monkeypatch.setattr(module, "final_hidden", lambda model, windows, *_: [torch.zeros(1, 100, 48)] * len(windows))
+    zeros = torch.zeros(1, 100, 48)
+    monkeypatch.setattr(module, "final_states", lambda model, windows, **_: [zeros] * len(windows))
     assert verify(tiny_dense_dir, copy, length=100, documents=1)["changed_files"] == []
     data = bytearray((copy / name).read_bytes())
     data[len(data) // 2] ^= 1
@@ -268,7 +270,10 @@ def test_the_bare_word_trained_makes_no_trained_model(record, copy):
     edit_manifest(copy, lambda found: found.update(trained=True, **record))
     found = manifest.read(copy)
     assert not manifest.is_trained(found)
-    assert judge(found, KEPT, 0.0, 0.0) == (False, "its manifest says that it was trained, and has no record of a run")
+    assert judge(found, KEPT, Bucket(0, 64)) == (
+        False,
+        "its manifest says that it was trained, and has no record of a run",
+    )
 
 
 def test_an_untrained_model_is_not_waved_through_as_trained(tiny_dense_dir, copy):
@@ -391,13 +396,14 @@ def test_weights_the_checkpoint_lacks_are_not_made_up(tiny_dense_dir, copy):
     ],
 )
 def test_judgement(tensors, difference, gap, expected):
-    assert judge({"trained": False}, tensors, difference, gap)[0] is expected
-    assert judge({"trained": False}, tensors, difference, gap, ["config.json"])[0] is False
-    assert judge({"trained": True}, tensors, difference, gap)[0] is False
-    alone = judge(None, {**tensors, "unlike_manifest": None}, difference, gap)[0]
+    logits = Bucket(0, 64, max_abs_diff=difference, top1_gap=gap)
+    assert judge({"trained": False}, tensors, logits)[0] is expected
+    assert judge({"trained": False}, tensors, logits, ["config.json"])[0] is False
+    assert judge({"trained": True}, tensors, logits)[0] is False
+    alone = judge(None, {**tensors, "unlike_manifest": None}, logits)[0]
     assert alone is (True if expected or tensors["unlike_manifest"] else None)
     trained = {"trained": True, "training": {"steps": 1, "fingerprint": {"seed": 0}}}
-    assert judge(trained, tensors, difference, gap)[0] is (False if tensors["unlike_manifest"] else None)
+    assert judge(trained, tensors, logits)[0] is (False if tensors["unlike_manifest"] else None)
 
 
 def test_rendering_shows_the_verdict_and_the_figures(tiny_dense_dir, converted):
@@ -422,14 +428,18 @@ def test_rendering_shows_the_verdict_and_the_figures(tiny_dense_dir, converted):
 
 def test_one_model_at_a_time_and_only_heads_remain(tiny_dense_dir, converted, monkeypatch):
     module = importlib.import_module("nsa_hf.conversion.verify")
-    seen = []
-    final_hidden = module.final_hidden
+    steps: list[str | int] = []
+    drop_decoder, load_whole = module.drop_decoder, module.load_whole
 
-    def watch(model, *args):
-        hidden = final_hidden(model, *args)
-        seen.append(sum(parameter.numel() for parameter in model.parameters()))
-        return hidden
+    def drop(model):
+        drop_decoder(model)
+        steps.append(sum(parameter.numel() for parameter in model.parameters()))
 
-    monkeypatch.setattr(module, "final_hidden", watch)
+    def load(*args, **options):
+        steps.append("the NSA model is loaded")
+        return load_whole(*args, **options)
+
+    monkeypatch.setattr(module, "drop_decoder", drop)
+    monkeypatch.setattr(module, "load_whole", load)
     verify(tiny_dense_dir, converted, length=100, documents=1)
-    assert seen == [256 * 48, 256 * 48]
+    assert steps == [256 * 48, "the NSA model is loaded", 256 * 48]
