@@ -28,8 +28,8 @@ from .files.loading import read_config, reading, transformers_progress
 from .files.model_folder import copy_file, refuse_adapter
 from .files.shards import ShardWriter, check_space
 from .files.staging import check_output, staged_folder, write_json
-from .layout import layout_of
 from .sources import open_source
+from .tensors import converted_tensors
 
 RESULT = "export.json"
 
@@ -67,10 +67,10 @@ def export_dense(
         manifest = manifests.find(src)
         config = read_config(src)
         checkpoint = SafetensorsCheckpoint(src)
-        layout = layout_of(config).as_stored(checkpoint.table)
-        old = {name: info for name, info in checkpoint.table.items() if name not in layout.added}
-        table = {name: old[name] for name in layout.check(old, str(src))}
-        for copy, original in layout.tied.items():
+        expected = converted_tensors(config).as_stored(checkpoint.table)
+        old = {name: info for name, info in checkpoint.table.items() if name not in expected.added}
+        table = {name: old[name] for name in expected.check(old, str(src))}
+        for copy, original in expected.tied.items():
             if copy in old and not same_bits(checkpoint.read(copy), checkpoint.read(original)):
                 raise CheckpointError(
                     f"{src}: its config ties {copy} to {original}, but it holds two different tensors: set "
@@ -86,7 +86,7 @@ def export_dense(
                 piece.uses.append(writer.put(piece.name, piece.start, piece.values))
             writer.finish()
             report = _report(src, manifest, config.model_type, writer.hashes)
-            report["dropped"] = sum(torch.Size(shape).numel() for shape in layout.added.values())
+            report["dropped"] = sum(torch.Size(shape).numel() for shape in expected.added.values())
             dense_config_of(config).save_pretrained(stage)
             if manifest is None:
                 open_source(src).save_companions(stage)

@@ -30,7 +30,7 @@ from .files.checkpoint import (
 )
 from .files.loading import read_config
 from .files.staging import write_json
-from .layout import dtype_name
+from .options import dtype_name
 from .rope import parse_rope_scaling
 
 NAME = MANIFEST

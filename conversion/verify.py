@@ -35,9 +35,10 @@ from .compare.weights import compare_tensors, matches_manifest
 from .files.checkpoint import SafetensorsCheckpoint
 from .files.loading import load_whole, read_config, reading, transformers_progress
 from .files.staging import write_json
-from .layout import dtype_name, layout_of
+from .options import dtype_name
 from .rope import added_scaling, scale_model
 from .sources import Source, open_source
+from .tensors import converted_tensors
 
 RESULT = "verify.json"
 
@@ -98,8 +99,8 @@ def verify(
         length = min(length, getattr(config, "max_position_embeddings", None) or length)
         texts = list(held_out_texts() if texts is None else texts)
         windows = token_windows(out, texts, length, documents, config.vocab_size, trust_remote_code)
-        layout = layout_of(config)
-        tensors = compare_tensors(source, checkpoint, manifest, layout.dense.keys() | layout.fused.keys())
+        expected = converted_tensors(config)
+        tensors = compare_tensors(source, checkpoint, manifest, expected.dense.keys() | expected.fused.keys())
         source_matches = matches_manifest(source, manifest)
         changed_files = [] if manifest is None else manifests.changed_files(manifest, out)
         scaling = scaling_of(manifest, source.config, config)

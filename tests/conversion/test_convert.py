@@ -229,7 +229,7 @@ def test_what_is_refused_is_named_and_leaves_nothing(dense_dir, tmp_path, spoil,
     assert {path.name for path in tmp_path.iterdir()} == {"dense"}
 
 
-STEPS = ["carry", "initial_nsa_state", "manifest.describe_files", "manifest.build", "manifest.write"]
+STEPS = ["copy_dense_weights", "initial_nsa_state", "manifest.describe_files", "manifest.build", "manifest.write"]
 
 
 @pytest.mark.parametrize("step", [*STEPS, "config", "companions"])

@@ -15,8 +15,9 @@ from tiny_models import tiny_dense_model
 
 import nsa_hf
 from nsa_hf.conversion import convert, plan, render_plan
+from nsa_hf.conversion.costs import pays_from, read_tokens, read_tokens_of_text
 from nsa_hf.conversion.files.checkpoint import CheckpointError, SafetensorsCheckpoint
-from nsa_hf.conversion.plan import pays_from, read_tokens, read_tokens_of_text, training_hindrance
+from nsa_hf.conversion.plan import training_hindrance
 from nsa_hf.errors import NotPlain
 from nsa_hf.families import family_of, nsa_config_from_dense
 from nsa_hf.kernels import Sizes
