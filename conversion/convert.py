@@ -26,8 +26,10 @@ from nsa_hf.errors import NsaError
 from nsa_hf.families import initial_nsa_state
 
 from . import manifest
-from .files.checkpoint import HASH, CheckpointError, TensorInfo, pieces_of
+from .files.checkpoint import CheckpointError
+from .files.hashes import HASH
 from .files.loading import reading, transformers_progress
+from .files.pieces import TensorInfo, pieces_of
 from .files.shards import ShardWriter, check_space
 from .files.staging import Stage, check_output, resumable_folder
 from .options import dtype_name, nsa_options, parse_dtype, target_config

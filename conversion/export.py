@@ -23,9 +23,12 @@ from nsa_hf.families import dense_config_of
 from nsa_hf.registration import PREFIX
 
 from . import manifest as manifests
-from .files.checkpoint import HASH, CheckpointError, SafetensorsCheckpoint, read_json, same_bits
+from .files.checkpoint import CheckpointError, SafetensorsCheckpoint
+from .files.hashes import HASH
 from .files.loading import read_config, reading, transformers_progress
 from .files.model_folder import copy_file, refuse_adapter
+from .files.pieces import same_bits
+from .files.plain_json import read_json
 from .files.shards import ShardWriter, check_space
 from .files.staging import check_output, staged_folder, write_json
 from .sources import open_source

@@ -18,17 +18,11 @@ from transformers import PreTrainedConfig
 from nsa_hf.errors import check_folder
 from nsa_hf.shape import MANIFEST, shape_of
 
-from .files.checkpoint import (
-    HASH,
-    HASHES,
-    CheckpointError,
-    SafetensorsCheckpoint,
-    TensorInfo,
-    describe_file,
-    hash_tensor,
-    read_json,
-)
+from .files.checkpoint import CheckpointError, SafetensorsCheckpoint
+from .files.hashes import HASH, HASHES, describe_file, hash_tensor
 from .files.loading import read_config
+from .files.pieces import TensorInfo
+from .files.plain_json import read_json
 from .files.staging import write_json
 from .options import dtype_name
 from .rope import parse_rope_scaling

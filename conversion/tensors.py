@@ -16,8 +16,9 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from nsa_hf.families import family_of
 
-from .files.checkpoint import CheckpointError, TensorInfo
+from .files.checkpoint import CheckpointError
 from .files.loading import IGNORED
+from .files.pieces import TensorInfo
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,9 @@ from torch import Tensor
 from nsa_hf.branches import dense_twin
 
 from .files.casts import Casts
-from .files.checkpoint import HASH, HASHES, CheckpointError, Piece, byte_view
+from .files.checkpoint import CheckpointError
+from .files.hashes import HASH, HASHES
+from .files.pieces import Piece, byte_view
 from .files.shards import ShardWriter
 from .files.staging import Stage
 from .options import dtype_name

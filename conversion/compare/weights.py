@@ -6,7 +6,9 @@ from collections.abc import Set as AbstractSet
 from typing import Any
 
 from .. import manifest as manifests
-from ..files.checkpoint import SafetensorsCheckpoint, hash_tensor, same_bits
+from ..files.checkpoint import SafetensorsCheckpoint
+from ..files.hashes import hash_tensor
+from ..files.pieces import same_bits
 from ..sources import Source
 
 

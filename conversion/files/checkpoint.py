@@ -6,23 +6,22 @@ Nothing is loaded to open one: shapes and dtypes come from the files' headers. `
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nsa_hf.errors import NsaError
+
+from .pieces import Buffers, Piece, TensorInfo, byte_ranges
+from .plain_json import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -40,61 +39,14 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
-
-# Bytes read at a time, and how many such buffers are on their way: together they bound what streaming keeps in memory.
-# Smaller ones cost more time in Python, where threads wait for each other.
-PIECE, BUFFERS = 8 << 20, 8
-# How many of them are read before they are asked for; with the one in hand, fewer than there are buffers.
+# Pieces that are read before they are asked for; with the one in hand, fewer than there are buffers.
 AHEAD = 4
 # Bytes of one call that has Linux fetch from the disk; of a longer one it takes a part only.
 FETCH = 512 << 10
 
 
-# What tensors are hashed with, and what earlier versions did: sha256 of 16 GB takes longer than copying them. xxh3_128
-# finds whatever happens by accident; it is not made to withstand somebody who forges weights.
-HASH = "xxh3_128"
-HASHES: dict[str, Callable[[], Any]] = {HASH: xxhash.xxh3_128, "sha256": hashlib.sha256}
-
-
 class CheckpointError(NsaError):
     """A checkpoint that is missing, damaged or not what it says it is."""
-
-
-class TensorInfo(NamedTuple):
-    """What a file's header says of one tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-@dataclass
-class Piece:
-    """A part of a tensor on its way.
-
-    Attributes:
-        name: of the tensor.
-        start: index of the first value, counted in the flattened tensor.
-        values: `[n]`, a run of the flattened tensor, dtype as stored.
-        last: whether the tensor ends here.
-        uses: what still reads `values` in other threads; only when all are done is the buffer filled anew.
-    """
-
-    name: str
-    start: int
-    values: Tensor
-    last: bool
-    uses: list[Future] = field(default_factory=list)
-
-
-def pieces_of(name: str, tensor: Tensor) -> Iterator[Piece]:
-    """A tensor that is in memory, cut up."""
-    flat, step = tensor.detach().reshape(-1), PIECE // tensor.dtype.itemsize
-    for start in range(0, max(1, len(flat)), step):
-        yield Piece(name, start, flat[start : start + step], start + step >= len(flat))
 
 
 class SafetensorsCheckpoint:
@@ -209,40 +161,32 @@ class SafetensorsCheckpoint:
         Raises:
             CheckpointError: a file ends early.
         """
-        pieces = self._pieces(wanted)
+        pieces = self._read_pieces(wanted)
         with ThreadPoolExecutor(1, "read") as reader:
             ahead = deque(reader.submit(next, pieces, None) for _ in range(AHEAD))
             while piece := ahead.popleft().result():
                 ahead.append(reader.submit(next, pieces, None))
                 yield piece
 
-    def _pieces(self, wanted: Container[str]) -> Iterator[Piece]:
-        buffers = [torch.empty(PIECE, dtype=torch.uint8) for _ in range(BUFFERS)]
-        uses: list[list[Future]] = [[] for _ in range(BUFFERS)]
-        turn = 0
+    def _read_pieces(self, wanted: Container[str]) -> Iterator[Piece]:
+        buffers = Buffers()
         for path in dict.fromkeys(self.file_of.values()):
-            parts = [
-                (name, done, min(PIECE, info.nbytes - done))
-                for name, info in self.table.items()
-                if self.file_of[name] == path and name in wanted
-                for done in range(0, max(1, info.nbytes), PIECE)
-            ]
+            names = [name for name in self.table if self.file_of[name] == path and name in wanted]
+            ranges = [(name, start, size) for name in names for start, size in byte_ranges(self.table[name].nbytes)]
             with path.open("rb", buffering=0) as file:
-                for number, (name, done, size) in enumerate(parts):
-                    for later, start, length in parts[number + AHEAD : number + AHEAD + 1]:
-                        _fetch(file, self.begin[later] + start, length)
-                    turn = (turn + 1) % BUFFERS
-                    wait(uses[turn])
-                    uses[turn] = []
-                    buffer, info = buffers[turn][:size], self.table[name]
-                    file.seek(self.begin[name] + done)
+                for number, (name, start, size) in enumerate(ranges):
+                    for later, later_start, later_size in ranges[number + AHEAD : number + AHEAD + 1]:
+                        _fetch(file, self.begin[later] + later_start, later_size)
+                    buffer, uses = buffers.next(size)
+                    file.seek(self.begin[name] + start)
                     _read_into(file, buffer, path)
-                    last = done + size == info.nbytes
-                    yield Piece(name, done // info.dtype.itemsize, buffer.view(info.dtype), last, uses[turn])
+                    info = self.table[name]
+                    values, last = buffer.view(info.dtype), start + size == info.nbytes
+                    yield Piece(name, start // info.dtype.itemsize, values, last, uses)
 
 
 def tensor_positions(path: Path) -> dict[str, int]:
-    """Byte at which each tensor of a safetensors file begins."""
+    """The byte at which each tensor of a safetensors file begins, by name."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
@@ -263,61 +207,3 @@ def _read_into(file: io.RawIOBase, buffer: Tensor, path: Path) -> None:
         if not count:
             raise CheckpointError(f"{path} ends early: it changed while it was being read")
         view = view[count:]
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is no JSON, or nested deeper than any of ours or Transformers'.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have one dtype, one shape and the same bits (NaN equal to itself, -0 unlike 0)."""
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(byte_view(a), byte_view(b))
-
-
-def hash_tensor(tensor: Tensor, kind: str = HASH) -> str:
-    """The hash, one of HASHES, of a CPU tensor's bytes in row-major order, as they stand in a safetensors file."""
-    digest = HASHES[kind]()
-    digest.update(byte_view(tensor).numpy().data)
-    return str(digest.hexdigest())
-
-
-def hash_parts(parts: Iterable[bytes]) -> str:
-    """The hash of bytes that come in parts, with its name before it: "xxh3_128:1f...", as a training run notes it."""
-    digest = HASHES[HASH]()
-    for part in parts:
-        digest.update(part)
-    return f"{HASH}:{digest.hexdigest()}"
-
-
-def hash_file(path: Path) -> str:
-    """`hash_parts` of a file's bytes."""
-    with path.open("rb") as file:
-        return hash_parts(iter(lambda: file.read(PIECE), b""))
-
-
-def describe_file(path: Path) -> dict[str, Any]:
-    """A file's size, and sha256 of its bytes; of a safetensors file, `header_sha256` of its header.
-
-    The header says what stands where, and the tensors have hashes of their own: nothing is hashed twice.
-    """
-    with path.open("rb") as file:
-        if path.suffix != ".safetensors":
-            return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-        size = file.read(8)
-        # a damaged one may say anything
-        header = size + file.read(min(int.from_bytes(size, "little"), path.stat().st_size))
-        return {"bytes": path.stat().st_size, "header_sha256": hashlib.sha256(header).hexdigest()}
-
-
-def byte_view(tensor: Tensor) -> Tensor:
-    """`[bytes]` uint8: a CPU tensor's bytes in row-major order, without a copy where it is contiguous."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)

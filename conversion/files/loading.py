@@ -15,8 +15,9 @@ from nsa_hf.errors import NsaError, check_folder
 from nsa_hf.registration import PREFIX
 from nsa_hf.shape import check_shape
 
-from .checkpoint import CheckpointError, read_json
+from .checkpoint import CheckpointError
 from .model_folder import refuse_adapter
+from .plain_json import read_json
 
 # Fields that say how many parts there are, which are made one by one, and the most of them: the deepest model so far
 # has a thousand layers. (Each label gets a name.)

@@ -12,7 +12,8 @@ from pathlib import Path, PurePosixPath
 
 from nsa_hf.shape import MANIFEST
 
-from .checkpoint import CheckpointError, read_json
+from .checkpoint import CheckpointError
+from .plain_json import read_json
 
 # Licenses must travel with a model.
 TERMS = ("LICENSE*", "NOTICE*", "*TERMS*")

@@ -26,17 +26,9 @@ from torch import Tensor
 
 from nsa_hf.errors import NsaError
 
-from .checkpoint import (
-    BUFFERS,
-    DTYPES,
-    HASH,
-    HASHES,
-    INDEX,
-    SafetensorsCheckpoint,
-    TensorInfo,
-    byte_view,
-    tensor_positions,
-)
+from .checkpoint import DTYPES, INDEX, SafetensorsCheckpoint, tensor_positions
+from .hashes import HASH, HASHES
+from .pieces import BUFFERS, TensorInfo, byte_view
 from .staging import OutputError, write_json
 
 # Bytes of one call that writes. Linux looks for page cache in pieces as large as the call: of 512 KiB they take a fifth

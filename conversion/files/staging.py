@@ -24,8 +24,8 @@ from typing import Any
 
 from nsa_hf.errors import NsaError
 
-from .checkpoint import read_json
 from .model_folder import foreign_files
+from .plain_json import read_json
 
 UNFINISHED = ".unfinished"
 

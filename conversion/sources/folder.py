@@ -14,9 +14,11 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from nsa_hf.registration import PREFIX
 
-from ..files.checkpoint import DTYPES, CheckpointError, Piece, SafetensorsCheckpoint, TensorInfo, read_json
+from ..files.checkpoint import DTYPES, CheckpointError, SafetensorsCheckpoint
 from ..files.loading import load_config, load_whole, reading
 from ..files.model_folder import COMPANIONS, copy_file, refuse_links_out
+from ..files.pieces import Piece, TensorInfo
+from ..files.plain_json import read_json
 from ..files.plain_yaml import LONGEST, load_plain
 from .pickled import PickleCheckpoint
 from .source import Source

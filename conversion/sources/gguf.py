@@ -17,9 +17,10 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedModel
 
-from ..files.checkpoint import CheckpointError, TensorInfo
+from ..files.checkpoint import CheckpointError
 from ..files.loading import load_whole, reading
 from ..files.model_folder import TERMS, copy_file
+from ..files.pieces import TensorInfo
 from .gguf_contents import read_contents
 from .source import Source
 

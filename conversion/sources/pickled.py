@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..files.checkpoint import DTYPES, CheckpointError, Piece, TensorInfo, pieces_of, read_json
+from ..files.checkpoint import DTYPES, CheckpointError
+from ..files.pieces import Piece, TensorInfo, pieces_of
+from ..files.plain_json import read_json
 
 SINGLE, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..files.checkpoint import CheckpointError, Piece, TensorInfo, describe_file, pieces_of
+from ..files.checkpoint import CheckpointError
+from ..files.hashes import describe_file
+from ..files.pieces import Piece, TensorInfo, pieces_of
 
 
 class Source(ABC):

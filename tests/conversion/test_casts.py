@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nsa_hf.conversion.files.casts import AT_ONCE, Casts
-from nsa_hf.conversion.files.checkpoint import BUFFERS, Piece
+from nsa_hf.conversion.files.pieces import BUFFERS, Piece
 
 
 def piece_of(values: torch.Tensor) -> Piece:

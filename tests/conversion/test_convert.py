@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import nsa_hf
 from nsa_hf.conversion import convert, manifest
-from nsa_hf.conversion.files import checkpoint as checkpoints
-from nsa_hf.conversion.files.checkpoint import CheckpointError, SafetensorsCheckpoint, same_bits
+from nsa_hf.conversion.files import pieces
+from nsa_hf.conversion.files.checkpoint import CheckpointError, SafetensorsCheckpoint
+from nsa_hf.conversion.files.pieces import same_bits
 from nsa_hf.conversion.files.shards import ShardWriter
 from nsa_hf.conversion.files.staging import OutputError
 from nsa_hf.families import initial_nsa_state
@@ -289,7 +290,7 @@ def test_one_write_that_fails_is_not_forgotten_when_the_next_ones_succeed(
             raise OSError(errno.EIO, "Input/output error")
         return write(handle, data, position)
 
-    monkeypatch.setattr(checkpoints, "PIECE", 1024)
+    monkeypatch.setattr(pieces, "PIECE", 1024)
     monkeypatch.setattr(os, "pwrite", fail_once)
     with pytest.raises(OutputError, match=r"cannot write model.* of the new model: Input/output error"):
         convert(tiny_dense_dir, tmp_path / "out", max_shard_size="50KB")

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from nsa_hf import NsaError
 from nsa_hf.conversion import convert, export_dense, manifest, render_export
-from nsa_hf.conversion.files.checkpoint import CheckpointError, SafetensorsCheckpoint, same_bits
+from nsa_hf.conversion.files.checkpoint import CheckpointError, SafetensorsCheckpoint
+from nsa_hf.conversion.files.pieces import same_bits
 from nsa_hf.recipes import cli
 from nsa_hf.recipes.exit_codes import WRONG_INPUT
 from nsa_hf.recipes.training.loop import train

@@ -12,7 +12,8 @@ from tiny_models import byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from nsa_hf.conversion import convert
-from nsa_hf.conversion.files.checkpoint import CheckpointError, same_bits
+from nsa_hf.conversion.files.checkpoint import CheckpointError
+from nsa_hf.conversion.files.pieces import same_bits
 from nsa_hf.conversion.sources import gguf as gguf_source
 from nsa_hf.conversion.sources import open_source
 from nsa_hf.conversion.sources.gguf import GgufSource

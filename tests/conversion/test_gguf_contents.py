@@ -14,7 +14,8 @@ from gguf_file import ARCHITECTURES, HIDDEN, write_gguf, write_gguf_of
 from packaging.version import Version
 
 from nsa_hf.conversion import convert, plan, verify
-from nsa_hf.conversion.files.checkpoint import CheckpointError, same_bits
+from nsa_hf.conversion.files.checkpoint import CheckpointError
+from nsa_hf.conversion.files.pieces import same_bits
 from nsa_hf.conversion.sources import gguf as gguf_source
 from nsa_hf.conversion.sources import open_source
 from nsa_hf.releases import INSTALLED

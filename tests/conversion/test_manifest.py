@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from nsa_hf.conversion import convert, manifest
-from nsa_hf.conversion.files.checkpoint import CheckpointError, SafetensorsCheckpoint, hash_tensor
+from nsa_hf.conversion.files.checkpoint import CheckpointError, SafetensorsCheckpoint
+from nsa_hf.conversion.files.hashes import hash_tensor
 
 
 @pytest.fixture(scope="module")

@@ -9,15 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nsa_hf.conversion.files import checkpoint as checkpoints
-from nsa_hf.conversion.files.checkpoint import (
-    CheckpointError,
-    SafetensorsCheckpoint,
-    TensorInfo,
-    hash_tensor,
-    pieces_of,
-    same_bits,
-)
+from nsa_hf.conversion.files import pieces
+from nsa_hf.conversion.files.checkpoint import CheckpointError, SafetensorsCheckpoint
+from nsa_hf.conversion.files.hashes import hash_tensor
+from nsa_hf.conversion.files.pieces import TensorInfo, pieces_of, same_bits
 from nsa_hf.conversion.files.shards import ShardWriter, file_header
 from nsa_hf.errors import NsaError
 
@@ -47,7 +42,7 @@ def write(folder, tensors, size="2GB", order=None, on_file=lambda name: None):
 @pytest.mark.parametrize("size", ["2GB", 30, 20_003])
 @pytest.mark.parametrize("order", [list(TENSORS), list(TENSORS)[::-1]])
 def test_what_is_written_is_read_back_whatever_the_pieces_shards_and_order(tmp_path, monkeypatch, piece, size, order):
-    monkeypatch.setattr(checkpoints, "PIECE", piece)
+    monkeypatch.setattr(pieces, "PIECE", piece)
     writer = write(tmp_path, TENSORS, size, order)
     checkpoint = SafetensorsCheckpoint(tmp_path)
     assert checkpoint.table == table_of(TENSORS)

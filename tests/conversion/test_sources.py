@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from nsa_hf.conversion import convert, export_dense, plan, sources, verify
-from nsa_hf.conversion.files.checkpoint import CheckpointError, same_bits
+from nsa_hf.conversion.files.checkpoint import CheckpointError
 from nsa_hf.conversion.files.loading import transformers_progress
+from nsa_hf.conversion.files.pieces import same_bits
 from nsa_hf.conversion.sources import open_source
 from nsa_hf.conversion.sources.folder import SafetensorsSource, tokenizer_code
 from nsa_hf.errors import NsaError

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nsa_hf.conversion.files.checkpoint import CheckpointError, TensorInfo
+from nsa_hf.conversion.files.checkpoint import CheckpointError
+from nsa_hf.conversion.files.pieces import TensorInfo
 from nsa_hf.conversion.options import target_config
 from nsa_hf.conversion.tensors import converted_tensors
 

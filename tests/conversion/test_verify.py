@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nsa_hf.conversion import convert, export_dense, manifest, render_verify, verify
 from nsa_hf.conversion.compare.metrics import Bucket
-from nsa_hf.conversion.files.checkpoint import CheckpointError, SafetensorsCheckpoint, hash_tensor
+from nsa_hf.conversion.files.checkpoint import CheckpointError, SafetensorsCheckpoint
+from nsa_hf.conversion.files.hashes import hash_tensor
 from nsa_hf.conversion.verify import judge
 from nsa_hf.errors import NsaError
 

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nsa_hf
 from nsa_hf.conversion import export_dense, manifest
-from nsa_hf.conversion.files.checkpoint import SafetensorsCheckpoint, hash_file
+from nsa_hf.conversion.files.checkpoint import SafetensorsCheckpoint
+from nsa_hf.conversion.files.hashes import hash_file
 from nsa_hf.errors import NsaError
 from nsa_hf.recipes.train import main
 from nsa_hf.recipes.training.checkpoints import Checkpoints
