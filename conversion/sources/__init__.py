@@ -10,7 +10,7 @@
 Weights as PyTorch pickles, and models that bring code of their own, are opened only where that is asked for.
 
 Values are carried as Transformers loads them: a safetensors tensor in the dtype it is stored in, a GGUF file in float32
-(gguf.py says why).
+(gguf/source.py says why).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from ..files.checkpoint import CheckpointError
 from ..files.model_folder import COMPANIONS, INDICES, TERMS, WEIGHTS, refuse_adapter, refuse_links_out
 from .folder import SafetensorsSource
-from .gguf import GgufSource
+from .gguf.source import GgufSource
 from .hub import download
 from .source import Source
 

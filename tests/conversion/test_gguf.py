@@ -1,4 +1,4 @@
-"""conversion/sources/gguf.py, with a tiny file made here."""
+"""conversion/sources/gguf/source.py, with a tiny file made here."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from nsa_hf.conversion import convert
 from nsa_hf.conversion.files.checkpoint import CheckpointError
 from nsa_hf.conversion.files.pieces import same_bits
-from nsa_hf.conversion.sources import gguf as gguf_source
 from nsa_hf.conversion.sources import open_source
-from nsa_hf.conversion.sources.gguf import GgufSource
+from nsa_hf.conversion.sources.gguf import source as gguf_source
+from nsa_hf.conversion.sources.gguf.source import GgufSource
 
 
 @pytest.fixture(scope="module")

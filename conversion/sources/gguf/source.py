@@ -17,12 +17,14 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedModel
 
-from ..files.checkpoint import CheckpointError
-from ..files.loading import load_whole, reading
-from ..files.model_folder import TERMS, copy_file
-from ..files.pieces import TensorInfo
-from .gguf_contents import read_contents
-from .source import Source
+from ...files.checkpoint import CheckpointError
+from ...files.loading import load_whole, reading
+from ...files.model_folder import TERMS, copy_file
+from ...files.pieces import TensorInfo
+from ..source import Source
+from .config import completed_config
+from .contents import read_contents
+from .tensors import check_tensors, read_tensors
 
 # Words, names, numbers, code and letters with accents: what a tokenizer takes apart in different ways.
 SAMPLE = "The quick brown fox: SPDX-License-Identifier (GPL-2.0+)\n\tdef über(x): return 12345  # naïve façade"
@@ -43,8 +45,8 @@ class GgufSource(Source):
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
             if hasattr(config, "_model_name_or_path"):
                 del config._model_name_or_path
-            config = self.contents.applied_to(config)
-            self.contents.check_tensors(config)
+            config = completed_config(self.contents, config)
+            check_tensors(self.contents, config)
         config.dtype = torch.float32
         self._model: PreTrainedModel | None = None
         super().__init__(name, path.parent, config, revision)
@@ -76,7 +78,7 @@ class GgufSource(Source):
     def stored(self) -> Iterator[tuple[str, Tensor]]:
         """As in Source: read with the `gguf` package, where `tensors` are what Transformers loads."""
         with reading(self.path):
-            yield from self.contents.stored(self.config)
+            yield from read_tensors(self.contents, self.config)
 
     def load_model(self, dtype: torch.dtype) -> PreTrainedModel:
         """As in Source; hands over the loaded weights, so that there is one copy of them."""
