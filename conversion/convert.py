@@ -196,16 +196,16 @@ def _write_other_files(stage: Stage, job: Job, hashes: Mapping[str, str], source
     job.config.save_pretrained(stage.folder)
     companions = job.source.save_companions(stage.folder)
     read_otherwise = {
-        name: manifest.entry(info, "source", source_hashes[name])
+        name: manifest.tensor_record(info, "source", source_hashes[name])
         for name, info in job.source.table.items()
         if name in source_hashes
     }
     tensors = {}
     for name, info in job.table.items():
-        tensors[name] = manifest.entry(info, "nsa" if name in job.expected.added else "source", hashes[name])
+        tensors[name] = manifest.tensor_record(info, "nsa" if name in job.expected.added else "source", hashes[name])
         if name in read_otherwise:
             tensors[name]["source"] = read_otherwise[name]
-    left_out = {name: entry for name, entry in read_otherwise.items() if name not in job.table}
+    left_out = {name: record for name, record in read_otherwise.items() if name not in job.table}
     identity = {**job.source.identity(), "left_out": left_out}
     files = manifest.describe_files(stage.folder)
     manifest.write(stage.folder, manifest.build(identity, job.config, job.requested, tensors, companions, files))

@@ -71,10 +71,10 @@ def export_dense(
         config = read_config(src)
         checkpoint = SafetensorsCheckpoint(src)
         expected = converted_tensors(config).as_stored(checkpoint.table)
-        old = {name: info for name, info in checkpoint.table.items() if name not in expected.added}
-        table = {name: old[name] for name in expected.check(old, str(src))}
+        dense = {name: info for name, info in checkpoint.table.items() if name not in expected.added}
+        table = {name: dense[name] for name in expected.check(dense, str(src))}
         for copy, original in expected.tied.items():
-            if copy in old and not same_bits(checkpoint.read(copy), checkpoint.read(original)):
+            if copy in dense and not same_bits(checkpoint.read(copy), checkpoint.read(original)):
                 raise CheckpointError(
                     f"{src}: its config ties {copy} to {original}, but it holds two different tensors: set "
                     "tie_word_embeddings to false in its config.json, or drop one"
@@ -102,27 +102,39 @@ def export_dense(
 
 
 def _report(src: Path, manifest: dict[str, Any] | None, model_type: str, hashes: dict[str, str]) -> dict[str, Any]:
+    """The report but for what was left out.
+
+    Args:
+        src: the sparse model's folder.
+        manifest: its manifest; None where it has none.
+        model_type: of the sparse model.
+        hashes: of the tensors that were written, by name.
+
+    Raises:
+        CheckpointError: a tensor is not what the manifest says.
+    """
     report = {"model_type": model_type.removeprefix(PREFIX), "trained": None, "tensors": len(hashes)}
     if manifest is None:
         return {**report, "as_in_source": None, "perplexity": None}
-    said, kind = {name: manifest["tensors"].get(name, {}) for name in hashes}, manifests.hash_kind(manifest)
-    changed = sorted(name for name in hashes if said[name].get(kind) != hashes[name])
+    records, kind = {name: manifest["tensors"].get(name, {}) for name in hashes}, manifests.hash_kind(manifest)
+    changed = sorted(name for name in hashes if records[name].get(kind) != hashes[name])
     if changed:
         raise CheckpointError(
             f"{src}: {len(changed)} tensors are not what its manifest says, {changed[0]} for one: take a copy that is "
             "not damaged, or make it again (if they were changed deliberately, remove its manifest.json)"
         )
     report["trained"] = manifests.is_trained(manifest)
-    # what the source held is the entry itself, or where it was cast or trained the one inside it
-    own = {} if report["trained"] else said
-    of_source = {name: said[name].get("source", own.get(name, {})).get(kind) for name in hashes}
-    kept = sum(of_source[name] == hashes[name] for name in hashes)
-    report["as_in_source"] = kept if all(of_source.values()) else None
+    # what the source held is the record itself, or where it was cast or trained the one inside it
+    source_hashes = {
+        name: record.get("source", {} if report["trained"] else record).get(kind) for name, record in records.items()
+    }
+    as_in_source = sum(source_hashes[name] == hashes[name] for name in hashes)
+    report["as_in_source"] = as_in_source if all(source_hashes.values()) else None
     return {**report, "perplexity": _perplexity(src)} if report["trained"] else report
 
 
 def _perplexity(src: Path) -> list[dict[str, Any]] | None:
-    """What training measured of its result on held-out texts: these weights run dense, and sparse, by position."""
+    """The perplexities of these weights run dense and sparse, by position, that training measured on held-out texts."""
     path = src / "training.json"
     if not path.is_file():
         return None

@@ -55,11 +55,11 @@ def plan(
         - `layers`: per layer `becomes` (nsa, dense, or other: sliding, linear, ...), `why`, `parameters_added`, and in
           `keeps` the most tokens that its cache holds (None: all).
         - `parameters`: `dense`, `added`, `added_share`; `bytes`: of the weights, `dense` and `nsa`.
-        - `kv_cache`: per length, of one sequence in the model's dtype over all layers: bytes kept (`dense_bytes`,
-          `nsa_bytes`: full K and V plus the compressed entries) and bytes read for one more token (`dense_read_bytes`,
-          `nsa_read_bytes`, and their ratio `read_less`).
-        - `pays_from`: tokens from which attention takes fewer FLOPs, None if never: `one_token` (the token at that
-          length), `whole_text` (all tokens up to it), and `formula`.
+        - `kv_cache`: for each length, of one sequence in the model's dtype over all layers: bytes kept (`dense_bytes`,
+          `nsa_bytes`: full keys and values plus the compressed entries) and bytes read for one more token
+          (`dense_read_bytes`, `nsa_read_bytes`, and their ratio `read_less`).
+        - `pays_from`: tokens from which attention takes fewer FLOPs, None if never: `one_token` (for the token at that
+          length), `whole_text` (for all tokens up to it), and `formula`.
 
     Raises:
         NsaError: the source or an option is not as it must be.
@@ -72,6 +72,7 @@ def plan(
         if isinstance(source, SafetensorsSource) and source.has_weights:
             expected.as_stored(source.table).check(source.table, str(src))
     dense, added = (sum(map(_numel, shapes.values())) for shapes in (expected.dense, expected.added))
+    itemsize = config.dtype.itemsize
     layers = [_layer(config, expected, index) for index in range(config.num_hidden_layers)]
     return {
         "source": {
@@ -88,14 +89,17 @@ def plan(
         "training": training_hindrance(config),
         "layers": layers,
         "parameters": {"dense": dense, "added": added, "added_share": added / dense},
-        "bytes": {"dense": dense * config.dtype.itemsize, "nsa": (dense + added) * config.dtype.itemsize},
+        "bytes": {"dense": dense * itemsize, "nsa": (dense + added) * itemsize},
         "kv_cache": [kv_cache(config, layers, length) for length in lengths],
         "pays_from": pays_from(config.nsa_sizes),
     }
 
 
 def training_hindrance(config: PreTrainedConfig) -> str | None:
-    """Why a sparse model of this config cannot be trained, None when it can; no weight of attention can be dropped."""
+    """Why a sparse model of this config cannot be trained; None when it can.
+
+    Sparse attention has no dropout.
+    """
     for name in ("attention_dropout", "attn_pdrop"):
         if share := getattr(config, name, None):
             return (
@@ -106,6 +110,7 @@ def training_hindrance(config: PreTrainedConfig) -> str | None:
 
 
 def _layer(config: PreTrainedConfig, expected: ConvertedTensors, index: int) -> dict[str, Any]:
+    """What becomes of one layer, see `plan`."""
     kind = (getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers)[index]
     keeps: int | None = None
     if config.is_nsa_layer(index):

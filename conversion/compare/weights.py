@@ -65,8 +65,10 @@ def matches_manifest(source: Source, manifest: dict[str, Any] | None) -> bool | 
         return None
     if source.identity()["files"] != manifest["source"]["files"]:
         return False
-    entries = {**manifest["tensors"], **manifest["source"].get("left_out", {})}
+    records = {**manifest["tensors"], **manifest["source"].get("left_out", {})}
     kind = manifests.hash_kind(manifest)
-    # where a tensor was cast or trained, the entry of what was read is inside its own
-    hashes = {name: entry.get("source", entry)[kind] for name, entry in entries.items() if entry["from"] == "source"}
+    # where a tensor was cast or trained, the record of what was read is inside its own
+    hashes = {
+        name: record.get("source", record)[kind] for name, record in records.items() if record["from"] == "source"
+    }
     return all(hashes.get(name) == hash_tensor(tensor, kind) for name, tensor in source.tensors())

@@ -41,7 +41,7 @@ DTYPES = {
 
 # Pieces that are read before they are asked for; with the one in hand, fewer than there are buffers.
 AHEAD = 4
-# Bytes of one call that has Linux fetch from the disk; of a longer one it takes a part only.
+# Bytes of one call that asks Linux to fetch from the disk; of a longer range it fetches a part only.
 FETCH = 512 << 10
 
 
@@ -58,7 +58,9 @@ class SafetensorsCheckpoint:
 
     Attributes:
         files: the weight files and the index, if any.
-        table: name to TensorInfo, in the files' order.
+        table: shape and dtype of every tensor by name, in the files' order.
+        file_of: each tensor's file, by the tensor's name.
+        begin: the byte at which each tensor begins in its file, by name.
 
     Raises:
         CheckpointError: no weights, or under names that Transformers does not load; a missing or damaged file, or an
@@ -156,7 +158,12 @@ class SafetensorsCheckpoint:
                     yield name, file.get_tensor(name)
 
     def pieces(self, wanted: Container[str]) -> Iterator[Piece]:
-        """The tensors in `wanted`, in the order of `table`, each byte read once, AHEAD pieces ahead in another thread.
+        """Some of the tensors in pieces, in the order of `table`.
+
+        Each byte is read once. Another thread reads AHEAD pieces ahead.
+
+        Args:
+            wanted: names of the tensors.
 
         Raises:
             CheckpointError: a file ends early.
@@ -194,10 +201,10 @@ def tensor_positions(path: Path) -> dict[str, int]:
 
 
 def _fetch(file: io.RawIOBase, start: int, length: int) -> None:
-    """Has the system bring a part of a file into its cache meanwhile, where a system can be asked to."""
+    """Asks the system, where it can be asked, to bring bytes of a file into its cache in the background."""
     if hasattr(os, "posix_fadvise"):
-        for at in range(start, start + length, FETCH):
-            os.posix_fadvise(file.fileno(), at, min(FETCH, start + length - at), os.POSIX_FADV_WILLNEED)
+        for position in range(start, start + length, FETCH):
+            os.posix_fadvise(file.fileno(), position, min(FETCH, start + length - position), os.POSIX_FADV_WILLNEED)
 
 
 def _read_into(file: io.RawIOBase, buffer: Tensor, path: Path) -> None:

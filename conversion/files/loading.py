@@ -19,9 +19,13 @@ from .checkpoint import CheckpointError
 from .model_folder import refuse_adapter
 from .plain_json import read_json
 
-# Fields that say how many parts there are, which are made one by one, and the most of them: the deepest model so far
-# has a thousand layers. (Each label gets a name.)
-MOST = {re.compile(r"(^|_)layers?$"): 1024, re.compile(r"(^|_)experts$"): 16384, re.compile(r"^num_labels$"): 1 << 20}
+# The largest values of config fields that count layers, experts and labels, since Transformers makes these one by one
+# (of a label its name): the deepest model so far has a thousand layers.
+LARGEST_COUNTS = {
+    re.compile(r"(^|_)layers?$"): 1024,
+    re.compile(r"(^|_)experts$"): 16384,
+    re.compile(r"^num_labels$"): 1 << 20,
+}
 
 # Old checkpoints stored RoPE's frequencies in each layer; Transformers computes them and ignores these.
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")
@@ -50,10 +54,15 @@ def read_config(folder: Path) -> PreTrainedConfig:
 def load_whole(folder: Path, **options: Any) -> PreTrainedModel:
     """Transformers' model of a folder, in evaluation mode.
 
+    Args:
+        folder: holds config and weights.
+        options: what `from_pretrained` takes.
+
     Raises:
         NsaError: the folder's config is not of the model that its manifest says (see `nsa_hf.shape`).
-        CheckpointError: weights were missing, which Transformers would only warn of and make up, or left over, as when
-            the config asks for fewer layers; or there is an adapter, for which it would load other weights or none.
+        CheckpointError: weights were missing, which Transformers would only warn of and draw at random, or left over,
+            as when the config asks for fewer layers; or there is an adapter, for which it would load other weights or
+            none.
     """
     refuse_adapter(folder)
     check_shape(folder)
@@ -74,15 +83,19 @@ def load_whole(folder: Path, **options: Any) -> PreTrainedModel:
 def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Transformers' config of a folder.
 
+    Args:
+        folder: holds config.json.
+        trust_remote_code: read it by the code that it names.
+
     Raises:
         CheckpointError: there is none, it cannot be read, asks for more parts than a model can have, or names another
             weight file than we read.
     """
     path = folder / "config.json"
     with reading(path):
-        said = read_json(path)
-        check_counts(said, str(path))
-        if said.get("transformers_weights"):
+        content = read_json(path)
+        check_counts(content, str(path))
+        if content.get("transformers_weights"):
             raise CheckpointError(
                 f"{path} names a weight file of its own (transformers_weights), which is not followed: rename that "
                 "file to model.safetensors, in a folder without others, and take the field out"
@@ -91,18 +104,22 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
 
 
 def check_counts(config: Any, name: str) -> None:
-    """Refuses a config, as JSON, of more layers, experts or labels than a model can have; Transformers makes each one.
+    """Refuses a config of more layers, experts or labels than a model can have.
+
+    Args:
+        config: what its JSON file holds.
+        name: of the file, for the message.
 
     Raises:
         CheckpointError: naming the field.
     """
-    todo = [config]
-    while todo:
-        part = todo.pop()
+    parts = [config]
+    while parts:
+        part = parts.pop()
         for key, value in part.items() if isinstance(part, dict) else enumerate(part):
             if isinstance(value, dict | list):
-                todo.append(value)
-            for field, most in MOST.items():
+                parts.append(value)
+            for field, most in LARGEST_COUNTS.items():
                 if isinstance(value, int | float) and field.search(str(key)) and value > most:
                     raise CheckpointError(f"{name}: {key} is {_short(value)}, and no model has more than {most:,}")
 

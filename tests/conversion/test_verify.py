@@ -174,7 +174,9 @@ def test_a_changed_weight_is_found_even_if_the_manifest_was_changed_too(tiny_den
     tensors = load_file(copy / "model.safetensors")
     tensors[NORM] *= 1.1
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    edit_manifest(copy, lambda record: record["tensors"].update({NORM: manifest.describe(tensors[NORM], "source")}))
+    edit_manifest(
+        copy, lambda record: record["tensors"].update({NORM: manifest.describe_tensor(tensors[NORM], "source")})
+    )
     result = verify(tiny_dense_dir, copy, length=100, documents=1)
     assert result["exact"] is False
     assert result["tensors"]["unlike_manifest"] == []
