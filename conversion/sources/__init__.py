@@ -7,7 +7,7 @@
     source.load_model(torch.float32)     # Transformers' own dense model
     source.save_companions(out)          # tokenizer, chat template, generation config
 
-Weights as PyTorch pickles, and models that bring code of their own, are opened only where that is asked for.
+Weights as PyTorch pickles, and models that bring their own code, are opened only where an option allows it.
 
 Values are carried as Transformers loads them: a safetensors tensor in the dtype it is stored in, a GGUF file in float32
 (gguf/source.py says why).
@@ -62,14 +62,14 @@ def open_source(
     refuse_adapter(path)
     pickles = ("*.bin",) if allow_pickle else ()
     refuse_links_out(path, ("config.json", "README.md", *WEIGHTS, *INDICES, *pickles, *COMPANIONS))
-    files = sorted(path.glob("*.gguf"))
-    if files and not (path / "config.json").is_file():
-        if len(files) > 1:
+    if not (path / "config.json").is_file():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) == 1:
+            return GgufSource(str(src), files[0], commit)
+        if files:
             raise CheckpointError(
                 f"{src} holds {len(files)} .gguf files: name one, {' or '.join(f.name for f in files)}"
             )
-        return GgufSource(str(src), files[0], commit)
-    if not (path / "config.json").is_file():
         raise CheckpointError(
             f"{src} has neither config.json nor a .gguf file: expected a model's folder (of a Hub "
             "repository of .gguf files, download the one you want and give its path)"

@@ -1,4 +1,4 @@
-"""To and from the Hub, through huggingface_hub: downloads of what a conversion reads, uploads of what it wrote."""
+"""The Hugging Face Hub: downloads of what a conversion reads, uploads of what it wrote."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class HubError(NsaError):
 def download(name: str, revision: str | None, weights: bool, allow_pickle: bool = False) -> tuple[Path, str]:
     """Downloads a model into the Hub's cache, or finds it there when there is no network.
 
-    Folders of a repository (original weights, ONNX, images) stay where they are.
+    Subfolders of a repository (original weights, ONNX, images) are not downloaded.
 
     Args:
         name: Hub id, `owner/name`.
         revision: branch, tag or commit; None is the main branch.
-        weights: whether the safetensors come too.
-        allow_pickle: where there are no safetensors, take the pickles.
+        weights: download the safetensors too.
+        allow_pickle: download pickles where there are no safetensors.
 
     Returns:
         The folder, and the commit.
@@ -56,12 +56,16 @@ def download(name: str, revision: str | None, weights: bool, allow_pickle: bool 
 
 
 def _snapshot(name: str, revision: str | None, endings: list[str]) -> str:
-    left = [f"*{ending}" for ending in WEIGHTS if ending not in endings]
-    return snapshot_download(name, revision=revision, ignore_patterns=["*/*", *left])
+    """The folder of a download without subfolders, and without weights but those of some endings."""
+    other_weights = [f"*{ending}" for ending in WEIGHTS if ending not in endings]
+    return snapshot_download(name, revision=revision, ignore_patterns=["*/*", *other_weights])
 
 
 def check_upload(repo: str) -> None:
-    """Makes sure that there is somebody to upload as, before any work is done for it.
+    """Makes sure that an upload can be begun, before any work is done for it.
+
+    Args:
+        repo: Hub id, `owner/name`.
 
     Raises:
         HubError: not a Hub id, no token, or one that the Hub does not know.
@@ -75,7 +79,14 @@ def check_upload(repo: str) -> None:
 
 
 def upload(folder: Path, repo: str) -> str:
-    """Uploads a model's folder in one commit, making the repository if it is not there; gives its address.
+    """Uploads a model's folder in one commit; makes the repository if it is not there.
+
+    Args:
+        folder: of the model.
+        repo: Hub id, `owner/name`.
+
+    Returns:
+        The repository's address.
 
     Raises:
         HubError: the Hub refused it, or could not be reached.

@@ -21,7 +21,7 @@ SINGLE, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
 class PickleCheckpoint:
-    """The pickled weights of a folder; for its attributes and methods see `SafetensorsCheckpoint`.
+    """The pickled weights of a folder, with the attributes and methods of `SafetensorsCheckpoint` that sources need.
 
     Args:
         folder: holds `pytorch_model.bin`, or `pytorch_model.bin.index.json` and the files it names.
@@ -61,14 +61,18 @@ class PickleCheckpoint:
             )
 
     def _load(self, path: Path) -> dict[str, Tensor]:
-        """Tensors whose bytes are read from the file when they are looked at, where its format allows that."""
+        """A file's tensors by name; where the format allows it, their bytes are read only when they are used.
+
+        Raises:
+            CheckpointError: the file is damaged, or holds more than tensors.
+        """
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except pickle.UnpicklingError as error:
             raise CheckpointError(
                 f"{path} holds more than tensors, or is damaged, and is not loaded: save the weights as safetensors"
             ) from error
-        except Exception as error:  # torch raises whatever its parser stumbles over
+        except Exception as error:  # torch has no common error for files that are damaged
             raise CheckpointError(f"{path} is damaged or incomplete ({error!r:.200}): download it again") from error
         if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
             raise CheckpointError(f"{path} is no state dict: expected a dict of tensors by name")
@@ -78,10 +82,12 @@ class PickleCheckpoint:
         return state
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors as (name, tensor), in the order of `table`."""
         for path in dict.fromkeys(self.file_of.values()):
             yield from self._load(path).items()
 
     def pieces(self, wanted: Container[str]) -> Iterator[Piece]:
+        """Some of the tensors in pieces, see `SafetensorsCheckpoint.pieces`."""
         for name, tensor in self.tensors():
             if name in wanted:
                 yield from pieces_of(name, tensor)

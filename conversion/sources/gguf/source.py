@@ -1,8 +1,8 @@
-"""A .gguf file as a source, loaded and dequantised by Transformers, always in float32.
+"""A .gguf file as a dense model, loaded and dequantised by Transformers, always in float32.
 
 A quantised weight is scale * integer + offset, computed in float32; bfloat16 would change two of three values of
-SmolLM2's Q4_1 file. Only so is the converted model bit for bit the one that Transformers loads from that file;
-`convert(..., dtype="bfloat16")` rounds deliberately.
+SmolLM2's Q4_1 file. Only in float32 is the converted model bit for bit the one that Transformers loads from that
+file; `convert(..., dtype="bfloat16")` rounds deliberately.
 """
 
 from __future__ import annotations
@@ -31,7 +31,19 @@ SAMPLE = "The quick brown fox: SPDX-License-Identifier (GPL-2.0+)\n\tdef über(x
 
 
 class GgufSource(Source):
-    """One .gguf file, loaded and dequantised by Transformers; its weights are read once, when first asked for."""
+    """One .gguf file, loaded and dequantised by Transformers; its weights are read once, when first needed.
+
+    Args:
+        name: as the user gave it.
+        path: of the file.
+        revision: the Hub's commit, or None for local files.
+
+    Attributes:
+        contents: what the file holds.
+
+    Raises:
+        CheckpointError: a package is missing, or the file is damaged or holds something that is not converted.
+    """
 
     kind = "gguf"
 
@@ -91,7 +103,7 @@ class GgufSource(Source):
             tokenizer = AutoTokenizer.from_pretrained(self.folder, gguf_file=self.path.name)
             for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
                 index = self.contents.metadata.get(f"tokenizer.ggml.{key}_token_id")
-                # Transformers 5.17 guesses these; 5.23 reads them as the file has them
+                # Transformers 5.17 guesses these; 5.23 takes them from the file
                 if index is not None and getattr(tokenizer, f"{role}_token_id") != index:
                     setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(index))
             tokenizer.save_pretrained(out)
@@ -110,12 +122,17 @@ class GgufSource(Source):
         return [self.path]
 
     def card(self) -> dict[str, Any]:
-        said = self.contents.metadata
+        metadata = self.contents.metadata
         names = {"license": "general.license", "model_name": "general.name"}
-        return {name: said[key] for name, key in names.items() if isinstance(said.get(key), str)}
+        return {name: metadata[key] for name, key in names.items() if isinstance(metadata.get(key), str)}
 
 
 def saved_alike(tokenizer: Any, folder: Path) -> bool:
-    """Whether the tokenizer that was saved in a folder takes a text apart as it did before."""
-    again = type(tokenizer).from_pretrained(folder)
-    return bool(again(SAMPLE)["input_ids"] == tokenizer(SAMPLE)["input_ids"])
+    """Whether a tokenizer that was saved takes a text apart as it did before.
+
+    Args:
+        tokenizer: as it was before.
+        folder: where it was saved.
+    """
+    saved = type(tokenizer).from_pretrained(folder)
+    return bool(saved(SAMPLE)["input_ids"] == tokenizer(SAMPLE)["input_ids"])
