@@ -87,6 +87,6 @@ class Source(ABC):
         """`license` and `model_name`, those of them that the source names."""
 
     def identity(self) -> dict:
-        """What a manifest says of its source: name, kind, revision, `card`, and `describe_file` of its files, by name."""
+        """What a manifest says of its source: name, kind, revision, `card`, and `describe_file` of each file."""
         files = {path.relative_to(self.folder).as_posix(): describe_file(path) for path in sorted(self.files())}
         return {"name": self.name, "kind": self.kind, "revision": self.revision, **self.card(), "files": files}

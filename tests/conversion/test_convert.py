@@ -78,11 +78,11 @@ def test_the_result_loads_holds_every_dense_bit_and_the_source_s_companions(tiny
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("asked", [None, "float32", "bfloat16", torch.float16])
-def test_dtype_is_kept_unless_another_is_asked_for(dense_dir, tmp_path, stored, asked):
+@pytest.mark.parametrize("wanted", [None, "float32", "bfloat16", torch.float16])
+def test_dtype_is_kept_unless_another_is_asked_for(dense_dir, tmp_path, stored, wanted):
     AutoModelForCausalLM.from_pretrained(dense_dir, dtype=stored).save_pretrained(dense_dir)
-    out = convert(dense_dir, tmp_path / "out", dtype=asked)
-    dtype = stored if asked is None else getattr(torch, asked) if isinstance(asked, str) else asked
+    out = convert(dense_dir, tmp_path / "out", dtype=wanted)
+    dtype = stored if wanted is None else getattr(torch, wanted) if isinstance(wanted, str) else wanted
     written = SafetensorsCheckpoint(out)
     assert {info.dtype for info in written.table.values()} == {dtype}
     assert f"torch.{json.loads((out / 'config.json').read_text())['dtype']}" == str(dtype)

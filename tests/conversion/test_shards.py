@@ -55,10 +55,10 @@ def test_what_is_written_is_read_back_whatever_the_pieces_shards_and_order(tmp_p
         assert same_bits(checkpoint.read(name), tensor)
     # and the same in pieces
     read = {name: [] for name in TENSORS}
-    for found in checkpoint.pieces(TENSORS):
-        assert found.start == sum(map(len, read[found.name]))
-        read[found.name].append(found.values.clone())
-        assert found.last == (sum(map(len, read[found.name])) == TENSORS[found.name].numel())
+    for part in checkpoint.pieces(TENSORS):
+        assert part.start == sum(map(len, read[part.name]))
+        read[part.name].append(part.values.clone())
+        assert part.last == (sum(map(len, read[part.name])) == TENSORS[part.name].numel())
     assert all(same_bits(torch.cat(parts).reshape(TENSORS[name].shape), TENSORS[name]) for name, parts in read.items())
 
 

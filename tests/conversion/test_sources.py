@@ -167,21 +167,21 @@ def test_what_is_no_source(tmp_path, monkeypatch):
 
 
 def test_a_hub_id_is_downloaded_and_its_commit_recorded(tiny_dense_dir, tmp_path, monkeypatch):
-    asked = []
+    downloads = []
 
     def download(name, revision, weights, allow_pickle):
-        asked.append((name, revision, weights))
+        downloads.append((name, revision, weights))
         assert allow_pickle is False
         return tiny_dense_dir, "0a1b2c"
 
     monkeypatch.setattr(sources, "download", download)
     monkeypatch.chdir(tmp_path)
     source = open_source("owner/name", revision="v1")
-    assert asked == [("owner/name", "v1", True)]
+    assert downloads == [("owner/name", "v1", True)]
     assert (source.name, source.revision, source.identity()["revision"]) == ("owner/name", "0a1b2c", "0a1b2c")
     # for a plan the config is enough: no weights are fetched, and none are looked at
     assert not open_source("owner/name", weights=False).has_weights
-    assert asked[1] == ("owner/name", None, False)
+    assert downloads[1] == ("owner/name", None, False)
 
 
 TOKENIZER = """

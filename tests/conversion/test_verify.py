@@ -140,10 +140,10 @@ def test_a_single_flipped_bit_of_any_other_file_is_found(tiny_dense_dir, copy, m
     (copy / name).write_bytes(data)
     try:
         result = verify(tiny_dense_dir, copy, length=100, documents=1)
-        found = [result["exact"], result["changed_files"], f"{name} changed since the conversion" in result["why"]]
+        outcome = [result["exact"], result["changed_files"], f"{name} changed since the conversion" in result["why"]]
     except NsaError:  # it cannot be read at all
-        found = [False, [name], True]
-    assert found == [False, [name], True]
+        outcome = [False, [name], True]
+    assert outcome == [False, [name], True]
 
 
 def with_earlier_hashes(folder: Path) -> Path:
@@ -153,9 +153,9 @@ def with_earlier_hashes(folder: Path) -> Path:
     def change(record):
         del record["hash"]
         record["format"] = 1
-        for name, said in record["tensors"].items():
-            del said["xxh3_128"]
-            said["sha256"] = hash_tensor(tensors[name], "sha256")
+        for name, entry in record["tensors"].items():
+            del entry["xxh3_128"]
+            entry["sha256"] = hash_tensor(tensors[name], "sha256")
 
     edit_manifest(folder, change)
     return folder
@@ -270,17 +270,15 @@ def test_an_edited_file_of_a_trained_model_is_found(name, tiny_dense_dir, traine
 
 @pytest.mark.parametrize("record", [{}, {"training": {}}, {"training": {"steps": 9}}, {"training": True}])
 def test_the_bare_word_trained_makes_no_trained_model(record, copy):
-    edit_manifest(copy, lambda found: found.update(trained=True, **record))
-    found = manifest.read(copy)
-    assert not manifest.is_trained(found)
-    assert judge(found, KEPT, Bucket(0, 64)) == (
-        False,
-        "its manifest says that it was trained, and has no record of a run",
-    )
+    edit_manifest(copy, lambda content: content.update(trained=True, **record))
+    content = manifest.read(copy)
+    assert not manifest.is_trained(content)
+    why = "its manifest says that it was trained, and has no record of a run"
+    assert judge(content, KEPT, Bucket(0, 64)) == (False, why)
 
 
 def test_an_untrained_model_is_not_waved_through_as_trained(tiny_dense_dir, copy):
-    edit_manifest(copy, lambda found: found.update(trained=True))
+    edit_manifest(copy, lambda record: record.update(trained=True))
     result = verify(tiny_dense_dir, copy, length=100, documents=1)
     assert (result["exact"], result["trained"]) == (False, False)
 
