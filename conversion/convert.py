@@ -1,12 +1,12 @@
-"""A dense checkpoint to an NSA checkpoint, every dense tensor carried bit for bit.
+"""Makes an NSA checkpoint of a dense one, every dense tensor kept bit for bit.
 
     from nsa_hf import convert
     convert("path/to/llama", "path/to/nsa", topk=16)
 
-The source is read once, a few megabytes at a time; what is read is hashed, looked at for NaN and infinity and written
-in the same pass, so that memory does not grow with the model. Everything is written into a hidden folder beside OUT
-and renamed at the end, so OUT is a whole checkpoint or not there. A conversion that was killed goes on after its last
-complete file when it is started again (see files/staging.py).
+The source is read once, a few megabytes at a time; what is read is hashed, searched for NaN and infinity and written in
+the same pass, so that memory does not grow with the model (transfer.py). Everything is written into a hidden folder
+beside OUT, which is renamed at the end, so that OUT is a whole checkpoint or not there (files/staging.py). A conversion
+that was killed goes on after its last complete file when it is started again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Back to the dense family: the same weights without the new parameters, with the dense config.
+"""Makes a dense checkpoint of a sparse one: the same weights without the new parameters, with the dense config.
 
     from nsa_hf.conversion import export_dense
     export_dense("path/to/nsa", "path/to/dense")

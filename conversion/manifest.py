@@ -1,6 +1,6 @@
 """`manifest.json`: what a converted checkpoint was made from, with what, and the hash of every tensor and file in it.
 
-It holds no time and no path but what the user typed, so the same conversion writes the same manifest.
+It holds no times, and no paths but those that the user typed, so that the same conversion writes the same manifest.
 """
 
 from __future__ import annotations

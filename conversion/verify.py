@@ -1,14 +1,15 @@
-"""The proof: what an NSA checkpoint kept of its dense source, measured on real long texts and written to `verify.json`.
+"""Proves what a converted model kept of its dense source, on real long texts, and writes the figures to `verify.json`.
 
     from nsa_hf.conversion import verify
     verify("path/to/llama", "path/to/nsa")["exact"]
 
-Three things: every dense tensor is bit for bit the source's, and every tensor and file is what the manifest says; up
-to topk * block_size tokens the logits equal the dense model's (in float32, Transformers' own dense class against ours);
-and beyond, how far the two are apart by position. See compare/models.py for how this fits into little memory.
+It shows three things:
+- every dense tensor is the source's bit for bit, and every tensor and file is what the manifest says;
+- in the exact range the logits equal those of Transformers' own dense class, both computed in float32;
+- beyond it, how far the two models are apart, by position. (How both fit into little memory: compare/models.py.)
 
-Of a trained model every tensor and file is held against what training recorded. A folder that something else saved
-(Trainer, TRL, a merge) has no manifest: what then cannot be proved is said.
+A trained model's tensors and files are held against what training recorded. A folder that something else saved
+(Trainer, TRL, a merge) has no manifest; the result then says what is not proved.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def verify(
     trust_remote_code: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Compares an NSA checkpoint with its dense source and writes `out/verify.json`.
+    """Compares a converted model with its dense source and writes `out/verify.json`.
 
     Args:
         src: the dense source, as `convert` takes it.

@@ -1,4 +1,4 @@
-"""Loading through Transformers, with errors that name the file and progress bars as wished."""
+"""Loading through Transformers, with errors that name the file, and with or without progress bars."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def reading(path: Path) -> Iterator[None]:
 
 @contextmanager
 def transformers_progress(shown: bool) -> Iterator[None]:
-    """Transformers' own progress bars as wished, and afterwards as they were."""
+    """Switches Transformers' own progress bars on or off, and afterwards back to what they were."""
     before = logging.is_progress_bar_enabled()
     switch = {True: logging.enable_progress_bar, False: logging.disable_progress_bar}
     switch[shown]()

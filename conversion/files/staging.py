@@ -1,4 +1,4 @@
-"""A folder that is there completely or not at all, and that one process at a time may make.
+"""Writes a folder so that it is there completely or not at all, and by one process at a time.
 
     with staged_folder(out) as stage:
         ...write into stage...
@@ -8,8 +8,8 @@
         ...write into stage.folder, note what is done with stage.save_progress...
     # the same, but had the process been killed, the same job would go on where it was
 
-What is being made stands in a hidden folder beside `out`, `.NAME.unfinished`, which the process holds locked; the lock
-dies with it. One rename at the end makes it `out`.
+What is being made stands in a hidden folder beside `out`, `.NAME.unfinished` (its stage), which the process keeps
+locked; the lock ends with the process. One rename at the end makes it `out`.
 """
 
 from __future__ import annotations
