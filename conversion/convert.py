@@ -62,7 +62,7 @@ def convert(
             source *in that dtype*.
         overwrite: replace the model in `out`; it stays until the new one is complete.
         max_shard_size: largest safetensors file, in bytes or like "2GB".
-        seed: of the new parameters' random part, which changes no output before training.
+        seed: for the new parameters that are drawn at random, which changes no output before training.
         revision: of a Hub id.
         allow_pickle: read weights that are PyTorch pickles, with `weights_only`.
         trust_remote_code: accept a source whose folder brings its own code; the result runs Transformers' own.

@@ -109,7 +109,7 @@ def scale_model(model: PreTrainedModel, scaling: Mapping[str, Any]) -> PreTraine
     """Gives a dense model the RoPE of its scaled config, see `scaled_config`; changes the model and returns it."""
     config = scaled_config(model.config, scaling)
     for parent in list(model.modules()):
-        for name, part in parent.named_children():
-            if type(part).__name__.endswith("RotaryEmbedding"):
-                setattr(parent, name, type(part)(config=config).to(model.device))
+        for name, module in parent.named_children():
+            if type(module).__name__.endswith("RotaryEmbedding"):
+                setattr(parent, name, type(module)(config=config).to(model.device))
     return model

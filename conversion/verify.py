@@ -143,7 +143,13 @@ def verify(
 
 
 def check_whole_number(name: str, value: Any, least: int, most: int) -> None:
-    """Makes sure that an option is a whole number of at least `least` and at most `most`.
+    """Makes sure that an option is a whole number within bounds.
+
+    Args:
+        name: of the option.
+        value: that was given for it.
+        least: the smallest that is allowed.
+        most: the largest that is allowed.
 
     Raises:
         NsaError: it is not; names the option.

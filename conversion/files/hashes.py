@@ -31,7 +31,7 @@ def hash_tensor(tensor: Tensor, kind: str = HASH) -> str:
 
 
 def hash_parts(parts: Iterable[bytes]) -> str:
-    """The hash of bytes that come in parts, with its name before it: "xxh3_128:1f...", as a training run notes it."""
+    """The hash of bytes that come one run after another, with its name before it: "xxh3_128:1f..."."""
     digest = HASHES[HASH]()
     for part in parts:
         digest.update(part)

@@ -114,7 +114,22 @@ def evaluate(
     device: str = "cpu",
     trust_remote_code: bool = False,
 ) -> Row:
-    """Compares the model in `out` with the same weights run dense; writes `out`/eval.json and returns it."""
+    """Compares a sparse model with the same weights run dense, and writes `out`/eval.json.
+
+    Args:
+        out: the model's folder.
+        text: where held-out documents come from, see `held_out_documents`.
+        documents: how many of them.
+        length: tokens of each.
+        device: where the model runs.
+        trust_remote_code: run the code that the tokenizer brings.
+
+    Returns:
+        What was written: `rows` by position, `kl` (nats a token) over all of them, and what they were measured on.
+
+    Raises:
+        NsaError: no model or no tokenizer, texts that are too short, or logits that are not finite.
+    """
     model, tokenizer = load_nsa_model(out, device), load_tokenizer(out, trust_remote_code)
     texts = held_out_documents(text, documents)
     windows = held_out_windows(texts, tokenizer, length)
@@ -143,15 +158,17 @@ def render_before_after(held_out: Row) -> Table:
     table = Table(title=f"held-out text by position ({', '.join(held_out['names'])})")
     for heading in ("tokens", "teacher", "before", "after", "after, run dense", "KL before", "KL after"):
         table.add_column(heading, justify="right")
-    for before, after, own in zip(held_out["before"], held_out["after"], held_out["after_own_dense"], strict=True):
-        ppl = [before["ppl_reference"], before["ppl"], after["ppl"], own["ppl_reference"]]
+    for before, after, dense in zip(held_out["before"], held_out["after"], held_out["after_own_dense"], strict=True):
+        ppl = [before["ppl_reference"], before["ppl"], after["ppl"], dense["ppl_reference"]]
         table.add_row(span(before), *(show(p, ".3f") for p in ppl), show(before["kl"], ".5f"), show(after["kl"], ".5f"))
     return table
 
 
 def span(row: Row) -> str:
+    """A row's positions, to be read."""
     return f"{row['from']:,}-{row['to']:,}"
 
 
 def show(value: float | None, form: str) -> str:
+    """A figure, or "-" where nothing was measured; `form` as `format` takes it."""
     return "-" if value is None else format(value, form)
