@@ -26,7 +26,6 @@ from nsa_hf.errors import NsaError
 from nsa_hf.families import initial_nsa_state
 
 from . import manifest
-from .files.checkpoint import CheckpointError
 from .files.hashes import HASH
 from .files.loading import reading, transformers_progress
 from .files.pieces import TensorInfo, pieces_of
@@ -146,12 +145,12 @@ def refuse_integers(source: Source, names: list[str]) -> None:
         names: of the tensors that are to be carried over.
 
     Raises:
-        CheckpointError: a matrix is stored as integers.
+        NsaError: a matrix is stored as integers.
     """
     for name in names:
         info = source.table[name]
         if len(info.shape) > 1 and not info.dtype.is_floating_point:
-            raise CheckpointError(
+            raise NsaError(
                 f"{source.name}: {name} is stored as {dtype_name(info.dtype)}, and nothing says how to make weights of "
                 "it: expected float32, bfloat16 or float16"
             )

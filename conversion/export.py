@@ -19,11 +19,12 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from nsa_hf.errors import NsaError
 from nsa_hf.families import dense_config_of
 from nsa_hf.registration import PREFIX
 
 from . import manifest as manifests
-from .files.checkpoint import CheckpointError, SafetensorsCheckpoint
+from .files.checkpoint import SafetensorsCheckpoint
 from .files.hashes import HASH
 from .files.loading import read_config, reading, transformers_progress
 from .files.model_folder import copy_file, refuse_adapter
@@ -75,7 +76,7 @@ def export_dense(
         table = {name: dense[name] for name in expected.check(dense, str(src))}
         for copy, original in expected.tied.items():
             if copy in dense and not same_bits(checkpoint.read(copy), checkpoint.read(original)):
-                raise CheckpointError(
+                raise NsaError(
                     f"{src}: its config ties {copy} to {original}, but it holds two different tensors: set "
                     "tie_word_embeddings to false in its config.json, or drop one"
                 )
@@ -95,7 +96,7 @@ def export_dense(
                 open_source(src).save_companions(stage)
             for name in (manifest or {}).get("companions", []):
                 if (stage / name).exists():
-                    raise CheckpointError(f"{src}: its manifest calls {name} a companion: convert again")
+                    raise NsaError(f"{src}: its manifest calls {name} a companion: convert again")
                 copy_file(src, name, stage)
             write_json(stage / RESULT, report)
     return report
@@ -111,7 +112,7 @@ def _report(src: Path, manifest: dict[str, Any] | None, model_type: str, hashes:
         hashes: of the tensors that were written, by name.
 
     Raises:
-        CheckpointError: a tensor is not what the manifest says.
+        NsaError: a tensor is not what the manifest says.
     """
     report = {"model_type": model_type.removeprefix(PREFIX), "trained": None, "tensors": len(hashes)}
     if manifest is None:
@@ -119,7 +120,7 @@ def _report(src: Path, manifest: dict[str, Any] | None, model_type: str, hashes:
     records, kind = {name: manifest["tensors"].get(name, {}) for name in hashes}, manifests.hash_kind(manifest)
     changed = sorted(name for name in hashes if records[name].get(kind) != hashes[name])
     if changed:
-        raise CheckpointError(
+        raise NsaError(
             f"{src}: {len(changed)} tensors are not what its manifest says, {changed[0]} for one: take a copy that is "
             "not damaged, or make it again (if they were changed deliberately, remove its manifest.json)"
         )

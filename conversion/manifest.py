@@ -15,10 +15,10 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from nsa_hf.errors import check_folder
+from nsa_hf.errors import NsaError, check_folder
 from nsa_hf.shape import MANIFEST, shape_of
 
-from .files.checkpoint import CheckpointError, SafetensorsCheckpoint
+from .files.checkpoint import SafetensorsCheckpoint
 from .files.hashes import HASH, HASHES, describe_file, hash_tensor
 from .files.loading import read_config
 from .files.pieces import TensorInfo
@@ -194,31 +194,27 @@ def read(folder: Path) -> dict[str, Any]:
     """The manifest in the folder of a converted or trained model.
 
     Raises:
-        CheckpointError: there is none, or it is damaged, or a newer version wrote it.
+        NsaError: there is none, or it is damaged, or a newer version wrote it.
     """
     path = folder / NAME
     if not path.is_file():
-        raise CheckpointError(
-            f"{folder} has no {NAME}: expected a folder that `nsa-hf convert` or `nsa-hf train` wrote"
-        )
+        raise NsaError(f"{folder} has no {NAME}: expected a folder that `nsa-hf convert` or `nsa-hf train` wrote")
     try:
         manifest = read_json(path)
         check_fields(manifest, {"format": int}, {"hash": str})
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}): convert again") from error
+        raise NsaError(f"{path} is damaged ({error}): convert again") from error
     if manifest["format"] > FORMAT:
-        raise CheckpointError(
-            f"{path} has format {manifest['format']} and this version reads up to {FORMAT}: update nsa-hf"
-        )
+        raise NsaError(f"{path} has format {manifest['format']} and this version reads up to {FORMAT}: update nsa-hf")
     if hash_kind(manifest) not in HASHES:
-        raise CheckpointError(
+        raise NsaError(
             f"{path} has tensors hashed with {hash_kind(manifest)!r}, and this version knows {', '.join(HASHES)}: "
             "update nsa-hf"
         )
     try:
         check(manifest)
     except ValueError as error:
-        raise CheckpointError(f"{path} is damaged ({error}): convert again") from error
+        raise NsaError(f"{path} is damaged ({error}): convert again") from error
     return manifest
 
 

@@ -14,9 +14,9 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
+from nsa_hf.errors import NsaError
 from nsa_hf.families import family_of
 
-from .files.checkpoint import CheckpointError
 from .files.loading import IGNORED
 from .files.pieces import TensorInfo
 
@@ -59,7 +59,7 @@ class ConvertedTensors:
             The names to carry over, in the source's order: all but copies of tied tensors and what the family ignores.
 
         Raises:
-            CheckpointError: missing or unknown tensors, or one of another shape than the config asks for.
+            NsaError: missing or unknown tensors, or one of another shape than the config asks for.
         """
         carried = [name for name in table if name in self.dense]
         missing = sorted(self.dense.keys() - carried)
@@ -74,10 +74,10 @@ class ConvertedTensors:
                 for what, names in (("missing", missing), ("unknown", unknown))
                 if names
             )
-            raise CheckpointError(f"{source} does not hold what its config describes: {wrong}")
+            raise NsaError(f"{source} does not hold what its config describes: {wrong}")
         for name in carried:
             if table[name].shape != self.dense[name]:
-                raise CheckpointError(
+                raise NsaError(
                     f"{source}: {name} has shape {list(table[name].shape)}, and the config asks for "
                     f"{list(self.dense[name])}"
                 )

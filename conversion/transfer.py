@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from nsa_hf.branches import dense_twin
+from nsa_hf.errors import NsaError
 
 from .files.casts import Casts
-from .files.checkpoint import CheckpointError
 from .files.hashes import HASH, HASHES
 from .files.pieces import Piece, byte_view
 from .files.shards import ShardWriter
@@ -71,7 +71,7 @@ def copy_dense_weights(
         advance: called for every piece that is written.
 
     Raises:
-        CheckpointError: NaN or infinity in a tensor, or a stored copy of a tied tensor that differs from the original.
+        NsaError: NaN or infinity in a tensor, or a stored copy of a tied tensor that differs from the original.
     """
     target = writer.table
     # the writer takes the hash of what is written as it is
@@ -96,7 +96,7 @@ def copy_dense_weights(
             not_finite += count
             cause = _cause(piece.values, target[name].dtype)
         if not_finite and piece.last:
-            raise CheckpointError(
+            raise NsaError(
                 f"{source.name}: {name} {cause} {not_finite} NaN or infinite values of {piece.start + len(values)}"
             )
         uses.append(writer.put(name, piece.start, values))
@@ -113,13 +113,13 @@ def check_ties(source: Source, expected: ConvertedTensors, hashes: Mapping[str, 
         hashes: of all the source's tensors, by name.
 
     Raises:
-        CheckpointError: two are not.
+        NsaError: two are not.
     """
     for copy, original in expected.tied.items():
         if copy not in source.table:
             continue
         if hashes[copy] != hashes[original] or source.table[copy] != source.table[original]:
-            raise CheckpointError(
+            raise NsaError(
                 f"{source.name}: the config ties {copy} to {original}, but the file holds two different tensors: "
                 "set tie_word_embeddings to false in its config.json, or drop one"
             )

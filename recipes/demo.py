@@ -24,10 +24,6 @@ RUN = Path(__file__).parent / "runs" / "demo.yaml"
 QUESTION = "What is the capital of France?"
 
 
-class DemoError(NsaError):
-    """A step that failed."""
-
-
 @dataclass(frozen=True)
 class Step:
     """One command: its heading, its arguments, and the file that shows that it is done (None: it finds out itself)."""
@@ -76,7 +72,7 @@ def demo(work: Path, run: Path | None, run_command: Callable[[list[str]], int]) 
         run_command: runs one command line of `nsa-hf` and gives its exit code.
 
     Raises:
-        DemoError: a step failed; started again, the demo goes on from there.
+        NsaError: a step failed; started again, the demo goes on from there.
     """
     began = time.perf_counter()
     times: list[tuple[str, float]] = []
@@ -101,7 +97,7 @@ def run_step(step: Step, run_command: Callable[[list[str]], int]) -> None:
         return
     code = run_command(step.arguments)
     if code:
-        raise DemoError(f"the step '{step.title}' failed with exit code {code}; nsa-hf demo goes on from there")
+        raise NsaError(f"the step '{step.title}' failed with exit code {code}; nsa-hf demo goes on from there")
 
 
 def peak_gib() -> float:

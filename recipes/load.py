@@ -15,12 +15,8 @@ from nsa_hf.conversion.sources.folder import tokenizer_code
 from nsa_hf.errors import NsaError, check_folder
 
 
-class LoadError(NsaError):
-    """A folder that holds no model of ours, or a damaged one."""
-
-
 def load_nsa_model(folder: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32") -> Any:
-    """The sparse causal LM in `folder`, in evaluation mode; LoadError when there is none."""
+    """The sparse causal LM in `folder`, in evaluation mode; NsaError when there is none."""
     folder = Path(folder)
     try:
         config = read_config(folder)
@@ -29,23 +25,23 @@ def load_nsa_model(folder: str | Path, device: str | torch.device = "cpu", dtype
     except NsaError:
         raise
     except Exception as error:  # the file formats each have their own
-        raise LoadError(f"cannot load the model in {folder}: {error}") from error
+        raise NsaError(f"cannot load the model in {folder}: {error}") from error
 
 
 def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in `folder`; LoadError when there is none, or it needs code of its own that is not trusted."""
+    """The tokenizer in `folder`; NsaError when there is none, or it needs code of its own that is not trusted."""
     if not tokens.has_tokenizer(check_folder(folder)):
-        raise LoadError(f"{folder} has no tokenizer: copy the source's tokenizer files there")
+        raise NsaError(f"{folder} has no tokenizer: copy the source's tokenizer files there")
     code = tokenizer_code(Path(folder))
     if code and not trust_remote_code:
-        raise LoadError(
+        raise NsaError(
             f"the tokenizer in {folder} is defined by code of its own ({code[0]}), which is not run unless trusted: "
             "read it, and give --trust-remote-code (of a training run, trust_remote_code=true)"
         )
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # as above
-        raise LoadError(f"cannot load the tokenizer in {folder}: {error}") from error
+        raise NsaError(f"cannot load the tokenizer in {folder}: {error}") from error
 
 
 def pick_device(device: str | None) -> str:

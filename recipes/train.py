@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import sys
 
+from nsa_hf.errors import NsaError
+
 from .exit_codes import INTERRUPTED, WRONG_INPUT
 from .terminal import report
-from .training.config import RunConfigError, load_run_config
+from .training.config import load_run_config
 from .training.loop import train
 
 
@@ -18,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     path, *overrides = (sys.argv[1:] if arguments is None else arguments) or [""]
     try:
         if not path:
-            raise RunConfigError("give a run file: python -m nsa_hf.recipes.train RUN.yaml [key=value ...]")
+            raise NsaError("give a run file: python -m nsa_hf.recipes.train RUN.yaml [key=value ...]")
         train(load_run_config(path, overrides))
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -45,10 +45,6 @@ AHEAD = 4
 FETCH = 512 << 10
 
 
-class CheckpointError(NsaError):
-    """A checkpoint that is missing, damaged or not what it says it is."""
-
-
 class SafetensorsCheckpoint:
     """The weights of a folder.
 
@@ -63,7 +59,7 @@ class SafetensorsCheckpoint:
         begin: the byte at which each tensor begins in its file, by name.
 
     Raises:
-        CheckpointError: no weights, or under names that Transformers does not load; a missing or damaged file, or an
+        NsaError: no weights, or under names that Transformers does not load; a missing or damaged file, or an
             index that disagrees with the files.
     """
 
@@ -76,7 +72,7 @@ class SafetensorsCheckpoint:
         shards = [only] if only else sorted({*expected.values()}) if expected else [self._single_file()]
         missing = [name for name in shards if not (folder / name).is_file()]
         if missing:
-            raise CheckpointError(f"{folder} lacks {', '.join(missing)}, which its index names: download it again")
+            raise NsaError(f"{folder} lacks {', '.join(missing)}, which its index names: download it again")
         for name in shards:
             self._read_header(folder / name)
         self.files = [folder / name for name in shards] + ([folder / INDEX] if expected else [])
@@ -93,9 +89,7 @@ class SafetensorsCheckpoint:
                 raise ValueError("its weight_map must give each tensor's file in this folder")
             return dict(weight_map)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{path} is not an index of safetensors files ({error!r}): download it again"
-            ) from error
+            raise NsaError(f"{path} is not an index of safetensors files ({error!r}): download it again") from error
 
     def _single_file(self) -> str:
         if (self.folder / SINGLE).is_file():
@@ -103,18 +97,18 @@ class SafetensorsCheckpoint:
         names = sorted(path.name for path in self.folder.glob("*.safetensors"))
         if names:
             if any("-of-" in name for name in names):
-                raise CheckpointError(f"{self.folder} has shards but no {INDEX}: download it again")
+                raise NsaError(f"{self.folder} has shards but no {INDEX}: download it again")
             how = f"rename it to {SINGLE}" if len(names) == 1 else "save the model with save_pretrained"
-            raise CheckpointError(
+            raise NsaError(
                 f"{self.folder} has its weights as {', '.join(names)}, which Transformers does not load: {how}"
             )
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in self.folder.glob(pattern))
         if pickles:
-            raise CheckpointError(
+            raise NsaError(
                 f"{self.folder} has its weights as pickle ({pickles[0]}), which can run code when loaded: expected "
                 "safetensors; give --allow-pickle to read the tensors in it and nothing else (weights_only)"
             )
-        raise CheckpointError(
+        raise NsaError(
             f"{self.folder} holds no weights: expected {SINGLE}, {INDEX} or a .gguf file (of a Hub repository, pickles "
             "are downloaded with --allow-pickle only)"
         )
@@ -126,21 +120,21 @@ class SafetensorsCheckpoint:
                     view = file.get_slice(name)
                     dtype = view.get_dtype()
                     if dtype not in DTYPES:
-                        raise CheckpointError(f"{path}: {name} has dtype {dtype}; expected one of {', '.join(DTYPES)}")
+                        raise NsaError(f"{path}: {name} has dtype {dtype}; expected one of {', '.join(DTYPES)}")
                     if name in self.table:
-                        raise CheckpointError(f"{name} is in both {self.file_of[name].name} and {path.name}: keep one")
+                        raise NsaError(f"{name} is in both {self.file_of[name].name} and {path.name}: keep one")
                     self.table[name] = TensorInfo(tuple(view.get_shape()), DTYPES[dtype])
                     self.file_of[name] = path
             self.begin.update(tensor_positions(path))
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is damaged or incomplete ({error}): download it again") from error
+            raise NsaError(f"{path} is damaged or incomplete ({error}): download it again") from error
 
     def _check_index(self, expected: dict[str, str]) -> None:
         actual = {name: path.name for name, path in self.file_of.items()}
         wrong = sorted(name for name in {*expected, *actual} if expected.get(name) != actual.get(name))
         if wrong:
             name = wrong[0]
-            raise CheckpointError(
+            raise NsaError(
                 f"{self.folder / INDEX} disagrees with the files on {len(wrong)} tensors: {name} should be in "
                 f"{expected.get(name, 'none')} and is in {actual.get(name, 'none')}"
             )
@@ -166,7 +160,7 @@ class SafetensorsCheckpoint:
             wanted: names of the tensors.
 
         Raises:
-            CheckpointError: a file ends early.
+            NsaError: a file ends early.
         """
         pieces = self._read_pieces(wanted)
         with ThreadPoolExecutor(1, "read") as reader:
@@ -212,5 +206,5 @@ def _read_into(file: io.RawIOBase, buffer: Tensor, path: Path) -> None:
     while view:
         count = file.readinto(view)
         if not count:
-            raise CheckpointError(f"{path} ends early: it changed while it was being read")
+            raise NsaError(f"{path} ends early: it changed while it was being read")
         view = view[count:]

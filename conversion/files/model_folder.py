@@ -10,9 +10,9 @@ import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
+from nsa_hf.errors import NsaError
 from nsa_hf.shape import MANIFEST
 
-from .checkpoint import CheckpointError
 from .plain_json import read_json
 
 # Licenses must travel with a model.
@@ -121,11 +121,11 @@ def refuse_links_out(folder: Path, patterns: tuple[str, ...]) -> None:
         patterns: names of the files that are looked at.
 
     Raises:
-        CheckpointError: naming the first.
+        NsaError: naming the first.
     """
     for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
         if leads_out(folder, path):
-            raise CheckpointError(
+            raise NsaError(
                 f"{path} is a link out of its folder, to {path.resolve()}, which is not read: put the file itself there"
             )
 
@@ -136,7 +136,7 @@ def refuse_adapter(folder: Path) -> None:
     Weights beside an adapter are not the model that was trained, and Transformers would load others in their place.
 
     Raises:
-        CheckpointError: naming the adapter's files, and how to merge it.
+        NsaError: naming the adapter's files, and how to merge it.
     """
     adapter = sorted(path.name for pattern in ADAPTER for path in folder.glob(pattern))
     if not adapter:
@@ -147,8 +147,8 @@ def refuse_adapter(folder: Path) -> None:
     )
     weights = {path.name for pattern in WEIGHTS for path in folder.glob(pattern)} - set(adapter)
     if not weights or not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} is a PEFT adapter: merge it into its base model with {how}; then take MERGED")
-    raise CheckpointError(
+        raise NsaError(f"{folder} is a PEFT adapter: merge it into its base model with {how}; then take MERGED")
+    raise NsaError(
         f"{folder} holds a PEFT adapter ({', '.join(adapter)}) beside whole weights, which lack it: merge it with "
         f"{how}, and take MERGED; or move the adapter's files away to take the weights without it"
     )
@@ -163,10 +163,10 @@ def copy_file(folder: Path, name: str, out: Path) -> None:
         out: the other folder.
 
     Raises:
-        CheckpointError: there is no such file in the folder itself.
+        NsaError: there is no such file in the folder itself.
     """
     parts = PurePosixPath(name)
     if parts.is_absolute() or ".." in parts.parts or not (folder / name).is_file() or leads_out(folder, folder / name):
-        raise CheckpointError(f"{folder} has no file {name} of its own, which belongs to the model: put it there")
+        raise NsaError(f"{folder} has no file {name} of its own, which belongs to the model: put it there")
     (out / name).parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder / name, out / name)

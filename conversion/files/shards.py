@@ -173,7 +173,7 @@ class ShardWriter:
         """The hashes of a file's tensors, by name; empty where it is not laid out as `file_header` has it.
 
         Raises:
-            CheckpointError: the file is damaged or incomplete.
+            NsaError: the file is damaged or incomplete.
         """
         checkpoint = SafetensorsCheckpoint(self.folder, only=file)
         expected = {name: self.table[name] for name in checkpoint.table if name in self.table}

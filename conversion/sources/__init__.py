@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..files.checkpoint import CheckpointError
+from nsa_hf.errors import NsaError
+
 from ..files.model_folder import COMPANIONS, INDICES, TERMS, WEIGHTS, refuse_adapter, refuse_links_out
 from .folder import SafetensorsSource
 from .gguf.source import GgufSource
@@ -45,17 +46,17 @@ def open_source(
             tokenizer is a companion then.
 
     Raises:
-        CheckpointError: it is not there, damaged, or of a kind that is not read.
+        NsaError: it is not there, damaged, or of a kind that is not read.
     """
     if not str(src):
-        raise CheckpointError("the source is empty: expected a model's folder, a .gguf file or a Hub id")
+        raise NsaError("the source is empty: expected a model's folder, a .gguf file or a Hub id")
     path = Path(src).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         refuse_adapter(path.parent)
         refuse_links_out(path.parent, TERMS)
         return GgufSource(str(src), path, None)
     if path.exists() and not path.is_dir():
-        raise CheckpointError(f"{src} is a file: expected a model's folder, a .gguf file or a Hub id")
+        raise NsaError(f"{src} is a file: expected a model's folder, a .gguf file or a Hub id")
     commit = None
     if not path.exists():
         path, commit = download(str(src), revision, weights, allow_pickle)
@@ -67,10 +68,8 @@ def open_source(
         if len(files) == 1:
             return GgufSource(str(src), files[0], commit)
         if files:
-            raise CheckpointError(
-                f"{src} holds {len(files)} .gguf files: name one, {' or '.join(f.name for f in files)}"
-            )
-        raise CheckpointError(
+            raise NsaError(f"{src} holds {len(files)} .gguf files: name one, {' or '.join(f.name for f in files)}")
+        raise NsaError(
             f"{src} has neither config.json nor a .gguf file: expected a model's folder (of a Hub "
             "repository of .gguf files, download the one you want and give its path)"
         )

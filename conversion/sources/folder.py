@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from nsa_hf.errors import NsaError
 from nsa_hf.registration import PREFIX
 
-from ..files.checkpoint import DTYPES, INDEX, CheckpointError, SafetensorsCheckpoint
+from ..files.checkpoint import DTYPES, INDEX, SafetensorsCheckpoint
 from ..files.loading import load_config, load_whole, reading
 from ..files.model_folder import COMPANIONS, copy_file, refuse_links_out
 from ..files.pieces import Piece, TensorInfo
@@ -46,7 +47,7 @@ class SafetensorsSource(Source):
         checkpoint: the weights, where they are there.
 
     Raises:
-        CheckpointError: something is missing or damaged, or needs code or pickles that are not allowed.
+        NsaError: something is missing or damaged, or needs code or pickles that are not allowed.
     """
 
     kind = "safetensors"
@@ -70,7 +71,7 @@ class SafetensorsSource(Source):
             refuse_remote_code(name, data)
         self.tokenizer_code = tokenizer_code(folder)
         if self.tokenizer_code and not trusted:
-            raise CheckpointError(
+            raise NsaError(
                 f"{name} has a tokenizer that is defined by code of its own ({self.tokenizer_code[0]}), which is not "
                 "taken unless trusted: read it, and give --trust-remote-code to carry it along"
             )
@@ -85,7 +86,7 @@ class SafetensorsSource(Source):
             floating = (info.dtype for info in self.table.values() if info.dtype.is_floating_point) if weights else ()
             config.dtype = next(iter(floating), torch.float32)
         if not config.dtype.is_floating_point or config.dtype not in DTYPES.values():
-            raise CheckpointError(
+            raise NsaError(
                 f"{name}: its config says dtype {config.dtype}, and new parameters get that too: expected float32, "
                 "bfloat16 or float16"
             )
@@ -144,12 +145,12 @@ def refuse_remote_code(name: str, config: dict[str, Any]) -> None:
         config: what its config.json holds.
 
     Raises:
-        CheckpointError: its config names such code.
+        NsaError: its config names such code.
     """
     auto_map = config.get("auto_map") or {}
     code = [auto_map[auto] for auto in ("AutoModelForCausalLM", "AutoModel", "AutoConfig") if auto in auto_map]
     if code:
-        raise CheckpointError(
+        raise NsaError(
             f"{name} is defined by code of its own ({code[0]}), which is not run unless trusted: read it, and give "
             f"--trust-remote-code if it computes what Transformers' own {config['model_type']} does; `nsa-hf verify` "
             "with the same option compares with what it computes"
@@ -164,7 +165,7 @@ def tokenizer_code(folder: Path) -> list[str]:
         Transformers' own tokenizers.
 
     Raises:
-        CheckpointError: a file is named that is not there or cannot be read.
+        NsaError: a file is named that is not there or cannot be read.
     """
     path = folder / "tokenizer_config.json"
     if not path.is_file():

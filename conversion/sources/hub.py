@@ -10,18 +10,12 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from nsa_hf.errors import NsaError
 
-from ..files.checkpoint import CheckpointError
-
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".tflite")
 
 # What huggingface_hub raises about ids, tokens and permissions, and its HTTP library (a base of its error) and its
 # transfer library about networks.
 HUB_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, *HfHubHTTPError.__bases__)
-
-
-class HubError(NsaError):
-    """An upload that was refused or did not arrive."""
 
 
 def download(name: str, revision: str | None, weights: bool, allow_pickle: bool = False) -> tuple[Path, str]:
@@ -39,19 +33,17 @@ def download(name: str, revision: str | None, weights: bool, allow_pickle: bool 
         The folder, and the commit.
 
     Raises:
-        CheckpointError: not a Hub id, not on the Hub, or not reachable and not in the cache.
+        NsaError: not a Hub id, not on the Hub, or not reachable and not in the cache.
     """
     if not HUB_ID.fullmatch(name):
-        raise CheckpointError(
-            f"there is no folder {name}: expected a local folder, a .gguf file or a Hub id (owner/name)"
-        )
+        raise NsaError(f"there is no folder {name}: expected a local folder, a .gguf file or a Hub id (owner/name)")
     endings = [".safetensors"] if weights else []
     try:
         folder = _snapshot(name, revision, endings)
         if weights and allow_pickle and not any(Path(folder).glob("*.safetensors")):
             folder = _snapshot(name, revision, [*endings, ".bin"])
     except HUB_ERRORS as error:
-        raise CheckpointError(f"there is no folder {name}, and the Hub's answer is: {_reason(error)}") from error
+        raise NsaError(f"there is no folder {name}, and the Hub's answer is: {_reason(error)}") from error
     return Path(folder), Path(folder).name
 
 
@@ -68,14 +60,14 @@ def check_upload(repo: str) -> None:
         repo: Hub id, `owner/name`.
 
     Raises:
-        HubError: not a Hub id, no token, or one that the Hub does not know.
+        NsaError: not a Hub id, no token, or one that the Hub does not know.
     """
     if not HUB_ID.fullmatch(repo):
-        raise HubError(f"--push-to-hub takes a Hub id (owner/name), got {repo!r}")
+        raise NsaError(f"--push-to-hub takes a Hub id (owner/name), got {repo!r}")
     try:
         HfApi().whoami()
     except HUB_ERRORS as error:
-        raise HubError(f"cannot upload to {repo}: {_reason(error)}; `hf auth login` stores a token") from error
+        raise NsaError(f"cannot upload to {repo}: {_reason(error)}; `hf auth login` stores a token") from error
 
 
 def upload(folder: Path, repo: str) -> str:
@@ -89,7 +81,7 @@ def upload(folder: Path, repo: str) -> str:
         The repository's address.
 
     Raises:
-        HubError: the Hub refused it, or could not be reached.
+        NsaError: the Hub refused it, or could not be reached.
     """
     api = HfApi()
     try:
@@ -98,7 +90,7 @@ def upload(folder: Path, repo: str) -> str:
             folder_path=folder, repo_id=created.repo_id, commit_message="Native Sparse Attention, by nsa-hf"
         )
     except HUB_ERRORS as error:
-        raise HubError(
+        raise NsaError(
             f"the upload to {repo} failed: {_reason(error)}; the model is complete in {folder}, and "
             f"`hf upload {repo} {folder}` tries again"
         ) from error

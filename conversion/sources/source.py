@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..files.checkpoint import CheckpointError
+from nsa_hf.errors import NsaError
+
 from ..files.hashes import describe_file
 from ..files.pieces import Piece, TensorInfo, pieces_of
 
@@ -27,7 +28,7 @@ class Source(ABC):
         revision: the Hub's commit, or None for local files.
 
     Raises:
-        CheckpointError: the model is quantised.
+        NsaError: the model is quantised.
     """
 
     kind: str
@@ -36,9 +37,7 @@ class Source(ABC):
         self.name, self.folder, self.config, self.revision = name, folder, config, revision
         quantization = getattr(config, "quantization_config", None)
         if quantization:
-            raise CheckpointError(
-                f"{name} is quantised ({quantization}): expected plain weights, so dequantise it first"
-            )
+            raise NsaError(f"{name} is quantised ({quantization}): expected plain weights, so dequantise it first")
 
     @property
     @abstractmethod

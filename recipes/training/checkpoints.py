@@ -37,10 +37,6 @@ STATE, FILES = "state.json", "files.json"
 NAME = re.compile(r"step-(\d{8,})")
 
 
-class CheckpointingError(NsaError):
-    """A checkpoint that cannot be written, or read."""
-
-
 class Checkpoints:
     """The checkpoints `step-00000010`, ... in `folder`; a hidden name marks one that was not finished."""
 
@@ -71,7 +67,7 @@ class Checkpoints:
             shutil.rmtree(staged, ignore_errors=True)
             # of a full disk, PyTorch raises a RuntimeError about places in its own source
             reason = "PyTorch could not write a file to its end" if "inline_container" in str(error) else str(error)
-            raise CheckpointingError(
+            raise NsaError(
                 f"cannot write the checkpoint {path} ({' '.join(reason.split())}; {free_space(self.folder)}): "
                 "once there is room, the same command goes on from the checkpoint before"
             ) from error
@@ -89,7 +85,7 @@ class Checkpoints:
         """The last checkpoint that is whole, None when there is none at all; which were passed over is said.
 
         Raises:
-            CheckpointingError: there are some, and each is damaged.
+            NsaError: there are some, and each is damaged.
         """
         found = self.finished()
         damaged: dict[Path, str] = {}
@@ -102,7 +98,7 @@ class Checkpoints:
             damaged[path] = damage
         if damaged:
             told = "; ".join(f"{path.name}: {what}" for path, what in damaged.items())
-            raise CheckpointingError(
+            raise NsaError(
                 f"every checkpoint in {self.folder} is damaged ({told}): remove that folder to start from the beginning"
             )
         return None
@@ -131,14 +127,10 @@ class Checkpoints:
             state: dict[str, Any] = read_json(path / STATE)
         except Exception as error:  # each file format has its own
             random.setstate(before)
-            raise CheckpointingError(
-                f"{path} cannot be read, remove it to start from the one before: {error}"
-            ) from error
+            raise NsaError(f"{path} cannot be read, remove it to start from the one before: {error}") from error
         # Accelerate only logs when it cannot restore random numbers
         if random.getstate() == unlikely:
-            raise CheckpointingError(
-                f"{path} does not hold this process's random numbers: was it saved by fewer processes?"
-            )
+            raise NsaError(f"{path} does not hold this process's random numbers: was it saved by fewer processes?")
         return state
 
 

@@ -16,10 +16,6 @@ from typing import Any
 from nsa_hf.errors import NsaError
 
 
-class RunConfigError(NsaError):
-    """A run file or an override that cannot be used; the message names the setting."""
-
-
 def setting(help: str, default: Any = MISSING) -> Any:
     return field(metadata={"help": help}) if default is MISSING else field(default=default, metadata={"help": help})
 
@@ -78,12 +74,12 @@ LONGEST = 1 << 16  # characters of a run file
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run in YAML file `path`, changed by `overrides` ("steps=10"). RunConfigError names what is wrong."""
+    """The run in YAML file `path`, changed by `overrides` ("steps=10"). NsaError names what is wrong."""
     values = dict(read_run_file(Path(path)))
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise RunConfigError(f"an override is key=value, got {override!r}")
+            raise NsaError(f"an override is key=value, got {override!r}")
         values[key] = parse_override(key, text)
     return make_run_config(values)
 
@@ -95,11 +91,11 @@ def read_run_file(path: Path) -> dict[str, Any]:
     try:
         content = read_plain(path, LONGEST)
     except FileNotFoundError as error:
-        raise RunConfigError(f"no run file at {path}; recipes/runs/demo.yaml is one to start from") from error
+        raise NsaError(f"no run file at {path}; recipes/runs/demo.yaml is one to start from") from error
     except (OSError, ValueError) as error:
-        raise RunConfigError(f"cannot read the run file {path}: {shortened(str(error))}") from error
+        raise NsaError(f"cannot read the run file {path}: {shortened(str(error))}") from error
     if not isinstance(content, dict):
-        raise RunConfigError(f"{path} must hold settings as 'name: value' lines")
+        raise NsaError(f"{path} must hold settings as 'name: value' lines")
     return content
 
 
@@ -117,7 +113,7 @@ def parse_override(key: str, text: str) -> Any:
     try:
         return load_plain(text)
     except ValueError as error:
-        raise RunConfigError(f"cannot read the value of {key}={shortened(text)!r}: {shortened(str(error))}") from error
+        raise NsaError(f"cannot read the value of {key}={shortened(text)!r}: {shortened(str(error))}") from error
 
 
 def make_run_config(values: dict[str, Any]) -> RunConfig:
@@ -125,7 +121,7 @@ def make_run_config(values: dict[str, Any]) -> RunConfig:
     checked = {key: check_type(key, field_type(key), value) for key, value in values.items()}
     missing = [f.name for f in fields(RunConfig) if f.default is MISSING and not checked.get(f.name)]
     if missing:
-        raise RunConfigError(f"no value for {' and '.join(missing)}: write it in the run file or add {missing[0]}=...")
+        raise NsaError(f"no value for {' and '.join(missing)}: write it in the run file or add {missing[0]}=...")
     for name in ("model", "out", "data", "held_out"):
         if name in checked:
             checked[name] = os.path.expanduser(checked[name])  # "~", which no shell expands behind "model="
@@ -133,23 +129,23 @@ def make_run_config(values: dict[str, Any]) -> RunConfig:
     for name, least in RULES.items():
         value = getattr(config, name)
         if not least <= value < math.inf:
-            raise RunConfigError(f"{name} must be finite and at least {least}, got {shown(value)}")
+            raise NsaError(f"{name} must be finite and at least {least}, got {shown(value)}")
         most = MOST if isinstance(value, int) else LARGEST
         if value > most:
-            raise RunConfigError(f"{name} must be at most {most}, got {shown(value)}")
+            raise NsaError(f"{name} must be at most {most}, got {shown(value)}")
     for name in ("beta1", "beta2"):
         if getattr(config, name) >= 1:
-            raise RunConfigError(f"{name} must be below 1, got {getattr(config, name)}")
+            raise NsaError(f"{name} must be below 1, got {getattr(config, name)}")
     if config.adam_eps <= 0:
-        raise RunConfigError(f"adam_eps must be above 0, got {config.adam_eps}")
+        raise NsaError(f"adam_eps must be above 0, got {config.adam_eps}")
     if not config.max_grad_norm > 0:  # nor is NaN
-        raise RunConfigError(f"max_grad_norm must be above 0, got {config.max_grad_norm}; a large one clips nothing")
+        raise NsaError(f"max_grad_norm must be above 0, got {config.max_grad_norm}; a large one clips nothing")
     if config.ce_weight == 0 and config.kl_weight == 0:
-        raise RunConfigError("ce_weight and kl_weight are both 0: there is no loss; raise one of them")
+        raise NsaError("ce_weight and kl_weight are both 0: there is no loss; raise one of them")
     if config.lr_nsa == 0 and config.lr_backbone == 0:
-        raise RunConfigError("lr_nsa and lr_backbone are both 0: nothing is trained; raise one of them")
+        raise NsaError("lr_nsa and lr_backbone are both 0: nothing is trained; raise one of them")
     if config.mixed_precision not in ("no", "bf16", "fp16"):
-        raise RunConfigError(f"mixed_precision must be 'no', 'bf16' or 'fp16', got {config.mixed_precision!r}")
+        raise NsaError(f"mixed_precision must be 'no', 'bf16' or 'fp16', got {config.mixed_precision!r}")
     return config
 
 
@@ -159,7 +155,7 @@ def field_type(key: str) -> str:
     if key not in types:
         near = difflib.get_close_matches(shown(key), types, n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; settings are {', '.join(types)}"
-        raise RunConfigError(f"unknown setting {shown(key)}{hint}")
+        raise NsaError(f"unknown setting {shown(key)}{hint}")
     return types[key]
 
 
@@ -177,7 +173,7 @@ def check_type(key: str, expected: str, value: Any) -> Any:
     if {"int": int, "bool": bool, "str": str, "float": float}[expected] is type(value):
         return value
     names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-    raise RunConfigError(f"{key} must be {names[expected]}, got {shown(value)}")
+    raise NsaError(f"{key} must be {names[expected]}, got {shown(value)}")
 
 
 def shown(value: Any) -> str:

@@ -43,15 +43,11 @@ Window = tuple[str, list[int]]  # name and token ids
 TABLE_FORMATS = {".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
-class DataError(NsaError):
-    """Text that is missing, too short or cannot be read."""
-
-
 def load_documents(source: str) -> Dataset:
     """Documents as a dataset with columns `name` and `text`, in a fixed order.
 
     `source`: 'stdlib' (held-out files excluded), a text file, a folder of text files, or a .jsonl, .json, .parquet or
-    .csv with a column `text`. DataError when there is no text.
+    .csv with a column `text`. NsaError when there is no text.
     """
     if source == STANDARD_LIBRARY:
         return as_dataset(standard_library_texts())
@@ -59,7 +55,7 @@ def load_documents(source: str) -> Dataset:
     if path.is_dir():
         return as_dataset(folder_texts(path))
     if not path.is_file():
-        raise DataError(f"no text at {source}: give 'stdlib', a text file, a folder, or a .jsonl or .parquet file")
+        raise NsaError(f"no text at {source}: give 'stdlib', a text file, a folder, or a .jsonl or .parquet file")
     if path.suffix == ".jsonl":
         return as_dataset([(f"{path.name}:{line}", text) for line, text in jsonl_texts(path)])
     if path.suffix in TABLE_FORMATS:
@@ -70,7 +66,7 @@ def load_documents(source: str) -> Dataset:
 def held_out_documents(source: str, count: int) -> list[tuple[str, str]]:
     """The first `count` held-out documents as (name, text); of 'stdlib' the files that `load_documents` leaves out."""
     if count < 1:
-        raise DataError(f"at least one held-out document is needed, got {count}")
+        raise NsaError(f"at least one held-out document is needed, got {count}")
     if source == STANDARD_LIBRARY:
         return held_out_texts(HELD_OUT[:count])
     documents = load_documents(source)
@@ -93,11 +89,11 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path} as UTF-8 text: {error}") from error
+        raise NsaError(f"cannot read {path} as UTF-8 text: {error}") from error
 
 
 def jsonl_texts(path: Path) -> Iterator[tuple[int, str]]:
-    """Each row's number, counted from 0 without empty lines, and its text. DataError names the line that has none."""
+    """Each row's number, counted from 0 without empty lines, and its text. NsaError names the line that has none."""
     row = 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -107,26 +103,26 @@ def jsonl_texts(path: Path) -> Iterator[tuple[int, str]]:
             try:
                 found = json.loads(line.decode("utf-8-sig"))
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{place}: cannot read it as JSON: {str(error)[:200]}") from error
+                raise NsaError(f"{place}: cannot read it as JSON: {str(error)[:200]}") from error
             yield row, text_of(found, place)
             row += 1
 
 
 def text_of(row: Any, place: str) -> str:
-    """A row's text. DataError says what it has instead."""
+    """A row's text. NsaError says what it has instead."""
     expected = 'expected a row like {"text": "..."}'
     if not isinstance(row, dict):
-        raise DataError(f"{place}: {expected}, got {kind_of(row)}")
+        raise NsaError(f"{place}: {expected}, got {kind_of(row)}")
     if "text" not in row:
         chat = ": write each chat out as one text, by the model's chat template" if "messages" in row else ""
-        raise DataError(f"{place}: {expected}, got one with {', '.join(map(str, row)) or 'nothing in it'}{chat}"[:400])
+        raise NsaError(f"{place}: {expected}, got one with {', '.join(map(str, row)) or 'nothing in it'}{chat}"[:400])
     text = row["text"]
     if not isinstance(text, str):
-        raise DataError(f"{place}: {expected}, got {kind_of(text)} as its text")
+        raise NsaError(f"{place}: {expected}, got {kind_of(text)} as its text")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{place}: half a character (a lone surrogate) in its text: {error}"[:400]) from error
+        raise NsaError(f"{place}: half a character (a lone surrogate) in its text: {error}"[:400]) from error
     return text
 
 
@@ -143,9 +139,9 @@ def table_documents(path: Path) -> Dataset:
     try:
         table = datasets.load_dataset(TABLE_FORMATS[path.suffix], data_files=str(path), split="train")
     except Exception as error:  # datasets has no common error of its own
-        raise DataError(f"cannot read {path}: {error.__cause__ or error}") from error
+        raise NsaError(f"cannot read {path}: {error.__cause__ or error}") from error
     if "text" not in table.column_names:
-        raise DataError(f"{path} needs a column 'text', has {', '.join(table.column_names)}")
+        raise NsaError(f"{path} needs a column 'text', has {', '.join(table.column_names)}")
     texts = table.select_columns(["text"])
     if texts.features["text"].dtype not in ("string", "large_string") or texts.data.column("text").null_count:
         for number, row in enumerate(texts, 1):
@@ -156,7 +152,7 @@ def table_documents(path: Path) -> Dataset:
 
 def as_dataset(texts: list[tuple[str, str]]) -> Dataset:
     if not any(text for _, text in texts):
-        raise DataError("found no text: the folder holds no text files, or they are empty")
+        raise NsaError("found no text: the folder holds no text files, or they are empty")
     names, bodies = zip(*texts, strict=True)
     return import_datasets().Dataset.from_dict({"name": list(names), "text": list(bodies)})
 
@@ -166,11 +162,11 @@ def training_windows(documents: Dataset, tokenizer: Any, *, length: int, count: 
 
     Documents come in shuffled order and are tokenised only until there is enough; each is cut into whole windows, what
     is left over at its end is dropped. A round takes at most an eighth of `count` from one document, the next goes on
-    behind it; when all text is used up it is read again. DataError when no document is long enough, or memory is not.
+    behind it; when all text is used up it is read again. NsaError when no document is long enough, or memory is not.
     """
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if count * length * TOKEN_BYTES > memory:
-        raise DataError(
+        raise NsaError(
             f"{count:,} windows of {length:,} tokens do not fit into the {memory / 1e9:.0f} GB of this machine, where "
             "they are made before training begins: lower steps, accumulate, batch_size or length"
         )
@@ -184,7 +180,7 @@ def training_windows(documents: Dataset, tokenizer: Any, *, length: int, count: 
             if len(rows) == count:
                 break
         if len(rows) == before and first == 0:
-            raise DataError(
+            raise NsaError(
                 f"none of the {len(documents)} documents has {length} tokens: give longer texts or a smaller length"
             )
         first = first + share if len(rows) > before else 0
@@ -215,12 +211,12 @@ def opening_tokens(tokenizer: Any) -> list[int]:
 def held_out_windows(texts: list[tuple[str, str]], tokenizer: Any, length: int) -> list[Window]:
     """The first `length` tokens of each text as (name, ids): the fixed batch that before and after are compared on."""
     if length < 2:
-        raise DataError(f"a held-out window has at least 2 tokens, one to predict the other from, got {length}")
+        raise NsaError(f"a held-out window has at least 2 tokens, one to predict the other from, got {length}")
     # verbose=False: no warning that a whole document is longer than the model's window
     windows = [(name, tokenizer(text, verbose=False)["input_ids"][:length]) for name, text in texts]
     short = [f"{name} ({len(ids)})" for name, ids in windows if len(ids) < length]
     if short:
-        raise DataError(f"held-out texts need {length} tokens, too short: {', '.join(short)}; take a smaller length")
+        raise NsaError(f"held-out texts need {length} tokens, too short: {', '.join(short)}; take a smaller length")
     return windows
 
 

@@ -30,10 +30,6 @@ NAME = "eval.json"
 Row = dict[str, Any]
 
 
-class EvaluationError(NsaError):
-    """Models that cannot be compared."""
-
-
 def final_states(
     model: Any, windows: Sequence[Window], autocast: Callable[[], AbstractContextManager] = nullcontext
 ) -> list[Tensor]:
@@ -77,7 +73,7 @@ def compare_models(
         Rows as `Accumulator.as_dict` has them; one ends where an untrained conversion ceases to be exact.
 
     Raises:
-        EvaluationError: logits are not finite.
+        NsaError: logits are not finite.
     """
     longest = max(len(ids) for _, ids in windows)
     edges = position_edges(longest, [model.config.nsa_sizes.exact_tokens])
@@ -86,7 +82,7 @@ def compare_models(
     )
     rows = comparison.as_dict()
     if wrong := [span(row) for row in rows if row["kl"] is None]:
-        raise EvaluationError(
+        raise NsaError(
             f"logits are not finite (positions {', '.join(wrong)}): the weights are damaged, or were trained at rates "
             "that are too high"
         )

@@ -43,10 +43,6 @@ CONTENTS = {
 PACKAGES = ("nsa-hf", "torch", "transformers", "accelerate", "datasets")
 
 
-class RunFolderError(NsaError):
-    """A folder that holds another run, or something else."""
-
-
 def fingerprint(config: RunConfig) -> dict[str, Any]:
     """What decides a run's weights, as far as settings and model folder say it: see `train` for text and processes."""
     model = Path(config.model)
@@ -63,7 +59,7 @@ def check_out(config: RunConfig) -> None:
 
 
 def finished_run(config: RunConfig, depends: dict[str, Any]) -> bool:
-    """Whether `config.out` holds this very run, finished. RunFolderError when it holds another one.
+    """Whether `config.out` holds this very run, finished. NsaError when it holds another one.
 
     `depends`: the run's whole fingerprint. What an older version did not note is not compared.
     """
@@ -83,7 +79,7 @@ def open_run_folder(config: RunConfig, depends: dict[str, Any]) -> Iterator[Path
     A run that is refused before its first checkpoint leaves nothing.
 
     Raises:
-        RunFolderError: another process trains it, or it is of a run with another fingerprint, or of something else.
+        NsaError: another process trains it, or it is of a run with another fingerprint, or of something else.
     """
     folder, path = unfinished(config), unfinished(config) / RUN
     if finished_run(config, depends):
@@ -98,7 +94,7 @@ def open_run_folder(config: RunConfig, depends: dict[str, Any]) -> Iterator[Path
         if path.is_file():
             check_same(config, path, noted_fingerprint(path), depends)
         elif foreign := [file.name for file in folder.iterdir() if not file.name.startswith(f".{RUN}.")]:
-            raise RunFolderError(f"{folder} is where the run would live, and holds {foreign[0]}: give another out=")
+            raise NsaError(f"{folder} is where the run would live, and holds {foreign[0]}: give another out=")
         else:
             write_json(path, {"format": FORMAT, "fingerprint": depends})
         try:
@@ -115,11 +111,11 @@ def locked(folder: Path, config: RunConfig) -> Iterator[None]:
     try:
         lock = lock_folder(folder)
     except BlockingIOError as error:
-        raise RunFolderError(
+        raise NsaError(
             f"another process trains {config.out} now: wait until it is done, or give another out="
         ) from error
     except OSError as error:
-        raise RunFolderError(f"cannot make {folder}: {error.strerror or error}") from error
+        raise NsaError(f"cannot make {folder}: {error.strerror or error}") from error
     try:
         yield
     finally:
@@ -144,7 +140,7 @@ def remove_run_folder(folder: Path) -> None:
 
 def check_same(config: RunConfig, path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     if unknown := [name for name in now if name not in before]:
-        raise RunFolderError(
+        raise NsaError(
             f"{path.parent} holds a run that an older version began, which did not note its {', '.join(unknown)}: give "
             "another out=, or remove that folder to start from the beginning"
         )
@@ -156,18 +152,18 @@ def check_same(config: RunConfig, path: Path, before: dict[str, Any], now: dict[
             CONTENTS[name].format(**config.as_dict()) if name in CONTENTS else f"{name}: {before[name]} -> {now[name]}"
             for name in changed
         )
-        raise RunFolderError(
+        raise NsaError(
             f"{path.parent} holds a run that is not this one ({told}): give another out=, take that back, or remove "
             "that folder to start from the beginning"
         )
 
 
 def noted_fingerprint(path: Path) -> dict[str, Any]:
-    """The fingerprint in a run's record, unfinished or finished; RunFolderError when it is damaged."""
+    """The fingerprint in a run's record, unfinished or finished; NsaError when it is damaged."""
     try:
         return dict(read_json(path)["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunFolderError(f"{path} is damaged ({error!r}): remove its folder and run again") from error
+        raise NsaError(f"{path} is damaged ({error!r}): remove its folder and run again") from error
 
 
 def save_trained(student: Any, config: RunConfig, depends: dict[str, Any], result: dict[str, Any]) -> None:

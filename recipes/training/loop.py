@@ -58,10 +58,6 @@ OTHER_WAYS = {
 }
 
 
-class TrainingError(NsaError):
-    """A run that cannot start, or go on."""
-
-
 def train(config: RunConfig) -> Path:
     """Runs, or goes on with, the run of `config`; returns its folder.
 
@@ -127,7 +123,7 @@ def run(config: RunConfig) -> Path:
         else:
             state = checkpoints.restore(accelerator, latest)
             if not 0 < state["step"] < config.steps:
-                raise TrainingError(f"{latest} says that {state['step']} of {config.steps} steps are done: remove it")
+                raise NsaError(f"{latest} says that {state['step']} of {config.steps} steps are done: remove it")
             accelerator.print(f"going on from {latest}")
 
         run_steps(accelerator, model, optimizer, loader, student, config, state, checkpoints)
@@ -204,7 +200,7 @@ def run_steps(
             sums += torch.stack((ce, kl)).detach() / config.accumulate
         ce, kl = accelerator.reduce(sums, "mean").tolist()
         if not math.isfinite(ce + kl + float(norm)):
-            raise TrainingError(f"the loss is not finite at step {step + 1} (ce {ce}, kl {kl}): lower the rates")
+            raise NsaError(f"the loss is not finite at step {step + 1} (ce {ce}, kl {kl}): lower the rates")
         seconds = time.perf_counter() - start
         row = {"step": step + 1, "loss": config.ce_weight * ce + config.kl_weight * kl, "ce": ce, "kl": kl}
         row |= {"grad_norm": float(norm), **rates, "seconds": seconds, "tokens_per_second": tokens / seconds}
@@ -250,13 +246,13 @@ def check_launch(config: RunConfig) -> None:
         theirs = os.environ.get(variable, "").lower()
         # "no" is also what the launcher sets when it was told nothing
         if theirs not in ("", ours, "no" if setting == "mixed_precision" else ours):
-            raise TrainingError(
+            raise NsaError(
                 f"{setting} is {ours} in the run file, and {theirs} by `accelerate launch` or the environment "
                 f"({variable}): take that back, or write {setting}={theirs}"
             )
     for variable, what in OTHER_WAYS.items():
         if os.environ.get(variable, "").lower() not in ("", "no", "false", "0"):
-            raise TrainingError(
+            raise NsaError(
                 f"`accelerate launch` or the environment asks for {what} ({variable}={os.environ[variable]}), which "
                 "this training does not have: it runs one process per GPU, each with the whole model"
             )
@@ -266,9 +262,9 @@ def check_model(config: RunConfig) -> None:
     """Refuses a model that cannot be trained as `config` says, or whose other files cannot go along with the result."""
     model = read_config(Path(config.model))
     if hindrance := training_hindrance(model):
-        raise TrainingError(f"{config.model}: {hindrance}")
+        raise NsaError(f"{config.model}: {hindrance}")
     if config.gate_blend_steps and model.nsa_gate != "blend":
-        raise TrainingError(f"gate_blend_steps needs nsa_gate 'blend', the model has {model.nsa_gate!r}")
+        raise NsaError(f"gate_blend_steps needs nsa_gate 'blend', the model has {model.nsa_gate!r}")
     open_source(config.model)
 
 
@@ -278,11 +274,11 @@ def make_accelerator(config: RunConfig) -> Any:
         from accelerate import Accelerator
         from accelerate.utils import set_seed
     except ImportError as error:
-        raise TrainingError("training needs the package `accelerate`: pip install 'nsa-hf[train]'") from error
+        raise NsaError("training needs the package `accelerate`: pip install 'nsa-hf[train]'") from error
     try:
         accelerator = Accelerator(mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.accumulate)
     except ValueError as error:
-        raise TrainingError(f"mixed_precision={config.mixed_precision} does not work here: {error}") from error
+        raise NsaError(f"mixed_precision={config.mixed_precision} does not work here: {error}") from error
     set_seed(config.seed)
     return accelerator
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nsa_hf.conversion.files.checkpoint import INDEX, CheckpointError, SafetensorsCheckpoint
+from nsa_hf.conversion.files.checkpoint import INDEX, SafetensorsCheckpoint
 from nsa_hf.conversion.files.hashes import describe_file
 from nsa_hf.conversion.files.pieces import BUFFERS, TensorInfo, same_bits
+from nsa_hf.errors import NsaError
 
 TENSORS = {
     "b": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -85,13 +86,13 @@ def truncate(path: Path) -> None:
 )
 def test_bad_folders_are_refused_by_what_is_wrong(tmp_path, spoil, message):
     spoil(sharded(tmp_path))
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(NsaError, match=message):
         SafetensorsCheckpoint(tmp_path)
 
 
 def test_unknown_dtypes_are_named(tmp_path):
     save_file({"a": torch.zeros(2, dtype=torch.complex64)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="a has dtype C64"):
+    with pytest.raises(NsaError, match="a has dtype C64"):
         SafetensorsCheckpoint(tmp_path)
 
 
@@ -120,6 +121,6 @@ def test_a_piece_stays_as_it_is_while_it_is_in_hand_or_something_still_reads_it(
 def test_a_header_that_says_it_is_huge_is_not_made_room_for(tmp_path, size):
     path = tmp_path / "model.safetensors"
     path.write_bytes(size.to_bytes(8, "little") + b"{}")
-    with pytest.raises(CheckpointError, match="is damaged"):
+    with pytest.raises(NsaError, match="is damaged"):
         SafetensorsCheckpoint(tmp_path)
     assert describe_file(path)["bytes"] == 10

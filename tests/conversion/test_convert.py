@@ -21,10 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import nsa_hf
 from nsa_hf.conversion import convert, manifest
 from nsa_hf.conversion.files import pieces
-from nsa_hf.conversion.files.checkpoint import CheckpointError, SafetensorsCheckpoint
+from nsa_hf.conversion.files.checkpoint import SafetensorsCheckpoint
 from nsa_hf.conversion.files.pieces import same_bits
 from nsa_hf.conversion.files.shards import ShardWriter
 from nsa_hf.conversion.files.staging import OutputError
+from nsa_hf.errors import NsaError
 from nsa_hf.families import initial_nsa_state
 from nsa_hf.recipes.load import load_tokenizer
 
@@ -428,6 +429,6 @@ def test_reading_that_fails_half_way_names_the_source(dense_dir, tmp_path, monke
                 raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(SafetensorsCheckpoint, "pieces", half)
-    with pytest.raises(CheckpointError, match=f"cannot read {dense_dir}.*Input/output error"):
+    with pytest.raises(NsaError, match=f"cannot read {dense_dir}.*Input/output error"):
         convert(dense_dir, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -10,8 +10,8 @@ import torch
 from gguf_file import HIDDEN, write_gguf
 
 from nsa_hf.conversion import convert, plan, verify
-from nsa_hf.conversion.files.checkpoint import CheckpointError
 from nsa_hf.conversion.sources import open_source
+from nsa_hf.errors import NsaError
 
 WIDTH = HIDDEN // 4
 FREQUENCIES = 10000.0 ** -(np.arange(0, WIDTH, 2) / WIDTH)
@@ -114,7 +114,7 @@ def other_factors(writer):
 def test_what_the_model_would_not_compute_is_refused_by_name(more, blocks, message, tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf", more, blocks)
     for attempt in (lambda: convert(path, tmp_path / "out"), lambda: plan(path)):
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises(NsaError, match=message):
             attempt()
     assert not (tmp_path / "out").exists()
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from gguf_file import write_gguf, write_gguf_of
 
-from nsa_hf.conversion.files.checkpoint import CheckpointError
 from nsa_hf.conversion.sources import open_source
+from nsa_hf.errors import NsaError
 
 
 def renamed(path: Path, key: str) -> Path:
@@ -22,7 +22,7 @@ def renamed(path: Path, key: str) -> Path:
 @pytest.mark.parametrize("key", ["context_length", "attention.head_count", "attention.layer_norm_rms_epsilon"])
 def test_what_a_file_must_say_is_not_made_up(key, tmp_path):
     path = renamed(write_gguf(tmp_path / "tiny.gguf"), key)
-    with pytest.raises(CheckpointError, match=rf"tiny\.gguf .*llama\.{key}"):
+    with pytest.raises(NsaError, match=rf"tiny\.gguf .*llama\.{key}"):
         open_source(path)
 
 
@@ -36,7 +36,7 @@ def test_what_it_may_leave_out_is_as_llama_cpp_has_it(tmp_path):
 def test_an_architecture_that_is_not_known_is_refused(tmp_path):
     path = tmp_path / "tiny.gguf"
     path.write_bytes(write_gguf(path).read_bytes().replace(b"llama", b"lmaaa"))
-    with pytest.raises(CheckpointError, match="architecture 'lmaaa', and of GGUF files those of llama, qwen2"):
+    with pytest.raises(NsaError, match="architecture 'lmaaa', and of GGUF files those of llama, qwen2"):
         open_source(path)
 
 
@@ -80,7 +80,7 @@ def test_absurd_numbers_end_in_one_line_soon(name, tmp_path):
     path = tmp_path / "tiny.gguf"
     path.write_bytes(ABSURD[name] + bytes(64))
     began = time.perf_counter()
-    with pytest.raises(CheckpointError, match=r"tiny\.gguf") as refusal:
+    with pytest.raises(NsaError, match=r"tiny\.gguf") as refusal:
         open_source(path)
     assert time.perf_counter() - began < 5
     assert "\n" not in str(refusal.value)
@@ -94,5 +94,5 @@ def test_absurd_sizes_of_a_whole_file(key, value, tmp_path):
     data = path.read_bytes()
     at = data.index(name) + len(name) + 4
     Path(path).write_bytes(data[:at] + struct.pack("<I", value) + data[at + 4 :])
-    with pytest.raises(CheckpointError, match=r"tiny\.gguf"):
+    with pytest.raises(NsaError, match=r"tiny\.gguf"):
         open_source(path)

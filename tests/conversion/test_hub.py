@@ -7,8 +7,8 @@ from fnmatch import fnmatch
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from nsa_hf.conversion.files.checkpoint import CheckpointError
 from nsa_hf.conversion.sources import hub
+from nsa_hf.errors import NsaError
 
 REPOSITORY = (
     "config.json",
@@ -63,7 +63,7 @@ def test_pickles_are_fetched_only_where_they_are_allowed_and_nothing_else_is_the
 @pytest.mark.parametrize("name", ["no_such_folder", "./a/b", "/a/b", "a/b/c", "a b/c", "../a"])
 def test_what_cannot_be_an_id_is_a_missing_folder(monkeypatch, name):
     monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: pytest.fail("must not be asked"))
-    with pytest.raises(CheckpointError, match="there is no folder"):
+    with pytest.raises(NsaError, match="there is no folder"):
         hub.download(name, None, True)
 
 
@@ -72,7 +72,5 @@ def test_the_hub_s_answer_is_passed_on(monkeypatch):
         raise LocalEntryNotFoundError("Cannot find\nthe requested files in the disk cache")
 
     monkeypatch.setattr(hub, "snapshot_download", snapshot)
-    with pytest.raises(
-        CheckpointError, match="no folder owner/name, and the Hub's answer is: Cannot find the requested"
-    ):
+    with pytest.raises(NsaError, match="no folder owner/name, and the Hub's answer is: Cannot find the requested"):
         hub.download("owner/name", None, True)

@@ -16,9 +16,9 @@ from tiny_models import tiny_dense_model
 import nsa_hf
 from nsa_hf.conversion import convert, plan, render_plan
 from nsa_hf.conversion.costs import pays_from, read_tokens, read_tokens_of_text
-from nsa_hf.conversion.files.checkpoint import CheckpointError, SafetensorsCheckpoint
+from nsa_hf.conversion.files.checkpoint import SafetensorsCheckpoint
 from nsa_hf.conversion.plan import training_hindrance
-from nsa_hf.errors import NotPlain
+from nsa_hf.errors import NotPlain, NsaError
 from nsa_hf.families import family_of, nsa_config_from_dense
 from nsa_hf.kernels import Sizes
 from nsa_hf.releases import CACHE, INSTALLED
@@ -121,7 +121,7 @@ def test_what_would_not_convert_is_refused_here_already(tiny_dense_dir, tmp_path
     spoiled = shutil.copytree(tiny_dense_dir, tmp_path / "spoiled")
     config = json.loads((spoiled / "config.json").read_text())
     (spoiled / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
-    with pytest.raises(CheckpointError, match="missing tensors"):
+    with pytest.raises(NsaError, match="missing tensors"):
         plan(spoiled)
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nsa_hf.conversion.files import pieces
-from nsa_hf.conversion.files.checkpoint import CheckpointError, SafetensorsCheckpoint
+from nsa_hf.conversion.files.checkpoint import SafetensorsCheckpoint
 from nsa_hf.conversion.files.hashes import hash_tensor
 from nsa_hf.conversion.files.pieces import TensorInfo, pieces_of, same_bits
 from nsa_hf.conversion.files.shards import ShardWriter, file_header
@@ -135,7 +135,7 @@ def test_a_source_that_shrinks_while_it_is_read_is_named(tmp_path):
     checkpoint = SafetensorsCheckpoint(tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=r"model.safetensors ends early: it changed while it was being read"):
+    with pytest.raises(NsaError, match=r"model.safetensors ends early: it changed while it was being read"):
         list(checkpoint.pieces(TENSORS))
 
 

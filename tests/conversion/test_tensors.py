@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nsa_hf.conversion.files.checkpoint import CheckpointError
 from nsa_hf.conversion.files.pieces import TensorInfo
 from nsa_hf.conversion.options import target_config
 from nsa_hf.conversion.tensors import converted_tensors
+from nsa_hf.errors import NsaError
 
 
 @pytest.fixture
@@ -64,5 +64,5 @@ def test_check_keeps_the_source_s_order_and_passes_over_copies_and_ignored(dense
 def test_what_does_not_fit_is_named(dense_config, change, message):
     table = table_of(dense_config)
     change(table)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(NsaError, match=message):
         converted_tensors(target_config(dense_config, {})).check(table, "src")

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nsa_hf.conversion import convert, export_dense, manifest, render_verify, verify
 from nsa_hf.conversion.compare.metrics import Bucket
-from nsa_hf.conversion.files.checkpoint import CheckpointError, SafetensorsCheckpoint
+from nsa_hf.conversion.files.checkpoint import SafetensorsCheckpoint
 from nsa_hf.conversion.files.hashes import hash_tensor
 from nsa_hf.conversion.verify import judge
 from nsa_hf.errors import NsaError
@@ -203,7 +203,7 @@ def test_trusted_code_is_the_dense_model(tiny_dense_dir, tiny_sizes, tmp_path, m
     (dense / "config.json").write_text(json.dumps(config))
     (dense / "modeling_x.py").write_text(REMOTE.format(factor=factor))
     out = convert(dense, tmp_path / "out", trust_remote_code=True, **tiny_sizes)
-    with pytest.raises(CheckpointError, match="defined by code of its own"):
+    with pytest.raises(NsaError, match="defined by code of its own"):
         verify(dense, out)
     assert verify(dense, out, length=100, documents=1, trust_remote_code=True)["exact"] is (factor == 1)
     assert not (out / "modeling_x.py").exists()
@@ -256,7 +256,7 @@ def test_a_single_flipped_bit_of_a_trained_model_is_found(name, tiny_dense_dir, 
     assert (result["exact"], result["why"]) == (False, "not as trained: 1 tensors are not the manifest's")
     assert result["tensors"]["unlike_manifest"] == [name]
     if name == NORM:
-        with pytest.raises(CheckpointError, match=f"1 tensors are not what its manifest says, {NORM} for one"):
+        with pytest.raises(NsaError, match=f"1 tensors are not what its manifest says, {NORM} for one"):
             export_dense(trained, tmp_path / "dense")
 
 
@@ -315,7 +315,7 @@ def test_of_a_tensor_lost_elsewhere_nothing_is_made_up(tiny_dense_dir, copy):
     del tensors[NORM]
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     (copy / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match="lacks 1 tensors"):
+    with pytest.raises(NsaError, match="lacks 1 tensors"):
         verify(tiny_dense_dir, copy, length=100)
 
 
@@ -362,15 +362,15 @@ def test_bad_options(tiny_dense_dir, converted, options):
 
 def test_what_is_missing_or_damaged_is_refused_and_the_old_result_stays(tiny_dense_dir, copy, tmp_path):
     (copy / "verify.json").write_text("old")
-    with pytest.raises(CheckpointError, match="there is no folder"):
+    with pytest.raises(NsaError, match="there is no folder"):
         verify(tmp_path / "gone", copy)
-    with pytest.raises(CheckpointError, match=r"holds a dense model \(llama\)"):
+    with pytest.raises(NsaError, match=r"holds a dense model \(llama\)"):
         verify(tiny_dense_dir, tiny_dense_dir)
-    with pytest.raises(CheckpointError, match=r"has no manifest\.json"):
+    with pytest.raises(NsaError, match=r"has no manifest\.json"):
         verify(tiny_dense_dir, tmp_path)
     path = copy / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(CheckpointError, match="damaged"):
+    with pytest.raises(NsaError, match="damaged"):
         verify(tiny_dense_dir, copy)
     assert (copy / "verify.json").read_text() == "old"
 
@@ -379,7 +379,7 @@ def test_weights_the_checkpoint_lacks_are_not_made_up(tiny_dense_dir, copy):
     tensors = load_file(copy / "model.safetensors")
     del tensors[NORM]
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="lacks 1 tensors"):
+    with pytest.raises(NsaError, match="lacks 1 tensors"):
         verify(tiny_dense_dir, copy, length=100)
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from nsa_hf.recipes.training.checkpoints import FILES, CheckpointingError, Checkpoints
+from nsa_hf.errors import NsaError
+from nsa_hf.recipes.training.checkpoints import FILES, Checkpoints
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_that_is_said(prepared, tmp_path
     assert f"{second} is damaged ({file}" in (said := capsys.readouterr().err) or f"/{file}'" in said or file == FILES
     assert f"going on from {first}" in said
     damage(first / file)
-    with pytest.raises(CheckpointingError, match=r"every checkpoint in .*: remove that folder"):
+    with pytest.raises(NsaError, match=r"every checkpoint in .*: remove that folder"):
         checkpoints.latest()
 
 
@@ -128,7 +129,7 @@ def test_a_state_of_another_step_than_its_name_says_is_damage(prepared, tmp_path
 def test_what_cannot_be_read_is_named(prepared, tmp_path):
     path = Checkpoints(tmp_path, keep=2).save(prepared[0], 1, {})
     (path / "optimizer.bin").write_bytes(b"")
-    with pytest.raises(CheckpointingError, match="cannot be read, remove it"):
+    with pytest.raises(NsaError, match="cannot be read, remove it"):
         Checkpoints(tmp_path, keep=2).restore(prepared[0], path)
 
 
@@ -141,7 +142,7 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before(prepared, tmp_path, fi
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, ((first / file).stat().st_size - 1, limits[1]))
     try:
-        with pytest.raises(CheckpointingError) as raised:
+        with pytest.raises(NsaError) as raised:
             checkpoints.save(prepared[0], 20, state)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -174,11 +175,11 @@ def test_a_kill_while_pruning_leaves_no_half_of_a_checkpoint(prepared, tmp_path,
 def test_missing_random_numbers_are_not_passed_over(prepared, tmp_path):
     path = Checkpoints(tmp_path, keep=2).save(prepared[0], 1, {})
     (path / "random_states_0.pkl").unlink()
-    with pytest.raises(CheckpointingError, match="does not hold this process's random numbers"):
+    with pytest.raises(NsaError, match="does not hold this process's random numbers"):
         Checkpoints(tmp_path, keep=2).restore(prepared[0], path)
 
 
 def test_a_folder_that_cannot_be_written_is_named(prepared, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointingError, match="cannot write the checkpoint"):
+    with pytest.raises(NsaError, match="cannot write the checkpoint"):
         Checkpoints(tmp_path / "file", keep=2).save(prepared[0], 1, {})

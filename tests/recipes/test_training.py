@@ -22,8 +22,7 @@ from nsa_hf.conversion.files.hashes import hash_file
 from nsa_hf.errors import NsaError
 from nsa_hf.recipes.train import main
 from nsa_hf.recipes.training.checkpoints import Checkpoints
-from nsa_hf.recipes.training.folder import RunFolderError
-from nsa_hf.recipes.training.loop import TrainingError, run_steps, train
+from nsa_hf.recipes.training.loop import run_steps, train
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +113,7 @@ def test_it_starts_from_a_folder_that_was_saved_elsewhere(nsa_dir, texts, tmp_pa
     weights = weights_of(saved)
     weights["model.norm.weight"] += 1
     save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RunFolderError, match="weights"):
+    with pytest.raises(NsaError, match="weights"):
         train(config)
 
 
@@ -151,7 +150,7 @@ def test_a_finished_run_is_not_run_again(finished, capsys):
 
 def test_other_settings_do_not_go_into_a_finished_folder(finished, nsa_dir, texts):
     out = finished[0]
-    with pytest.raises(RunFolderError, match=r"steps: 4 -> 5.*give another out="):
+    with pytest.raises(NsaError, match=r"steps: 4 -> 5.*give another out="):
         train(tiny_run(nsa_dir, texts, out, steps=5))
 
 
@@ -335,7 +334,7 @@ def stopped(monkeypatch):
 def test_an_unfinished_run_is_not_continued_with_other_settings(nsa_dir, texts, tmp_path, stopped, capsys):
     stopped(tiny_run(nsa_dir, texts, tmp_path / "out"), at=2)
     assert "stopped: the same command goes on from the last checkpoint" in capsys.readouterr().err
-    with pytest.raises(RunFolderError, match=r"lr_nsa: 0.01 -> 0.02"):
+    with pytest.raises(NsaError, match=r"lr_nsa: 0.01 -> 0.02"):
         train(tiny_run(nsa_dir, texts, tmp_path / "out", lr_nsa=0.02))
 
 
@@ -382,7 +381,7 @@ def test_a_run_goes_on_only_with_what_it_began_with(nsa_dir, tmp_path, stopped, 
     config = tiny_run(model, texts, tmp_path / "out", held_out=str(held_out))
     stopped(config, at=2)
     edit(model, texts, held_out)
-    with pytest.raises(RunFolderError, match=message):
+    with pytest.raises(NsaError, match=message):
         train(config)
     assert not Path(config.out).exists()
 
@@ -415,7 +414,7 @@ def test_a_state_of_more_steps_than_the_run_has_ends_nothing(nsa_dir, texts, tmp
     noted["files"]["state.json"] = hash_file(checkpoint / "state.json")
     (checkpoint / "files.json").write_text(json.dumps(noted))
     checkpoint.rename(checkpoint.with_name("step-00000099"))
-    with pytest.raises(TrainingError, match="step-00000099 says that 99 of 4 steps are done"):
+    with pytest.raises(NsaError, match="step-00000099 says that 99 of 4 steps are done"):
         train(config)
     assert not Path(config.out).exists()
 
@@ -425,7 +424,7 @@ def test_two_at_once_on_one_out(nsa_dir, texts, tmp_path, monkeypatch):
     steps = run_steps
 
     def the_other_comes(*args):
-        with pytest.raises(RunFolderError, match=r"another process trains .*out now: wait until it is done"):
+        with pytest.raises(NsaError, match=r"another process trains .*out now: wait until it is done"):
             train(config)
         steps(*args)
 
@@ -457,7 +456,7 @@ def test_two_at_once_on_one_out(nsa_dir, texts, tmp_path, monkeypatch):
 )
 def test_the_run_file_is_the_one_home_of_settings(nsa_dir, texts, tmp_path, monkeypatch, variable, value, message):
     monkeypatch.setenv(variable, value)
-    with pytest.raises(TrainingError, match=message):
+    with pytest.raises(NsaError, match=message):
         train(tiny_run(nsa_dir, texts, tmp_path / "out"))
     assert not list(tmp_path.iterdir())
 
@@ -480,7 +479,7 @@ def test_attention_dropout_is_refused_before_anything_is_computed(tmp_path, tiny
     byte_tokenizer().save_pretrained(tmp_path / "dense")
     model = converted(tmp_path / "dense", tmp_path / "nsa", tiny_sizes)
     monkeypatch.setattr("nsa_hf.recipes.training.loop.final_states", None)
-    with pytest.raises(TrainingError, match=r"attention_dropout is 0.1, .* has no dropout: set it to 0"):
+    with pytest.raises(NsaError, match=r"attention_dropout is 0.1, .* has no dropout: set it to 0"):
         train(tiny_run(model, texts, tmp_path / "out"))
     assert not (tmp_path / "out.unfinished").exists()
 
@@ -519,10 +518,5 @@ def test_two_processes_train_as_one_with_twice_the_batch(nsa_dir, texts, tmp_pat
     for a, b in zip(alone["curve"], together["curve"], strict=True):
         assert a["ce"] == pytest.approx(b["ce"], rel=1e-4)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
-    with pytest.raises(RunFolderError, match="processes: 2 -> 1"):
+    with pytest.raises(NsaError, match="processes: 2 -> 1"):
         train(two)
-
-
-def test_errors_are_of_the_packages_kind():
-    assert issubclass(TrainingError, NsaError)
-    assert issubclass(RunFolderError, NsaError)

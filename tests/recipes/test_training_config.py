@@ -5,7 +5,8 @@ from string import ascii_lowercase
 
 import pytest
 
-from nsa_hf.recipes.training.config import RunConfig, RunConfigError, load_run_config, settings_help
+from nsa_hf.errors import NsaError
+from nsa_hf.recipes.training.config import RunConfig, load_run_config, settings_help
 
 
 @pytest.fixture
@@ -73,18 +74,18 @@ def test_as_dict_builds_the_same_config(run_file):
     ],
 )
 def test_wrong_overrides_are_named(run_file, override, message):
-    with pytest.raises(RunConfigError, match=message.replace("[", r"\[")) as raised:
+    with pytest.raises(NsaError, match=message.replace("[", r"\[")) as raised:
         load_run_config(run_file, [override])
     assert len(str(raised.value)) < 500
 
 
 def test_a_run_without_any_loss_is_refused(run_file):
-    with pytest.raises(RunConfigError, match="there is no loss"):
+    with pytest.raises(NsaError, match="there is no loss"):
         load_run_config(run_file, ["ce_weight=0", "kl_weight=0"])
 
 
 def test_a_run_that_trains_nothing_is_refused(run_file):
-    with pytest.raises(RunConfigError, match="both 0: nothing is trained"):
+    with pytest.raises(NsaError, match="both 0: nothing is trained"):
         load_run_config(run_file, ["lr_nsa=0", "lr_backbone=0"])
 
 
@@ -121,14 +122,14 @@ def test_wrong_files_are_named(tmp_path, content, message):
     if content is not None:
         path.write_text(content)
     began = time.perf_counter()
-    with pytest.raises(RunConfigError, match=message) as raised:
+    with pytest.raises(NsaError, match=message) as raised:
         load_run_config(path)
     assert time.perf_counter() - began < 1
     assert len(str(raised.value)) < 500
 
 
 def test_a_file_without_an_end_is_not_read_to_it():
-    with pytest.raises(RunConfigError, match="it has more than 65,536 characters"):
+    with pytest.raises(NsaError, match="it has more than 65,536 characters"):
         load_run_config("/dev/zero")
 
 

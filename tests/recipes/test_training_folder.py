@@ -9,15 +9,7 @@ from tiny_runs import converted, tiny_run
 
 from nsa_hf.errors import NsaError
 from nsa_hf.recipes.load import load_nsa_model
-from nsa_hf.recipes.training.folder import (
-    RunFolderError,
-    fingerprint,
-    finished_run,
-    machine,
-    open_run_folder,
-    save_trained,
-    unfinished,
-)
+from nsa_hf.recipes.training.folder import fingerprint, finished_run, machine, open_run_folder, save_trained, unfinished
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +43,7 @@ def test_an_unfinished_run_is_found_again(nsa_dir, tmp_path):
     before = (folder / "run.json").read_bytes()
     assert opened(config) == folder
     assert (folder / "run.json").read_bytes() == before
-    with pytest.raises(RunFolderError, match="seed: 0 -> 1"):
+    with pytest.raises(NsaError, match="seed: 0 -> 1"):
         opened(tiny_run(nsa_dir, tmp_path, config.out, seed=1))
     assert not finished_run(config, depends(config))
 
@@ -60,13 +52,13 @@ def test_an_unfinished_run_is_found_again(nsa_dir, tmp_path):
 def test_a_damaged_record_is_named(nsa_dir, tmp_path, content):
     config = tiny_run(nsa_dir, tmp_path, tmp_path / "out")
     (opened(config) / "run.json").write_text(content)
-    with pytest.raises(RunFolderError, match="is damaged"):
+    with pytest.raises(NsaError, match="is damaged"):
         opened(config)
 
 
 def test_a_folder_that_cannot_be_made_is_named(nsa_dir, tmp_path):
     (tmp_path / "out.unfinished").write_text("")
-    with pytest.raises(RunFolderError, match="cannot make"):
+    with pytest.raises(NsaError, match="cannot make"):
         opened(tiny_run(nsa_dir, tmp_path, tmp_path / "out"))
 
 
@@ -111,7 +103,7 @@ def test_a_save_that_fails_leaves_the_run_as_it_was(nsa_dir, tmp_path):
 def test_what_changed_is_named_and_what_to_do(nsa_dir, tmp_path, changed, message):
     config = tiny_run(nsa_dir, tmp_path, tmp_path / "out")
     opened(config)
-    with pytest.raises(RunFolderError, match=message) as raised, open_run_folder(config, depends(config) | changed):
+    with pytest.raises(NsaError, match=message) as raised, open_run_folder(config, depends(config) | changed):
         pass
     assert "give another out=, take that back, or remove that folder" in str(raised.value)
     # the run itself is as it was
@@ -138,7 +130,7 @@ def test_a_run_of_an_older_version_is_told_so(nsa_dir, tmp_path):
     path = opened(config) / "run.json"
     del noted["tokens"], noted["processes"]
     path.write_text(json.dumps({"fingerprint": noted}))
-    with pytest.raises(RunFolderError, match="an older version began, which did not note its tokens, processes"):
+    with pytest.raises(NsaError, match="an older version began, which did not note its tokens, processes"):
         opened(config)
     # where it was finished, nothing is to be done again
     (tmp_path / "out").mkdir()
@@ -148,7 +140,7 @@ def test_a_run_of_an_older_version_is_told_so(nsa_dir, tmp_path):
 
 def test_one_process_at_a_time(nsa_dir, tmp_path):
     config = tiny_run(nsa_dir, tmp_path, tmp_path / "out")
-    with open_run_folder(config, depends(config)), pytest.raises(RunFolderError, match="another process trains"):
+    with open_run_folder(config, depends(config)), pytest.raises(NsaError, match="another process trains"):
         opened(config)
     assert opened(config) == unfinished(config)
 
@@ -164,7 +156,7 @@ def test_the_lock_ends_with_the_process(nsa_dir, tmp_path):
             time.sleep(60)
         os._exit(0)
     os.read(ready, 1)
-    with pytest.raises(RunFolderError, match="another process trains"):
+    with pytest.raises(NsaError, match="another process trains"):
         opened(config)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -176,7 +168,7 @@ def test_what_is_not_of_a_run_is_neither_taken_nor_deleted(nsa_dir, tmp_path, ti
     (mine / "checkpoints").mkdir(parents=True)
     (mine / "checkpoints" / "notes.txt").write_text("mine")
     config = tiny_run(nsa_dir, tmp_path, tmp_path / "out")
-    with pytest.raises(RunFolderError, match="holds checkpoints: give another out="):
+    with pytest.raises(NsaError, match="holds checkpoints: give another out="):
         opened(config)
     # not even when OUT is there, and the run is done
     save_trained(load_nsa_model(nsa_dir), config, depends(config), {"curve": []})
@@ -185,7 +177,7 @@ def test_what_is_not_of_a_run_is_neither_taken_nor_deleted(nsa_dir, tmp_path, ti
     # the model itself may be there
     model = converted(tiny_dense_dir, tmp_path / "new.unfinished", tiny_sizes)
     config = tiny_run(model, tmp_path, tmp_path / "new")
-    with pytest.raises(RunFolderError, match="give another out="):
+    with pytest.raises(NsaError, match="give another out="):
         opened(config)
     # what is put into a run's folder stays there
     config = tiny_run(nsa_dir, tmp_path, tmp_path / "third")
@@ -197,7 +189,7 @@ def test_what_is_not_of_a_run_is_neither_taken_nor_deleted(nsa_dir, tmp_path, ti
 def test_a_link_is_not_followed(nsa_dir, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out.unfinished").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(RunFolderError, match="cannot make"):
+    with pytest.raises(NsaError, match="cannot make"):
         opened(tiny_run(nsa_dir, tmp_path, tmp_path / "out"))
     assert not list((tmp_path / "elsewhere").iterdir())
 

@@ -50,7 +50,7 @@ def completed_config(contents: GgufContents, config: PreTrainedConfig) -> PreTra
         config: what Transformers made of it.
 
     Raises:
-        CheckpointError: the file says something that the config's family cannot.
+        NsaError: the file says something that the config's family cannot.
     """
     changes = {
         field: value

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers.integrations.gguf import read_gguf_metadata
 
-from ...files.checkpoint import CheckpointError
+from nsa_hf.errors import NsaError
 
 # Architectures whose keys and tensors are known here, and what a file has added to the weights of their norms.
 NORM_OFFSET = {
@@ -57,13 +57,13 @@ class GgufContents:
         """Blocks of the decoder; those that predict further tokens stand behind them and are not counted."""
         return int(self.keys["block_count"]) - int(self.keys.get("nextn_predict_layers", 0))
 
-    def refusal(self, what: str) -> CheckpointError:
+    def refusal(self, what: str) -> NsaError:
         """The error for something in the file that the converted model would leave out.
 
         Args:
             what: names it, such as "llama.expert_count is 8".
         """
-        return CheckpointError(
+        return NsaError(
             f"{self.path}: {what}, which Transformers' model of it would not compute: convert the model's original "
             "safetensors instead"
         )
@@ -73,7 +73,7 @@ def read_contents(path: Path) -> GgufContents:
     """Reads a file's header.
 
     Raises:
-        CheckpointError: an architecture that is not known here, a part of a model, or blocks that are not counted
+        NsaError: an architecture that is not known here, a part of a model, or blocks that are not counted
             right. The file formats raise their own errors, see `loading.reading`.
     """
     # Its reader ends with the file, whatever lengths and counts the file says; the `gguf` package's may never end.
@@ -84,13 +84,13 @@ def read_contents(path: Path) -> GgufContents:
     fields = {name: field.contents for name, field in reader.fields.items()}
     architecture = fields["general.architecture"]()
     if architecture not in NORM_OFFSET:
-        raise CheckpointError(
+        raise NsaError(
             f"{path} holds a model of the architecture {str(architecture)[:60]!r}, and of GGUF files those of "
             f"{', '.join(NORM_OFFSET)} are read: convert the model's original safetensors instead"
         )
     parts = fields["split.count"]() if "split.count" in fields else 1
     if parts > 1:
-        raise CheckpointError(f"{path} is one of {parts} parts of a model: merge them with llama.cpp's gguf-split")
+        raise NsaError(f"{path} is one of {parts} parts of a model: merge them with llama.cpp's gguf-split")
     prefix = f"{architecture}."
     keys = {name.removeprefix(prefix): read() for name, read in fields.items() if name.startswith(prefix)}
     keys = _with_defaults(path, prefix, keys)
@@ -110,12 +110,12 @@ def _with_defaults(path: Path, prefix: str, keys: dict[str, Any]) -> dict[str, A
         keys: those of the file.
 
     Raises:
-        CheckpointError: a key that a file must have is not there, or a number is not finite.
+        NsaError: a key that a file must have is not there, or a number is not finite.
     """
     if lacking := REQUIRED - keys.keys():
-        raise CheckpointError(f"{path} does not say {prefix}{min(lacking)}: take a whole file")
+        raise NsaError(f"{path} does not say {prefix}{min(lacking)}: take a whole file")
     if not keys.keys() & EPSILONS:
-        raise CheckpointError(f"{path} says no epsilon of its norms ({prefix}{max(EPSILONS)}): take a whole file")
+        raise NsaError(f"{path} says no epsilon of its norms ({prefix}{max(EPSILONS)}): take a whole file")
     heads = keys["attention.head_count"]
     defaults = {
         "attention.head_count_kv": heads,
@@ -125,7 +125,7 @@ def _with_defaults(path: Path, prefix: str, keys: dict[str, Any]) -> dict[str, A
     keys = {**keys, **{key: value for key, value in defaults.items() if key not in keys}}
     for key, value in keys.items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise CheckpointError(f"{path}: {prefix}{key} is {value}: expected a finite number")
+            raise NsaError(f"{path}: {prefix}{key} is {value}: expected a finite number")
     return keys
 
 
@@ -133,12 +133,12 @@ def _check_blocks(path: Path, prefix: str, count: Any, tensors: Mapping[str, Any
     """Makes sure that the file holds tensors of as many blocks as it says, counted from 0 without a gap.
 
     Raises:
-        CheckpointError: it does not.
+        NsaError: it does not.
     """
     blocks = {int(match[1]) for name in tensors if (match := re.match(r"blk\.(\d{1,9})\.", name))}
     if not isinstance(count, int) or len(blocks) != count or max(blocks, default=-1) != count - 1:
         span = f"{min(blocks)} to {max(blocks)}" if blocks else "none"
-        raise CheckpointError(
+        raise NsaError(
             f"{path}: {prefix}block_count is {count}, and the file holds tensors of {len(blocks)} blocks ({span})"
         )
 

@@ -25,7 +25,7 @@ def rope_parameters(contents: GgufContents, config: PreTrainedConfig) -> dict[st
         config: what Transformers made of it.
 
     Raises:
-        CheckpointError: RoPE is scaled in a way that Transformers has no words for.
+        NsaError: RoPE is scaled in a way that Transformers has no words for.
     """
     before = getattr(config, "rope_parameters", None)
     if not before:
@@ -56,7 +56,7 @@ def _scaling(contents: GgufContents, base: float, width: int) -> dict[str, Any]:
         width: how many of a head's dimensions are rotated.
 
     Raises:
-        CheckpointError: in a way that Transformers has no words for.
+        NsaError: in a way that Transformers has no words for.
     """
     keys = contents.keys
     factor = keys.get("rope.scaling.factor") or keys.get("rope.scale_linear") or 1.0
@@ -87,7 +87,7 @@ def _llama3(contents: GgufContents, base: float, width: int) -> dict[str, Any]:
         width: how many of a head's dimensions are rotated.
 
     Raises:
-        CheckpointError: the factors are those of no such scaling.
+        NsaError: the factors are those of no such scaling.
     """
     factors = np.array(contents.tensors[ROPE_FACTORS].data, dtype=np.float64).reshape(-1)
     wavelengths = 2 * math.pi * base ** (np.arange(0, width, 2) / width)

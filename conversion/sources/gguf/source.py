@@ -17,7 +17,8 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedModel
 
-from ...files.checkpoint import CheckpointError
+from nsa_hf.errors import NsaError
+
 from ...files.loading import load_whole, reading
 from ...files.model_folder import TERMS, copy_file
 from ...files.pieces import TensorInfo
@@ -42,7 +43,7 @@ class GgufSource(Source):
         contents: what the file holds.
 
     Raises:
-        CheckpointError: a package is missing, or the file is damaged or holds something that is not converted.
+        NsaError: a package is missing, or the file is damaged or holds something that is not converted.
     """
 
     kind = "gguf"
@@ -50,7 +51,7 @@ class GgufSource(Source):
     def __init__(self, name: str, path: Path, revision: str | None):
         missing = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
         if missing:
-            raise CheckpointError(f"reading {path.name} needs {' and '.join(missing)}: pip install 'nsa-hf[demo]'")
+            raise NsaError(f"reading {path.name} needs {' and '.join(missing)}: pip install 'nsa-hf[demo]'")
         self.path = path
         with reading(path):
             self.contents = read_contents(path)
@@ -108,7 +109,7 @@ class GgufSource(Source):
                     setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(index))
             tokenizer.save_pretrained(out)
         if not saved_alike(tokenizer, out):
-            raise CheckpointError(
+            raise NsaError(
                 f"{self.path}: Transformers {transformers.__version__} saves another tokenizer than it reads from the "
                 "file (5.17 loses the merges of Gemma's): pip install -U transformers"
             )

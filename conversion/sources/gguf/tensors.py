@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ...files.checkpoint import CheckpointError
+from nsa_hf.errors import NsaError
+
 from .contents import NORM_OFFSET, GgufContents
 from .rope import ROPE_FACTORS
 
@@ -24,7 +25,7 @@ def check_tensors(contents: GgufContents, config: PreTrainedConfig) -> None:
         config: the dense model's, completed from the file.
 
     Raises:
-        CheckpointError: a tensor is missing, or of another shape, or no part of the model.
+        NsaError: a tensor is missing, or of another shape, or no part of the model.
     """
     model = _model_without_weights(config)
     needed: set[str] = set()
@@ -32,11 +33,11 @@ def check_tensors(contents: GgufContents, config: PreTrainedConfig) -> None:
     for name, parts in tensor_parts(contents.architecture, contents.layers, model).items():
         needed.update(parts)
         if missing := [part for part in parts if part not in contents.tensors]:
-            raise CheckpointError(f"{contents.path} lacks {missing[0]}, which is the model's {name}")
+            raise NsaError(f"{contents.path} lacks {missing[0]}, which is the model's {name}")
         shapes = [contents.tensors[part].shape.tolist()[::-1] for part in parts]
         count = math.prod(shapes[0]) * len(parts)
         if count != state[name].numel() or shapes[0][-1] not in (*state[name].shape, 1):
-            raise CheckpointError(
+            raise NsaError(
                 f"{contents.path}: {parts[0]} has shape {shapes[0]}, and the metadata asks for "
                 f"{list(state[name].shape)}"
             )
