@@ -1,7 +1,7 @@
 """Dense checkpoint in, NSA checkpoint out: plan it, convert it, verify it, and back."""
 
-# The functions have the names of their modules: imported here, at once, the functions are what
-# `nsa_hf.conversion.convert` and its like mean, whoever imports which module first.
+# Some functions have the names of their modules. Since they are imported here, `nsa_hf.conversion.convert` and its like
+# are the functions, whichever module is imported first.
 from .convert import convert
 from .export import export_dense, render_export
 from .plan import plan, render_plan

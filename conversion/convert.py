@@ -1,40 +1,40 @@
-"""A dense checkpoint to an NSA checkpoint, every dense tensor carried bit for bit.
+"""Makes an NSA checkpoint of a dense one, every dense tensor kept bit for bit.
 
     from nsa_hf import convert
     convert("path/to/llama", "path/to/nsa", topk=16)
 
-The source is read once, a few megabytes at a time; what is read is hashed, looked at for NaN and infinity and written
-in the same pass, so that memory does not grow with the model. Everything is written into a hidden folder beside OUT
-and renamed at the end, so OUT is a whole checkpoint or not there. A conversion that was killed goes on after its last
-complete file when it is started again (see staging.py).
+The source is read once, a few megabytes at a time; what is read is hashed, searched for NaN and infinity and written in
+the same pass, so that memory does not grow with the model (transfer.py). Everything is written into a hidden folder
+beside OUT, which is renamed at the end, so that OUT is a whole checkpoint or not there (files/staging.py). A conversion
+that was killed goes on after its last complete file when it is started again.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from torch import Tensor
 from transformers import PreTrainedConfig
 
-from nsa_hf.branches import dense_twin
 from nsa_hf.errors import NsaError
 from nsa_hf.families import initial_nsa_state
 
 from . import manifest
-from .files.casts import Casts
-from .files.checkpoint import HASH, HASHES, CheckpointError, Piece, TensorInfo, byte_view, pieces_of
+from .files.hashes import HASH
 from .files.loading import reading, transformers_progress
+from .files.pieces import TensorInfo, pieces_of
 from .files.shards import ShardWriter, check_space
 from .files.staging import Stage, check_output, resumable_folder
-from .layout import Layout, dtype_name, layout_of, nsa_options, parse_dtype, target_config
+from .options import dtype_name, nsa_options, parse_dtype, target_config
 from .sources import Source, open_source
+from .tensors import ConvertedTensors, converted_tensors
+from .transfer import Advance, ConversionProgress, copy_branch_weights, copy_dense_weights, one_thread
 
 
 def convert(
@@ -57,11 +57,11 @@ def convert(
         src: a local folder, a .gguf file or a folder with one, or a Hub id.
         out: the folder to write; new or empty unless `overwrite`.
         dtype: of the weights written (float32, bfloat16, float16); None keeps each tensor as it is stored, which for
-            GGUF is float32 (see source.py). Another dtype than the source's rounds, and then the result is exact with
-            respect to the source *in that dtype*.
+            GGUF is float32. Another dtype than the source's rounds, and then the result is exact with respect to the
+            source *in that dtype*.
         overwrite: replace the model in `out`; it stays until the new one is complete.
         max_shard_size: largest safetensors file, in bytes or like "2GB".
-        seed: of the new parameters' random part, which changes no output before training.
+        seed: for the new parameters that are drawn at random, which changes no output before training.
         revision: of a Hub id.
         allow_pickle: read weights that are PyTorch pickles, with `weights_only`.
         trust_remote_code: accept a source whose folder brings its own code; the result runs Transformers' own.
@@ -78,12 +78,12 @@ def convert(
             left behind then.
     """
     out = Path(out).expanduser()
-    as_dtype = parse_dtype(dtype)
+    target_dtype = parse_dtype(dtype)
     if not isinstance(seed, int) or not -(2**62) <= seed < 2**62:
         raise NsaError(f"seed must be a whole number of at most 62 bits, got {seed!r}")
-    asked = {
+    requested = {
         **nsa_options(options),
-        "dtype": dtype_name(as_dtype) if as_dtype else None,
+        "dtype": dtype_name(target_dtype) if target_dtype else None,
         "max_shard_size": max_shard_size,
         "seed": seed,
     }
@@ -92,213 +92,126 @@ def convert(
         source = open_source(src, revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
         check_output(out, overwrite, keep=(source.folder,))
         with reading(source.folder / "config.json"):
-            config = target_config(source.config, options, as_dtype)
-            layout = layout_of(config).as_stored(source.table)
-        names = layout.check(source.table, str(src))
-        refuse_integers(source, names)
-        with resumable_folder(out, _job(source, config, asked), overwrite) as stage:
-            _write(stage, source, config, layout, names, as_dtype, asked, progress)
+            config = target_config(source.config, options, target_dtype)
+            expected = converted_tensors(config).as_stored(source.table)
+        carried = expected.check(source.table, str(src))
+        refuse_integers(source, carried)
+        table = {name: _in_dtype(source.table[name], target_dtype) for name in carried}
+        table |= {name: TensorInfo(shape, config.dtype) for name, shape in expected.added.items()}
+        job = Job(source, config, expected, table, requested)
+        with resumable_folder(out, job.identity(), overwrite) as stage:
+            finished = ConversionProgress(stage)
+            hashes = _write_weights(stage, job, finished, progress)
+            _write_other_files(stage, job, hashes, finished.source_hashes)
     return out
+
+
+@dataclass(frozen=True)
+class Job:
+    """A conversion, decided in all its parts before anything is written.
+
+    Attributes:
+        source: the dense model.
+        config: the converted model's.
+        expected: the converted model's tensors, under the names that the source uses.
+        table: shape and dtype of every tensor that is written, by name, in the order of the manifest.
+        requested: what the user asked for, for the record: the options, `dtype`, `max_shard_size` and `seed`.
+    """
+
+    source: Source
+    config: PreTrainedConfig
+    expected: ConvertedTensors
+    table: Mapping[str, TensorInfo]
+    requested: Mapping[str, Any]
+
+    def identity(self) -> dict[str, Any]:
+        """What decides every byte of the weights; a killed conversion is continued only by the very same job."""
+        stats = {path.name: path.stat() for path in sorted(self.source.files())}
+        return {
+            "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+            "folder": str(self.source.folder.resolve()),
+            "config": self.config.to_json_string(use_diff=False),
+            "asked": dict(self.requested),
+            "versions": manifest.versions(),
+            "hash": HASH,
+        }
 
 
 def refuse_integers(source: Source, names: list[str]) -> None:
     """Refuses weights that are quantised without saying so.
 
+    Args:
+        source: the dense model.
+        names: of the tensors that are to be carried over.
+
     Raises:
-        CheckpointError: a matrix is stored as integers.
+        NsaError: a matrix is stored as integers.
     """
     for name in names:
         info = source.table[name]
         if len(info.shape) > 1 and not info.dtype.is_floating_point:
-            raise CheckpointError(
+            raise NsaError(
                 f"{source.name}: {name} is stored as {dtype_name(info.dtype)}, and nothing says how to make weights of "
                 "it: expected float32, bfloat16 or float16"
             )
 
 
-def _job(source: Source, config: PreTrainedConfig, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides every byte of the weights; a killed conversion is continued only by the very same job."""
-    files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(source.files())}
-    return {
-        "files": files,
-        "folder": str(source.folder.resolve()),
-        "config": config.to_json_string(use_diff=False),
-        "asked": dict(asked),
-        "versions": manifest.versions(),
-        "hash": HASH,
-    }
+def _in_dtype(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
+    """A tensor as it is written: in `dtype`, where one was asked for and the tensor is not of integers."""
+    return TensorInfo(info.shape, dtype if dtype is not None and info.dtype.is_floating_point else info.dtype)
 
 
-def _write(
-    stage: Stage,
-    source: Source,
-    config: PreTrainedConfig,
-    layout: Layout,
-    names: list[str],
-    dtype: torch.dtype | None,
-    asked: Mapping[str, Any],
-    progress: bool,
-) -> None:
-    kept = {name: TensorInfo(source.table[name].shape, _target(source.table[name].dtype, dtype)) for name in names}
-    table = {**kept, **{name: TensorInfo(shape, config.dtype) for name, shape in layout.added.items()}}
-    done = Done(stage)
-    with ShardWriter(stage.folder, table, asked["max_shard_size"], on_file=done.add_file) as writer:
-        done.take_up(writer)
+def _write_weights(stage: Stage, job: Job, finished: ConversionProgress, show_bar: bool) -> dict[str, str]:
+    """Writes the safetensors files that are not complete yet.
+
+    Returns:
+        The hash of every tensor of the converted model, by name.
+    """
+    shard_size, on_file = job.requested["max_shard_size"], finished.file_is_complete
+    with ShardWriter(stage.folder, job.table, shard_size, on_file=on_file) as writer:
+        finished.resume(writer)
         check_space(stage.folder, writer.bytes_to_come)
-        with _bar(progress, writer) as advance, one_thread():
-            carry(source, layout, kept, writer, done, advance)
-            copy_twins(source, layout, writer, config.dtype, advance)
-            for name, tensor in initial_nsa_state(config, asked["seed"]):
+        with _bar(show_bar, writer) as advance, one_thread():
+            copy_dense_weights(job.source, job.expected, writer, finished, advance)
+            copy_branch_weights(job.source, job.expected, writer, job.config.dtype, advance)
+            for name, tensor in initial_nsa_state(job.config, job.requested["seed"]):
                 if writer.is_needed(name):
-                    for piece in pieces_of(name, tensor.to(config.dtype)):
+                    for piece in pieces_of(name, tensor.to(job.config.dtype)):
                         writer.put(name, piece.start, piece.values)
                         advance(piece)
         writer.finish()
-    config.save_pretrained(stage.folder)
-    companions = source.save_companions(stage.folder)
-    tensors = {
-        name: manifest.entry(info, "source" if name in kept else "nsa", writer.hashes[name])
-        | ({"source": manifest.entry(source.table[name], "source", done.sources[name])} if name in done.sources else {})
-        for name, info in table.items()
+    return writer.hashes
+
+
+def _write_other_files(stage: Stage, job: Job, hashes: Mapping[str, str], source_hashes: Mapping[str, str]) -> None:
+    """Writes the config, the source's tokenizer and other files, and the manifest, which describes all of them.
+
+    Args:
+        stage: holds the weights already.
+        job: the conversion.
+        hashes: of every tensor that was written, by name.
+        source_hashes: of the source's tensors that were not written as they are, by name.
+    """
+    job.config.save_pretrained(stage.folder)
+    companions = job.source.save_companions(stage.folder)
+    read_otherwise = {
+        name: manifest.tensor_record(info, "source", source_hashes[name])
+        for name, info in job.source.table.items()
+        if name in source_hashes
     }
-    left_out = {
-        name: manifest.entry(info, "source", done.sources[name])
-        for name, info in source.table.items()
-        if name not in kept
-    }
-    identity = {**source.identity(), "left_out": left_out}
+    tensors = {}
+    for name, info in job.table.items():
+        tensors[name] = manifest.tensor_record(info, "nsa" if name in job.expected.added else "source", hashes[name])
+        if name in read_otherwise:
+            tensors[name]["source"] = read_otherwise[name]
+    left_out = {name: record for name, record in read_otherwise.items() if name not in job.table}
+    identity = {**job.source.identity(), "left_out": left_out}
     files = manifest.describe_files(stage.folder)
-    manifest.write(stage.folder, manifest.build(identity, config, asked, tensors, companions, files))
-
-
-class Done:
-    """What is done of a conversion, noted in its stage.
-
-    Attributes:
-        sources: hashes of the source's tensors that are not written as they are, by name: cast to another dtype, or
-            left out (copies of a tied tensor, and what the family ignores).
-    """
-
-    def __init__(self, stage: Stage):
-        self.stage = stage
-        before = stage.progress()
-        self.files: dict[str, dict[str, str]] = before.get("files", {})
-        self.sources: dict[str, str] = before.get("sources", {})
-
-    def take_up(self, writer: ShardWriter) -> None:
-        """Gives the writer the files that are complete, and removes whatever else is there."""
-        self.writer = writer
-        self.files = {file: hashes for file, hashes in self.files.items() if writer.adopt(file, hashes)}
-        for path in self.stage.folder.iterdir():
-            if path.name not in self.files:
-                path.unlink() if path.is_file() or path.is_symlink() else shutil.rmtree(path)
-
-    def add_file(self, file: str) -> None:
-        """Notes that a file is complete."""
-        self.files[file] = {name: self.writer.hashes[name] for name in self.writer.split.filename_to_tensors[file]}
-        self.stage.save_progress({"files": self.files, "sources": self.sources})
-
-
-def carry(
-    source: Source,
-    layout: Layout,
-    kept: Mapping[str, TensorInfo],
-    writer: ShardWriter,
-    done: Done,
-    advance: Callable[[Piece], None] = lambda piece: None,
-) -> None:
-    """Reads the source and puts its tensors into the writer, checked and in the dtype of `kept`.
-
-    Raises:
-        CheckpointError: NaN or infinity in a tensor, or a stored copy of a tied tensor that differs from the original.
-    """
-    ties = {copy: original for copy, original in layout.tied.items() if copy in source.table}
-    # the writer takes the hash of what is written as it is
-    others = {
-        name
-        for name, info in source.table.items()
-        if (name not in kept or kept[name].dtype != info.dtype) and name not in done.sources
-    }
-    needed = {name for name in kept if writer.is_needed(name)}
-    digests = {name: HASHES[HASH]() for name in others}
-    casts, bad, cause = Casts(), 0, ""
-    for piece in source.pieces(needed | others):
-        name = piece.name
-        if name in others:
-            digests[name].update(byte_view(piece.values).numpy().data)
-            if piece.last:
-                done.sources[name] = digests[name].hexdigest()
-        if name not in needed:
-            continue
-        values, uses = casts.to(piece, kept[name].dtype)
-        if count := count_not_finite(values):
-            bad += count
-            cause = _cause(piece.values, kept[name].dtype)
-        if bad and piece.last:
-            raise CheckpointError(
-                f"{source.name}: {name} {cause} {bad} NaN or infinite values of {piece.start + len(values)}"
-            )
-        uses.append(writer.put(name, piece.start, values))
-        advance(piece)
-    hashes = {**writer.hashes, **done.sources}
-    for copy, original in ties.items():
-        if hashes[copy] != hashes[original] or source.table[copy] != source.table[original]:
-            raise CheckpointError(
-                f"{source.name}: the config ties {copy} to {original}, but the file holds two different tensors: "
-                "set tie_word_embeddings to false in its config.json, or drop one"
-            )
-
-
-def copy_twins(
-    source: Source, layout: Layout, writer: ShardWriter, dtype: torch.dtype, advance: Callable[[Piece], None]
-) -> None:
-    """Puts the new parameters that start as dense ones into the writer: keys and values of each branch."""
-    copies: dict[str, list[str]] = {}
-    for name in filter(writer.is_needed, layout.added):
-        if (twin := dense_twin(name)) is not None:
-            copies.setdefault(twin, []).append(name)
-    if not copies:
-        return
-    casts = Casts()
-    for piece in source.pieces(copies):
-        values, uses = casts.to(piece, dtype)
-        for name in copies[piece.name]:
-            uses.append(writer.put(name, piece.start, values))
-            advance(piece)
-
-
-def count_not_finite(values: Tensor) -> int:
-    """How many of `[n]` values are NaN or infinite; none of integers."""
-    if not values.dtype.is_floating_point or not len(values):
-        return 0
-    # one pass instead of isfinite's four: NaN and infinity show in the extremes
-    low, high = torch.aminmax(values)
-    if torch.isfinite(low) and torch.isfinite(high):
-        return 0
-    return int((~torch.isfinite(values)).sum())
-
-
-def _cause(stored: Tensor, target: torch.dtype) -> str:
-    return "holds" if count_not_finite(stored) else f"does not fit {dtype_name(target)}: it would hold"
-
-
-def _target(stored: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
-    return dtype if dtype is not None and stored.is_floating_point else stored
+    manifest.write(stage.folder, manifest.build(identity, job.config, job.requested, tensors, companions, files))
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Keeps PyTorch from splitting small pieces among threads, which would wait for each other busily."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _bar(shown: bool, writer: ShardWriter) -> Iterator[Callable[[Piece], None]]:
+def _bar(shown: bool, writer: ShardWriter) -> Iterator[Advance]:
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(TextColumn("Converting"), *columns, console=Console(stderr=True), disable=not shown) as bar:
         task = bar.add_task("", total=writer.bytes_to_come)

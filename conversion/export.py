@@ -1,4 +1,4 @@
-"""Back to the dense family: the same weights without the new parameters, with the dense config.
+"""Makes a dense checkpoint of a sparse one: the same weights without the new parameters, with the dense config.
 
     from nsa_hf.conversion import export_dense
     export_dense("path/to/nsa", "path/to/dense")
@@ -19,17 +19,21 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from nsa_hf.errors import NsaError
 from nsa_hf.families import dense_config_of
 from nsa_hf.registration import PREFIX
 
 from . import manifest as manifests
-from .files.checkpoint import HASH, CheckpointError, SafetensorsCheckpoint, read_json, same_bits
+from .files.checkpoint import SafetensorsCheckpoint
+from .files.hashes import HASH
 from .files.loading import read_config, reading, transformers_progress
 from .files.model_folder import copy_file, refuse_adapter
+from .files.pieces import same_bits
+from .files.plain_json import read_json
 from .files.shards import ShardWriter, check_space
 from .files.staging import check_output, staged_folder, write_json
-from .layout import layout_of
 from .sources import open_source
+from .tensors import converted_tensors
 
 RESULT = "export.json"
 
@@ -67,12 +71,12 @@ def export_dense(
         manifest = manifests.find(src)
         config = read_config(src)
         checkpoint = SafetensorsCheckpoint(src)
-        layout = layout_of(config).as_stored(checkpoint.table)
-        old = {name: info for name, info in checkpoint.table.items() if name not in layout.added}
-        table = {name: old[name] for name in layout.check(old, str(src))}
-        for copy, original in layout.tied.items():
-            if copy in old and not same_bits(checkpoint.read(copy), checkpoint.read(original)):
-                raise CheckpointError(
+        expected = converted_tensors(config).as_stored(checkpoint.table)
+        dense = {name: info for name, info in checkpoint.table.items() if name not in expected.added}
+        table = {name: dense[name] for name in expected.check(dense, str(src))}
+        for copy, original in expected.tied.items():
+            if copy in dense and not same_bits(checkpoint.read(copy), checkpoint.read(original)):
+                raise NsaError(
                     f"{src}: its config ties {copy} to {original}, but it holds two different tensors: set "
                     "tie_word_embeddings to false in its config.json, or drop one"
                 )
@@ -86,40 +90,52 @@ def export_dense(
                 piece.uses.append(writer.put(piece.name, piece.start, piece.values))
             writer.finish()
             report = _report(src, manifest, config.model_type, writer.hashes)
-            report["dropped"] = sum(torch.Size(shape).numel() for shape in layout.added.values())
+            report["dropped"] = sum(torch.Size(shape).numel() for shape in expected.added.values())
             dense_config_of(config).save_pretrained(stage)
             if manifest is None:
                 open_source(src).save_companions(stage)
             for name in (manifest or {}).get("companions", []):
                 if (stage / name).exists():
-                    raise CheckpointError(f"{src}: its manifest calls {name} a companion: convert again")
+                    raise NsaError(f"{src}: its manifest calls {name} a companion: convert again")
                 copy_file(src, name, stage)
             write_json(stage / RESULT, report)
     return report
 
 
 def _report(src: Path, manifest: dict[str, Any] | None, model_type: str, hashes: dict[str, str]) -> dict[str, Any]:
+    """The report but for what was left out.
+
+    Args:
+        src: the sparse model's folder.
+        manifest: its manifest; None where it has none.
+        model_type: of the sparse model.
+        hashes: of the tensors that were written, by name.
+
+    Raises:
+        NsaError: a tensor is not what the manifest says.
+    """
     report = {"model_type": model_type.removeprefix(PREFIX), "trained": None, "tensors": len(hashes)}
     if manifest is None:
         return {**report, "as_in_source": None, "perplexity": None}
-    said, kind = {name: manifest["tensors"].get(name, {}) for name in hashes}, manifests.hash_kind(manifest)
-    changed = sorted(name for name in hashes if said[name].get(kind) != hashes[name])
+    records, kind = {name: manifest["tensors"].get(name, {}) for name in hashes}, manifests.hash_kind(manifest)
+    changed = sorted(name for name in hashes if records[name].get(kind) != hashes[name])
     if changed:
-        raise CheckpointError(
+        raise NsaError(
             f"{src}: {len(changed)} tensors are not what its manifest says, {changed[0]} for one: take a copy that is "
             "not damaged, or make it again (if they were changed deliberately, remove its manifest.json)"
         )
     report["trained"] = manifests.is_trained(manifest)
-    # what the source held is the entry itself, or where it was cast or trained the one inside it
-    own = {} if report["trained"] else said
-    of_source = {name: said[name].get("source", own.get(name, {})).get(kind) for name in hashes}
-    kept = sum(of_source[name] == hashes[name] for name in hashes)
-    report["as_in_source"] = kept if all(of_source.values()) else None
+    # what the source held is the record itself, or where it was cast or trained the one inside it
+    source_hashes = {
+        name: record.get("source", {} if report["trained"] else record).get(kind) for name, record in records.items()
+    }
+    as_in_source = sum(source_hashes[name] == hashes[name] for name in hashes)
+    report["as_in_source"] = as_in_source if all(source_hashes.values()) else None
     return {**report, "perplexity": _perplexity(src)} if report["trained"] else report
 
 
 def _perplexity(src: Path) -> list[dict[str, Any]] | None:
-    """What training measured of its result on held-out texts: these weights run dense, and sparse, by position."""
+    """The perplexities of these weights run dense and sparse, by position, that training measured on held-out texts."""
     path = src / "training.json"
     if not path.is_file():
         return None

@@ -1,6 +1,6 @@
 """`manifest.json`: what a converted checkpoint was made from, with what, and the hash of every tensor and file in it.
 
-It holds no time and no path but what the user typed, so the same conversion writes the same manifest.
+It holds no times, and no paths but those that the user typed, so that the same conversion writes the same manifest.
 """
 
 from __future__ import annotations
@@ -15,22 +15,16 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from nsa_hf.errors import check_folder
+from nsa_hf.errors import NsaError, check_folder
 from nsa_hf.shape import MANIFEST, shape_of
 
-from .files.checkpoint import (
-    HASH,
-    HASHES,
-    CheckpointError,
-    SafetensorsCheckpoint,
-    TensorInfo,
-    describe_file,
-    hash_tensor,
-    read_json,
-)
+from .files.checkpoint import SafetensorsCheckpoint
+from .files.hashes import HASH, HASHES, describe_file, hash_tensor
 from .files.loading import read_config
+from .files.pieces import TensorInfo
+from .files.plain_json import read_json
 from .files.staging import write_json
-from .layout import dtype_name
+from .options import dtype_name
 from .rope import parse_rope_scaling
 
 NAME = MANIFEST
@@ -40,48 +34,75 @@ PACKAGES = ("nsa-hf", "torch", "transformers", "safetensors", "huggingface_hub",
 
 
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
-    """The versions of Python and of packages, by default those that a conversion goes through; absent ones left out."""
-    found = {"python": platform.python_version()}
+    """The versions of Python and of installed packages.
+
+    Args:
+        packages: their names; those that are not installed are left out.
+    """
+    installed = {"python": platform.python_version()}
     for package in packages:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def hash_kind(manifest: Mapping[str, Any]) -> str:
-    """What its tensors are hashed with: one of HASHES, and the name of the hash in each tensor's entry."""
+    """What a manifest's tensors are hashed with: one of HASHES, and the field of their records that holds the hash."""
     return manifest.get("hash", "sha256")
 
 
-def describe(tensor: Tensor, origin: str, kind: str = HASH) -> dict[str, Any]:
-    """One tensor's entry: dtype, shape, origin (`source` or `nsa`) and the hash of its bytes."""
-    return entry(TensorInfo(tuple(tensor.shape), tensor.dtype), origin, hash_tensor(tensor, kind), kind)
+def describe_tensor(tensor: Tensor, origin: str, kind: str = HASH) -> dict[str, Any]:
+    """One tensor's record in a manifest.
+
+    Args:
+        tensor: on the CPU.
+        origin: `source` of a dense parameter, `nsa` of a new one.
+        kind: of the hash, one of HASHES.
+
+    Returns:
+        `dtype`, `shape`, `from` (the origin), and the hash under its kind's name.
+    """
+    return tensor_record(TensorInfo(tuple(tensor.shape), tensor.dtype), origin, hash_tensor(tensor, kind), kind)
 
 
-def entry(info: TensorInfo, origin: str, digest: str, kind: str = HASH) -> dict[str, Any]:
-    """As `describe`, for a tensor whose hash is known."""
+def tensor_record(info: TensorInfo, origin: str, digest: str, kind: str = HASH) -> dict[str, Any]:
+    """As `describe_tensor`, for a tensor whose hash is known.
+
+    Args:
+        info: its shape and dtype.
+        origin: `source` of a dense parameter, `nsa` of a new one.
+        digest: the hash of its bytes.
+        kind: of the hash, one of HASHES.
+    """
     return {"dtype": dtype_name(info.dtype), "shape": list(info.shape), "from": origin, kind: digest}
 
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """`describe_file` of every file in a checkpoint's folder but the weights, whose tensors have hashes."""
-    found = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".safetensors")
-    paths = sorted(path for path in found if path != folder / NAME)
-    return {path.relative_to(folder).as_posix(): describe_file(path) for path in paths}
+    """`describe_file` of every file in a checkpoint's folder, by its name relative to the folder.
+
+    The manifest itself is left out, and so are the weights, whose tensors have hashes.
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
+    return {path.relative_to(folder).as_posix(): describe_file(path) for path in paths if path.suffix != ".safetensors"}
 
 
 def describe_trained(tensor: Tensor, name: str, converted: Mapping[str, Any]) -> dict[str, Any]:
-    """`describe` of a tensor after training; `source` stays the entry of what the conversion read.
+    """The record of a tensor after training.
 
     Args:
+        tensor: on the CPU, as it is now.
+        name: of the tensor.
         converted: the manifest of the conversion.
+
+    Returns:
+        Of a dense parameter, `source` in it is the record of what the conversion read.
     """
     before = converted["tensors"].get(name)
     if before is None:
-        return describe(tensor, "nsa" if ".nsa." in name else "source", hash_kind(converted))
-    after = describe(tensor, before["from"], hash_kind(converted))
+        return describe_tensor(tensor, "nsa" if ".nsa." in name else "source", hash_kind(converted))
+    after = describe_tensor(tensor, before["from"], hash_kind(converted))
     return after if before["from"] == "nsa" else {**after, "source": before.get("source", before)}
 
 
@@ -96,10 +117,11 @@ def build(
     """The manifest of an untrained conversion.
 
     Args:
-        source: `Source.identity()`, and as `left_out` the entries of its tensors that are not carried.
+        source: `Source.identity()`, and as `left_out` the records of its tensors that are not carried.
         config: the NSA config that was written.
         options: what the user asked for.
-        tensors: `describe` of every tensor written, by name; where it was cast, `source` is the entry of what was read.
+        tensors: the record of every tensor written, by name; where it was cast, `source` in it is the record of what
+            was read.
         companions: names of the tokenizer's and other files written beside.
         files: `describe_files` of everything that was written.
     """
@@ -135,8 +157,14 @@ def build_trained(
     if converted is None:
         kind = f"a folder without {NAME}"
         source: dict[str, Any] = {"name": str(start), "kind": kind, "revision": None, "files": {}}
-        known: dict[str, Any] = {"source": source, "options": {}, "versions": versions(), "tensors": {}}
-        converted = {"format": FORMAT, "hash": HASH, **known}
+        converted = {
+            "format": FORMAT,
+            "hash": HASH,
+            "source": source,
+            "options": {},
+            "versions": versions(),
+            "tensors": {},
+        }
     tensors = SafetensorsCheckpoint(folder).tensors()
     return {
         **converted,
@@ -152,50 +180,48 @@ def build_trained(
 
 
 def is_trained(manifest: Mapping[str, Any]) -> bool:
-    """Whether it is of a trained model, by the record of its run: the word `trained` alone is no proof."""
+    """Whether a manifest is a trained model's, by the record of its run: the field `trained` alone is no proof."""
     run = manifest.get("training")
     return manifest["trained"] is True and isinstance(run, dict) and bool(run.get("steps") and run.get("fingerprint"))
 
 
 def write(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Writes it into a checkpoint's folder."""
+    """Writes a manifest into a checkpoint's folder."""
     write_json(folder / NAME, manifest)
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The manifest of a converted checkpoint (or of one trained from it: then `trained` is True).
+    """The manifest in the folder of a converted or trained model.
 
     Raises:
-        CheckpointError: there is none, or it is damaged, or a newer version wrote it.
+        NsaError: there is none, or it is damaged, or a newer version wrote it.
     """
     path = folder / NAME
     if not path.is_file():
-        raise CheckpointError(
-            f"{folder} has no {NAME}: expected a folder that `nsa-hf convert` or `nsa-hf train` wrote"
-        )
+        raise NsaError(f"{folder} has no {NAME}: expected a folder that `nsa-hf convert` or `nsa-hf train` wrote")
     try:
         manifest = read_json(path)
         check_fields(manifest, {"format": int}, {"hash": str})
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}): convert again") from error
+        raise NsaError(f"{path} is damaged ({error}): convert again") from error
     if manifest["format"] > FORMAT:
-        raise CheckpointError(
-            f"{path} has format {manifest['format']} and this version reads up to {FORMAT}: update nsa-hf"
-        )
+        raise NsaError(f"{path} has format {manifest['format']} and this version reads up to {FORMAT}: update nsa-hf")
     if hash_kind(manifest) not in HASHES:
-        raise CheckpointError(
+        raise NsaError(
             f"{path} has tensors hashed with {hash_kind(manifest)!r}, and this version knows {', '.join(HASHES)}: "
             "update nsa-hf"
         )
     try:
         check(manifest)
     except ValueError as error:
-        raise CheckpointError(f"{path} is damaged ({error}): convert again") from error
+        raise NsaError(f"{path} is damaged ({error}): convert again") from error
     return manifest
 
 
 def find(folder: Path) -> dict[str, Any] | None:
-    """As `read`; None for a sparse model that something else saved: Trainer, TRL, `save_pretrained` after a merge.
+    """The manifest in a sparse model's folder, or None where something else saved the model.
+
+    That may be Trainer, TRL, or `save_pretrained` after a merge.
 
     Raises:
         NsaError: there is no such folder, it holds no sparse model, or its manifest is damaged or of another model.
@@ -226,14 +252,14 @@ def check(manifest: Any) -> None:
     }
     check_fields(source, {"name": str}, about, "source.")
     for where, files in (("files", manifest.get("files", {})), ("source.files", source.get("files", {}))):
-        for name, said in files.items():
-            check_fields(said, {"bytes": int}, {"sha256": str, "header_sha256": str}, f"{where} {name}: ")
+        for name, record in files.items():
+            check_fields(record, {"bytes": int}, {"sha256": str, "header_sha256": str}, f"{where} {name}: ")
     tensor: Types = {"dtype": str, "shape": list, "from": str, hash_kind(manifest): str}
     for where, tensors in (("tensors", manifest["tensors"]), ("source.left_out", source.get("left_out", {}))):
-        for name, said in tensors.items():
-            check_fields(said, tensor, {"source": dict}, f"{where} {name}: ")
-            if "source" in said:
-                check_fields(said["source"], tensor, {}, f"{where} {name}: source: ")
+        for name, record in tensors.items():
+            check_fields(record, tensor, {"source": dict}, f"{where} {name}: ")
+            if "source" in record:
+                check_fields(record["source"], tensor, {}, f"{where} {name}: source: ")
     check_fields(manifest.get("options", {}), {}, {"rope_scaling": dict}, "options.")
     if scaling := manifest.get("options", {}).get("rope_scaling"):
         parse_rope_scaling(scaling)
@@ -243,7 +269,13 @@ def check(manifest: Any) -> None:
 
 
 def check_fields(part: Any, needed: Types, further: Types, where: str = "") -> None:
-    """Makes sure that a part of a manifest has what is needed, of its types, and what it may have besides.
+    """Makes sure that the fields of a part of a manifest are there and of the types that are expected.
+
+    Args:
+        part: of the manifest.
+        needed: types of the fields that it must have, by name.
+        further: types of fields that it may have.
+        where: names the part in the message.
 
     Raises:
         ValueError: naming the field.
@@ -261,20 +293,25 @@ def check_fields(part: Any, needed: Types, further: Types, where: str = "") -> N
 
 
 def differences(manifest: Mapping[str, Any], tensors: Iterator[tuple[str, Tensor]]) -> list[str]:
-    """Names of tensors that are not what the manifest says: changed in a single bit, lost, or new."""
+    """Names of tensors that are not what the manifest says: changed in a single bit, lost, or new.
+
+    Args:
+        manifest: of the model.
+        tensors: all that the model's checkpoint holds, by name.
+    """
     expected, kind = dict(manifest["tensors"]), hash_kind(manifest)
     wrong = []
     for name, tensor in tensors:
-        said = expected.pop(name, None)
-        if said is None or describe(tensor, said["from"], kind) != {key: said[key] for key in said if key != "source"}:
+        record = {key: value for key, value in expected.pop(name, {}).items() if key != "source"}
+        if not record or describe_tensor(tensor, record["from"], kind) != record:
             wrong.append(name)
     return sorted([*wrong, *expected])
 
 
 def changed_files(manifest: Mapping[str, Any], folder: Path) -> list[str]:
-    """Names of files that are not what the manifest says, or not there; what was added since is no matter."""
+    """Names of files that are not what the manifest says, or not there; files that were added since do not count."""
     return [
         name
-        for name, said in manifest.get("files", {}).items()
-        if not (folder / name).is_file() or describe_file(folder / name) != said
+        for name, record in manifest.get("files", {}).items()
+        if not (folder / name).is_file() or describe_file(folder / name) != record
     ]

@@ -8,7 +8,7 @@ Needs the config only: no weights are loaded (of a local safetensors folder the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,13 @@ from rich.table import Table
 from transformers import PreTrainedConfig
 
 from nsa_hf.fields import NSA_FIELDS
-from nsa_hf.kernels import Sizes, n_blocks
 
+from .costs import kv_cache, pays_from
 from .files.loading import reading, transformers_progress
-from .layout import Layout, dtype_name, layout_of, nsa_options, parse_dtype, target_config
+from .options import dtype_name, nsa_options, parse_dtype, target_config
 from .sources import open_source
 from .sources.folder import SafetensorsSource
+from .tensors import ConvertedTensors, converted_tensors
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 
@@ -54,11 +55,11 @@ def plan(
         - `layers`: per layer `becomes` (nsa, dense, or other: sliding, linear, ...), `why`, `parameters_added`, and in
           `keeps` the most tokens that its cache holds (None: all).
         - `parameters`: `dense`, `added`, `added_share`; `bytes`: of the weights, `dense` and `nsa`.
-        - `kv_cache`: per length, of one sequence in the model's dtype over all layers: bytes kept (`dense_bytes`,
-          `nsa_bytes`: full K and V plus the compressed entries) and bytes read for one more token (`dense_read_bytes`,
-          `nsa_read_bytes`, and their ratio `read_less`).
-        - `pays_from`: tokens from which attention takes fewer FLOPs, None if never: `one_token` (the token at that
-          length), `whole_text` (all tokens up to it), and `formula`.
+        - `kv_cache`: for each length, of one sequence in the model's dtype over all layers: bytes kept (`dense_bytes`,
+          `nsa_bytes`: full keys and values plus the compressed entries) and bytes read for one more token
+          (`dense_read_bytes`, `nsa_read_bytes`, and their ratio `read_less`).
+        - `pays_from`: tokens from which attention takes fewer FLOPs, None if never: `one_token` (for the token at that
+          length), `whole_text` (for all tokens up to it), and `formula`.
 
     Raises:
         NsaError: the source or an option is not as it must be.
@@ -67,11 +68,12 @@ def plan(
         source = open_source(src, revision, False, allow_pickle, trust_remote_code)
         with reading(source.folder / "config.json"):
             config = target_config(source.config, options, parse_dtype(dtype))
-            layout = layout_of(config)
+            expected = converted_tensors(config)
         if isinstance(source, SafetensorsSource) and source.has_weights:
-            layout.as_stored(source.table).check(source.table, str(src))
-    dense, added = (sum(map(_numel, shapes.values())) for shapes in (layout.dense, layout.added))
-    layers = [_layer(config, layout, index) for index in range(config.num_hidden_layers)]
+            expected.as_stored(source.table).check(source.table, str(src))
+    dense, added = (sum(map(_numel, shapes.values())) for shapes in (expected.dense, expected.added))
+    itemsize = config.dtype.itemsize
+    layers = [_layer(config, expected, index) for index in range(config.num_hidden_layers)]
     return {
         "source": {
             "name": str(src),
@@ -87,14 +89,17 @@ def plan(
         "training": training_hindrance(config),
         "layers": layers,
         "parameters": {"dense": dense, "added": added, "added_share": added / dense},
-        "bytes": {"dense": dense * config.dtype.itemsize, "nsa": (dense + added) * config.dtype.itemsize},
+        "bytes": {"dense": dense * itemsize, "nsa": (dense + added) * itemsize},
         "kv_cache": [kv_cache(config, layers, length) for length in lengths],
         "pays_from": pays_from(config.nsa_sizes),
     }
 
 
 def training_hindrance(config: PreTrainedConfig) -> str | None:
-    """Why a sparse model of this config cannot be trained, None when it can; no weight of attention can be dropped."""
+    """Why a sparse model of this config cannot be trained; None when it can.
+
+    Sparse attention has no dropout.
+    """
     for name in ("attention_dropout", "attn_pdrop"):
         if share := getattr(config, name, None):
             return (
@@ -104,7 +109,8 @@ def training_hindrance(config: PreTrainedConfig) -> str | None:
     return None
 
 
-def _layer(config: PreTrainedConfig, layout: Layout, index: int) -> dict[str, Any]:
+def _layer(config: PreTrainedConfig, expected: ConvertedTensors, index: int) -> dict[str, Any]:
+    """What becomes of one layer, see `plan`."""
     kind = (getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers)[index]
     keeps: int | None = None
     if config.is_nsa_layer(index):
@@ -115,86 +121,8 @@ def _layer(config: PreTrainedConfig, layout: Layout, index: int) -> dict[str, An
         becomes, why, keeps = "other", f"{kind}: keeps its own attention", config.sliding_window - 1
     else:
         becomes, why, keeps = "other", f"{kind}: no attention, stays as it is", 0
-    new = sum(_numel(shape) for name, shape in layout.added.items() if f".layers.{index}." in name)
+    new = sum(_numel(shape) for name, shape in expected.added.items() if f".layers.{index}." in name)
     return {"layer": index, "becomes": becomes, "why": why, "parameters_added": new, "keeps": keeps}
-
-
-def read_tokens(sizes: Sizes, length: int) -> int:
-    """Cache entries that one query reads at `length` tokens, its own counted.
-
-    They are the compressed blocks (about S/d), the selected blocks' min(S, n*l') tokens and the window's min(S, w).
-    """
-    selected = min(length, sizes.exact_tokens)
-    return n_blocks(length, sizes.kernel_size, sizes.kernel_stride) + selected + min(length, sizes.window_size)
-
-
-def kv_cache(config: PreTrainedConfig, layers: Iterable[dict[str, Any]], length: int) -> dict[str, Any]:
-    """Bytes of the cache, kept and read per decoded token, of one sequence of `length` tokens; see `plan`."""
-    sizes = config.nsa_sizes
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or getattr(config, "kv_channels", None) or config.hidden_size // heads
-    # one token's key and value in one layer
-    entry = 2 * (getattr(config, "num_key_value_heads", None) or heads) * head_dim * config.dtype.itemsize
-    layers = list(layers)
-    nsa = sum(layer["becomes"] == "nsa" for layer in layers)
-    entries = n_blocks(length, sizes.kernel_size, sizes.kernel_stride)
-    kept = nsa * entries
-    if config.nsa_branch_kv == "independent":
-        # the tokens of the block that is not complete, and the window's
-        kept += nsa * (length - entries * sizes.kernel_stride + min(length, sizes.window_size))
-    dense = sum(length if layer["keeps"] is None else min(length, layer["keeps"]) for layer in layers)
-    read = dense + nsa * (read_tokens(sizes, length) - length)
-    return {
-        "length": length,
-        "dense_bytes": dense * entry,
-        "nsa_bytes": (dense + kept) * entry,
-        "dense_read_bytes": dense * entry,
-        "nsa_read_bytes": read * entry,
-        "read_less": dense / read,
-    }
-
-
-def pays_from(sizes: Sizes) -> dict[str, Any]:
-    """From which length an NSA layer's attention takes fewer FLOPs than a dense one's.
-
-    Both cost the same per query head and entry read, so entries are compared: S for dense, `read_tokens` for NSA. The
-    gate and the compression come on top; they do not grow with the length.
-    """
-    never = {"one_token": None, "whole_text": None}
-    formula = "S > blocks(S) + min(S, n*l') + min(S, w), blocks(S) = (S - l)//d + 1"
-    if sizes.kernel_stride == 1:  # as many compressed entries as tokens
-        return {**never, "formula": formula}
-    # Up to n*l' or w tokens one branch alone costs as much as dense; beyond both, what a token gains only rises.
-    start = max(sizes.exact_tokens, sizes.window_size)
-    one_token = _first(start, lambda length: length > read_tokens(sizes, length))
-    whole_text = _first(one_token, lambda length: length * (length + 1) // 2 > read_tokens_of_text(sizes, length))
-    return {"one_token": one_token, "whole_text": whole_text, "formula": formula}
-
-
-def read_tokens_of_text(sizes: Sizes, length: int) -> int:
-    """The sum of `read_tokens` over the lengths 1 .. `length`: what all queries of a text read."""
-
-    def capped(most: int) -> int:
-        top = min(length, most)
-        return top * (top + 1) // 2 + (length - top) * most
-
-    stride = sizes.kernel_stride
-    # lengths with at least one block; of these, `stride` in a row have the same number
-    some = max(0, length - sizes.kernel_size + 1)
-    full, rest = divmod(some, stride)
-    blocks = stride * full * (full + 1) // 2 + rest * (full + 1)
-    return blocks + capped(sizes.exact_tokens) + capped(sizes.window_size)
-
-
-def _first(start: int, holds: Callable[[int], bool]) -> int:
-    """The first length from `start` on for which `holds`, which once true stays true."""
-    low, high = start - 1, start
-    while not holds(high):
-        low, high = high, 2 * high
-    while low + 1 < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle, high)
-    return high
 
 
 def render_plan(plan: dict[str, Any]) -> RenderableType:

@@ -16,18 +16,21 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from nsa_hf.errors import NsaError
 
-# What each kind has beside its factor.
+# The fields that each kind has beside its factor.
 KINDS: dict[str, dict[str, float]] = {
     "yarn": {},
     "linear": {},
     "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
 }
-# Any more makes no positions that a computer could count.
+# With a larger factor there are more positions than a computer can count.
 LARGEST = 1e6
 
 
 def parse_rope_scaling(value: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """`"yarn:4"`, or Transformers' `{"rope_type": "yarn", "factor": 4.0}`, as the latter.
+    """RoPE scaling as Transformers' config has it: `{"rope_type": "yarn", "factor": 4.0}`.
+
+    Args:
+        value: that, or in short `"yarn:4"`; None stays None.
 
     Raises:
         NsaError: another kind, or a factor that is not above 1.
@@ -37,13 +40,13 @@ def parse_rope_scaling(value: str | Mapping[str, Any] | None) -> dict[str, Any] 
     try:
         if isinstance(value, str):
             kind, times = value.split(":")
-            given: dict[str, Any] = {"rope_type": kind.strip().lower(), "factor": times}
+            fields: dict[str, Any] = {"rope_type": kind.strip().lower(), "factor": times}
         else:
-            given = dict(value)
-        kind, factor, more = given.pop("rope_type"), float(given.pop("factor")), given
-        if kind not in KINDS or not 1 < factor <= LARGEST or not more.keys() <= KINDS[kind].keys():
+            fields = dict(value)
+        kind, factor = fields.pop("rope_type"), float(fields.pop("factor"))
+        if kind not in KINDS or not 1 < factor <= LARGEST or not fields.keys() <= KINDS[kind].keys():
             raise ValueError
-        return {"rope_type": kind, "factor": factor, **KINDS[kind], **{name: float(more[name]) for name in more}}
+        return {"rope_type": kind, "factor": factor, **KINDS[kind], **{name: float(fields[name]) for name in fields}}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise NsaError(
             f"rope_scaling must be KIND:FACTOR with a kind of {', '.join(KINDS)} and a factor above 1, such as yarn:4, "
@@ -52,7 +55,12 @@ def parse_rope_scaling(value: str | Mapping[str, Any] | None) -> dict[str, Any] 
 
 
 def added_scaling(dense: PreTrainedConfig, sparse: PreTrainedConfig) -> dict[str, Any] | None:
-    """The scaling that a sparse model has and its dense source has not, as `parse_rope_scaling` gives it."""
+    """The scaling that a sparse model has and its dense source has not, as `parse_rope_scaling` gives it.
+
+    Args:
+        dense: the source's config.
+        sparse: the converted model's config.
+    """
     before, after = (_full_attention(config) for config in (dense, sparse))
     kind = after.get("rope_type")
     if kind not in KINDS or before.get("rope_type", "default") != "default":
@@ -67,11 +75,12 @@ def _full_attention(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def scaled_config(config: PreTrainedConfig, scaling: Mapping[str, Any]) -> PreTrainedConfig:
-    """A dense config with its RoPE scaled: that of its full-attention layers, where kinds of layers have their own.
+    """A dense config with its RoPE scaled, and `max_position_embeddings` multiplied by the factor.
 
-    `max_position_embeddings` is multiplied by the factor.
+    Where kinds of layers have their own RoPE, that of the full-attention layers is scaled.
 
     Args:
+        config: of the dense model; stays as it is.
         scaling: what `parse_rope_scaling` gave.
 
     Raises:
@@ -79,7 +88,7 @@ def scaled_config(config: PreTrainedConfig, scaling: Mapping[str, Any]) -> PreTr
     """
     config = copy.deepcopy(config)
     rope = getattr(config, "rope_parameters", None) or {}
-    nested, before = "full_attention" in rope, _full_attention(config)
+    by_kind, before = "full_attention" in rope, _full_attention(config)
     if "rope_theta" not in before:
         raise NsaError(f"rope_scaling: {config.model_type} has no RoPE in its full-attention layers to scale")
     if before.get("rope_type", "default") != "default":
@@ -88,18 +97,19 @@ def scaled_config(config: PreTrainedConfig, scaling: Mapping[str, Any]) -> PreTr
             "rope_parameters instead"
         )
     length = config.max_position_embeddings
-    own = {"original_max_position_embeddings": length} if scaling["rope_type"] != "linear" else {}
-    after = {**before, **scaling, **own}
-    config.rope_parameters = {**rope, "full_attention": after} if nested else after
+    after = {**before, **scaling}
+    if scaling["rope_type"] != "linear":
+        after["original_max_position_embeddings"] = length
+    config.rope_parameters = {**rope, "full_attention": after} if by_kind else after
     config.max_position_embeddings = round(length * scaling["factor"])
     return config
 
 
 def scale_model(model: PreTrainedModel, scaling: Mapping[str, Any]) -> PreTrainedModel:
-    """Gives a dense model the RoPE of its scaled config."""
+    """Gives a dense model the RoPE of its scaled config, see `scaled_config`; changes the model and returns it."""
     config = scaled_config(model.config, scaling)
     for parent in list(model.modules()):
-        for name, part in parent.named_children():
-            if type(part).__name__.endswith("RotaryEmbedding"):
-                setattr(parent, name, type(part)(config=config).to(model.device))
+        for name, module in parent.named_children():
+            if type(module).__name__.endswith("RotaryEmbedding"):
+                setattr(parent, name, type(module)(config=config).to(model.device))
     return model

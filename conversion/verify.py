@@ -1,21 +1,21 @@
-"""The proof: what an NSA checkpoint kept of its dense source, measured on real long texts and written to `verify.json`.
+"""Proves what a converted model kept of its dense source, on real long texts, and writes the figures to `verify.json`.
 
     from nsa_hf.conversion import verify
     verify("path/to/llama", "path/to/nsa")["exact"]
 
-Three things: every dense tensor is bit for bit the source's, and every tensor and file is what the manifest says; up
-to topk * block_size tokens the logits equal the dense model's (in float32, Transformers' own dense class against ours);
-and beyond, how far the two are apart by position. See compare.py for how this fits into little memory.
+It shows three things:
+- every dense tensor is the source's bit for bit, and every tensor and file is what the manifest says;
+- in the exact range the logits equal those of Transformers' own dense class, both computed in float32;
+- beyond it, how far the two models are apart, by position. (How both fit into little memory: compare/models.py.)
 
-Of a trained model every tensor and file is held against what training recorded. A folder that something else saved
-(Trainer, TRL, a merge) has no manifest: what then cannot be proved is said.
+A trained model's tensors and files are held against what training recorded. A folder that something else saved
+(Trainer, TRL, a merge) has no manifest; the result then says what is not proved.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,23 @@ import torch
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
+from transformers import PreTrainedConfig
 
 from nsa_hf.errors import NsaError
 
 from . import manifest as manifests
-from .compare.metrics import NO_LABEL, Accumulator, position_edges
-from .compare.models import compare_logits, final_hidden, has_tokenizer, next_tokens, token_windows
+from .compare.metrics import Accumulator, Bucket, position_edges
+from .compare.models import compare_models, drop_decoder, final_states
 from .compare.texts import held_out_texts, provenance
-from .files.checkpoint import SafetensorsCheckpoint, hash_tensor, same_bits
+from .compare.tokens import Window, has_tokenizer, token_windows
+from .compare.weights import compare_tensors, matches_manifest
+from .files.checkpoint import SafetensorsCheckpoint
 from .files.loading import load_whole, read_config, reading, transformers_progress
 from .files.staging import write_json
-from .layout import dtype_name, layout_of
+from .options import dtype_name
 from .rope import added_scaling, scale_model
 from .sources import Source, open_source
+from .tensors import converted_tensors
 
 RESULT = "verify.json"
 
@@ -62,7 +66,7 @@ def verify(
     trust_remote_code: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Compares an NSA checkpoint with its dense source and writes `out/verify.json`.
+    """Compares a converted model with its dense source and writes `out/verify.json`.
 
     Args:
         src: the dense source, as `convert` takes it.
@@ -85,9 +89,8 @@ def verify(
         NsaError: the source or the checkpoint is not as it must be, or the texts are too short.
     """
     began = time.perf_counter()
-    for name, value, least, most in (("length", length, 2, 1 << 24), ("documents", documents, 1, 10_000)):
-        if not isinstance(value, int) or not least <= value <= most:
-            raise NsaError(f"{name} must be an int of at least {least} and at most {most:,}, got {value!r}")
+    check_whole_number("length", length, 2, 1 << 24)
+    check_whole_number("documents", documents, 1, 10_000)
     out = Path(out).expanduser()
     with transformers_progress(progress):
         manifest = manifests.find(out)
@@ -95,34 +98,19 @@ def verify(
         checkpoint = SafetensorsCheckpoint(out)
         config = read_config(out)
         length = min(length, getattr(config, "max_position_embeddings", None) or length)
-        chosen = list(held_out_texts() if texts is None else texts)
-        windows = token_windows(out, chosen, length, documents, config.vocab_size, trust_remote_code)
-        layout = layout_of(config)
-        tensors = compare_tensors(source, checkpoint, manifest, layout.dense.keys() | layout.fused.keys())
+        texts = list(held_out_texts() if texts is None else texts)
+        windows = token_windows(out, texts, length, documents, config.vocab_size, trust_remote_code)
+        expected = converted_tensors(config)
+        tensors = compare_tensors(source, checkpoint, manifest, expected.dense.keys() | expected.fused.keys())
         source_matches = matches_manifest(source, manifest)
         changed_files = [] if manifest is None else manifests.changed_files(manifest, out)
-        dtype = config.dtype or torch.float32
-        dense = source.load_model(dtype)
-        options = (manifest or {}).get("options")
-        scaling = options.get("rope_scaling") if options else added_scaling(source.config, config)
-        if scaling:
-            dense = scale_model(dense, scaling)
-        dense = dense.float().to(device)
-        dense_hidden = final_hidden(dense, windows, "Dense model", progress)
-        with reading(out):
-            sparse = load_whole(out, dtype=dtype).float().to(device)
-        sparse_hidden = final_hidden(sparse, windows, "NSA model", progress)
-    exact_tokens = config.nsa_sizes.exact_tokens
-    comparison = Accumulator(position_edges(length, [exact_tokens]))
-    for (_, ids), reference, hidden in zip(windows, dense_hidden, sparse_hidden, strict=True):
-        labels = next_tokens(ids) if has_tokenizer(out) else torch.full_like(ids[0], NO_LABEL)
-        compare_logits(comparison, labels.to(device), dense, reference, sparse, hidden)
-    exact_range = comparison.between(0, min(exact_tokens, length))
-    exact, why = judge(manifest, tensors, exact_range.max_abs_diff, exact_range.top1_gap, changed_files)
+        scaling = scaling_of(manifest, source.config, config)
+        comparison = compare_with_source(source, out, config, scaling, windows, device, progress)
+    exact_range = comparison.between(0, min(config.nsa_sizes.exact_tokens, length))
+    exact, why = judge(manifest, tensors, exact_range, changed_files)
     if exact and manifest is None and scaling:
         exact, why = None, f"not proved: its config scales RoPE, and the source's does not; scaled alike, {why}"
-    read = {name for name, _ in windows}
-    used = [text for text in chosen if text[0] in read]
+    texts_read = [(name, text) for name, text in texts if name in {window for window, _ in windows}]
     result = {
         "format": 1,
         "exact": exact,
@@ -131,17 +119,21 @@ def verify(
         "source_matches_manifest": source_matches,
         "trained": None if manifest is None else manifests.is_trained(manifest),
         "model_type": config.model_type,
-        # the source was given the same, see rope.py
         "rope_scaling": scaling,
-        "checkpoint_dtype": dtype_name(dtype),
+        "checkpoint_dtype": dtype_name(weights_dtype(config)),
         "computed_in": "float32",
         "device": str(device),
         "length": length,
         "documents": [{"name": name, "tokens": ids.shape[1]} for name, ids in windows],
-        "texts": provenance(used) if used else None,
+        "texts": provenance(texts_read) if texts_read else None,
         "tensors": tensors,
         "changed_files": changed_files,
-        "exact_range": {**exact_range.as_dict(), "up_to": exact_tokens, "tolerance": LOGIT_TOLERANCE, "tie": TIE},
+        "exact_range": {
+            **exact_range.as_dict(),
+            "up_to": config.nsa_sizes.exact_tokens,
+            "tolerance": LOGIT_TOLERANCE,
+            "tie": TIE,
+        },
         "by_position": comparison.as_dict(),
         "versions": manifests.versions(),
         "seconds": round(time.perf_counter() - began, 1),
@@ -150,62 +142,89 @@ def verify(
     return result
 
 
-def compare_tensors(
-    source: Source, checkpoint: SafetensorsCheckpoint, manifest: dict[str, Any] | None, dense: AbstractSet[str]
-) -> dict[str, Any]:
-    """How many of the source's tensors the checkpoint holds bit for bit, and whether its tensors are the manifest's.
-
-    A tensor that was converted to another dtype is compared with the source's tensor in that dtype.
+def check_whole_number(name: str, value: Any, least: int, most: int) -> None:
+    """Makes sure that an option is a whole number within bounds.
 
     Args:
-        dense: names of the tensors that the config asks for.
+        name: of the option.
+        value: that was given for it.
+        least: the smallest that is allowed.
+        most: the largest that is allowed.
+
+    Raises:
+        NsaError: it is not; names the option.
     """
-    kept, of, changed = 0, 0, []
-    for name, tensor in source.stored():
-        if name not in checkpoint.table:
-            if name not in dense:  # a tied copy, or one that the family ignores
-                continue
-            changed.append(name)
-        else:
-            target = tensor.to(checkpoint.table[name].dtype)
-            kept += (same := same_bits(target, checkpoint.read(name)))
-            if not same:
-                changed.append(name)
-        of += 1
-    wrong = None if manifest is None else manifests.differences(manifest, checkpoint.tensors())
-    return {
-        "kept": kept,
-        "of": of,
-        "changed": changed,
-        "written": len(checkpoint.table),
-        "unlike_manifest": wrong,
-    }
+    if not isinstance(value, int) or not least <= value <= most:
+        raise NsaError(f"{name} must be an int of at least {least} and at most {most:,}, got {value!r}")
 
 
-def matches_manifest(source: Source, manifest: dict[str, Any] | None) -> bool | None:
-    """Whether the source's files and tensors are those that the manifest was written of; None if it names none."""
-    if manifest is None or not manifest["source"].get("files"):
-        return None
-    if source.identity()["files"] != manifest["source"]["files"]:
-        return False
-    tensors, kind = {**manifest["tensors"], **manifest["source"].get("left_out", {})}, manifests.hash_kind(manifest)
-    hashes = {name: said.get("source", said)[kind] for name, said in tensors.items() if said["from"] == "source"}
-    return all(hashes.get(name) == hash_tensor(tensor, kind) for name, tensor in source.tensors())
+def scaling_of(
+    manifest: dict[str, Any] | None, dense: PreTrainedConfig, sparse: PreTrainedConfig
+) -> dict[str, Any] | None:
+    """The RoPE scaling that the conversion added, which the source needs too to compute the same; see rope.py.
+
+    Args:
+        manifest: of the converted model. Without it, or where it has no options, the configs are compared.
+        dense: the source's config.
+        sparse: the converted model's config.
+    """
+    options = (manifest or {}).get("options")
+    return options.get("rope_scaling") if options else added_scaling(dense, sparse)
+
+
+def weights_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """The dtype of a checkpoint's weights."""
+    return config.dtype or torch.float32
+
+
+def compare_with_source(
+    source: Source,
+    out: Path,
+    config: PreTrainedConfig,
+    scaling: dict[str, Any] | None,
+    windows: Sequence[Window],
+    device: str | torch.device,
+    progress: bool,
+) -> Accumulator:
+    """Compares the converted model's logits with the dense model's, in float32, one model in memory at a time.
+
+    Args:
+        source: the dense model.
+        out: the converted model's folder.
+        config: the converted model's config.
+        scaling: RoPE scaling that the dense model gets, as the converted one has it.
+        windows: the texts, all of one length.
+        device: where both models run.
+        progress: show bars on standard error.
+    """
+    windows = [(name, ids.to(device)) for name, ids in windows]
+    dense = source.load_model(weights_dtype(config))
+    if scaling:
+        dense = scale_model(dense, scaling)
+    dense = dense.float().to(device)
+    dense_states = final_states(dense, windows, progress="Dense model" if progress else None)
+    drop_decoder(dense)
+    with reading(out):
+        sparse = load_whole(out, dtype=weights_dtype(config)).float().to(device)
+    sparse_states = final_states(sparse, windows, progress="NSA model" if progress else None)
+    drop_decoder(sparse)
+    edges = position_edges(windows[0][1].shape[1], [config.nsa_sizes.exact_tokens])
+    return compare_models(dense, dense_states, sparse, sparse_states, windows, edges, is_text=has_tokenizer(out))
 
 
 def judge(
-    manifest: dict[str, Any] | None,
-    tensors: dict[str, Any],
-    difference: float,
-    gap: float,
-    changed_files: Sequence[str] = (),
+    manifest: dict[str, Any] | None, tensors: dict[str, Any], exact_range: Bucket, changed_files: Sequence[str] = ()
 ) -> tuple[bool | None, str]:
-    """Whether the conversion is exact, and why.
+    """Whether the conversion is exact.
 
     Args:
-        difference: largest absolute difference of a logit within the exact range; NaN is a failure.
-        gap: largest lead of the dense model's top token where the other's differs, within the exact range.
+        manifest: of the converted model; None where it has none.
+        tensors: what `compare_tensors` gave.
+        exact_range: the comparison of logits in the first tokens; a difference that is NaN is a failure.
         changed_files: config, tokenizer and other files beside the weights that are not what the manifest says.
+
+    Returns:
+        True, False, or None where it does not apply (see `verify`), and the reason.
     """
     trained = manifest is not None and manifests.is_trained(manifest)
     unlike = []
@@ -219,10 +238,11 @@ def judge(
     if tensors["kept"] != tensors["of"]:
         faults.append(f"{tensors['of'] - tensors['kept']} of {tensors['of']} tensors are not the source's")
     faults += unlike
+    difference, lead = exact_range.max_abs_diff, exact_range.top1_gap
     if not difference < LOGIT_TOLERANCE:
         faults.append(f"a logit within the exact range differs by {difference:.3g}, more than {LOGIT_TOLERANCE:g}")
-    if not gap <= TIE:
-        faults.append(f"the top token within the exact range differs where the dense model leads by {gap:.3g}")
+    if not lead <= TIE:
+        faults.append(f"the top token within the exact range differs where the dense model leads by {lead:.3g}")
     if manifest is None and faults:
         return None, f"not proved: {'; '.join(faults)}; by training or by damage: there is no manifest.json to tell"
     if faults:

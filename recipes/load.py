@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from nsa_hf.conversion.compare import models as compare
+from nsa_hf.conversion.compare import tokens
 from nsa_hf.conversion.files.loading import load_whole, read_config, transformers_progress
 from nsa_hf.conversion.sources.folder import tokenizer_code
 from nsa_hf.errors import NsaError, check_folder
@@ -41,7 +41,7 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
     Raises:
         NsaError: there is none, or it has code of its own that is not trusted.
     """
-    if not compare.has_tokenizer(check_folder(folder)):
+    if not tokens.has_tokenizer(check_folder(folder)):
         raise NsaError(f"{folder} has no tokenizer: copy the source's tokenizer files there")
     code = tokenizer_code(Path(folder))
     if code and not trust_remote_code:
@@ -75,4 +75,4 @@ def pick_device(device: str | None) -> str:
 
 def check_token_ids(model: Any, ids: Sequence[int] | torch.Tensor) -> None:
     """Whether the model has an embedding for each token of `ids`; NsaError where it has not."""
-    compare.check_token_ids(torch.as_tensor(ids), model.get_input_embeddings().weight.shape[0])
+    tokens.check_token_ids(torch.as_tensor(ids), model.get_input_embeddings().weight.shape[0])

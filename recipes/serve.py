@@ -21,7 +21,7 @@ from transformers.utils.import_utils import is_serve_available
 
 import nsa_hf  # noqa: F401 - registers the model classes
 from nsa_hf.conversion.files.loading import read_config
-from nsa_hf.conversion.layout import check_weights
+from nsa_hf.conversion.tensors import check_weights
 from nsa_hf.errors import NsaError
 from nsa_hf.generation import PAGED
 

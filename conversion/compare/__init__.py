@@ -1,1 +1,1 @@
-"""Two models on the same texts."""
+"""Two models compared: their weights, and what they compute on the same texts."""

@@ -24,7 +24,12 @@ NO_LABEL = -100
 
 
 def position_edges(length: int, extra: Iterable[int] = ()) -> list[int]:
-    """Bucket borders 0, 512, 1024, 2048, 4096, ... up to and including `length`, and those of `extra` below it."""
+    """Borders of ranges of positions: 0, 512, 1024, 2048, 4096, ... and `length`.
+
+    Args:
+        length: tokens of the longest text; the last border.
+        extra: more borders; those below `length` are taken.
+    """
     edges = {0, length, *(edge for edge in extra if 0 < edge < length)}
     edge = 512
     while edge < length:
@@ -117,7 +122,11 @@ class Accumulator:
             bucket.add(_compare(bucket, reference_logits[rows], logits[rows], labels[rows]))
 
     def merge(self, other: Accumulator) -> None:
-        """Adds another accumulator's sums (another document, another process)."""
+        """Adds another accumulator's sums, of another document or from another process.
+
+        Raises:
+            ValueError: it has other edges.
+        """
         if list(self.edges) != list(other.edges):
             raise ValueError(f"cannot merge buckets {list(other.edges)} into {list(self.edges)}")
         for mine, theirs in zip(self.buckets, other.buckets, strict=True):
@@ -144,17 +153,33 @@ class Accumulator:
 def compare_by_position(
     reference_logits: Tensor, logits: Tensor, labels: Tensor, edges: Sequence[int], chunk: int = 256
 ) -> Accumulator:
-    """The comparison of one document in one call: see `Accumulator.update`."""
+    """The comparison of one document in one call.
+
+    Args:
+        reference_logits: as in `Accumulator.update`.
+        logits: as in `Accumulator.update`.
+        labels: as in `Accumulator.update`.
+        edges: as in `Accumulator`.
+        chunk: as in `Accumulator`.
+    """
     accumulator = Accumulator(edges, chunk)
     accumulator.update(reference_logits, logits, labels)
     return accumulator
 
 
 def _compare(bucket: Bucket, reference_logits: Tensor, logits: Tensor, labels: Tensor) -> Bucket:
+    """The sums of a chunk of positions of one bucket.
+
+    Args:
+        bucket: whose borders the sums get.
+        reference_logits: [C, V].
+        logits: [C, V].
+        labels: [C] int64.
+    """
     # [C, V] in fp32
     reference, other = reference_logits.float(), logits.float()
     difference = (reference - other).abs_().amax().item()
-    # [C]: what the reference gives its own first token more than it gives the other's
+    # [C]: how much more the reference gives its own top token than the other's
     gap = reference.amax(-1) - reference.gather(-1, other.argmax(-1, keepdim=True)).squeeze(-1)
     same = reference.argmax(-1) == other.argmax(-1)
     reference, other = reference.log_softmax(-1), other.log_softmax(-1)

@@ -1,128 +1,149 @@
-"""Two models on the same texts, one in memory at a time.
+"""Two models on the same texts, compared by position.
 
-A model is run once over every text and then gives way to the next; what stays of it is its final hidden states [T,
-hidden], small beside logits, and its head. Logits are made from them a run of positions at a time, so that neither two
-models nor two [T, V] tensors are ever held at once.
+    reference_states = final_states(reference, windows)
+    drop_decoder(reference)                              # where two whole models do not fit into memory
+    states = final_states(model, windows)
+    compare_models(reference, reference_states, model, states, windows, edges).as_dict()
+
+Each model runs once over every text. Only its final hidden states [1, T, hidden] are kept, which are small beside
+logits (4.7 MB for 2,048 tokens of SmolLM2). Logits are made from them for a few positions at a time, so that no
+[T, vocabulary] tensor ever exists.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from nsa_hf.errors import NsaError
-
-from ..files.loading import reading
 from .metrics import NO_LABEL, Accumulator
+from .tokens import Window, next_tokens
+
+# Final hidden states [1, n, hidden] to logits [n, vocabulary].
+Head = Callable[[Tensor], Tensor]
 
 
-def token_windows(
-    out: Path,
-    texts: Sequence[tuple[str, str]],
-    length: int,
-    documents: int,
-    vocabulary: int,
-    trust_remote_code: bool = False,
-) -> list[tuple[str, Tensor]]:
-    """The first `length` tokens (int64 [1, length]) of the first `documents` texts that have as many.
+@torch.no_grad()
+def final_states(
+    model: PreTrainedModel,
+    windows: Sequence[Window],
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    progress: str | None = None,
+) -> list[Tensor]:
+    """Runs a model over texts, in evaluation mode, and gives its decoder's output.
 
-    A checkpoint without a tokenizer gets random tokens instead: they show what was kept as well as a text does, and
-    nothing about language.
+    Args:
+        model: a causal language model; whether it was in training mode is restored.
+        windows: the texts, ids int64 [1, T].
+        autocast: makes the context that each forward pass runs in, such as Accelerate's mixed precision.
+        progress: words before a bar on standard error; None shows no bar.
 
-    Raises:
-        NsaError: the texts are too short, or the tokenizer is another model's.
+    Returns:
+        [1, T, hidden] of each text, on the device of its ids.
     """
-    if not has_tokenizer(out):
-        generator = torch.Generator().manual_seed(0)
-        drawn = torch.randint(vocabulary, (documents, 1, length), generator=generator)
-        return [(f"random tokens {index}", ids) for index, ids in enumerate(drawn)]
-    with reading(out):
-        tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=trust_remote_code)
-    windows: list[tuple[str, Tensor]] = []
-    longest = 0
-    for name, text in texts:
-        if len(windows) == documents:
-            break
-        ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :length]
-        longest = max(longest, ids.shape[1])
-        if ids.shape[1] == length:
-            check_token_ids(ids, vocabulary)
-            windows.append((name, ids))
-    if len(windows) < documents:
-        raise NsaError(
-            f"expected {documents} texts of at least {length} tokens, found {len(windows)} among {len(texts)} (the "
-            f"longest looked at has {longest}): give longer texts, or a smaller length or number of documents"
-        )
-    return windows
+    console = Console(stderr=True)
+    with evaluation_mode(model):
+        states = []
+        for _, ids in track(windows, progress or "", disable=progress is None, console=console):
+            with autocast():
+                output = model.base_model(input_ids=ids.to(model.device), use_cache=False)
+            states.append(output.last_hidden_state.to(ids.device))
+    return states
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a checkpoint has a tokenizer beside it."""
-    return any(path for pattern in ("tokenizer*", "vocab.*") for path in folder.glob(pattern))
+@torch.no_grad()
+def compare_models(
+    reference: PreTrainedModel,
+    reference_states: Sequence[Tensor],
+    model: PreTrainedModel,
+    states: Sequence[Tensor],
+    windows: Sequence[Window],
+    edges: Sequence[int],
+    *,
+    is_text: bool = True,
+    chunk: int = 256,
+) -> Accumulator:
+    """Compares two models' logits on the same texts, on the device of the texts' ids.
 
+    Args:
+        reference: the model compared with; may be `model` itself, run otherwise.
+        reference_states: what `final_states` gave of it, [1, T, hidden] of each text.
+        model: the model that is compared.
+        states: what `final_states` gave of it.
+        windows: the texts, ids int64 [1, T].
+        edges: borders of the ranges of positions, see `Accumulator`.
+        is_text: False for random tokens, of which no next one can be predicted.
+        chunk: positions whose logits exist at a time.
 
-def check_token_ids(ids: Tensor, vocabulary: int) -> None:
-    """Whether a model has an embedding for each of a tokenizer's ids.
-
-    The model itself would stop with an index error, and on a GPU with one of the whole process.
-
-    Raises:
-        NsaError: one is beyond its vocabulary.
+    Returns:
+        The comparison, summed over the texts.
     """
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
-        raise NsaError(
-            f"the tokenizer gives token {int(ids.max())}, and the model's vocabulary ends at {vocabulary - 1}: "
-            "the tokenizer is another model's, so copy the source's tokenizer files into the folder"
-        )
+    comparison = Accumulator(edges, chunk)
+    with head_of(reference) as reference_head, head_of(model) as head:
+        for (_, ids), reference_hidden, hidden in zip(windows, reference_states, states, strict=True):
+            labels = next_tokens(ids) if is_text else torch.full_like(ids[0], NO_LABEL)
+            for start in range(0, len(labels), chunk):
+                positions = slice(start, start + chunk)
+                comparison.update(
+                    reference_head(reference_hidden[:, positions]).to(ids.device),
+                    head(hidden[:, positions]).to(ids.device),
+                    labels[positions],
+                    start,
+                )
+    return comparison
 
 
-def next_tokens(ids: Tensor) -> Tensor:
-    """The labels [T] of a text [1, T]: each position's next token, and none at the last."""
-    return torch.cat([ids[0, 1:], ids.new_tensor([NO_LABEL])])
+@contextmanager
+def head_of(model: PreTrainedModel) -> Iterator[Head]:
+    """A model's head as a function, which runs on the model's device and in its dtype.
+
+    It is the model's own forward with the decoder taken out for as long as the context lasts: families scale or cap
+    their logits in it.
+    """
+    device, dtype = model.device, model.dtype
+    decoder = model.base_model
+    with evaluation_mode(model):
+        setattr(model, model.base_model_prefix, NoDecoder())
+        try:
+            yield lambda states: model(inputs_embeds=states.to(device, dtype)).logits[0]
+        finally:
+            setattr(model, model.base_model_prefix, decoder)
 
 
-class HiddenStates(nn.Module):
-    """In place of a model's decoder once that is no longer needed: gives the head the hidden states it is given."""
+def drop_decoder(model: PreTrainedModel) -> None:
+    """Frees the memory of all of a model but its head."""
+    setattr(model, model.base_model_prefix, NoDecoder())
+    gc.collect()
+
+
+class NoDecoder(nn.Module):
+    """Stands in a decoder's place and hands the embeddings on unchanged, as if they were final hidden states."""
 
     def forward(self, *absent: None, inputs_embeds: Tensor, **kwargs: Any) -> MoeModelOutputWithPast:
-        """`inputs_embeds [1, T, hidden]` are the final hidden states; ids that are None may come without a name."""
+        """Called by the model as it calls its decoder.
+
+        Args:
+            absent: `input_ids`, which some families pass without its name and which is None here.
+            inputs_embeds: the final hidden states, [1, n, hidden].
+            kwargs: whatever else the decoder takes.
+        """
         return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 
-@torch.no_grad()
-def final_hidden(
-    model: PreTrainedModel, windows: Sequence[tuple[str, Tensor]], what: str, progress: bool
-) -> list[Tensor]:
-    """The decoder's output [1, T, hidden] for each text; leaves of the model only its head (see HiddenStates)."""
-    bar = track(windows, what, disable=not progress, console=Console(stderr=True))
-    hidden = [model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state for _, ids in bar]
-    setattr(model, model.base_model_prefix, HiddenStates())
-    gc.collect()
-    return hidden
-
-
-@torch.no_grad()
-def compare_logits(
-    comparison: Accumulator,
-    labels: Tensor,
-    dense: PreTrainedModel,
-    reference: Tensor,
-    sparse: PreTrainedModel,
-    hidden: Tensor,
-) -> None:
-    """Adds one text to the comparison, a run of positions at a time: heads of both models on their hidden states."""
-    for start in range(0, len(labels), comparison.chunk):
-        run = slice(start, start + comparison.chunk)
-        first, second = (
-            model(inputs_embeds=h[:, run]).logits[0] for model, h in ((dense, reference), (sparse, hidden))
-        )
-        comparison.update(first, second, labels[run], start)
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and afterwards the mode that the model was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,4 +1,4 @@
-"""Real long texts that are on every machine: files of Python's own standard library, held out from all training here.
+"""Real long texts that are on every machine: source files of Python's standard library, which training leaves out.
 
     from nsa_hf.conversion.compare.texts import held_out_texts
     for name, text in held_out_texts(): ...
@@ -37,7 +37,10 @@ def standard_library() -> Path:
 
 
 def held_out_texts(names: Sequence[str] = HELD_OUT) -> list[tuple[str, str]]:
-    """The held-out texts as (file name, text), in the order of `names`; a file this Python lacks is left out.
+    """The held-out texts as (file name, text).
+
+    Args:
+        names: of files, in the order that is wanted; those that this Python lacks are left out.
 
     Raises:
         NsaError: none of them is there.
@@ -53,9 +56,13 @@ def held_out_texts(names: Sequence[str] = HELD_OUT) -> list[tuple[str, str]]:
 
 
 def provenance(texts: Sequence[tuple[str, str]]) -> dict:
-    """What the texts are, for a result's record: origin, Python version, license, and each text's sha256."""
-    ours = {name: text for name, text in texts if name in HELD_OUT}
-    standard = len(ours) == len(texts) and texts == held_out_texts([name for name, _ in texts])
+    """What the texts are, for the record of a result: origin, Python version, license, and each text's sha256.
+
+    Args:
+        texts: (name, text) pairs.
+    """
+    names = {name for name, _ in texts if name in HELD_OUT}
+    standard = len(names) == len(texts) and texts == held_out_texts([name for name, _ in texts])
     return {
         "origin": "the Python standard library's source, held out from training" if standard else "given by the user",
         "python": platform.python_version() if standard else None,

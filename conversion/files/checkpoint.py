@@ -6,23 +6,22 @@ Nothing is loaded to open one: shapes and dtypes come from the files' headers. `
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nsa_hf.errors import NsaError
+
+from .pieces import Buffers, Piece, TensorInfo, byte_ranges
+from .plain_json import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -40,61 +39,10 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
-
-# Bytes read at a time, and how many such buffers are on their way: together they bound what streaming keeps in memory.
-# Smaller ones cost more time in Python, where threads wait for each other.
-PIECE, BUFFERS = 8 << 20, 8
-# How many of them are read before they are asked for; with the one in hand, fewer than there are buffers.
+# Pieces that are read before they are asked for; with the one in hand, fewer than there are buffers.
 AHEAD = 4
-# Bytes of one call that has Linux fetch from the disk; of a longer one it takes a part only.
+# Bytes of one call that asks Linux to fetch from the disk; of a longer range it fetches a part only.
 FETCH = 512 << 10
-
-
-# What tensors are hashed with, and what earlier versions did: sha256 of 16 GB takes longer than copying them. xxh3_128
-# finds whatever happens by accident; it is not made to withstand somebody who forges weights.
-HASH = "xxh3_128"
-HASHES: dict[str, Callable[[], Any]] = {HASH: xxhash.xxh3_128, "sha256": hashlib.sha256}
-
-
-class CheckpointError(NsaError):
-    """A checkpoint that is missing, damaged or not what it says it is."""
-
-
-class TensorInfo(NamedTuple):
-    """What a file's header says of one tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-@dataclass
-class Piece:
-    """A part of a tensor on its way.
-
-    Attributes:
-        name: of the tensor.
-        start: index of the first value, counted in the flattened tensor.
-        values: `[n]`, a run of the flattened tensor, dtype as stored.
-        last: whether the tensor ends here.
-        uses: what still reads `values` in other threads; only when all are done is the buffer filled anew.
-    """
-
-    name: str
-    start: int
-    values: Tensor
-    last: bool
-    uses: list[Future] = field(default_factory=list)
-
-
-def pieces_of(name: str, tensor: Tensor) -> Iterator[Piece]:
-    """A tensor that is in memory, cut up."""
-    flat, step = tensor.detach().reshape(-1), PIECE // tensor.dtype.itemsize
-    for start in range(0, max(1, len(flat)), step):
-        yield Piece(name, start, flat[start : start + step], start + step >= len(flat))
 
 
 class SafetensorsCheckpoint:
@@ -106,10 +54,12 @@ class SafetensorsCheckpoint:
 
     Attributes:
         files: the weight files and the index, if any.
-        table: name to TensorInfo, in the files' order.
+        table: shape and dtype of every tensor by name, in the files' order.
+        file_of: each tensor's file, by the tensor's name.
+        begin: the byte at which each tensor begins in its file, by name.
 
     Raises:
-        CheckpointError: no weights, or under names that Transformers does not load; a missing or damaged file, or an
+        NsaError: no weights, or under names that Transformers does not load; a missing or damaged file, or an
             index that disagrees with the files.
     """
 
@@ -122,7 +72,7 @@ class SafetensorsCheckpoint:
         shards = [only] if only else sorted({*expected.values()}) if expected else [self._single_file()]
         missing = [name for name in shards if not (folder / name).is_file()]
         if missing:
-            raise CheckpointError(f"{folder} lacks {', '.join(missing)}, which its index names: download it again")
+            raise NsaError(f"{folder} lacks {', '.join(missing)}, which its index names: download it again")
         for name in shards:
             self._read_header(folder / name)
         self.files = [folder / name for name in shards] + ([folder / INDEX] if expected else [])
@@ -139,9 +89,7 @@ class SafetensorsCheckpoint:
                 raise ValueError("its weight_map must give each tensor's file in this folder")
             return dict(weight_map)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{path} is not an index of safetensors files ({error!r}): download it again"
-            ) from error
+            raise NsaError(f"{path} is not an index of safetensors files ({error!r}): download it again") from error
 
     def _single_file(self) -> str:
         if (self.folder / SINGLE).is_file():
@@ -149,18 +97,18 @@ class SafetensorsCheckpoint:
         names = sorted(path.name for path in self.folder.glob("*.safetensors"))
         if names:
             if any("-of-" in name for name in names):
-                raise CheckpointError(f"{self.folder} has shards but no {INDEX}: download it again")
+                raise NsaError(f"{self.folder} has shards but no {INDEX}: download it again")
             how = f"rename it to {SINGLE}" if len(names) == 1 else "save the model with save_pretrained"
-            raise CheckpointError(
+            raise NsaError(
                 f"{self.folder} has its weights as {', '.join(names)}, which Transformers does not load: {how}"
             )
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in self.folder.glob(pattern))
         if pickles:
-            raise CheckpointError(
+            raise NsaError(
                 f"{self.folder} has its weights as pickle ({pickles[0]}), which can run code when loaded: expected "
                 "safetensors; give --allow-pickle to read the tensors in it and nothing else (weights_only)"
             )
-        raise CheckpointError(
+        raise NsaError(
             f"{self.folder} holds no weights: expected {SINGLE}, {INDEX} or a .gguf file (of a Hub repository, pickles "
             "are downloaded with --allow-pickle only)"
         )
@@ -172,21 +120,21 @@ class SafetensorsCheckpoint:
                     view = file.get_slice(name)
                     dtype = view.get_dtype()
                     if dtype not in DTYPES:
-                        raise CheckpointError(f"{path}: {name} has dtype {dtype}; expected one of {', '.join(DTYPES)}")
+                        raise NsaError(f"{path}: {name} has dtype {dtype}; expected one of {', '.join(DTYPES)}")
                     if name in self.table:
-                        raise CheckpointError(f"{name} is in both {self.file_of[name].name} and {path.name}: keep one")
+                        raise NsaError(f"{name} is in both {self.file_of[name].name} and {path.name}: keep one")
                     self.table[name] = TensorInfo(tuple(view.get_shape()), DTYPES[dtype])
                     self.file_of[name] = path
             self.begin.update(tensor_positions(path))
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is damaged or incomplete ({error}): download it again") from error
+            raise NsaError(f"{path} is damaged or incomplete ({error}): download it again") from error
 
     def _check_index(self, expected: dict[str, str]) -> None:
         actual = {name: path.name for name, path in self.file_of.items()}
         wrong = sorted(name for name in {*expected, *actual} if expected.get(name) != actual.get(name))
         if wrong:
             name = wrong[0]
-            raise CheckpointError(
+            raise NsaError(
                 f"{self.folder / INDEX} disagrees with the files on {len(wrong)} tensors: {name} should be in "
                 f"{expected.get(name, 'none')} and is in {actual.get(name, 'none')}"
             )
@@ -204,45 +152,42 @@ class SafetensorsCheckpoint:
                     yield name, file.get_tensor(name)
 
     def pieces(self, wanted: Container[str]) -> Iterator[Piece]:
-        """The tensors in `wanted`, in the order of `table`, each byte read once, AHEAD pieces ahead in another thread.
+        """Some of the tensors in pieces, in the order of `table`.
+
+        Each byte is read once. Another thread reads AHEAD pieces ahead.
+
+        Args:
+            wanted: names of the tensors.
 
         Raises:
-            CheckpointError: a file ends early.
+            NsaError: a file ends early.
         """
-        pieces = self._pieces(wanted)
+        pieces = self._read_pieces(wanted)
         with ThreadPoolExecutor(1, "read") as reader:
             ahead = deque(reader.submit(next, pieces, None) for _ in range(AHEAD))
             while piece := ahead.popleft().result():
                 ahead.append(reader.submit(next, pieces, None))
                 yield piece
 
-    def _pieces(self, wanted: Container[str]) -> Iterator[Piece]:
-        buffers = [torch.empty(PIECE, dtype=torch.uint8) for _ in range(BUFFERS)]
-        uses: list[list[Future]] = [[] for _ in range(BUFFERS)]
-        turn = 0
+    def _read_pieces(self, wanted: Container[str]) -> Iterator[Piece]:
+        buffers = Buffers()
         for path in dict.fromkeys(self.file_of.values()):
-            parts = [
-                (name, done, min(PIECE, info.nbytes - done))
-                for name, info in self.table.items()
-                if self.file_of[name] == path and name in wanted
-                for done in range(0, max(1, info.nbytes), PIECE)
-            ]
+            names = [name for name in self.table if self.file_of[name] == path and name in wanted]
+            ranges = [(name, start, size) for name in names for start, size in byte_ranges(self.table[name].nbytes)]
             with path.open("rb", buffering=0) as file:
-                for number, (name, done, size) in enumerate(parts):
-                    for later, start, length in parts[number + AHEAD : number + AHEAD + 1]:
-                        _fetch(file, self.begin[later] + start, length)
-                    turn = (turn + 1) % BUFFERS
-                    wait(uses[turn])
-                    uses[turn] = []
-                    buffer, info = buffers[turn][:size], self.table[name]
-                    file.seek(self.begin[name] + done)
+                for number, (name, start, size) in enumerate(ranges):
+                    for later, later_start, later_size in ranges[number + AHEAD : number + AHEAD + 1]:
+                        _fetch(file, self.begin[later] + later_start, later_size)
+                    buffer, uses = buffers.next(size)
+                    file.seek(self.begin[name] + start)
                     _read_into(file, buffer, path)
-                    last = done + size == info.nbytes
-                    yield Piece(name, done // info.dtype.itemsize, buffer.view(info.dtype), last, uses[turn])
+                    info = self.table[name]
+                    values, last = buffer.view(info.dtype), start + size == info.nbytes
+                    yield Piece(name, start // info.dtype.itemsize, values, last, uses)
 
 
 def tensor_positions(path: Path) -> dict[str, int]:
-    """Byte at which each tensor of a safetensors file begins."""
+    """The byte at which each tensor of a safetensors file begins, by name."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
@@ -250,10 +195,10 @@ def tensor_positions(path: Path) -> dict[str, int]:
 
 
 def _fetch(file: io.RawIOBase, start: int, length: int) -> None:
-    """Has the system bring a part of a file into its cache meanwhile, where a system can be asked to."""
+    """Asks the system, where it can be asked, to bring bytes of a file into its cache in the background."""
     if hasattr(os, "posix_fadvise"):
-        for at in range(start, start + length, FETCH):
-            os.posix_fadvise(file.fileno(), at, min(FETCH, start + length - at), os.POSIX_FADV_WILLNEED)
+        for position in range(start, start + length, FETCH):
+            os.posix_fadvise(file.fileno(), position, min(FETCH, start + length - position), os.POSIX_FADV_WILLNEED)
 
 
 def _read_into(file: io.RawIOBase, buffer: Tensor, path: Path) -> None:
@@ -261,63 +206,5 @@ def _read_into(file: io.RawIOBase, buffer: Tensor, path: Path) -> None:
     while view:
         count = file.readinto(view)
         if not count:
-            raise CheckpointError(f"{path} ends early: it changed while it was being read")
+            raise NsaError(f"{path} ends early: it changed while it was being read")
         view = view[count:]
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is no JSON, or nested deeper than any of ours or Transformers'.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have one dtype, one shape and the same bits (NaN equal to itself, -0 unlike 0)."""
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(byte_view(a), byte_view(b))
-
-
-def hash_tensor(tensor: Tensor, kind: str = HASH) -> str:
-    """The hash, one of HASHES, of a CPU tensor's bytes in row-major order, as they stand in a safetensors file."""
-    digest = HASHES[kind]()
-    digest.update(byte_view(tensor).numpy().data)
-    return str(digest.hexdigest())
-
-
-def hash_parts(parts: Iterable[bytes]) -> str:
-    """The hash of bytes that come in parts, with its name before it: "xxh3_128:1f...", as a training run notes it."""
-    digest = HASHES[HASH]()
-    for part in parts:
-        digest.update(part)
-    return f"{HASH}:{digest.hexdigest()}"
-
-
-def hash_file(path: Path) -> str:
-    """`hash_parts` of a file's bytes."""
-    with path.open("rb") as file:
-        return hash_parts(iter(lambda: file.read(PIECE), b""))
-
-
-def describe_file(path: Path) -> dict[str, Any]:
-    """A file's size, and sha256 of its bytes; of a safetensors file, `header_sha256` of its header.
-
-    The header says what stands where, and the tensors have hashes of their own: nothing is hashed twice.
-    """
-    with path.open("rb") as file:
-        if path.suffix != ".safetensors":
-            return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-        size = file.read(8)
-        # a damaged one may say anything
-        header = size + file.read(min(int.from_bytes(size, "little"), path.stat().st_size))
-        return {"bytes": path.stat().st_size, "header_sha256": hashlib.sha256(header).hexdigest()}
-
-
-def byte_view(tensor: Tensor) -> Tensor:
-    """`[bytes]` uint8: a CPU tensor's bytes in row-major order, without a copy where it is contiguous."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)

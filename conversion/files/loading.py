@@ -1,4 +1,4 @@
-"""Loading through Transformers, with errors that name the file and progress bars as wished."""
+"""Loading through Transformers, with errors that name the file, and with or without progress bars."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ from nsa_hf.errors import NsaError, check_folder
 from nsa_hf.registration import PREFIX
 from nsa_hf.shape import check_shape
 
-from .checkpoint import CheckpointError, read_json
 from .model_folder import refuse_adapter
+from .plain_json import read_json
 
-# Fields that say how many parts there are, which are made one by one, and the most of them: the deepest model so far
-# has a thousand layers. (Each label gets a name.)
-MOST = {re.compile(r"(^|_)layers?$"): 1024, re.compile(r"(^|_)experts$"): 16384, re.compile(r"^num_labels$"): 1 << 20}
+# The largest values of config fields that count layers, experts and labels, since Transformers makes these one by one
+# (of a label its name): the deepest model so far has a thousand layers.
+LARGEST_COUNTS = {
+    re.compile(r"(^|_)layers?$"): 1024,
+    re.compile(r"(^|_)experts$"): 16384,
+    re.compile(r"^num_labels$"): 1 << 20,
+}
 
 # Old checkpoints stored RoPE's frequencies in each layer; Transformers computes them and ignores these.
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")
@@ -34,37 +38,35 @@ def read_config(folder: Path) -> PreTrainedConfig:
             another one than the folder's manifest says.
     """
     if not (check_folder(folder) / "config.json").is_file():
-        raise CheckpointError(
-            f"{folder} holds no model: expected a folder that `nsa-hf convert` or `nsa-hf train` wrote"
-        )
+        raise NsaError(f"{folder} holds no model: expected a folder that `nsa-hf convert` or `nsa-hf train` wrote")
     config = load_config(folder)
     check_shape(folder, config)
     if not config.model_type.startswith(PREFIX):
-        raise CheckpointError(
-            f"{folder} holds a dense model ({config.model_type}): convert it first with `nsa-hf convert`"
-        )
+        raise NsaError(f"{folder} holds a dense model ({config.model_type}): convert it first with `nsa-hf convert`")
     return config
 
 
 def load_whole(folder: Path, **options: Any) -> PreTrainedModel:
     """Transformers' model of a folder, in evaluation mode.
 
+    Args:
+        folder: holds config and weights.
+        options: what `from_pretrained` takes.
+
     Raises:
-        NsaError: the folder's config is not of the model that its manifest says (see `nsa_hf.shape`).
-        CheckpointError: weights were missing, which Transformers would only warn of and make up, or left over, as when
-            the config asks for fewer layers; or there is an adapter, for which it would load other weights or none.
+        NsaError: the folder's config is not of the model that its manifest says (see `nsa_hf.shape`); weights were
+            missing, which Transformers would only warn of and draw at random, or left over, as when the config asks
+            for fewer layers; or there is an adapter, for which it would load other weights or none.
     """
     refuse_adapter(folder)
     check_shape(folder)
     model, loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     missing = sorted(loaded["missing_keys"])
     if missing:
-        raise CheckpointError(
-            f"{folder} lacks {len(missing)} tensors that its config asks for, {missing[0]} among them"
-        )
+        raise NsaError(f"{folder} lacks {len(missing)} tensors that its config asks for, {missing[0]} among them")
     left_over = sorted(name for name in loaded["unexpected_keys"] if not IGNORED.search(name))
     if left_over:
-        raise CheckpointError(
+        raise NsaError(
             f"{folder} holds {len(left_over)} tensors that its config does not ask for, {left_over[0]} among them"
         )
     return model.eval()
@@ -73,16 +75,20 @@ def load_whole(folder: Path, **options: Any) -> PreTrainedModel:
 def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Transformers' config of a folder.
 
+    Args:
+        folder: holds config.json.
+        trust_remote_code: read it by the code that it names.
+
     Raises:
-        CheckpointError: there is none, it cannot be read, asks for more parts than a model can have, or names another
+        NsaError: there is none, it cannot be read, asks for more parts than a model can have, or names another
             weight file than we read.
     """
     path = folder / "config.json"
     with reading(path):
-        said = read_json(path)
-        check_counts(said, str(path))
-        if said.get("transformers_weights"):
-            raise CheckpointError(
+        content = read_json(path)
+        check_counts(content, str(path))
+        if content.get("transformers_weights"):
+            raise NsaError(
                 f"{path} names a weight file of its own (transformers_weights), which is not followed: rename that "
                 "file to model.safetensors, in a folder without others, and take the field out"
             )
@@ -90,20 +96,24 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
 
 
 def check_counts(config: Any, name: str) -> None:
-    """Refuses a config, as JSON, of more layers, experts or labels than a model can have; Transformers makes each one.
+    """Refuses a config of more layers, experts or labels than a model can have.
+
+    Args:
+        config: what its JSON file holds.
+        name: of the file, for the message.
 
     Raises:
-        CheckpointError: naming the field.
+        NsaError: naming the field.
     """
-    todo = [config]
-    while todo:
-        part = todo.pop()
+    parts = [config]
+    while parts:
+        part = parts.pop()
         for key, value in part.items() if isinstance(part, dict) else enumerate(part):
             if isinstance(value, dict | list):
-                todo.append(value)
-            for field, most in MOST.items():
+                parts.append(value)
+            for field, most in LARGEST_COUNTS.items():
                 if isinstance(value, int | float) and field.search(str(key)) and value > most:
-                    raise CheckpointError(f"{name}: {key} is {_short(value)}, and no model has more than {most:,}")
+                    raise NsaError(f"{name}: {key} is {_short(value)}, and no model has more than {most:,}")
 
 
 def _short(value: float) -> str:
@@ -115,19 +125,19 @@ def _short(value: float) -> str:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns what Transformers and the file formats raise about a bad file into a CheckpointError that names it."""
+    """Turns what Transformers and the file formats raise about a bad file into a NsaError that names it."""
     try:
         yield
     except NsaError:
         raise
     except Exception as error:  # tokenizers, for one, raises nothing more special
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"cannot read {path}: {reason[:500]}") from error
+        raise NsaError(f"cannot read {path}: {reason[:500]}") from error
 
 
 @contextmanager
 def transformers_progress(shown: bool) -> Iterator[None]:
-    """Transformers' own progress bars as wished, and afterwards as they were."""
+    """Switches Transformers' own progress bars on or off, and afterwards back to what they were."""
     before = logging.is_progress_bar_enabled()
     switch = {True: logging.enable_progress_bar, False: logging.disable_progress_bar}
     switch[shown]()

@@ -1,4 +1,7 @@
-"""YAML of settings: names and plain values, without what makes a short text long (aliases) or deep, each name once."""
+"""YAML of settings: names and plain values, each name once, without aliases and deep nesting.
+
+(With aliases a short text can be as long as memory, and deep nesting ends Python's stack.)
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,11 @@ DEEPEST = 50
 
 
 def read_plain(path: Path, longest: int = LONGEST) -> Any:
-    """`load_plain` of a file, of which no more is read than may be in it.
+    """What a YAML file holds.
+
+    Args:
+        path: of the file.
+        longest: characters that it may have; no more are read.
 
     Raises:
         OSError: it cannot be read.
@@ -24,6 +31,10 @@ def read_plain(path: Path, longest: int = LONGEST) -> Any:
 
 def load_plain(text: str, longest: int = LONGEST) -> Any:
     """What a YAML text holds.
+
+    Args:
+        text: in YAML.
+        longest: characters that it may have.
 
     Raises:
         ValueError: it is no YAML, has aliases, gives a name twice, is longer than `longest` characters or nested deeper
@@ -43,6 +54,7 @@ class PlainLoader(yaml.SafeLoader):
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        """As PyYAML's; refuses aliases and deep nesting."""
         event = self.peek_event()
         line = f"line {event.start_mark.line + 1}"
         if isinstance(event, yaml.AliasEvent):
@@ -55,6 +67,7 @@ class PlainLoader(yaml.SafeLoader):
         return node
 
     def compose_mapping_node(self, anchor: Any) -> Any:
+        """As PyYAML's; refuses a name that is given twice."""
         node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for name in (name for name, _ in node.value if isinstance(name, yaml.ScalarNode)):

@@ -1,12 +1,12 @@
-"""Safetensors files written piece by piece, hashed on the way, several at once if need be.
+"""Safetensors files written piece by piece and hashed on the way, in any order of their tensors.
 
     with ShardWriter(folder, table, "2GB") as writer:
         for piece in ...: writer.put(piece.name, piece.start, piece.values)
-        writer.finish()                  # the index; every hash is in writer.hashes then
+        writer.finish()                  # now the index is written, and writer.hashes holds every hash
 
 Names and split are those of Transformers' `save_pretrained`. Every file's header is known before its first tensor
 comes, so that no tensor has to be held: memory does not grow with the shards or the tensors. Writing runs in a
-thread of its own beside whoever reads; on a fast disk it is what takes longest.
+thread of its own beside reading; on a fast disk it is what takes longest.
 """
 
 from __future__ import annotations
@@ -26,22 +26,14 @@ from torch import Tensor
 
 from nsa_hf.errors import NsaError
 
-from .checkpoint import (
-    BUFFERS,
-    DTYPES,
-    HASH,
-    HASHES,
-    INDEX,
-    SafetensorsCheckpoint,
-    TensorInfo,
-    byte_view,
-    tensor_positions,
-)
+from .checkpoint import DTYPES, INDEX, SafetensorsCheckpoint, tensor_positions
+from .hashes import HASH, HASHES
+from .pieces import BUFFERS, TensorInfo, byte_view
 from .staging import OutputError, write_json
 
-# Bytes of one call that writes. Linux looks for page cache in pieces as large as the call: of 512 KiB they take a fifth
-# longer to come by on ext4 than of 128, of two megabytes several times as long when memory is short or in pieces. Of
-# still smaller ones there would be so many that Python's threads wait for each other.
+# Bytes of one call that writes. Linux looks for room in its page cache in runs as large as the call: on ext4 runs of
+# 512 KiB take a fifth longer to find than those of 128, and of two megabytes several times as long when memory is short
+# or scattered. With still smaller calls there would be so many that Python's threads wait for each other.
 AT_ONCE = 128 << 10
 
 NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
@@ -58,8 +50,10 @@ class ShardWriter:
         hash_kind: what tensors are hashed with, one of HASHES.
 
     Attributes:
-        split: huggingface_hub's: which tensor goes where.
-        hashes: of every tensor's bytes that came whole, by name.
+        split: huggingface_hub's: which tensor goes into which file.
+        file_of: name of each tensor's file, by the tensor's name.
+        lacking: names of the tensors that a file still lacks, by the file's name.
+        hashes: of every tensor that came whole, by name.
 
     Raises:
         NsaError: a size that cannot be read.
@@ -86,10 +80,10 @@ class ShardWriter:
         self.file_of: dict[str, str] = dict(self.split.tensor_to_filename)
         self.lacking: dict[str, set[str]] = {file: set(names) for file, names in self.split.filename_to_tensors.items()}
         self.hashes: dict[str, str] = {}
-        self._begin: dict[str, int] = {}
-        self._files: dict[str, int] = {}
-        self._passing: dict[str, tuple[Any, int]] = {}  # name: running hash, bytes so far
-        self._on_the_way: deque[tuple[Future[None], str, bool]] = deque()  # of a tensor, whether it ends there
+        self._begin: dict[str, int] = {}  # the byte at which a tensor begins in its file
+        self._handles: dict[str, int] = {}  # of open files
+        self._running: dict[str, tuple[Any, int]] = {}  # of tensors that came in part: hash and bytes so far
+        self._unwritten: deque[tuple[Future[None], str, bool]] = deque()  # pieces: tensor, whether it ends there
         self._writing = ThreadPoolExecutor(1, "write")
 
     def __enter__(self) -> ShardWriter:
@@ -99,11 +93,12 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._writing.shutdown(wait=True, cancel_futures=True)
-        for handle in self._files.values():
+        for handle in self._handles.values():
             os.close(handle)
 
     @property
     def bytes_to_come(self) -> int:
+        """Bytes of the tensors that are still to come."""
         return sum(self.table[name].nbytes for names in self.lacking.values() for name in names)
 
     def is_needed(self, name: str) -> bool:
@@ -111,11 +106,14 @@ class ShardWriter:
         return name in self.lacking[self.file_of[name]]
 
     def adopt(self, file: str, hashes: Mapping[str, str]) -> bool:
-        """Takes a file that an earlier process completed, if it is what that process said.
+        """Takes over a file that an earlier process completed, if its tensors have the hashes that the process noted.
 
         Args:
             file: its name.
             hashes: of its tensors, as `self.hashes` had them.
+
+        Returns:
+            Whether it was taken over; else its tensors are still to come.
         """
         try:
             sound = hashes.keys() == self.lacking[file] and self._hashes_in(file) == dict(hashes)
@@ -127,32 +125,35 @@ class ShardWriter:
         return sound
 
     def put(self, name: str, start: int, values: Tensor) -> Future[None]:
-        """Hashes a part of a tensor, and writes it in another thread.
+        """Hashes a piece of a tensor, and writes it in another thread.
 
         Args:
-            name: of a tensor of the table; its parts come in order and without gaps.
+            name: of a tensor of the table; its pieces come in order and without gaps.
             start: index of the first value in the flattened tensor.
-            values: `[n]`, on the CPU, of the table's dtype; must stay as they are until what is returned is done.
+            values: `[n]`, on the CPU, of the table's dtype.
+
+        Returns:
+            Is done as soon as the piece is written; until then `values` must stay as they are.
 
         Raises:
             OutputError: something that was put before could not be written.
         """
         file, info = self.file_of[name], self.table[name]
         assert values.dtype == info.dtype, f"{name} came as {values.dtype}, expected {info.dtype}"
-        if file not in self._files:
-            self._files[file] = self._open(file)
-        digest, so_far = self._passing.pop(name) if name in self._passing else (self._new_hash(), 0)
+        if file not in self._handles:
+            self._handles[file] = self._open(file)
+        digest, so_far = self._running.pop(name) if name in self._running else (self._new_hash(), 0)
         assert start * info.dtype.itemsize == so_far, f"{name}: bytes from {so_far} on were expected"
         data = byte_view(values).numpy().data
-        written = self._writing.submit(_write, self._files[file], data, self._begin[name] + so_far)
+        written = self._writing.submit(_write, self._handles[file], data, self._begin[name] + so_far)
         digest.update(data)
         so_far += data.nbytes
         if so_far < info.nbytes:
-            self._passing[name] = digest, so_far
+            self._running[name] = digest, so_far
         else:
             self.hashes[name] = digest.hexdigest()
-        self._on_the_way.append((written, name, so_far == info.nbytes))
-        # so that what was read cannot pile up in front of a slow disk
+        self._unwritten.append((written, name, so_far == info.nbytes))
+        # else what was read could pile up in front of a slow disk
         self._settle(BUFFERS)
         return written
 
@@ -169,10 +170,10 @@ class ShardWriter:
             write_json(self.folder / INDEX, {"metadata": self.split.metadata, "weight_map": self.file_of})
 
     def _hashes_in(self, file: str) -> dict[str, str]:
-        """Of the tensors in a file, which must hold what `file_header` says and nothing behind it; else none.
+        """The hashes of a file's tensors, by name; empty where it is not laid out as `file_header` has it.
 
         Raises:
-            CheckpointError: the file is damaged or incomplete.
+            NsaError: the file is damaged or incomplete.
         """
         checkpoint = SafetensorsCheckpoint(self.folder, only=file)
         expected = {name: self.table[name] for name in checkpoint.table if name in self.table}
@@ -193,10 +194,10 @@ class ShardWriter:
         except OSError as error:
             raise self._failed(file, error) from error
 
-    def _settle(self, parts: int) -> None:
-        """Does what follows when parts are written; waits while more than `parts` are not."""
-        while self._on_the_way and (len(self._on_the_way) > parts or self._on_the_way[0][0].done()):
-            written, name, last = self._on_the_way.popleft()
+    def _settle(self, most: int) -> None:
+        """Closes the files whose last piece is written; waits while more than `most` pieces are not."""
+        while self._unwritten and (len(self._unwritten) > most or self._unwritten[0][0].done()):
+            written, name, last = self._unwritten.popleft()
             file = self.file_of[name]
             try:
                 written.result()
@@ -204,7 +205,7 @@ class ShardWriter:
                     continue
                 self.lacking[file].remove(name)
                 if not self.lacking[file]:
-                    os.close(self._files.pop(file))
+                    os.close(self._handles.pop(file))
             except OSError as error:
                 raise self._failed(file, error) from error
             if not self.lacking[file]:
@@ -215,7 +216,11 @@ class ShardWriter:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Refuses to begin what cannot be finished.
+    """Refuses to begin what does not fit onto the disk.
+
+    Args:
+        folder: where files are to be written.
+        needed: their bytes.
 
     Raises:
         OutputError: fewer than `needed` bytes are free where `folder` is.
@@ -229,9 +234,15 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def file_header(table: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
-    """The beginning of a safetensors file, and the byte at which each of its tensors begins.
+    """The beginning of a safetensors file.
 
     Wider dtypes come first, as the format's own writer has it, so that every tensor is aligned to its dtype.
+
+    Args:
+        table: shape and dtype of its tensors, by name.
+
+    Returns:
+        The header's bytes, and the byte at which each tensor begins, by name.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin: dict[str, int] = {}
@@ -245,7 +256,7 @@ def file_header(table: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]
         }
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, {name: 8 + len(text) + place for name, place in begin.items()}
+    return len(text).to_bytes(8, "little") + text, {name: 8 + len(text) + start for name, start in begin.items()}
 
 
 def _write(handle: int, data: memoryview, position: int) -> None:

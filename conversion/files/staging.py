@@ -1,4 +1,4 @@
-"""A folder that is there completely or not at all, and that one process at a time may make.
+"""Writes a folder so that it is there completely or not at all, and by one process at a time.
 
     with staged_folder(out) as stage:
         ...write into stage...
@@ -8,8 +8,8 @@
         ...write into stage.folder, note what is done with stage.save_progress...
     # the same, but had the process been killed, the same job would go on where it was
 
-What is being made stands in a hidden folder beside `out`, `.NAME.unfinished`, which the process holds locked; the lock
-dies with it. One rename at the end makes it `out`.
+What is being made stands in a hidden folder beside `out`, `.NAME.unfinished` (its stage), which the process keeps
+locked; the lock ends with the process. One rename at the end makes it `out`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import Any
 
 from nsa_hf.errors import NsaError
 
-from .checkpoint import read_json
 from .model_folder import foreign_files
+from .plain_json import read_json
 
 UNFINISHED = ".unfinished"
 
@@ -35,7 +35,7 @@ class OutputError(NsaError):
 
 
 def check_output(out: Path, overwrite: bool = False, keep: tuple[Path, ...] = ()) -> None:
-    """Refuses an output folder before any work is done.
+    """Refuses a folder that cannot or must not be written, before any work is done.
 
     Args:
         out: the folder to be.
@@ -83,15 +83,18 @@ class Stage:
     """A folder in the making.
 
     Attributes:
-        folder: what will be `out`; write into it.
+        place: the hidden folder.
+        folder: in it, what will be `out`; write into this one.
+        replaced: in it, what stood in `out` while it is being replaced.
     """
 
     def __init__(self, place: Path, job: Mapping[str, Any]):
+        """`place` is the hidden folder, `job` what decides the result, JSON-able."""
         self.place, self.folder, self.replaced = place, place / "model", place / "replaced"
         self._job = json.loads(json.dumps(job))
 
     def progress(self) -> dict[str, Any]:
-        """What `save_progress` last noted of this job, by this process or by one that was killed; else empty."""
+        """What `save_progress` last noted of this job, in this process or in one that was killed; empty if nothing."""
         try:
             noted = read_json(self.place / "progress.json")
             return noted["progress"] if noted["job"] == self._job else {}
@@ -132,8 +135,8 @@ def resumable_folder(out: Path, job: Mapping[str, Any], overwrite: bool = False)
 def _stage(out: Path, overwrite: bool, job: Mapping[str, Any] | None) -> Iterator[Stage]:
     check_output(out, overwrite)
     target = out.resolve()
-    # so that a failure can also take back the parents it made
-    made = [folder for folder in target.parents if not folder.exists()]
+    # a failure removes these too
+    new_parents = [folder for folder in target.parents if not folder.exists()]
     stage = Stage(target.with_name(f".{target.name}{UNFINISHED}"), job or {})
     lock: int | None = None
     try:
@@ -149,12 +152,12 @@ def _stage(out: Path, overwrite: bool, job: Mapping[str, Any] | None) -> Iterato
         check_output(out, overwrite)
         _finish(stage, target)
     except BaseException as error:
-        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-        if lock is not None and not (stopped and job is not None):
+        can_go_on = job is not None and isinstance(error, KeyboardInterrupt | SystemExit)
+        if lock is not None and not can_go_on:
             if os.path.lexists(stage.replaced) and not os.path.lexists(target):
                 stage.replaced.rename(target)
             shutil.rmtree(stage.place, ignore_errors=True)
-        for folder in made:
+        for folder in new_parents:
             with suppress(OSError):
                 folder.rmdir()
         if isinstance(error, OSError):
@@ -167,7 +170,11 @@ def _stage(out: Path, overwrite: bool, job: Mapping[str, Any] | None) -> Iterato
 
 
 def _lock(place: Path, out: Path) -> int:
-    """`lock_folder` of the hidden folder, in which nothing of others may be."""
+    """Locks the hidden folder, see `lock_folder`, and makes sure that there is nothing else in it.
+
+    Raises:
+        OutputError: another process holds it, or something else is in the way.
+    """
     try:
         lock = lock_folder(place)
     except BlockingIOError as error:
@@ -221,14 +228,14 @@ def lock_folder(folder: Path) -> int:
 
 
 def _check_place(place: Path, out: Path) -> None:
-    """Makes sure that everything in a hidden folder is of ours: we put no links there, and nothing else is deleted.
+    """Makes sure that a hidden folder holds nothing but what we put there, since all of it is deleted in the end.
 
     Raises:
-        OutputError: something is not.
+        OutputError: there is something else, or a link.
     """
     for path in place.iterdir():
-        known = path.name in ("model", "replaced", "progress.json") or path.name.endswith(UNFINISHED)
-        if path.is_symlink() or not known:
+        is_ours = path.name in ("model", "replaced", "progress.json") or path.name.endswith(UNFINISHED)
+        if path.is_symlink() or not is_ours:
             raise _in_the_way(path, out)
     for path in (place / "model").rglob("*"):
         if path.is_symlink():
@@ -241,7 +248,10 @@ def _in_the_way(path: Path, out: Path) -> OutputError:
 
 
 def _recover(stage: Stage, out: Path) -> None:
-    """Puts right what a process left that was killed while it replaced `out`."""
+    """Ends the replacement of `out` in the midst of which a process was killed.
+
+    If the new folder had not taken its place yet, the old one goes back there; else the old one is removed.
+    """
     if os.path.lexists(stage.replaced):
         if os.path.lexists(out):
             shutil.rmtree(stage.replaced)
@@ -250,6 +260,7 @@ def _recover(stage: Stage, out: Path) -> None:
 
 
 def _finish(stage: Stage, out: Path) -> None:
+    """Makes the stage's folder `out`, in place of what stands there."""
     if out.is_dir() and any(out.iterdir()):
         out.rename(stage.replaced)
     try:
@@ -262,7 +273,11 @@ def _finish(stage: Stage, out: Path) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Writes JSON whole or not at all (a file beside it, renamed).
+    """Writes a JSON file whole or not at all: a file beside it is written and renamed.
+
+    Args:
+        path: of the file.
+        data: what it will hold.
 
     Raises:
         OutputError: it cannot be written.
@@ -271,7 +286,7 @@ def write_json(path: Path, data: Any) -> None:
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
-        temporary.unlink(missing_ok=True)  # never written through, should it be a link
+        temporary.unlink(missing_ok=True)  # a link there would be written through
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:

@@ -7,20 +7,21 @@
     source.load_model(torch.float32)     # Transformers' own dense model
     source.save_companions(out)          # tokenizer, chat template, generation config
 
-Weights as PyTorch pickles, and models that bring code of their own, are opened only where that is asked for.
+Weights as PyTorch pickles, and models that bring their own code, are opened only where an option allows it.
 
 Values are carried as Transformers loads them: a safetensors tensor in the dtype it is stored in, a GGUF file in float32
-(gguf.py says why).
+(gguf/source.py says why).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from ..files.checkpoint import CheckpointError
+from nsa_hf.errors import NsaError
+
 from ..files.model_folder import COMPANIONS, INDICES, TERMS, WEIGHTS, refuse_adapter, refuse_links_out
 from .folder import SafetensorsSource
-from .gguf import GgufSource
+from .gguf.source import GgufSource
 from .hub import download
 from .source import Source
 
@@ -45,32 +46,30 @@ def open_source(
             tokenizer is a companion then.
 
     Raises:
-        CheckpointError: it is not there, damaged, or of a kind that is not read.
+        NsaError: it is not there, damaged, or of a kind that is not read.
     """
     if not str(src):
-        raise CheckpointError("the source is empty: expected a model's folder, a .gguf file or a Hub id")
+        raise NsaError("the source is empty: expected a model's folder, a .gguf file or a Hub id")
     path = Path(src).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         refuse_adapter(path.parent)
         refuse_links_out(path.parent, TERMS)
         return GgufSource(str(src), path, None)
     if path.exists() and not path.is_dir():
-        raise CheckpointError(f"{src} is a file: expected a model's folder, a .gguf file or a Hub id")
+        raise NsaError(f"{src} is a file: expected a model's folder, a .gguf file or a Hub id")
     commit = None
     if not path.exists():
         path, commit = download(str(src), revision, weights, allow_pickle)
     refuse_adapter(path)
     pickles = ("*.bin",) if allow_pickle else ()
     refuse_links_out(path, ("config.json", "README.md", *WEIGHTS, *INDICES, *pickles, *COMPANIONS))
-    files = sorted(path.glob("*.gguf"))
-    if files and not (path / "config.json").is_file():
-        if len(files) > 1:
-            raise CheckpointError(
-                f"{src} holds {len(files)} .gguf files: name one, {' or '.join(f.name for f in files)}"
-            )
-        return GgufSource(str(src), files[0], commit)
     if not (path / "config.json").is_file():
-        raise CheckpointError(
+        files = sorted(path.glob("*.gguf"))
+        if len(files) == 1:
+            return GgufSource(str(src), files[0], commit)
+        if files:
+            raise NsaError(f"{src} holds {len(files)} .gguf files: name one, {' or '.join(f.name for f in files)}")
+        raise NsaError(
             f"{src} has neither config.json nor a .gguf file: expected a model's folder (of a Hub "
             "repository of .gguf files, download the one you want and give its path)"
         )

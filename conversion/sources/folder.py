@@ -1,4 +1,4 @@
-"""A folder of safetensors, or of pickles where they are asked for, in Transformers' own layout."""
+"""A folder as Transformers writes it: safetensors, or pickles where they are allowed."""
 
 from __future__ import annotations
 
@@ -12,23 +12,43 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from nsa_hf.errors import NsaError
 from nsa_hf.registration import PREFIX
 
-from ..files.checkpoint import DTYPES, CheckpointError, Piece, SafetensorsCheckpoint, TensorInfo, read_json
+from ..files.checkpoint import DTYPES, INDEX, SafetensorsCheckpoint
 from ..files.loading import load_config, load_whole, reading
 from ..files.model_folder import COMPANIONS, copy_file, refuse_links_out
+from ..files.pieces import Piece, TensorInfo
+from ..files.plain_json import read_json
 from ..files.plain_yaml import LONGEST, load_plain
 from .pickled import PickleCheckpoint
 from .source import Source
 
 # Longer names of licenses are not taken over from a source's card.
 LONGEST_LICENSE = 200
-# What is no companion, whatever its name.
+# Files that are never copied, whatever their names.
 NEVER_COPIED = (".py", ".bin", ".pt", ".pth", ".safetensors", ".gguf")
 
 
 class SafetensorsSource(Source):
-    """A folder in Transformers' own layout."""
+    """A folder as Transformers writes it.
+
+    Args:
+        name: as the user gave it.
+        folder: holds config.json and the weights.
+        revision: the Hub's commit, or None for local files.
+        weights: False where the folder holds no weights, only `config` is then good for anything.
+        allow_pickle: read pickles where there are no safetensors.
+        trust_remote_code: read the config, and load the model, by the code in the folder.
+
+    Attributes:
+        tokenizer_code: the code that the tokenizer is defined by, see `tokenizer_code`.
+        has_weights: whether the weights are there.
+        checkpoint: the weights, where they are there.
+
+    Raises:
+        NsaError: something is missing or damaged, or needs code or pickles that are not allowed.
+    """
 
     kind = "safetensors"
 
@@ -45,13 +65,13 @@ class SafetensorsSource(Source):
             data = read_json(folder / "config.json")
             if not data.get("model_type"):
                 raise ValueError("it names no model_type")
-        # a folder of ours names our own code, and carries a tokenizer's that was trusted at conversion
+        # a converted model's folder names our own code, and its tokenizer's code was trusted at conversion
         trusted = trust_remote_code or str(data["model_type"]).startswith(PREFIX)
         if not trusted:
             refuse_remote_code(name, data)
         self.tokenizer_code = tokenizer_code(folder)
         if self.tokenizer_code and not trusted:
-            raise CheckpointError(
+            raise NsaError(
                 f"{name} has a tokenizer that is defined by code of its own ({self.tokenizer_code[0]}), which is not "
                 "taken unless trusted: read it, and give --trust-remote-code to carry it along"
             )
@@ -62,11 +82,11 @@ class SafetensorsSource(Source):
             self.checkpoint = _checkpoint(folder, allow_pickle)
             self.kind = "safetensors" if isinstance(self.checkpoint, SafetensorsCheckpoint) else "pickle"
         if config.dtype is None:
-            # as Transformers' dtype="auto" has it
+            # that of the first weights, as with Transformers' dtype="auto"
             floating = (info.dtype for info in self.table.values() if info.dtype.is_floating_point) if weights else ()
             config.dtype = next(iter(floating), torch.float32)
         if not config.dtype.is_floating_point or config.dtype not in DTYPES.values():
-            raise CheckpointError(
+            raise NsaError(
                 f"{name}: its config says dtype {config.dtype}, and new parameters get that too: expected float32, "
                 "bfloat16 or float16"
             )
@@ -90,9 +110,10 @@ class SafetensorsSource(Source):
             )
 
     def _companions(self) -> list[Path]:
-        found = {path for pattern in COMPANIONS for path in self.folder.glob(pattern) if path.is_file()}
+        """The files that travel with the model, see `save_companions`."""
+        named = {path for pattern in COMPANIONS for path in self.folder.glob(pattern) if path.is_file()}
         code = {self.folder / name for name in self.tokenizer_code if name.endswith(".py")}
-        return sorted(code | {path for path in found if path.suffix not in NEVER_COPIED})
+        return sorted(code | {path for path in named if path.suffix not in NEVER_COPIED})
 
     def save_companions(self, out: Path) -> list[str]:
         names = [path.relative_to(self.folder).as_posix() for path in self._companions()]
@@ -109,22 +130,27 @@ class SafetensorsSource(Source):
             with path.open(encoding="utf-8") as file:
                 header = REGEX_YAML_BLOCK.search(file.read(LONGEST))
             about = load_plain(header.group(2)) if header else None
-        except (OSError, ValueError):  # a card that cannot be read says nothing
+        except (OSError, ValueError):  # a card that cannot be read is as none
             return {}
-        said = about.get("license") if isinstance(about, dict) else None
-        return {"license": said} if isinstance(said, str) and len(said) <= LONGEST_LICENSE else {}
+        license_name = about.get("license") if isinstance(about, dict) else None
+        has_license = isinstance(license_name, str) and len(license_name) <= LONGEST_LICENSE
+        return {"license": license_name} if has_license else {}
 
 
 def refuse_remote_code(name: str, config: dict[str, Any]) -> None:
     """Refuses a model that is defined by code in its own folder.
 
+    Args:
+        name: of the model, for the message.
+        config: what its config.json holds.
+
     Raises:
-        CheckpointError: its config names such code.
+        NsaError: its config names such code.
     """
-    named = config.get("auto_map") or {}
-    code = [named[auto] for auto in ("AutoModelForCausalLM", "AutoModel", "AutoConfig") if auto in named]
+    auto_map = config.get("auto_map") or {}
+    code = [auto_map[auto] for auto in ("AutoModelForCausalLM", "AutoModel", "AutoConfig") if auto in auto_map]
     if code:
-        raise CheckpointError(
+        raise NsaError(
             f"{name} is defined by code of its own ({code[0]}), which is not run unless trusted: read it, and give "
             f"--trust-remote-code if it computes what Transformers' own {config['model_type']} does; `nsa-hf verify` "
             "with the same option compares with what it computes"
@@ -132,35 +158,35 @@ def refuse_remote_code(name: str, config: dict[str, Any]) -> None:
 
 
 def tokenizer_code(folder: Path) -> list[str]:
-    """The code that a folder's tokenizer is defined by: files in the folder, or classes in other repositories.
+    """The code that a folder's tokenizer is defined by.
+
+    Returns:
+        Names of files in the folder, and of classes in other repositories of the Hub (with "--" in them); empty for
+        Transformers' own tokenizers.
 
     Raises:
-        CheckpointError: a file that is named is not there, or one that cannot be read.
+        NsaError: a file is named that is not there or cannot be read.
     """
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return []
     with reading(path):
-        named = read_json(path).get("auto_map") or {}
-        # the class, or the slow and the fast one; once without saying that they are a tokenizer's
-        classes = named.get("AutoTokenizer") if isinstance(named, dict) else named
+        auto_map = read_json(path).get("auto_map") or {}
+        # one class, or the slow and the fast one; old files have them without the key AutoTokenizer
+        classes = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
         classes = [name for name in ([classes] if isinstance(classes, str) else classes or []) if name]
-        found = [name for name in classes if "--" in name]
-        modules = dict.fromkeys(f"{name.split('.')[0]}.py" for name in classes if name not in found)
+        code = [name for name in classes if "--" in name]
+        modules = dict.fromkeys(f"{name.split('.')[0]}.py" for name in classes if name not in code)
         if modules:
             refuse_links_out(folder, ("*.py",))
         for module in modules:
             if Path(module).name != module:
                 raise ValueError(f"{module} is not in this folder")
-            found += [module, *(Path(file).name for file in get_relative_import_files(folder / module))]
-    return list(dict.fromkeys(found))
+            code += [module, *(Path(file).name for file in get_relative_import_files(folder / module))]
+    return list(dict.fromkeys(code))
 
 
 def _checkpoint(folder: Path, allow_pickle: bool) -> SafetensorsCheckpoint | PickleCheckpoint:
-    if (
-        allow_pickle
-        and not any(folder.glob("*.safetensors"))
-        and not (folder / "model.safetensors.index.json").exists()
-    ):
-        return PickleCheckpoint(folder)
-    return SafetensorsCheckpoint(folder)
+    """A folder's weights: safetensors, or pickles where they are allowed and there is nothing else."""
+    has_safetensors = any(folder.glob("*.safetensors")) or (folder / INDEX).exists()
+    return PickleCheckpoint(folder) if allow_pickle and not has_safetensors else SafetensorsCheckpoint(folder)

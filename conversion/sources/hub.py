@@ -1,4 +1,4 @@
-"""To and from the Hub, through huggingface_hub: downloads of what a conversion reads, uploads of what it wrote."""
+"""The Hugging Face Hub: downloads of what a conversion reads, uploads of what it wrote."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from nsa_hf.errors import NsaError
 
-from ..files.checkpoint import CheckpointError
-
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".tflite")
 
@@ -20,65 +18,70 @@ WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msg
 HUB_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, *HfHubHTTPError.__bases__)
 
 
-class HubError(NsaError):
-    """An upload that was refused or did not arrive."""
-
-
 def download(name: str, revision: str | None, weights: bool, allow_pickle: bool = False) -> tuple[Path, str]:
     """Downloads a model into the Hub's cache, or finds it there when there is no network.
 
-    Folders of a repository (original weights, ONNX, images) stay where they are.
+    Subfolders of a repository (original weights, ONNX, images) are not downloaded.
 
     Args:
         name: Hub id, `owner/name`.
         revision: branch, tag or commit; None is the main branch.
-        weights: whether the safetensors come too.
-        allow_pickle: where there are no safetensors, take the pickles.
+        weights: download the safetensors too.
+        allow_pickle: download pickles where there are no safetensors.
 
     Returns:
         The folder, and the commit.
 
     Raises:
-        CheckpointError: not a Hub id, not on the Hub, or not reachable and not in the cache.
+        NsaError: not a Hub id, not on the Hub, or not reachable and not in the cache.
     """
     if not HUB_ID.fullmatch(name):
-        raise CheckpointError(
-            f"there is no folder {name}: expected a local folder, a .gguf file or a Hub id (owner/name)"
-        )
+        raise NsaError(f"there is no folder {name}: expected a local folder, a .gguf file or a Hub id (owner/name)")
     endings = [".safetensors"] if weights else []
     try:
         folder = _snapshot(name, revision, endings)
         if weights and allow_pickle and not any(Path(folder).glob("*.safetensors")):
             folder = _snapshot(name, revision, [*endings, ".bin"])
     except HUB_ERRORS as error:
-        raise CheckpointError(f"there is no folder {name}, and the Hub's answer is: {_reason(error)}") from error
+        raise NsaError(f"there is no folder {name}, and the Hub's answer is: {_reason(error)}") from error
     return Path(folder), Path(folder).name
 
 
 def _snapshot(name: str, revision: str | None, endings: list[str]) -> str:
-    left = [f"*{ending}" for ending in WEIGHTS if ending not in endings]
-    return snapshot_download(name, revision=revision, ignore_patterns=["*/*", *left])
+    """The folder of a download without subfolders, and without weights but those of some endings."""
+    other_weights = [f"*{ending}" for ending in WEIGHTS if ending not in endings]
+    return snapshot_download(name, revision=revision, ignore_patterns=["*/*", *other_weights])
 
 
 def check_upload(repo: str) -> None:
-    """Makes sure that there is somebody to upload as, before any work is done for it.
+    """Makes sure that an upload can be begun, before any work is done for it.
+
+    Args:
+        repo: Hub id, `owner/name`.
 
     Raises:
-        HubError: not a Hub id, no token, or one that the Hub does not know.
+        NsaError: not a Hub id, no token, or one that the Hub does not know.
     """
     if not HUB_ID.fullmatch(repo):
-        raise HubError(f"--push-to-hub takes a Hub id (owner/name), got {repo!r}")
+        raise NsaError(f"--push-to-hub takes a Hub id (owner/name), got {repo!r}")
     try:
         HfApi().whoami()
     except HUB_ERRORS as error:
-        raise HubError(f"cannot upload to {repo}: {_reason(error)}; `hf auth login` stores a token") from error
+        raise NsaError(f"cannot upload to {repo}: {_reason(error)}; `hf auth login` stores a token") from error
 
 
 def upload(folder: Path, repo: str) -> str:
-    """Uploads a model's folder in one commit, making the repository if it is not there; gives its address.
+    """Uploads a model's folder in one commit; makes the repository if it is not there.
+
+    Args:
+        folder: of the model.
+        repo: Hub id, `owner/name`.
+
+    Returns:
+        The repository's address.
 
     Raises:
-        HubError: the Hub refused it, or could not be reached.
+        NsaError: the Hub refused it, or could not be reached.
     """
     api = HfApi()
     try:
@@ -87,7 +90,7 @@ def upload(folder: Path, repo: str) -> str:
             folder_path=folder, repo_id=created.repo_id, commit_message="Native Sparse Attention, by nsa-hf"
         )
     except HUB_ERRORS as error:
-        raise HubError(
+        raise NsaError(
             f"the upload to {repo} failed: {_reason(error)}; the model is complete in {folder}, and "
             f"`hf upload {repo} {folder}` tries again"
         ) from error

@@ -1,4 +1,4 @@
-"""What every source of a dense model gives: its config, its tensors one at a time, its model, its companion files."""
+"""What every source of a dense model gives: config, tensors one at a time, Transformers' model, companion files."""
 
 from __future__ import annotations
 
@@ -11,17 +11,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..files.checkpoint import CheckpointError, Piece, TensorInfo, describe_file, pieces_of
+from nsa_hf.errors import NsaError
+
+from ..files.hashes import describe_file
+from ..files.pieces import Piece, TensorInfo, pieces_of
 
 
 class Source(ABC):
     """A dense model that can be converted.
 
     Attributes:
+        kind: safetensors, pickle or gguf.
         name: as the user gave it.
         folder: where its files are.
         config: the dense family's config, its `dtype` set to that of the weights.
         revision: the Hub's commit, or None for local files.
+
+    Raises:
+        NsaError: the model is quantised.
     """
 
     kind: str
@@ -30,9 +37,7 @@ class Source(ABC):
         self.name, self.folder, self.config, self.revision = name, folder, config, revision
         quantization = getattr(config, "quantization_config", None)
         if quantization:
-            raise CheckpointError(
-                f"{name} is quantised ({quantization}): expected plain weights, so dequantise it first"
-            )
+            raise NsaError(f"{name} is quantised ({quantization}): expected plain weights, so dequantise it first")
 
     @property
     @abstractmethod
@@ -44,11 +49,15 @@ class Source(ABC):
         """All tensors as (name, CPU tensor), in the order of `table`."""
 
     def stored(self) -> Iterator[tuple[str, Tensor]]:
-        """As `tensors`, read from the file itself in another way where `tensors` are what a loader made of it."""
+        """As `tensors`, but read from the file itself where `tensors` are what a loader made of it."""
         return self.tensors()
 
     def pieces(self, wanted: Container[str]) -> Iterator[Piece]:
-        """The tensors in `wanted`, in the order of `table`, a few megabytes at a time."""
+        """Some of the tensors in pieces, in the order of `table`.
+
+        Args:
+            wanted: names of the tensors.
+        """
         for name, tensor in self.tensors():
             if name in wanted:
                 yield from pieces_of(name, tensor)
@@ -59,7 +68,14 @@ class Source(ABC):
 
     @abstractmethod
     def save_companions(self, out: Path) -> list[str]:
-        """Writes tokenizer, chat template and generation config into `out`, where there are any; gives their names."""
+        """Writes tokenizer, chat template, generation config and license files, where there are any.
+
+        Args:
+            out: the converted model's folder.
+
+        Returns:
+            The names of the files that were written.
+        """
 
     @abstractmethod
     def files(self) -> list[Path]:
@@ -67,9 +83,9 @@ class Source(ABC):
 
     @abstractmethod
     def card(self) -> dict[str, Any]:
-        """What the source says of itself, where it does: `license`, `model_name`."""
+        """`license` and `model_name`, those of them that the source names."""
 
     def identity(self) -> dict:
-        """Name, kind, revision, what the source says of itself, and `describe_file` of each file."""
+        """What a manifest says of its source: name, kind, revision, `card`, and `describe_file` of each file."""
         files = {path.relative_to(self.folder).as_posix(): describe_file(path) for path in sorted(self.files())}
         return {"name": self.name, "kind": self.kind, "revision": self.revision, **self.card(), "files": files}

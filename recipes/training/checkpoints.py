@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from nsa_hf.conversion.files.checkpoint import hash_file, read_json
+from nsa_hf.conversion.files.hashes import hash_file
+from nsa_hf.conversion.files.plain_json import read_json
 from nsa_hf.conversion.files.staging import OutputError, write_json
 from nsa_hf.errors import NsaError
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nsa_hf.conversion.compare.texts import HELD_OUT, held_out_texts
-from nsa_hf.conversion.files.checkpoint import hash_parts
+from nsa_hf.conversion.files.hashes import hash_parts
 from nsa_hf.errors import NsaError
 
 if TYPE_CHECKING:

@@ -1,10 +1,9 @@
 """Perplexity and KL by position: `nsa-hf eval OUT`, and what a training run prints before and after.
 
-    states = final_states(teacher, windows)                     # [1, T, D] for each window
+    states = final_states(teacher, windows)                     # [1, T, hidden] for each window
     rows = compare_models(teacher, states, student, final_states(student, windows), windows)
 
-A model is run once per window and its final hidden states are kept (4.7 MB for 2,048 tokens of SmolLM2); logits exist
-for a few positions at a time.
+How two models are compared stands in `nsa_hf.conversion.compare.models`.
 """
 
 from __future__ import annotations
@@ -18,44 +17,40 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from nsa_hf.conversion.compare.metrics import NO_LABEL, Accumulator, position_edges
+from nsa_hf.conversion.compare import models
+from nsa_hf.conversion.compare.metrics import position_edges
 from nsa_hf.conversion.compare.texts import provenance
 from nsa_hf.conversion.files.staging import write_json
 from nsa_hf.errors import NsaError
 
 from ..load import check_token_ids, load_nsa_model, load_tokenizer
 from .data import Window, held_out_documents, held_out_windows
-from .losses import output_logits
 
 NAME = "eval.json"
 Row = dict[str, Any]
 
 
-class EvaluationError(NsaError):
-    """Models that cannot be compared."""
-
-
-@torch.no_grad()
 def final_states(
     model: Any, windows: Sequence[Window], autocast: Callable[[], AbstractContextManager] = nullcontext
 ) -> list[Tensor]:
-    """The final hidden states [1, T, D] of each window, on the CPU, in evaluation mode."""
+    """Runs a model over held-out windows, see `models.final_states`.
+
+    Args:
+        model: a causal language model.
+        windows: name and token ids of each text.
+        autocast: makes the context that each forward pass runs in.
+
+    Returns:
+        The final hidden states [1, T, hidden] of each window, on the CPU.
+
+    Raises:
+        NsaError: a token that the model has no embedding for.
+    """
     for _, ids in windows:
         check_token_ids(model, ids)
-    training = model.training
-    model.eval()
-    states = []
-    try:
-        for _, ids in windows:
-            with autocast():
-                output = model.base_model(torch.tensor([ids], device=model.device), use_cache=False)
-            states.append(output.last_hidden_state.cpu())
-    finally:
-        model.train(training)
-    return states
+    return models.final_states(model, as_tensors(windows), autocast)
 
 
-@torch.no_grad()
 def compare_models(
     reference: Any,
     reference_states: Sequence[Tensor],
@@ -64,34 +59,39 @@ def compare_models(
     windows: Sequence[Window],
     chunk: int = 256,
 ) -> list[Row]:
-    """Both models' perplexity, KL(reference || model) and same top-1 by position, as rows (see `Accumulator.as_dict`).
+    """Both models' perplexity, KL(reference || model) and same top-1 by position.
 
-    `reference_states`, `states`: what `final_states` gave for `windows`. Buckets have a border at the end of the range
-    in which an untrained conversion is exact. EvaluationError when logits are not finite.
+    Args:
+        reference: the model compared with.
+        reference_states: what `final_states` gave of it for `windows`.
+        model: the sparse model.
+        states: what `final_states` gave of it for `windows`.
+        windows: name and token ids of each text.
+        chunk: positions whose logits exist at a time.
+
+    Returns:
+        Rows as `Accumulator.as_dict` has them; one ends where an untrained conversion ceases to be exact.
+
+    Raises:
+        NsaError: logits are not finite.
     """
     longest = max(len(ids) for _, ids in windows)
-    total = Accumulator(position_edges(longest, [model.config.nsa_sizes.exact_tokens]), chunk)
-    for (_, ids), *hidden in zip(windows, reference_states, states, strict=True):
-        labels = torch.tensor([*ids[1:], NO_LABEL])
-        for start in range(0, len(ids), chunk):
-            part = slice(start, start + chunk)
-            total.update(
-                logits_of(reference, hidden[0][0, part]),
-                logits_of(model, hidden[1][0, part]),
-                labels[part],
-                start=start,
-            )
-    rows = total.as_dict()
+    edges = position_edges(longest, [model.config.nsa_sizes.exact_tokens])
+    comparison = models.compare_models(
+        reference, reference_states, model, states, as_tensors(windows), edges, chunk=chunk
+    )
+    rows = comparison.as_dict()
     if wrong := [span(row) for row in rows if row["kl"] is None]:
-        raise EvaluationError(
+        raise NsaError(
             f"logits are not finite (positions {', '.join(wrong)}): the weights are damaged, or were trained at rates "
             "that are too high"
         )
     return rows
 
 
-def logits_of(model: Any, hidden: Tensor) -> Tensor:
-    return output_logits(model, hidden.to(model.device, model.dtype)).cpu()
+def as_tensors(windows: Sequence[Window]) -> list[tuple[str, Tensor]]:
+    """The windows with their token ids as int64 [1, T]."""
+    return [(name, torch.tensor([ids])) for name, ids in windows]
 
 
 def mean_kl(rows: Sequence[Row], start: int = 0) -> float | None:
@@ -110,7 +110,22 @@ def evaluate(
     device: str = "cpu",
     trust_remote_code: bool = False,
 ) -> Row:
-    """Compares the model in `out` with the same weights run dense; writes `out`/eval.json and returns it."""
+    """Compares a sparse model with the same weights run dense, and writes `out`/eval.json.
+
+    Args:
+        out: the model's folder.
+        text: where held-out documents come from, see `held_out_documents`.
+        documents: how many of them.
+        length: tokens of each.
+        device: where the model runs.
+        trust_remote_code: run the code that the tokenizer brings.
+
+    Returns:
+        What was written: `rows` by position, `kl` (nats a token) over all of them, and what they were measured on.
+
+    Raises:
+        NsaError: no model or no tokenizer, texts that are too short, or logits that are not finite.
+    """
     model, tokenizer = load_nsa_model(out, device), load_tokenizer(out, trust_remote_code)
     texts = held_out_documents(text, documents)
     windows = held_out_windows(texts, tokenizer, length)
@@ -139,15 +154,17 @@ def render_before_after(held_out: Row) -> Table:
     table = Table(title=f"held-out text by position ({', '.join(held_out['names'])})")
     for heading in ("tokens", "teacher", "before", "after", "after, run dense", "KL before", "KL after"):
         table.add_column(heading, justify="right")
-    for before, after, own in zip(held_out["before"], held_out["after"], held_out["after_own_dense"], strict=True):
-        ppl = [before["ppl_reference"], before["ppl"], after["ppl"], own["ppl_reference"]]
+    for before, after, dense in zip(held_out["before"], held_out["after"], held_out["after_own_dense"], strict=True):
+        ppl = [before["ppl_reference"], before["ppl"], after["ppl"], dense["ppl_reference"]]
         table.add_row(span(before), *(show(p, ".3f") for p in ppl), show(before["kl"], ".5f"), show(after["kl"], ".5f"))
     return table
 
 
 def span(row: Row) -> str:
+    """A row's positions, to be read."""
     return f"{row['from']:,}-{row['to']:,}"
 
 
 def show(value: float | None, form: str) -> str:
+    """A figure, or "-" where nothing was measured; `form` as `format` takes it."""
     return "-" if value is None else format(value, form)

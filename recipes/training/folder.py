@@ -22,8 +22,10 @@ import torch
 from safetensors import SafetensorError
 
 from nsa_hf.conversion import manifest
-from nsa_hf.conversion.files.checkpoint import SafetensorsCheckpoint, hash_file, read_json
+from nsa_hf.conversion.files.checkpoint import SafetensorsCheckpoint
+from nsa_hf.conversion.files.hashes import hash_file
 from nsa_hf.conversion.files.loading import transformers_progress
+from nsa_hf.conversion.files.plain_json import read_json
 from nsa_hf.conversion.files.staging import check_output, lock_folder, staged_folder, write_json
 from nsa_hf.conversion.sources import open_source
 from nsa_hf.errors import NsaError

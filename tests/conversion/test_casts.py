@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nsa_hf.conversion.files.casts import AT_ONCE, Casts
-from nsa_hf.conversion.files.checkpoint import BUFFERS, Piece
+from nsa_hf.conversion.files.pieces import BUFFERS, Piece
 
 
 def piece_of(values: torch.Tensor) -> Piece:
@@ -27,9 +27,9 @@ def test_the_numbers_are_those_of_one_cast(source: torch.dtype, target: torch.dt
         values = every.to(torch.int8).view(source)
     else:
         values = torch.randn(AT_ONCE + 77, dtype=source) * 10 ** torch.randn(AT_ONCE + 77, dtype=source)
-    found, _ = Casts().to(piece_of(values), target)
-    assert found.dtype == target
-    torch.testing.assert_close(found, values.to(target), rtol=0, atol=0, equal_nan=True)
+    cast, _ = Casts().to(piece_of(values), target)
+    assert cast.dtype == target
+    torch.testing.assert_close(cast, values.to(target), rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_same_dtype_is_not_copied() -> None:

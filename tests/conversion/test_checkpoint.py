@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from concurrent.futures import Future
@@ -10,20 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import xxhash
 from safetensors.torch import save_file
 
-from nsa_hf.conversion.files import checkpoint as checkpoints
-from nsa_hf.conversion.files.checkpoint import (
-    BUFFERS,
-    INDEX,
-    CheckpointError,
-    SafetensorsCheckpoint,
-    TensorInfo,
-    describe_file,
-    hash_tensor,
-    same_bits,
-)
+from nsa_hf.conversion.files.checkpoint import INDEX, SafetensorsCheckpoint
+from nsa_hf.conversion.files.hashes import describe_file
+from nsa_hf.conversion.files.pieces import BUFFERS, TensorInfo, same_bits
+from nsa_hf.errors import NsaError
 
 TENSORS = {
     "b": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -95,44 +86,19 @@ def truncate(path: Path) -> None:
 )
 def test_bad_folders_are_refused_by_what_is_wrong(tmp_path, spoil, message):
     spoil(sharded(tmp_path))
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(NsaError, match=message):
         SafetensorsCheckpoint(tmp_path)
 
 
 def test_unknown_dtypes_are_named(tmp_path):
     save_file({"a": torch.zeros(2, dtype=torch.complex64)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="a has dtype C64"):
+    with pytest.raises(NsaError, match="a has dtype C64"):
         SafetensorsCheckpoint(tmp_path)
-
-
-def test_same_bits_is_about_bits():
-    x = torch.tensor([0.0, float("nan"), 1.0])
-    assert same_bits(x, x.clone())
-    assert same_bits(torch.zeros(3, 2).T, torch.zeros(2, 3))
-    assert not same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
-    assert not same_bits(x, x.double())
-    assert not same_bits(torch.zeros(2, 3), torch.zeros(3, 2))
-
-
-def test_hashes_are_those_of_the_bytes(tmp_path):
-    tensor = torch.arange(6, dtype=torch.int32).reshape(2, 3)
-    assert hash_tensor(tensor) == xxhash.xxh3_128(tensor.numpy().tobytes()).hexdigest()
-    assert hash_tensor(tensor.T) == xxhash.xxh3_128(tensor.numpy().T.copy().tobytes()).hexdigest()
-    assert hash_tensor(tensor, "sha256") == hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
-    (tmp_path / "f").write_bytes(b"abc")
-    assert describe_file(tmp_path / "f") == {"bytes": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}
-    save_file(TENSORS, tmp_path / "f.safetensors")
-    data = (tmp_path / "f.safetensors").read_bytes()
-    header = data[: 8 + int.from_bytes(data[:8], "little")]
-    assert describe_file(tmp_path / "f.safetensors") == {
-        "bytes": len(data),
-        "header_sha256": hashlib.sha256(header).hexdigest(),
-    }
 
 
 def test_a_piece_stays_as_it_is_while_it_is_in_hand_or_something_still_reads_it(tmp_path, monkeypatch):
     """Others are read ahead meanwhile, in another thread."""
-    monkeypatch.setattr(checkpoints, "PIECE", 1024)
+    monkeypatch.setattr("nsa_hf.conversion.files.pieces.PIECE", 1024)
     tensor = torch.arange(10 * BUFFERS * 256, dtype=torch.int32)
     save_file({"a": tensor}, tmp_path / "model.safetensors")
     pieces = SafetensorsCheckpoint(tmp_path).pieces({"a"})
@@ -155,6 +121,6 @@ def test_a_piece_stays_as_it_is_while_it_is_in_hand_or_something_still_reads_it(
 def test_a_header_that_says_it_is_huge_is_not_made_room_for(tmp_path, size):
     path = tmp_path / "model.safetensors"
     path.write_bytes(size.to_bytes(8, "little") + b"{}")
-    with pytest.raises(CheckpointError, match="is damaged"):
+    with pytest.raises(NsaError, match="is damaged"):
         SafetensorsCheckpoint(tmp_path)
     assert describe_file(path)["bytes"] == 10

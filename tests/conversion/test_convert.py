@@ -20,10 +20,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import nsa_hf
 from nsa_hf.conversion import convert, manifest
-from nsa_hf.conversion.files import checkpoint as checkpoints
-from nsa_hf.conversion.files.checkpoint import CheckpointError, SafetensorsCheckpoint, same_bits
+from nsa_hf.conversion.files import pieces
+from nsa_hf.conversion.files.checkpoint import SafetensorsCheckpoint
+from nsa_hf.conversion.files.pieces import same_bits
 from nsa_hf.conversion.files.shards import ShardWriter
 from nsa_hf.conversion.files.staging import OutputError
+from nsa_hf.errors import NsaError
 from nsa_hf.families import initial_nsa_state
 from nsa_hf.recipes.load import load_tokenizer
 
@@ -77,11 +79,11 @@ def test_the_result_loads_holds_every_dense_bit_and_the_source_s_companions(tiny
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("asked", [None, "float32", "bfloat16", torch.float16])
-def test_dtype_is_kept_unless_another_is_asked_for(dense_dir, tmp_path, stored, asked):
+@pytest.mark.parametrize("wanted", [None, "float32", "bfloat16", torch.float16])
+def test_dtype_is_kept_unless_another_is_asked_for(dense_dir, tmp_path, stored, wanted):
     AutoModelForCausalLM.from_pretrained(dense_dir, dtype=stored).save_pretrained(dense_dir)
-    out = convert(dense_dir, tmp_path / "out", dtype=asked)
-    dtype = stored if asked is None else getattr(torch, asked) if isinstance(asked, str) else asked
+    out = convert(dense_dir, tmp_path / "out", dtype=wanted)
+    dtype = stored if wanted is None else getattr(torch, wanted) if isinstance(wanted, str) else wanted
     written = SafetensorsCheckpoint(out)
     assert {info.dtype for info in written.table.values()} == {dtype}
     assert f"torch.{json.loads((out / 'config.json').read_text())['dtype']}" == str(dtype)
@@ -229,7 +231,7 @@ def test_what_is_refused_is_named_and_leaves_nothing(dense_dir, tmp_path, spoil,
     assert {path.name for path in tmp_path.iterdir()} == {"dense"}
 
 
-STEPS = ["carry", "initial_nsa_state", "manifest.describe_files", "manifest.build", "manifest.write"]
+STEPS = ["copy_dense_weights", "initial_nsa_state", "manifest.describe_files", "manifest.build", "manifest.write"]
 
 
 @pytest.mark.parametrize("step", [*STEPS, "config", "companions"])
@@ -289,7 +291,7 @@ def test_one_write_that_fails_is_not_forgotten_when_the_next_ones_succeed(
             raise OSError(errno.EIO, "Input/output error")
         return write(handle, data, position)
 
-    monkeypatch.setattr(checkpoints, "PIECE", 1024)
+    monkeypatch.setattr(pieces, "PIECE", 1024)
     monkeypatch.setattr(os, "pwrite", fail_once)
     with pytest.raises(OutputError, match=r"cannot write model.* of the new model: Input/output error"):
         convert(tiny_dense_dir, tmp_path / "out", max_shard_size="50KB")
@@ -427,6 +429,6 @@ def test_reading_that_fails_half_way_names_the_source(dense_dir, tmp_path, monke
                 raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(SafetensorsCheckpoint, "pieces", half)
-    with pytest.raises(CheckpointError, match=f"cannot read {dense_dir}.*Input/output error"):
+    with pytest.raises(NsaError, match=f"cannot read {dense_dir}.*Input/output error"):
         convert(dense_dir, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -14,9 +14,10 @@ from tiny_models import byte_tokenizer
 from tiny_runs import tiny_run, write_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from nsa_hf import NsaError
 from nsa_hf.conversion import convert, export_dense, manifest, render_export
-from nsa_hf.conversion.files.checkpoint import CheckpointError, SafetensorsCheckpoint, same_bits
+from nsa_hf.conversion.files.checkpoint import SafetensorsCheckpoint
+from nsa_hf.conversion.files.pieces import same_bits
+from nsa_hf.errors import NsaError
 from nsa_hf.recipes import cli
 from nsa_hf.recipes.exit_codes import WRONG_INPUT
 from nsa_hf.recipes.training.loop import train
@@ -85,7 +86,7 @@ def test_a_flipped_bit_is_found(converted, tmp_path):
     weights = load_file(converted / "model.safetensors")
     weights["model.norm.weight"].view(torch.int32)[3] ^= 1
     save_file(weights, converted / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"1 tensors are not what its manifest says, model.norm.weight"):
+    with pytest.raises(NsaError, match=r"1 tensors are not what its manifest says, model.norm.weight"):
         export_dense(converted, tmp_path / "dense")
     assert not (tmp_path / "dense").exists()
 
@@ -119,7 +120,7 @@ def test_what_would_be_lost_is_named(name, shape, message, converted, tmp_path):
     (converted / "manifest.json").unlink()
     weights = {**load_file(converted / "model.safetensors"), name: torch.ones(shape)}
     save_file(weights, converted / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(NsaError, match=message):
         export_dense(converted, tmp_path / "dense")
     assert not (tmp_path / "dense").exists()
 
@@ -127,7 +128,7 @@ def test_what_would_be_lost_is_named(name, shape, message, converted, tmp_path):
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_no_companion_replaces_the_model(name, converted, tmp_path):
     manifest.write(converted, {**manifest.read(converted), "companions": [name]})
-    with pytest.raises(CheckpointError, match=f"its manifest calls {name} a companion"):
+    with pytest.raises(NsaError, match=f"its manifest calls {name} a companion"):
         export_dense(converted, tmp_path / "dense")
     assert not (tmp_path / "dense").exists()
 
@@ -135,7 +136,7 @@ def test_no_companion_replaces_the_model(name, converted, tmp_path):
 def test_other_weights_than_a_config_names_are_not_exported(converted, tmp_path):
     config = json.loads((converted / "config.json").read_text())
     (converted / "config.json").write_text(json.dumps({**config, "transformers_weights": "other.safetensors"}))
-    with pytest.raises(CheckpointError, match="names a weight file of its own"):
+    with pytest.raises(NsaError, match="names a weight file of its own"):
         export_dense(converted, tmp_path / "dense")
 
 
@@ -144,12 +145,12 @@ def test_the_bare_word_trained_skips_no_check(converted, tmp_path):
     weights["model.norm.weight"].view(torch.int32)[3] ^= 1
     save_file(weights, converted / "model.safetensors", metadata={"format": "pt"})
     manifest.write(converted, {**manifest.read(converted), "trained": True})
-    with pytest.raises(CheckpointError, match=r"1 tensors are not what its manifest says"):
+    with pytest.raises(NsaError, match=r"1 tensors are not what its manifest says"):
         export_dense(converted, tmp_path / "dense")
 
 
 def test_what_is_no_conversion_is_refused(tiny_dense_dir, converted, tmp_path):
-    with pytest.raises(CheckpointError, match=r"holds a dense model \(llama\)"):
+    with pytest.raises(NsaError, match=r"holds a dense model \(llama\)"):
         export_dense(tiny_dense_dir, tmp_path / "dense")
     with pytest.raises(NsaError, match="gone does not exist"):
         export_dense(tmp_path / "gone", tmp_path / "dense")
@@ -175,7 +176,7 @@ def test_experts_that_were_saved_fused_stay_fused(model_type, tmp_path):
     weights = load_file(tmp_path / "dense" / "model.safetensors")
     del weights["model.layers.1.mlp.experts.gate_up_proj"]
     save_file(weights, tmp_path / "dense" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"1 missing tensors \(model.layers.1.mlp.experts.gate_up_proj\)$"):
+    with pytest.raises(NsaError, match=r"1 missing tensors \(model.layers.1.mlp.experts.gate_up_proj\)$"):
         convert(tmp_path / "dense", tmp_path / "other")
 
 

@@ -1,4 +1,4 @@
-"""conversion/sources/gguf.py, with a tiny file made here."""
+"""conversion/sources/gguf/source.py, with a tiny file made here."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from tiny_models import byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from nsa_hf.conversion import convert
-from nsa_hf.conversion.files.checkpoint import CheckpointError, same_bits
-from nsa_hf.conversion.sources import gguf as gguf_source
+from nsa_hf.conversion.files.pieces import same_bits
 from nsa_hf.conversion.sources import open_source
-from nsa_hf.conversion.sources.gguf import GgufSource
+from nsa_hf.conversion.sources.gguf import source as gguf_source
+from nsa_hf.conversion.sources.gguf.source import GgufSource
+from nsa_hf.errors import NsaError
 
 
 @pytest.fixture(scope="module")
@@ -85,14 +86,14 @@ def test_damaged_or_ambiguous_gguf(gguf_file, tmp_path, spoil, message):
     path = tmp_path / "tiny.gguf"
     shutil.copy(gguf_file, path)
     spoil(path)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(NsaError, match=message):
         list(open_source(tmp_path).tensors())
 
 
 def test_a_gguf_without_its_packages_names_the_extra(tmp_path, monkeypatch):
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr(gguf_source, "find_spec", lambda name: None if name == "gguf" else object())
-    with pytest.raises(CheckpointError, match=r"tiny.gguf needs gguf: pip install 'nsa-hf\[demo\]'"):
+    with pytest.raises(NsaError, match=r"tiny.gguf needs gguf: pip install 'nsa-hf\[demo\]'"):
         open_source(tmp_path)
 
 
@@ -104,6 +105,6 @@ def test_a_tokenizer_that_is_not_saved_as_it_was_read_is_refused(gguf_file, tmp_
     tokenizer.add_tokens(["fox"])
     assert not gguf_source.saved_alike(tokenizer, tmp_path / "saved")
     monkeypatch.setattr(gguf_source, "saved_alike", lambda tokenizer, folder: False)
-    with pytest.raises(CheckpointError, match="saves another tokenizer than it reads from the file"):
+    with pytest.raises(NsaError, match="saves another tokenizer than it reads from the file"):
         convert(gguf_file, tmp_path / "out")
     assert not (tmp_path / "out").exists()

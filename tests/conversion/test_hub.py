@@ -7,8 +7,8 @@ from fnmatch import fnmatch
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from nsa_hf.conversion.files.checkpoint import CheckpointError
 from nsa_hf.conversion.sources import hub
+from nsa_hf.errors import NsaError
 
 REPOSITORY = (
     "config.json",
@@ -31,25 +31,25 @@ REPOSITORY = (
     ],
 )
 def test_only_what_is_needed_is_fetched(monkeypatch, tmp_path, weights, expected):
-    asked = {}
+    requested = {}
 
     def snapshot(name, revision, ignore_patterns):
-        asked.update(name=name, revision=revision)
-        asked["files"] = {file for file in REPOSITORY if not any(fnmatch(file, p) for p in ignore_patterns)}
+        requested.update(name=name, revision=revision)
+        requested["files"] = {file for file in REPOSITORY if not any(fnmatch(file, p) for p in ignore_patterns)}
         return str(tmp_path / "snapshots" / "0a1b2c")
 
     monkeypatch.setattr(hub, "snapshot_download", snapshot)
     folder, commit = hub.download("owner/name", "main", weights)
     assert (folder, commit) == (tmp_path / "snapshots" / "0a1b2c", "0a1b2c")
-    assert asked == {"name": "owner/name", "revision": "main", "files": expected}
+    assert requested == {"name": "owner/name", "revision": "main", "files": expected}
 
 
 @pytest.mark.parametrize("safetensors", [False, True])
 def test_pickles_are_fetched_only_where_they_are_allowed_and_nothing_else_is_there(monkeypatch, tmp_path, safetensors):
-    asked = []
+    requested = []
 
     def snapshot(name, revision, ignore_patterns):
-        asked.append("*.bin" not in ignore_patterns)
+        requested.append("*.bin" not in ignore_patterns)
         if safetensors:
             (tmp_path / "model.safetensors").write_bytes(b"")
         return str(tmp_path)
@@ -57,13 +57,13 @@ def test_pickles_are_fetched_only_where_they_are_allowed_and_nothing_else_is_the
     monkeypatch.setattr(hub, "snapshot_download", snapshot)
     hub.download("owner/name", None, True)
     hub.download("owner/name", None, True, allow_pickle=True)
-    assert asked == ([False, False] if safetensors else [False, False, True])
+    assert requested == ([False, False] if safetensors else [False, False, True])
 
 
 @pytest.mark.parametrize("name", ["no_such_folder", "./a/b", "/a/b", "a/b/c", "a b/c", "../a"])
 def test_what_cannot_be_an_id_is_a_missing_folder(monkeypatch, name):
     monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: pytest.fail("must not be asked"))
-    with pytest.raises(CheckpointError, match="there is no folder"):
+    with pytest.raises(NsaError, match="there is no folder"):
         hub.download(name, None, True)
 
 
@@ -72,7 +72,5 @@ def test_the_hub_s_answer_is_passed_on(monkeypatch):
         raise LocalEntryNotFoundError("Cannot find\nthe requested files in the disk cache")
 
     monkeypatch.setattr(hub, "snapshot_download", snapshot)
-    with pytest.raises(
-        CheckpointError, match="no folder owner/name, and the Hub's answer is: Cannot find the requested"
-    ):
+    with pytest.raises(NsaError, match="no folder owner/name, and the Hub's answer is: Cannot find the requested"):
         hub.download("owner/name", None, True)

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from nsa_hf.conversion import convert, export_dense, plan, verify
-from nsa_hf.conversion.files.checkpoint import CheckpointError
 from nsa_hf.conversion.files.loading import check_counts
 from nsa_hf.errors import NsaError
 from nsa_hf.recipes.load import load_nsa_model
@@ -42,7 +41,7 @@ def test_a_billion_layers_are_refused_at_once(dense_dir, tmp_path, soon, family,
     (dense_dir / "config.json").write_text(text.replace('"num_hidden_layers": 3', f'"num_hidden_layers": {layers}'))
     expected = r"(num_hidden_layers is .*no model has more than 1,024|config.json: Exceeds the limit \(4300)"
     for run in (plan, lambda src: convert(src, tmp_path / "out")):
-        with pytest.raises(CheckpointError, match=expected):
+        with pytest.raises(NsaError, match=expected):
             run(dense_dir)
     assert not (tmp_path / "out").exists()
 
@@ -51,7 +50,7 @@ def test_nor_are_they_made_of_a_converted_model(tiny_dense_dir, tmp_path, soon):
     out = convert(tiny_dense_dir, tmp_path / "out")
     edit_config(out, num_hidden_layers=10**9)
     for run in (lambda: verify(tiny_dense_dir, out), lambda: export_dense(out, tmp_path / "dense")):
-        with pytest.raises(CheckpointError, match="num_hidden_layers is 1,000,000,000, and no model has more"):
+        with pytest.raises(NsaError, match="num_hidden_layers is 1,000,000,000, and no model has more"):
             run()
     with pytest.raises(NsaError, match="num_hidden_layers is 1,000,000,000, and no model has more"):
         load_nsa_model(out)
@@ -60,13 +59,13 @@ def test_nor_are_they_made_of_a_converted_model(tiny_dense_dir, tmp_path, soon):
 @pytest.mark.parametrize("name", ["n_layer", "num_layers", "num_experts", "n_routed_experts", "num_local_experts"])
 def test_every_family_s_name_for_them_wherever_it_stands(name):
     check_counts({"text_config": [{name: 512}]}, "config.json")
-    with pytest.raises(CheckpointError, match=f"config.json: {name} is 999,999, and no model has more than"):
+    with pytest.raises(NsaError, match=f"config.json: {name} is 999,999, and no model has more than"):
         check_counts({"text_config": [{name: 999_999}]}, "config.json")
 
 
 def test_nor_a_billion_names_of_labels(dense_dir, soon):
     edit_config(dense_dir, num_labels=10**9)
-    with pytest.raises(CheckpointError, match="num_labels is 1,000,000,000, and no model has more than 1,048,576"):
+    with pytest.raises(NsaError, match="num_labels is 1,000,000,000, and no model has more than 1,048,576"):
         plan(dense_dir)
 
 
@@ -78,7 +77,7 @@ def test_sizes_that_cannot_be_end_in_one_line_too(dense_dir, tmp_path, soon, fie
     edit_config(dense_dir, **{field: value})
     for run in (plan, lambda src: convert(src, tmp_path / "out")):
         if (field, value) != ("pad_token_id", -5):  # the first from behind
-            with pytest.raises(CheckpointError):
+            with pytest.raises(NsaError):
                 run(dense_dir)
 
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from nsa_hf.conversion import convert, manifest
-from nsa_hf.conversion.files.checkpoint import CheckpointError, SafetensorsCheckpoint, hash_tensor
+from nsa_hf.conversion.files.checkpoint import SafetensorsCheckpoint
+from nsa_hf.conversion.files.hashes import hash_tensor
+from nsa_hf.errors import NsaError
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,7 @@ def test_differences_finds_a_single_bit_a_lost_and_a_new_tensor(converted):
 def test_bad_manifests(tmp_path, text, message):
     if text is not None:
         (tmp_path / manifest.NAME).write_text(text)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(NsaError, match=message):
         manifest.read(tmp_path)
 
 
@@ -93,9 +95,9 @@ def test_a_sparse_model_may_have_none(converted, tiny_dense_dir, tmp_path):
     folder = Path(shutil.copytree(converted, tmp_path / "out"))
     (folder / manifest.NAME).unlink()
     assert manifest.find(folder) is None
-    with pytest.raises(CheckpointError, match="holds a dense model"):
+    with pytest.raises(NsaError, match="holds a dense model"):
         manifest.find(tiny_dense_dir)
-    with pytest.raises(CheckpointError, match=r"has no manifest\.json: expected a folder that `nsa-hf convert`"):
+    with pytest.raises(NsaError, match=r"has no manifest\.json: expected a folder that `nsa-hf convert`"):
         manifest.find(tmp_path)
 
 
@@ -151,13 +153,13 @@ def test_fields_of_wrong_types_are_named(converted, tiny_dense_dir, tmp_path, pl
     (tmp_path / manifest.NAME).write_text(json.dumps(changed(record, place.split("."), value)))
     if type(value) in allowed and not isinstance(value, dict):
         # of the type, and perhaps unknown
-        with suppress(CheckpointError):
+        with suppress(NsaError):
             manifest.read(tmp_path)
     elif value == {} and isinstance(before, dict) and not place.endswith("*") and place != "source":
         if place != "tensors.*.source":
             manifest.read(tmp_path)
     else:
-        with pytest.raises(CheckpointError, match=r"is damaged \(.*(must be|lacks)"):
+        with pytest.raises(NsaError, match=r"is damaged \(.*(must be|lacks)"):
             manifest.read(tmp_path)
 
 
@@ -166,14 +168,14 @@ def test_a_scaling_that_is_none_is_named(converted, tmp_path, scaling):
     record = manifest.read(converted)
     options = {**record["options"], "rope_scaling": scaling or {"rope_type": "yarn"}}
     (tmp_path / manifest.NAME).write_text(json.dumps({**record, "options": options}))
-    with pytest.raises(CheckpointError, match=r"is damaged \(.*rope_scaling must be"):
+    with pytest.raises(NsaError, match=r"is damaged \(.*rope_scaling must be"):
         manifest.read(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[" * 5000, '{"a": ' * 5000 + "1" + "}" * 5000, '{"format": %s}' % ("9" * 5000)])
 def test_depth_and_length_are_no_traceback(tmp_path, text):
     (tmp_path / manifest.NAME).write_text(text)
-    with pytest.raises(CheckpointError, match="is damaged"):
+    with pytest.raises(NsaError, match="is damaged"):
         manifest.read(tmp_path)
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from nsa_hf.conversion import convert, export_dense
-from nsa_hf.conversion.files.checkpoint import CheckpointError
 from nsa_hf.conversion.files.loading import load_whole
 from nsa_hf.conversion.files.model_folder import copy_file, foreign_files, leads_out
 from nsa_hf.conversion.files.staging import OutputError
 from nsa_hf.conversion.sources import open_source
+from nsa_hf.errors import NsaError
 
 
 def everything(folder: Path) -> dict[str, bytes]:
@@ -118,7 +118,7 @@ def test_a_link_out_of_the_source_is_not_read(dense_dir, tmp_path, secret, name)
     if path.is_file():
         path.rename(secret)
     path.symlink_to(secret)
-    with pytest.raises(CheckpointError, match=r"is a link out of its folder, to .*id_rsa, which is not read"):
+    with pytest.raises(NsaError, match=r"is a link out of its folder, to .*id_rsa, which is not read"):
         convert(dense_dir, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -126,7 +126,7 @@ def test_a_link_out_of_the_source_is_not_read(dense_dir, tmp_path, secret, name)
 def test_a_folder_behind_a_link_is_not_read_either(dense_dir, tmp_path, secret):
     secret.rename(secret.with_suffix(".jinja"))
     (dense_dir / "additional_chat_templates").symlink_to(secret.parent)
-    with pytest.raises(CheckpointError, match=r"id_rsa\.jinja, which is not read"):
+    with pytest.raises(NsaError, match=r"id_rsa\.jinja, which is not read"):
         open_source(dense_dir)
 
 
@@ -161,7 +161,7 @@ def test_a_snapshot_of_the_hub_s_cache_is_read_through_its_own_links_only(dense_
     for target in (secret, other / "LICENSE", tmp_path / "hub" / "models--owner--other" / "blobs" / f"{0:040}"):
         (snapshot / "LICENSE").unlink()
         (snapshot / "LICENSE").symlink_to(target)
-        with pytest.raises(CheckpointError, match="LICENSE is a link out of its folder"):
+        with pytest.raises(NsaError, match="LICENSE is a link out of its folder"):
             open_source(snapshot)
     # the same links anywhere else are not the cache's
     elsewhere = cached(dense_dir, tmp_path / "mine", "project")
@@ -176,7 +176,7 @@ def test_a_named_gguf_file_is_read_and_links_beside_it_are_not(tmp_path, secret)
     path = write_gguf(folder / "tiny.gguf")
     (folder / "LICENSE").symlink_to(secret)
     for src in (path, folder):
-        with pytest.raises(CheckpointError, match="LICENSE is a link out of its folder"):
+        with pytest.raises(NsaError, match="LICENSE is a link out of its folder"):
             open_source(src)
 
 
@@ -190,10 +190,10 @@ def test_a_manifest_names_no_file_elsewhere(tiny_dense_dir, tmp_path, secret, na
     manifest["companions"].append(name)
     (nsa / "manifest.json").write_text(json.dumps(manifest))
     before = everything(tmp_path)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(NsaError):
         export_dense(nsa, tmp_path / "dense")
     assert everything(tmp_path) == before
-    with pytest.raises(CheckpointError, match="of its own"):
+    with pytest.raises(NsaError, match="of its own"):
         copy_file(nsa, name, tmp_path / "dense")
 
 
@@ -211,7 +211,7 @@ def test_an_adapter_beside_whole_weights_is_refused_by_name(dense_dir, tmp_path,
     (dense_dir / "adapter_model.bin").write_bytes(b"")
     for name in {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"} - {*files}:
         (dense_dir / name).unlink()
-    with pytest.raises(CheckpointError, match=rf"holds a PEFT adapter \({', '.join(files)}\).*merge_and_unload"):
+    with pytest.raises(NsaError, match=rf"holds a PEFT adapter \({', '.join(files)}\).*merge_and_unload"):
         convert(dense_dir, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -220,7 +220,7 @@ def test_a_folder_of_an_adapter_only_is_called_that(dense_dir):
     (dense_dir / "model.safetensors").unlink()
     adapter(dense_dir)
     for _ in range(2):
-        with pytest.raises(CheckpointError, match=r"is a PEFT adapter: merge it into its base model with .*merge_and_"):
+        with pytest.raises(NsaError, match=r"is a PEFT adapter: merge it into its base model with .*merge_and_"):
             open_source(dense_dir)
         (dense_dir / "config.json").unlink(missing_ok=True)
 
@@ -232,6 +232,6 @@ def test_nor_is_one_dropped_from_a_converted_model(tiny_dense_dir, tmp_path):
     out = convert(tiny_dense_dir, tmp_path / "out")
     adapter(out)
     for read in (load_whole, load_nsa_model, lambda folder: export_dense(folder, tmp_path / "dense")):
-        with pytest.raises(CheckpointError, match="holds a PEFT adapter"):
+        with pytest.raises(NsaError, match="holds a PEFT adapter"):
             read(out)
     assert os.listdir(tmp_path) == ["out"]

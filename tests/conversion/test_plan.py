@@ -15,9 +15,10 @@ from tiny_models import tiny_dense_model
 
 import nsa_hf
 from nsa_hf.conversion import convert, plan, render_plan
-from nsa_hf.conversion.files.checkpoint import CheckpointError, SafetensorsCheckpoint
-from nsa_hf.conversion.plan import pays_from, read_tokens, read_tokens_of_text, training_hindrance
-from nsa_hf.errors import NotPlain
+from nsa_hf.conversion.costs import pays_from, read_tokens, read_tokens_of_text
+from nsa_hf.conversion.files.checkpoint import SafetensorsCheckpoint
+from nsa_hf.conversion.plan import training_hindrance
+from nsa_hf.errors import NotPlain, NsaError
 from nsa_hf.families import family_of, nsa_config_from_dense
 from nsa_hf.kernels import Sizes
 from nsa_hf.releases import CACHE, INSTALLED
@@ -32,24 +33,24 @@ SIZES = [
 
 def test_it_counts_what_a_conversion_writes(tiny_dense_dir, tiny_sizes, tmp_path):
     options = {**tiny_sizes, "dense_layers": [-1], "compression": "linear"}
-    said = plan(tiny_dense_dir, **options)
+    description = plan(tiny_dense_dir, **options)
     table = SafetensorsCheckpoint(convert(tiny_dense_dir, tmp_path / "out", **options)).table
     added = {name: torch.Size(info.shape).numel() for name, info in table.items() if ".nsa." in name}
     total = sum(torch.Size(info.shape).numel() for info in table.values())
-    assert said["parameters"]["added"] == sum(added.values()) > 0
-    assert said["parameters"]["dense"] == total - sum(added.values())
-    assert said["bytes"]["nsa"] == sum(info.nbytes for info in table.values())
-    for layer in said["layers"]:
+    assert description["parameters"]["added"] == sum(added.values()) > 0
+    assert description["parameters"]["dense"] == total - sum(added.values())
+    assert description["bytes"]["nsa"] == sum(info.nbytes for info in table.values())
+    for layer in description["layers"]:
         new = sum(count for name, count in added.items() if f".layers.{layer['layer']}." in name)
         assert layer["parameters_added"] == new
-    assert [layer["becomes"] for layer in said["layers"]] == ["nsa", "nsa", "dense"]
-    assert [layer["why"] for layer in said["layers"]] == [
+    assert [layer["becomes"] for layer in description["layers"]] == ["nsa", "nsa", "dense"]
+    assert [layer["why"] for layer in description["layers"]] == [
         "full attention",
         "full attention",
         "named in nsa_dense_layers",
     ]
-    assert said["exact_up_to"] == 64
-    assert said["options"]["nsa_compression"] == "linear"
+    assert description["exact_up_to"] == 64
+    assert description["options"]["nsa_compression"] == "linear"
 
 
 @pytest.mark.parametrize("branch_kv", ["shared", "independent"])
@@ -64,8 +65,8 @@ def test_cache_bytes_are_those_of_a_cache_that_was_filled(branch_kv, tiny_dense_
     def nbytes(of) -> int:
         return sum(x.nbytes for x in vars(of).values() if isinstance(x, torch.Tensor))
 
-    kept = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
-    assert row["dense_bytes"] == sum(kept)
+    layer_bytes = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
+    assert row["dense_bytes"] == sum(layer_bytes)
     assert row["nsa_bytes"] == sum(nbytes(layer) for layer in cache.layers)
 
 
@@ -120,17 +121,18 @@ def test_what_would_not_convert_is_refused_here_already(tiny_dense_dir, tmp_path
     spoiled = shutil.copytree(tiny_dense_dir, tmp_path / "spoiled")
     config = json.loads((spoiled / "config.json").read_text())
     (spoiled / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
-    with pytest.raises(CheckpointError, match="missing tensors"):
+    with pytest.raises(NsaError, match="missing tensors"):
         plan(spoiled)
 
 
 def test_what_cannot_be_trained_is_said(tmp_path):
     dense = tiny_dense_model(attention_dropout=0.1)
     dense.save_pretrained(tmp_path / "dense")
-    said = plan(tmp_path / "dense")
-    assert said["training"].startswith("attention_dropout is 0.1, and sparse attention has no dropout: set it to 0")
+    description = plan(tmp_path / "dense")
+    hindrance = "attention_dropout is 0.1, and sparse attention has no dropout: set it to 0"
+    assert description["training"].startswith(hindrance)
     console = Console(file=io.StringIO(), width=200)
-    console.print(render_plan(said))
+    console.print(render_plan(description))
     assert "refused: attention_dropout is 0.1" in console.file.getvalue()
 
 
@@ -155,11 +157,11 @@ def test_every_name_of_attention_dropout_is_known(family):
 
 
 def test_it_is_json_and_renders(tiny_dense_dir):
-    said = plan(tiny_dense_dir, dense_layers=[1], dtype="bfloat16")
-    assert said["training"] is None
-    assert json.loads(json.dumps(said, allow_nan=False)) == said
+    description = plan(tiny_dense_dir, dense_layers=[1], dtype="bfloat16")
+    assert description["training"] is None
+    assert json.loads(json.dumps(description, allow_nan=False)) == description
     console = Console(file=io.StringIO(), width=100)
-    console.print(render_plan(said))
+    console.print(render_plan(description))
     text = console.file.getvalue()
     for part in ("1,024 tokens", "rounded to bfloat16", "named in nsa_dense_layers", "65,536", "1,638 tokens"):
         assert part in text

@@ -32,8 +32,8 @@ def test_exact_beside_the_dense_model_with_the_same_scaling(kind, model_type, tm
         # Transformers' own dense class, from a config that says so
         scaled = type(dense)(scaled_config(dense.config, scaling)).eval()
         scaled.load_state_dict(dense.state_dict())
-        expected, found = scaled(x).logits, model(x).logits
-        torch.testing.assert_close(found[:, :EXACT], expected[:, :EXACT], atol=5e-5, rtol=0)
+        expected, actual = scaled(x).logits, model(x).logits
+        torch.testing.assert_close(actual[:, :EXACT], expected[:, :EXACT], atol=5e-5, rtol=0)
         assert (expected - plain).abs().max() > 1e-3, "nothing was scaled"
         torch.testing.assert_close(scale_model(dense, scaling)(x).logits, expected)
 
@@ -54,8 +54,8 @@ def test_verify_compares_with_the_scaled_source(tiny_dense_dir, tiny_sizes, tmp_
     again = verify(tiny_dense_dir, tmp_path / "nsa", length=100, documents=1, texts=[text])
     assert again["exact"] is None and again["why"].startswith("not proved: its config scales RoPE")
     assert again["rope_scaling"] == {"rope_type": "yarn", "factor": 2.0}
-    said = plan(tiny_dense_dir, rope_scaling="yarn:2", **tiny_sizes)
-    assert "64 tokens, with its RoPE scaled alike (yarn, factor 2)" in rendered(render_plan(said))
+    description = plan(tiny_dense_dir, rope_scaling="yarn:2", **tiny_sizes)
+    assert "64 tokens, with its RoPE scaled alike (yarn, factor 2)" in rendered(render_plan(description))
 
 
 def test_only_full_attention_layers_of_gemma3_are_scaled():

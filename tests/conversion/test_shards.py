@@ -9,15 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nsa_hf.conversion.files import checkpoint as checkpoints
-from nsa_hf.conversion.files.checkpoint import (
-    CheckpointError,
-    SafetensorsCheckpoint,
-    TensorInfo,
-    hash_tensor,
-    pieces_of,
-    same_bits,
-)
+from nsa_hf.conversion.files import pieces
+from nsa_hf.conversion.files.checkpoint import SafetensorsCheckpoint
+from nsa_hf.conversion.files.hashes import hash_tensor
+from nsa_hf.conversion.files.pieces import TensorInfo, pieces_of, same_bits
 from nsa_hf.conversion.files.shards import ShardWriter, file_header
 from nsa_hf.errors import NsaError
 
@@ -47,7 +42,7 @@ def write(folder, tensors, size="2GB", order=None, on_file=lambda name: None):
 @pytest.mark.parametrize("size", ["2GB", 30, 20_003])
 @pytest.mark.parametrize("order", [list(TENSORS), list(TENSORS)[::-1]])
 def test_what_is_written_is_read_back_whatever_the_pieces_shards_and_order(tmp_path, monkeypatch, piece, size, order):
-    monkeypatch.setattr(checkpoints, "PIECE", piece)
+    monkeypatch.setattr(pieces, "PIECE", piece)
     writer = write(tmp_path, TENSORS, size, order)
     checkpoint = SafetensorsCheckpoint(tmp_path)
     assert checkpoint.table == table_of(TENSORS)
@@ -60,10 +55,10 @@ def test_what_is_written_is_read_back_whatever_the_pieces_shards_and_order(tmp_p
         assert same_bits(checkpoint.read(name), tensor)
     # and the same in pieces
     read = {name: [] for name in TENSORS}
-    for found in checkpoint.pieces(TENSORS):
-        assert found.start == sum(map(len, read[found.name]))
-        read[found.name].append(found.values.clone())
-        assert found.last == (sum(map(len, read[found.name])) == TENSORS[found.name].numel())
+    for part in checkpoint.pieces(TENSORS):
+        assert part.start == sum(map(len, read[part.name]))
+        read[part.name].append(part.values.clone())
+        assert part.last == (sum(map(len, read[part.name])) == TENSORS[part.name].numel())
     assert all(same_bits(torch.cat(parts).reshape(TENSORS[name].shape), TENSORS[name]) for name, parts in read.items())
 
 
@@ -140,7 +135,7 @@ def test_a_source_that_shrinks_while_it_is_read_is_named(tmp_path):
     checkpoint = SafetensorsCheckpoint(tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=r"model.safetensors ends early: it changed while it was being read"):
+    with pytest.raises(NsaError, match=r"model.safetensors ends early: it changed while it was being read"):
         list(checkpoint.pieces(TENSORS))
 
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from nsa_hf.conversion import convert, export_dense, plan, sources, verify
-from nsa_hf.conversion.files.checkpoint import CheckpointError, same_bits
 from nsa_hf.conversion.files.loading import transformers_progress
+from nsa_hf.conversion.files.pieces import same_bits
 from nsa_hf.conversion.sources import open_source
 from nsa_hf.conversion.sources.folder import SafetensorsSource, tokenizer_code
 from nsa_hf.conversion.sources.pickled import PickleCheckpoint
@@ -145,43 +145,43 @@ def test_a_card_that_says_nothing_is_no_error(dense_dir, text):
 )
 def test_bad_folders_are_refused(dense_dir, spoil, message):
     spoil(dense_dir)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(NsaError, match=message):
         open_source(dense_dir)
 
 
 def test_missing_weights_are_not_made_up(dense_dir):
     edit_config(dense_dir, num_hidden_layers=4)
-    with pytest.raises(CheckpointError, match="lacks 9 tensors"):
+    with pytest.raises(NsaError, match="lacks 9 tensors"):
         open_source(dense_dir).load_model(torch.float32)
 
 
 def test_what_is_no_source(tmp_path, monkeypatch):
     (tmp_path / "file.txt").write_text("x")
-    with pytest.raises(CheckpointError, match="is a file: expected a model's folder"):
+    with pytest.raises(NsaError, match="is a file: expected a model's folder"):
         open_source(tmp_path / "file.txt")
-    with pytest.raises(CheckpointError, match="there is no folder"):
+    with pytest.raises(NsaError, match="there is no folder"):
         open_source(tmp_path / "absent")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="the source is empty"):
+    with pytest.raises(NsaError, match="the source is empty"):
         open_source("")
 
 
 def test_a_hub_id_is_downloaded_and_its_commit_recorded(tiny_dense_dir, tmp_path, monkeypatch):
-    asked = []
+    downloads = []
 
     def download(name, revision, weights, allow_pickle):
-        asked.append((name, revision, weights))
+        downloads.append((name, revision, weights))
         assert allow_pickle is False
         return tiny_dense_dir, "0a1b2c"
 
     monkeypatch.setattr(sources, "download", download)
     monkeypatch.chdir(tmp_path)
     source = open_source("owner/name", revision="v1")
-    assert asked == [("owner/name", "v1", True)]
+    assert downloads == [("owner/name", "v1", True)]
     assert (source.name, source.revision, source.identity()["revision"]) == ("owner/name", "0a1b2c", "0a1b2c")
     # for a plan the config is enough: no weights are fetched, and none are looked at
     assert not open_source("owner/name", weights=False).has_weights
-    assert asked[1] == ("owner/name", None, False)
+    assert downloads[1] == ("owner/name", None, False)
 
 
 TOKENIZER = """
@@ -219,7 +219,7 @@ def name_tokenizer(folder: Path, auto_map) -> None:
 def test_a_tokenizer_with_code_of_its_own_is_carried_where_it_is_trusted(code_dir, tmp_path, tiny_sizes):
     out = tmp_path / "out"
     for make in (plan, lambda src: convert(src, out)):
-        with pytest.raises(CheckpointError, match=r"tokenizer that is defined by code of its own \(tokenization_x"):
+        with pytest.raises(NsaError, match=r"tokenizer that is defined by code of its own \(tokenization_x"):
             make(code_dir)
     assert not out.exists()
     assert plan(code_dir, trust_remote_code=True)["exact_up_to"]
@@ -238,7 +238,7 @@ def test_a_tokenizer_with_code_of_its_own_is_carried_where_it_is_trusted(code_di
 def test_its_code_is_run_where_that_is_asked_for_and_nobody_is_asked(code_dir, tmp_path, tiny_sizes):
     out = convert(code_dir, tmp_path / "out", trust_remote_code=True, **tiny_sizes)
     texts = [("a", "a" * 100)]
-    with pytest.raises(CheckpointError, match="code of its own"):
+    with pytest.raises(NsaError, match="code of its own"):
         verify(code_dir, out, texts=texts, length=200, documents=1)
     # so long only with what the code puts behind it
     result = verify(code_dir, out, texts=texts, length=200, documents=1, trust_remote_code=True)
@@ -286,7 +286,7 @@ def test_no_code_of_its_own(code_dir, auto_map):
 )
 def test_code_that_is_not_there(code_dir, auto_map, message):
     name_tokenizer(code_dir, auto_map)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(NsaError, match=message):
         open_source(code_dir, trust_remote_code="--" not in message)
 
 
@@ -307,5 +307,5 @@ def test_transformers_progress_is_put_back(before):
 @pytest.mark.parametrize("weight_map", [{}, {"a": 5}, {"a": ["x"]}, {"a": None}])
 def test_an_index_of_pickles_that_names_no_files_is_named(tmp_path, weight_map):
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(CheckpointError, match="is not an index of weights"):
+    with pytest.raises(NsaError, match="is not an index of weights"):
         PickleCheckpoint(tmp_path)

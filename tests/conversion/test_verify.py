@@ -17,7 +17,9 @@ from tiny_models import randomize_nsa
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nsa_hf.conversion import convert, export_dense, manifest, render_verify, verify
-from nsa_hf.conversion.files.checkpoint import CheckpointError, SafetensorsCheckpoint, hash_tensor
+from nsa_hf.conversion.compare.metrics import Bucket
+from nsa_hf.conversion.files.checkpoint import SafetensorsCheckpoint
+from nsa_hf.conversion.files.hashes import hash_tensor
 from nsa_hf.conversion.verify import judge
 from nsa_hf.errors import NsaError
 
@@ -130,17 +132,18 @@ def test_a_single_flipped_bit_is_found(tiny_dense_dir, copy, name, changed, why)
 )
 def test_a_single_flipped_bit_of_any_other_file_is_found(tiny_dense_dir, copy, monkeypatch, name):
     module = importlib.import_module("nsa_hf.conversion.verify")
-    monkeypatch.setattr(module, "final_hidden", lambda model, windows, *_: [torch.zeros(1, 100, 48)] * len(windows))
+    zeros = torch.zeros(1, 100, 48)
+    monkeypatch.setattr(module, "final_states", lambda model, windows, **_: [zeros] * len(windows))
     assert verify(tiny_dense_dir, copy, length=100, documents=1)["changed_files"] == []
     data = bytearray((copy / name).read_bytes())
     data[len(data) // 2] ^= 1
     (copy / name).write_bytes(data)
     try:
         result = verify(tiny_dense_dir, copy, length=100, documents=1)
-        found = [result["exact"], result["changed_files"], f"{name} changed since the conversion" in result["why"]]
+        outcome = [result["exact"], result["changed_files"], f"{name} changed since the conversion" in result["why"]]
     except NsaError:  # it cannot be read at all
-        found = [False, [name], True]
-    assert found == [False, [name], True]
+        outcome = [False, [name], True]
+    assert outcome == [False, [name], True]
 
 
 def with_earlier_hashes(folder: Path) -> Path:
@@ -150,9 +153,9 @@ def with_earlier_hashes(folder: Path) -> Path:
     def change(record):
         del record["hash"]
         record["format"] = 1
-        for name, said in record["tensors"].items():
-            del said["xxh3_128"]
-            said["sha256"] = hash_tensor(tensors[name], "sha256")
+        for name, entry in record["tensors"].items():
+            del entry["xxh3_128"]
+            entry["sha256"] = hash_tensor(tensors[name], "sha256")
 
     edit_manifest(folder, change)
     return folder
@@ -171,7 +174,9 @@ def test_a_changed_weight_is_found_even_if_the_manifest_was_changed_too(tiny_den
     tensors = load_file(copy / "model.safetensors")
     tensors[NORM] *= 1.1
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    edit_manifest(copy, lambda record: record["tensors"].update({NORM: manifest.describe(tensors[NORM], "source")}))
+    edit_manifest(
+        copy, lambda record: record["tensors"].update({NORM: manifest.describe_tensor(tensors[NORM], "source")})
+    )
     result = verify(tiny_dense_dir, copy, length=100, documents=1)
     assert result["exact"] is False
     assert result["tensors"]["unlike_manifest"] == []
@@ -198,7 +203,7 @@ def test_trusted_code_is_the_dense_model(tiny_dense_dir, tiny_sizes, tmp_path, m
     (dense / "config.json").write_text(json.dumps(config))
     (dense / "modeling_x.py").write_text(REMOTE.format(factor=factor))
     out = convert(dense, tmp_path / "out", trust_remote_code=True, **tiny_sizes)
-    with pytest.raises(CheckpointError, match="defined by code of its own"):
+    with pytest.raises(NsaError, match="defined by code of its own"):
         verify(dense, out)
     assert verify(dense, out, length=100, documents=1, trust_remote_code=True)["exact"] is (factor == 1)
     assert not (out / "modeling_x.py").exists()
@@ -251,7 +256,7 @@ def test_a_single_flipped_bit_of_a_trained_model_is_found(name, tiny_dense_dir, 
     assert (result["exact"], result["why"]) == (False, "not as trained: 1 tensors are not the manifest's")
     assert result["tensors"]["unlike_manifest"] == [name]
     if name == NORM:
-        with pytest.raises(CheckpointError, match=f"1 tensors are not what its manifest says, {NORM} for one"):
+        with pytest.raises(NsaError, match=f"1 tensors are not what its manifest says, {NORM} for one"):
             export_dense(trained, tmp_path / "dense")
 
 
@@ -265,14 +270,15 @@ def test_an_edited_file_of_a_trained_model_is_found(name, tiny_dense_dir, traine
 
 @pytest.mark.parametrize("record", [{}, {"training": {}}, {"training": {"steps": 9}}, {"training": True}])
 def test_the_bare_word_trained_makes_no_trained_model(record, copy):
-    edit_manifest(copy, lambda found: found.update(trained=True, **record))
-    found = manifest.read(copy)
-    assert not manifest.is_trained(found)
-    assert judge(found, KEPT, 0.0, 0.0) == (False, "its manifest says that it was trained, and has no record of a run")
+    edit_manifest(copy, lambda content: content.update(trained=True, **record))
+    content = manifest.read(copy)
+    assert not manifest.is_trained(content)
+    why = "its manifest says that it was trained, and has no record of a run"
+    assert judge(content, KEPT, Bucket(0, 64)) == (False, why)
 
 
 def test_an_untrained_model_is_not_waved_through_as_trained(tiny_dense_dir, copy):
-    edit_manifest(copy, lambda found: found.update(trained=True))
+    edit_manifest(copy, lambda record: record.update(trained=True))
     result = verify(tiny_dense_dir, copy, length=100, documents=1)
     assert (result["exact"], result["trained"]) == (False, False)
 
@@ -309,7 +315,7 @@ def test_of_a_tensor_lost_elsewhere_nothing_is_made_up(tiny_dense_dir, copy):
     del tensors[NORM]
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     (copy / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match="lacks 1 tensors"):
+    with pytest.raises(NsaError, match="lacks 1 tensors"):
         verify(tiny_dense_dir, copy, length=100)
 
 
@@ -356,15 +362,15 @@ def test_bad_options(tiny_dense_dir, converted, options):
 
 def test_what_is_missing_or_damaged_is_refused_and_the_old_result_stays(tiny_dense_dir, copy, tmp_path):
     (copy / "verify.json").write_text("old")
-    with pytest.raises(CheckpointError, match="there is no folder"):
+    with pytest.raises(NsaError, match="there is no folder"):
         verify(tmp_path / "gone", copy)
-    with pytest.raises(CheckpointError, match=r"holds a dense model \(llama\)"):
+    with pytest.raises(NsaError, match=r"holds a dense model \(llama\)"):
         verify(tiny_dense_dir, tiny_dense_dir)
-    with pytest.raises(CheckpointError, match=r"has no manifest\.json"):
+    with pytest.raises(NsaError, match=r"has no manifest\.json"):
         verify(tiny_dense_dir, tmp_path)
     path = copy / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(CheckpointError, match="damaged"):
+    with pytest.raises(NsaError, match="damaged"):
         verify(tiny_dense_dir, copy)
     assert (copy / "verify.json").read_text() == "old"
 
@@ -373,7 +379,7 @@ def test_weights_the_checkpoint_lacks_are_not_made_up(tiny_dense_dir, copy):
     tensors = load_file(copy / "model.safetensors")
     del tensors[NORM]
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="lacks 1 tensors"):
+    with pytest.raises(NsaError, match="lacks 1 tensors"):
         verify(tiny_dense_dir, copy, length=100)
 
 
@@ -391,13 +397,14 @@ def test_weights_the_checkpoint_lacks_are_not_made_up(tiny_dense_dir, copy):
     ],
 )
 def test_judgement(tensors, difference, gap, expected):
-    assert judge({"trained": False}, tensors, difference, gap)[0] is expected
-    assert judge({"trained": False}, tensors, difference, gap, ["config.json"])[0] is False
-    assert judge({"trained": True}, tensors, difference, gap)[0] is False
-    alone = judge(None, {**tensors, "unlike_manifest": None}, difference, gap)[0]
+    logits = Bucket(0, 64, max_abs_diff=difference, top1_gap=gap)
+    assert judge({"trained": False}, tensors, logits)[0] is expected
+    assert judge({"trained": False}, tensors, logits, ["config.json"])[0] is False
+    assert judge({"trained": True}, tensors, logits)[0] is False
+    alone = judge(None, {**tensors, "unlike_manifest": None}, logits)[0]
     assert alone is (True if expected or tensors["unlike_manifest"] else None)
     trained = {"trained": True, "training": {"steps": 1, "fingerprint": {"seed": 0}}}
-    assert judge(trained, tensors, difference, gap)[0] is (False if tensors["unlike_manifest"] else None)
+    assert judge(trained, tensors, logits)[0] is (False if tensors["unlike_manifest"] else None)
 
 
 def test_rendering_shows_the_verdict_and_the_figures(tiny_dense_dir, converted):
@@ -422,14 +429,18 @@ def test_rendering_shows_the_verdict_and_the_figures(tiny_dense_dir, converted):
 
 def test_one_model_at_a_time_and_only_heads_remain(tiny_dense_dir, converted, monkeypatch):
     module = importlib.import_module("nsa_hf.conversion.verify")
-    seen = []
-    final_hidden = module.final_hidden
+    steps: list[str | int] = []
+    drop_decoder, load_whole = module.drop_decoder, module.load_whole
 
-    def watch(model, *args):
-        hidden = final_hidden(model, *args)
-        seen.append(sum(parameter.numel() for parameter in model.parameters()))
-        return hidden
+    def drop(model):
+        drop_decoder(model)
+        steps.append(sum(parameter.numel() for parameter in model.parameters()))
 
-    monkeypatch.setattr(module, "final_hidden", watch)
+    def load(*args, **options):
+        steps.append("the NSA model is loaded")
+        return load_whole(*args, **options)
+
+    monkeypatch.setattr(module, "drop_decoder", drop)
+    monkeypatch.setattr(module, "load_whole", load)
     verify(tiny_dense_dir, converted, length=100, documents=1)
-    assert seen == [256 * 48, 256 * 48]
+    assert steps == [256 * 48, "the NSA model is loaded", 256 * 48]

@@ -136,7 +136,7 @@ def write_gguf_of(model_type: str, path: Path) -> Path:
     from tiny_families import tiny_config
     from transformers import AutoModelForCausalLM
 
-    from nsa_hf.conversion.sources.gguf_contents import GgufContents
+    from nsa_hf.conversion.sources.gguf.tensors import tensor_parts
 
     config = tiny_config(model_type)
     for name in SIZES.keys() & config.to_dict().keys():
@@ -163,20 +163,19 @@ def write_gguf_of(model_type: str, path: Path) -> Path:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([f"t{index}" for index in range(config.vocab_size)])
     random = np.random.default_rng(0)
-    names = GgufContents(path, architecture, {}, {"block_count": config.num_hidden_layers}, {})._names(model)
-    for name, sources in names.items():
+    for name, parts in tensor_parts(architecture, config.num_hidden_layers, model).items():
         shape = list(model.state_dict()[name].shape)
-        if len(sources) == 2:  # gate and up of the experts
+        if len(parts) == 2:  # gate and up of the experts
             shape[1] //= 2
-        for source in sources:
+        for part in parts:
             values = random.normal(size=[size for size in shape if size != 1]).astype(np.float32) * 0.2
-            if source.endswith("ssm_a"):
+            if part.endswith("ssm_a"):
                 values = -np.abs(values) - 0.1
             kinds = gguf.GGMLQuantizationType
-            kind = kinds.Q8_0 if "attn" in source else kinds.Q4_0
+            kind = kinds.Q8_0 if "attn" in part else kinds.Q4_0
             if values.ndim > 1 and values.shape[-1] % 32 == 0:
-                writer.add_tensor(source, gguf.quants.quantize(values, kind), raw_dtype=kind)
+                writer.add_tensor(part, gguf.quants.quantize(values, kind), raw_dtype=kind)
             else:
-                writer.add_tensor(source, values)
+                writer.add_tensor(part, values)
     finish(writer)
     return path

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from nsa_hf.conversion import convert, export_dense, plan
-from nsa_hf.conversion.files.checkpoint import SafetensorsCheckpoint, same_bits
+from nsa_hf.conversion.files.checkpoint import SafetensorsCheckpoint
+from nsa_hf.conversion.files.pieces import same_bits
 from nsa_hf.errors import NotPlain
 from nsa_hf.families import define_family, family_of, nsa_config_from_dense
 from nsa_hf.recipes.training.losses import output_logits

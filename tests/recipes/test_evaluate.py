@@ -7,7 +7,6 @@ from tiny_runs import converted, write_texts
 
 from nsa_hf.errors import NsaError
 from nsa_hf.recipes.training.evaluate import (
-    EvaluationError,
     compare_models,
     evaluate,
     final_states,
@@ -78,7 +77,7 @@ def test_logits_that_are_not_finite_are_no_result(tiny_nsa_model):
     spoiled = [states[0], states[1].clone()]
     spoiled[1][0, 80] = float("nan")
     for pair in ((states, spoiled), (spoiled, states)):
-        with pytest.raises(EvaluationError, match=r"logits are not finite \(positions 64-100\)"):
+        with pytest.raises(NsaError, match=r"logits are not finite \(positions 64-100\)"):
             compare_models(model, pair[0], model, pair[1], texts)
 
 

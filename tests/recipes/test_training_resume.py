@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from tiny_runs import folder_hashes, result_of, tiny_run, write_texts
 
-from nsa_hf.conversion.files.checkpoint import hash_file
+from nsa_hf.conversion.files.hashes import hash_file
 from nsa_hf.errors import NsaError
 from nsa_hf.recipes.training.checkpoints import Checkpoints
 from nsa_hf.recipes.training.loop import run_steps, train

@@ -1,8 +1,8 @@
-"""A .gguf file as a source, loaded and dequantised by Transformers, always in float32.
+"""A .gguf file as a dense model, loaded and dequantised by Transformers, always in float32.
 
 A quantised weight is scale * integer + offset, computed in float32; bfloat16 would change two of three values of
-SmolLM2's Q4_1 file. Only so is the converted model bit for bit the one that Transformers loads from that file;
-`convert(..., dtype="bfloat16")` rounds deliberately.
+SmolLM2's Q4_1 file. Only in float32 is the converted model bit for bit the one that Transformers loads from that
+file; `convert(..., dtype="bfloat16")` rounds deliberately.
 """
 
 from __future__ import annotations
@@ -17,33 +17,49 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedModel
 
-from ..files.checkpoint import CheckpointError, TensorInfo
-from ..files.loading import load_whole, reading
-from ..files.model_folder import TERMS, copy_file
-from .gguf_contents import read_contents
-from .source import Source
+from nsa_hf.errors import NsaError
+
+from ...files.loading import load_whole, reading
+from ...files.model_folder import TERMS, copy_file
+from ...files.pieces import TensorInfo
+from ..source import Source
+from .config import completed_config
+from .contents import read_contents
+from .tensors import check_tensors, read_tensors
 
 # Words, names, numbers, code and letters with accents: what a tokenizer takes apart in different ways.
 SAMPLE = "The quick brown fox: SPDX-License-Identifier (GPL-2.0+)\n\tdef über(x): return 12345  # naïve façade"
 
 
 class GgufSource(Source):
-    """One .gguf file, loaded and dequantised by Transformers; its weights are read once, when first asked for."""
+    """One .gguf file, loaded and dequantised by Transformers; its weights are read once, when first needed.
+
+    Args:
+        name: as the user gave it.
+        path: of the file.
+        revision: the Hub's commit, or None for local files.
+
+    Attributes:
+        contents: what the file holds.
+
+    Raises:
+        NsaError: a package is missing, or the file is damaged or holds something that is not converted.
+    """
 
     kind = "gguf"
 
     def __init__(self, name: str, path: Path, revision: str | None):
         missing = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
         if missing:
-            raise CheckpointError(f"reading {path.name} needs {' and '.join(missing)}: pip install 'nsa-hf[demo]'")
+            raise NsaError(f"reading {path.name} needs {' and '.join(missing)}: pip install 'nsa-hf[demo]'")
         self.path = path
         with reading(path):
             self.contents = read_contents(path)
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
             if hasattr(config, "_model_name_or_path"):
                 del config._model_name_or_path
-            config = self.contents.applied_to(config)
-            self.contents.check_tensors(config)
+            config = completed_config(self.contents, config)
+            check_tensors(self.contents, config)
         config.dtype = torch.float32
         self._model: PreTrainedModel | None = None
         super().__init__(name, path.parent, config, revision)
@@ -75,7 +91,7 @@ class GgufSource(Source):
     def stored(self) -> Iterator[tuple[str, Tensor]]:
         """As in Source: read with the `gguf` package, where `tensors` are what Transformers loads."""
         with reading(self.path):
-            yield from self.contents.stored(self.config)
+            yield from read_tensors(self.contents, self.config)
 
     def load_model(self, dtype: torch.dtype) -> PreTrainedModel:
         """As in Source; hands over the loaded weights, so that there is one copy of them."""
@@ -88,12 +104,12 @@ class GgufSource(Source):
             tokenizer = AutoTokenizer.from_pretrained(self.folder, gguf_file=self.path.name)
             for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
                 index = self.contents.metadata.get(f"tokenizer.ggml.{key}_token_id")
-                # Transformers 5.17 guesses these; 5.23 reads them as the file has them
+                # Transformers 5.17 guesses these; 5.23 takes them from the file
                 if index is not None and getattr(tokenizer, f"{role}_token_id") != index:
                     setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(index))
             tokenizer.save_pretrained(out)
         if not saved_alike(tokenizer, out):
-            raise CheckpointError(
+            raise NsaError(
                 f"{self.path}: Transformers {transformers.__version__} saves another tokenizer than it reads from the "
                 "file (5.17 loses the merges of Gemma's): pip install -U transformers"
             )
@@ -107,12 +123,17 @@ class GgufSource(Source):
         return [self.path]
 
     def card(self) -> dict[str, Any]:
-        said = self.contents.metadata
+        metadata = self.contents.metadata
         names = {"license": "general.license", "model_name": "general.name"}
-        return {name: said[key] for name, key in names.items() if isinstance(said.get(key), str)}
+        return {name: metadata[key] for name, key in names.items() if isinstance(metadata.get(key), str)}
 
 
 def saved_alike(tokenizer: Any, folder: Path) -> bool:
-    """Whether the tokenizer that was saved in a folder takes a text apart as it did before."""
-    again = type(tokenizer).from_pretrained(folder)
-    return bool(again(SAMPLE)["input_ids"] == tokenizer(SAMPLE)["input_ids"])
+    """Whether a tokenizer that was saved takes a text apart as it did before.
+
+    Args:
+        tokenizer: as it was before.
+        folder: where it was saved.
+    """
+    saved = type(tokenizer).from_pretrained(folder)
+    return bool(saved(SAMPLE)["input_ids"] == tokenizer(SAMPLE)["input_ids"])

@@ -1,0 +1,108 @@
+"""What attention costs, dense and sparse: bytes of the cache, and the length from which sparse attention is cheaper."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from nsa_hf.kernels import Sizes, n_blocks
+
+
+def read_tokens(sizes: Sizes, length: int) -> int:
+    """How many keys and values one query of a sparse layer reads.
+
+    They are the compressed entries (about S/d), the selected blocks' min(S, n*l') tokens and the window's min(S, w).
+
+    Args:
+        sizes: of sparse attention: d is its `kernel_stride`, n its `topk`, l' its `block_size`, w its `window_size`.
+        length: S, the number of tokens up to the query, its own counted.
+    """
+    selected = min(length, sizes.exact_tokens)
+    return n_blocks(length, sizes.kernel_size, sizes.kernel_stride) + selected + min(length, sizes.window_size)
+
+
+def kv_cache(config: PreTrainedConfig, layers: Iterable[dict[str, Any]], length: int) -> dict[str, Any]:
+    """Bytes of the cache of one sequence: how many are kept, and read for one more token.
+
+    Args:
+        config: the converted model's.
+        layers: what `plan` says of each.
+        length: tokens in the cache.
+
+    Returns:
+        See `kv_cache` in what `plan` returns.
+    """
+    sizes = config.nsa_sizes
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or getattr(config, "kv_channels", None) or config.hidden_size // heads
+    # of one key and value in one layer
+    key_value_bytes = 2 * (getattr(config, "num_key_value_heads", None) or heads) * head_dim * config.dtype.itemsize
+    layers = list(layers)
+    sparse_layers = sum(layer["becomes"] == "nsa" for layer in layers)
+    entries = n_blocks(length, sizes.kernel_size, sizes.kernel_stride)
+    added = sparse_layers * entries
+    if config.nsa_branch_kv == "independent":
+        # the tokens that the next entry will need, and the window's
+        added += sparse_layers * (length - entries * sizes.kernel_stride + min(length, sizes.window_size))
+    dense = sum(length if layer["keeps"] is None else min(length, layer["keeps"]) for layer in layers)
+    read = dense + sparse_layers * (read_tokens(sizes, length) - length)
+    return {
+        "length": length,
+        "dense_bytes": dense * key_value_bytes,
+        "nsa_bytes": (dense + added) * key_value_bytes,
+        "dense_read_bytes": dense * key_value_bytes,
+        "nsa_read_bytes": read * key_value_bytes,
+        "read_less": dense / read,
+    }
+
+
+def pays_from(sizes: Sizes) -> dict[str, Any]:
+    """From which length a sparse layer's attention takes fewer FLOPs than a dense one's.
+
+    Both cost the same for a query head and a key that it reads, so these are counted: S for dense attention,
+    `read_tokens` for sparse. The gate and the compression come on top; they do not grow with the length.
+
+    Args:
+        sizes: of sparse attention.
+
+    Returns:
+        See `pays_from` in what `plan` returns.
+    """
+    never = {"one_token": None, "whole_text": None}
+    formula = "S > blocks(S) + min(S, n*l') + min(S, w), blocks(S) = (S - l)//d + 1"
+    if sizes.kernel_stride == 1:  # as many compressed entries as tokens
+        return {**never, "formula": formula}
+    # Up to n*l' or w tokens one branch alone reads as much as dense attention; beyond both, sparse attention saves more
+    # with every token.
+    start = max(sizes.exact_tokens, sizes.window_size)
+    one_token = _first(start, lambda length: length > read_tokens(sizes, length))
+    whole_text = _first(one_token, lambda length: length * (length + 1) // 2 > read_tokens_of_text(sizes, length))
+    return {"one_token": one_token, "whole_text": whole_text, "formula": formula}
+
+
+def read_tokens_of_text(sizes: Sizes, length: int) -> int:
+    """How many keys and values all queries of a text read: the sum of `read_tokens` over 1 .. `length`."""
+
+    def sum_of_least(most: int) -> int:
+        """The sum of min(S, `most`) over the lengths S = 1 .. `length`."""
+        rising = min(length, most)
+        return rising * (rising + 1) // 2 + (length - rising) * most
+
+    stride = sizes.kernel_stride
+    # lengths with at least one entry; of these, `stride` in a row have the same number
+    full, rest = divmod(max(0, length - sizes.kernel_size + 1), stride)
+    entries = stride * full * (full + 1) // 2 + rest * (full + 1)
+    return entries + sum_of_least(sizes.exact_tokens) + sum_of_least(sizes.window_size)
+
+
+def _first(start: int, holds: Callable[[int], bool]) -> int:
+    """The first length from `start` on for which `holds` is true; it must then be true for all longer ones."""
+    low, high = start - 1, start
+    while not holds(high):
+        low, high = high, 2 * high
+    while low + 1 < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high

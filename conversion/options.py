@@ -1,0 +1,94 @@
+"""What a user asks of a conversion: options by their full names, dtypes by name, and the config that follows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from nsa_hf.errors import NsaError
+from nsa_hf.families import nsa_config_from_dense
+from nsa_hf.fields import NSA_FIELDS, full_name
+
+from .rope import parse_rope_scaling, scaled_config
+
+DTYPE_NAMES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+
+
+def target_config(
+    dense: PreTrainedConfig, options: Mapping[str, Any], dtype: torch.dtype | None = None
+) -> PreTrainedConfig:
+    """The converted model's config.
+
+    Args:
+        dense: the source's config, its dtype set.
+        options: fields with or without the prefix `nsa_` (`topk=4` is `nsa_topk=4`), and `rope_scaling`, see rope.py;
+            those that are None are left out.
+        dtype: the weights' dtype; None keeps the source's.
+
+    Raises:
+        NsaError: an unknown field, or a value, family or feature that is refused.
+    """
+    named = nsa_options(options)
+    scaling = named.pop("rope_scaling", None)
+    config = nsa_config_from_dense(dense if scaling is None else scaled_config(dense, scaling), **named)
+    config.dtype = dtype or dense.dtype
+    return config
+
+
+def nsa_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by their full names, `nsa_...` and `rope_scaling`.
+
+    Args:
+        options: names with or without the prefix; those whose value is None are left out.
+
+    Raises:
+        NsaError: a name that is no field (the message names the nearest), or one given with and without its prefix.
+    """
+    named: dict[str, Any] = {}
+    for option, value in options.items():
+        if option == "rope_scaling":
+            named |= {option: parse_rope_scaling(value)} if value is not None else {}
+            continue
+        name = full_name(option)
+        if name not in NSA_FIELDS or name == "nsa_format":
+            choices = [field.removeprefix("nsa_") for field in NSA_FIELDS if field != "nsa_format"]
+            near = get_close_matches(name.removeprefix("nsa_"), choices, n=1)
+            advice = f"did you mean {near[0]}?" if near else f"choose among {', '.join(choices)}"
+            raise NsaError(f"unknown option {option!r}: {advice}")
+        if name in named:
+            raise NsaError(f"{name} is given twice, with and without its prefix: give it once")
+        if value is not None:
+            named[name] = value
+    return named
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A dtype of weights.
+
+    Args:
+        dtype: float32, bfloat16 or float16, or one of their short names fp32, bf16, fp16; None stays None.
+
+    Raises:
+        NsaError: another dtype or name.
+    """
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype in DTYPE_NAMES.values()):
+        return dtype
+    if isinstance(dtype, str) and dtype in DTYPE_NAMES:
+        return DTYPE_NAMES[dtype]
+    raise NsaError(f"dtype must be one of {', '.join(DTYPE_NAMES)}, got {dtype!r}")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.bfloat16` to `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
