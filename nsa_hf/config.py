@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, Self
+
+from transformers import PreTrainedConfig
 
 from nsa_hf.kernels import COMPRESSORS, Sizes
 
 from .errors import NotPlain, NsaError
-from .fields import NSA_FORMAT, NsaFields
+from .fields import NSA_FIELDS, NSA_FORMAT, NsaFields
 from .remote_code import SavedConfig
 
 CHOICES = {
@@ -17,14 +19,55 @@ CHOICES = {
     "nsa_gate": ("residual", "sigmoid", "blend"),
 }
 NOT_YET = {"nsa_rope_order": "pre"}
+# What a config says of its own classes and files: it is not carried over to the config of the other kind.
+OWN_TO_A_CONFIG = ("model_type", "architectures", "transformers_version", "auto_map")
 
 
 class NsaConfigMixin(NsaFields, SavedConfig):
-    """In front of a dense family's config: the fields of Native Sparse Attention, and their rules."""
+    """In front of a dense family's config: the fields of Native Sparse Attention, and their rules.
+
+    Attributes:
+        dense_class: the family's config class.
+        dense_causal_lm_name: the name of the family's causal language model.
+        causal_lm_name: the name of the sparse one.
+    """
+
+    dense_class: ClassVar[type[PreTrainedConfig]]
+    dense_causal_lm_name: ClassVar[str]
+    causal_lm_name: ClassVar[str]
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.check_nsa()
+
+    @classmethod
+    def from_dense_config(cls, dense_config: PreTrainedConfig, **nsa_fields: Any) -> Self:
+        """The sparse config of a dense one of the same family.
+
+        Args:
+            dense_config: of `dense_class`.
+            nsa_fields: `nsa_*` fields that differ from their defaults.
+
+        Raises:
+            NsaError: a field is unknown or breaks a rule, or no layer has full attention.
+        """
+        unknown = set(nsa_fields) - set(NSA_FIELDS)
+        if unknown:
+            raise NsaError(f"unknown option {', '.join(sorted(unknown))}: choose among {', '.join(NSA_FIELDS)}")
+        fields = {name: value for name, value in dense_config.to_dict().items() if name not in OWN_TO_A_CONFIG}
+        if covers_every_position(dense_config):
+            # such a window hides nothing, and caches would be cut to it
+            fields["sliding_window"] = None
+        fields["architectures"] = [cls.causal_lm_name]
+        config = cls(**fields, **nsa_fields)
+        config.check_kinds()
+        return config
+
+    def to_dense_config(self) -> PreTrainedConfig:
+        """The dense config of this one: the same without the `nsa_*` fields."""
+        fields: dict[str, Any] = self.to_dict()  # type: ignore[attr-defined]
+        fields = {name: value for name, value in fields.items() if name not in (*NSA_FIELDS, *OWN_TO_A_CONFIG)}
+        return self.dense_class(**fields, architectures=[self.dense_causal_lm_name])
 
     @property
     def nsa_sizes(self) -> Sizes:
@@ -100,3 +143,9 @@ class NsaConfigMixin(NsaFields, SavedConfig):
 
     def validate_output_attentions(self) -> None:
         """Both implementations of NSA return weights (the selected branch's, from the reference)."""
+
+
+def covers_every_position(config: PreTrainedConfig) -> bool:
+    """Whether one sliding window of all layers is as long as the longest text (as in Phi-4-mini)."""
+    window, longest = (getattr(config, name, None) for name in ("sliding_window", "max_position_embeddings"))
+    return not getattr(config, "layer_types", None) and bool(window and longest and window >= longest)

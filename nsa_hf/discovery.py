@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES, model_type_to_module_name
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .errors import NotPlain
+from .errors import NotPlain, NsaError
 from .registration import PREFIX
 
 # What a family's attention may hand to the attention function. The values of the second line are looked at in every
@@ -57,6 +57,16 @@ class DenseFamily:
     layers: dict[type[nn.Module], type[nn.Module]]
     model: type[PreTrainedModel]
     causal_lm: type[PreTrainedModel]
+
+    def sparse_name(self, part: type) -> str:
+        """`Nsa` and the dense class's name; a family that lends its classes from another one has them under its own.
+
+        So have those parts that are not called after any family (`EncoderLayer`): a name says where it is found.
+        """
+        own, lender = (config.__name__.removesuffix("Config") for config in (self.config, self.causal_lm.config_class))
+        name = part.__name__
+        name = "Nsa" + (own + name.removeprefix(lender) if own != lender and name.startswith(lender) else name)
+        return name if self.model_type in families_by_class_name(name) else f"Nsa{own}{part.__name__}"
 
     @property
     def masks_slide(self) -> bool:
@@ -94,13 +104,30 @@ def causal_model_types() -> list[str]:
     return [name for name in names if not name.startswith(PREFIX)]
 
 
+def families_by_class_name(name: str) -> list[str]:
+    """The model types of the families whose sparse classes may have this name, those with the longest names first."""
+    if not name.startswith("Nsa"):
+        return []
+
+    def family_in_name(model_type: str) -> str:
+        stems = [CONFIG_MAPPING_NAMES[model_type].removesuffix("Config")]
+        stems.append(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type].removesuffix("ForCausalLM"))
+        return max((stem for stem in stems if name.startswith(f"Nsa{stem}")), key=len, default="")
+
+    stems = {model_type: family_in_name(model_type) for model_type in causal_model_types()}
+    return sorted((model_type for model_type in stems if stems[model_type]), key=lambda one: -len(stems[one]))
+
+
 @cache
 def find_family(model_type: str) -> DenseFamily:
     """The classes of a dense family.
 
     Raises:
         NotPlain: it cannot be made sparse; the message names the feature.
+        NsaError: it is a sparse one.
     """
+    if model_type.startswith(PREFIX):
+        raise NsaError(f"the model is already a sparse one ({model_type}): convert its dense source")
     if model_type not in causal_model_types():
         raise NotPlain(f"{model_type} is not among Transformers {transformers.__version__}'s causal language models")
     config = CONFIG_MAPPING[model_type]

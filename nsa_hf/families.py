@@ -17,27 +17,23 @@ from inspect import unwrap
 from types import FunctionType, ModuleType
 from typing import Any
 
-import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
+from transformers.models.auto.configuration_auto import model_type_to_module_name
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
+from . import from_dense
 from .attention import NsaAttentionMixin
-from .branches import dense_twin
 from .config import NsaConfigMixin
-from .discovery import DenseFamily, attention_arguments, causal_model_types, find_family, names_of
-from .errors import NotPlain, NsaError
-from .fields import NSA_FIELDS
+from .discovery import DenseFamily, attention_arguments, families_by_class_name, find_family, names_of
+from .errors import NotPlain
 from .modeling import HandsDown, NsaModelMixin, NsaPreTrainedMixin, TakesFromLayer
 from .registration import PREFIX
 from .releases import positional_names
 
-# What a config says of its own classes and files.
-NOT_CARRIED = ("model_type", "architectures", "transformers_version", "auto_map")
 # Held while a family is made: threads that ask for it at once get the same classes.
 MAKING = threading.RLock()
 
@@ -47,7 +43,7 @@ class Family:
     """One family's sparse classes, and the dense ones that they are made of."""
 
     dense: DenseFamily
-    config_class: type[PreTrainedConfig]
+    config_class: type[NsaConfigMixin]
     model_class: type[PreTrainedModel]
     causal_lm_class: type[PreTrainedModel]
 
@@ -103,11 +99,11 @@ def make_family(model_type: str) -> Family:
     dense = find_family(model_type)
 
     def define(of: type, bases: tuple[type, ...], text: str, **members: Any) -> Any:
-        name = sparse_name(of, dense)
+        name = dense.sparse_name(of)
         return type(name, bases, {"__module__": __name__, "__qualname__": name, "__doc__": text, **members})
 
     name = dense.config.__name__
-    config: type[PreTrainedConfig] = strict(
+    config: Any = strict(
         define(
             dense.config,
             (NsaConfigMixin, dense.config),
@@ -115,6 +111,9 @@ def make_family(model_type: str) -> Family:
             model_type=PREFIX + model_type,
             base_model_tp_plan=None,
             base_model_pp_plan=None,
+            dense_class=dense.config,
+            dense_causal_lm_name=dense.causal_lm.__name__,
+            causal_lm_name=dense.sparse_name(dense.causal_lm),
         )
     )
     made: dict[type, Any] = {dense.config: config}
@@ -188,17 +187,6 @@ def put_into_transformers(model_class: type, model_type: str) -> None:
             setattr(package, model_class.__name__, model_class)
 
 
-def sparse_name(part: type, dense: DenseFamily) -> str:
-    """`Nsa` and the dense class's name; a family that lends its classes from another one has them under its own.
-
-    So have those parts that are not called after any family (`EncoderLayer`): a name says where it is found.
-    """
-    own, lender = (config.__name__.removesuffix("Config") for config in (dense.config, dense.causal_lm.config_class))
-    name = part.__name__
-    name = "Nsa" + (own + name.removeprefix(lender) if own != lender and name.startswith(lender) else name)
-    return name if dense.model_type in _families_of(name) else f"Nsa{own}{part.__name__}"
-
-
 def family_of(config: PreTrainedConfig) -> Family:
     """The family of a sparse model's config."""
     return define_family(config.model_type.removeprefix(PREFIX))
@@ -207,7 +195,7 @@ def family_of(config: PreTrainedConfig) -> Family:
 def __getattr__(name: str) -> Any:
     """The sparse classes by name: the family that the name belongs to is made now."""
     reasons = []
-    for model_type in _families_of(name):
+    for model_type in families_by_class_name(name):
         try:
             define_family(model_type)
         except NotPlain as reason:
@@ -220,19 +208,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _families_of(name: str) -> list[str]:
-    """The families whose classes may have this name, those with the longest names first."""
-
-    def stem(model_type: str) -> str:
-        stems = [CONFIG_MAPPING_NAMES[model_type].removesuffix("Config")]
-        stems.append(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type].removesuffix("ForCausalLM"))
-        return max((stem for stem in stems if name.startswith(f"Nsa{stem}")), key=len, default="")
-
-    found = {model_type: stem(model_type) for model_type in causal_model_types()} if name.startswith("Nsa") else {}
-    return sorted((model_type for model_type in found if found[model_type]), key=lambda one: -len(found[one]))
-
-
-def nsa_config_from_dense(dense_config: PreTrainedConfig, **nsa_fields: Any) -> PreTrainedConfig:
+def nsa_config_from_dense(dense_config: PreTrainedConfig, **nsa_fields: Any) -> Any:
     """The sparse config of a dense one.
 
     Args:
@@ -243,54 +219,13 @@ def nsa_config_from_dense(dense_config: PreTrainedConfig, **nsa_fields: Any) -> 
         NsaError: the family or a feature of it is not supported, a field is unknown, or a field breaks a rule.
     """
     model_type = dense_config.model_type
-    if model_type.startswith(PREFIX):
-        raise NsaError(f"the model is already a sparse one ({model_type}): convert its dense source")
     try:
         family = define_family(model_type)
     except NotPlain as reason:
         raise NotPlain(f"the family {model_type!r} cannot be converted: {reason}") from None
-    unknown = set(nsa_fields) - set(NSA_FIELDS)
-    if unknown:
-        raise NsaError(f"unknown option {', '.join(sorted(unknown))}: choose among {', '.join(NSA_FIELDS)}")
-    fields = dense_config.to_dict()
-    for name in NOT_CARRIED:
-        fields.pop(name, None)
-    if covers_every_position(dense_config):
-        # such a window hides nothing, and caches would be cut to it
-        fields["sliding_window"] = None
-    config = family.config_class(**fields, architectures=[family.causal_lm_class.__name__], **nsa_fields)
-    config.check_kinds()
-    return config
-
-
-def covers_every_position(config: PreTrainedConfig) -> bool:
-    """Whether one sliding window of all layers is as long as the longest text (as in Phi-4-mini)."""
-    window, longest = (getattr(config, name, None) for name in ("sliding_window", "max_position_embeddings"))
-    return not getattr(config, "layer_types", None) and bool(window and longest and window >= longest)
-
-
-def dense_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The dense config of a sparse one, without the `nsa_*` fields."""
-    dense = family_of(config).dense
-    fields = {name: value for name, value in config.to_dict().items() if name not in NSA_FIELDS}
-    for name in NOT_CARRIED:
-        fields.pop(name, None)
-    return dense.config(**fields, architectures=[dense.causal_lm.__name__])
+    return family.config_class.from_dense_config(dense_config, **nsa_fields)
 
 
 def initial_nsa_state(config: PreTrainedConfig, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Names and float32 values of the parameters that a conversion adds, layer by layer; the same for the same seed.
-
-    Those that start as a dense one (`dense_twin`, of independent keys and values) are not among them.
-    """
-    with torch.device("meta"):
-        skeleton = family_of(config).causal_lm_class(config)
-    layers = [(name, module) for name, module in skeleton.named_modules() if isinstance(module, NsaAttentionMixin)]
-    for index, (name, module) in enumerate(layers):
-        if module.nsa is not None:
-            new = module.nsa.float().to_empty(device="cpu")
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed + index)
-                new.apply(skeleton._init_weights)
-            named = ((f"{name}.nsa.{key}", value.detach()) for key, value in new.state_dict().items())
-            yield from ((key, value) for key, value in named if dense_twin(key) is None)
+    """The parameters that a conversion adds to the model of a sparse config: see `from_dense.initial_nsa_state`."""
+    return from_dense.initial_nsa_state(family_of(config).causal_lm_class, config, seed)

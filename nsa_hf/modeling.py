@@ -18,6 +18,7 @@ from nsa_hf.kernels import LearnedCompressor, ZeroLinear
 from .attention import IMPLEMENTATIONS, NsaAttentionMixin
 from .cache.adopt import UNUSABLE, check_reached, check_starts, static_length
 from .errors import NsaError
+from .from_dense import FromDenseMixin
 from .generation import NsaGenerationMixin
 from .modes import Mode, OfThread, OpenContexts, Recorded, added
 from .releases import CACHE, by_name, cache_among, tokens_held
@@ -29,7 +30,7 @@ from .shape import check_shape
 NOT_QUANTISED = r".*\.nsa"
 
 
-class NsaPreTrainedMixin(SavedByImport, NsaGenerationMixin):
+class NsaPreTrainedMixin(FromDenseMixin, SavedByImport, NsaGenerationMixin):
     """In front of a family's classes that hold sparse layers: initialisation, the choice of attention, dense mode.
 
     Attributes:
@@ -124,22 +125,6 @@ class NsaPreTrainedMixin(SavedByImport, NsaGenerationMixin):
         plan = super()._get_dtype_plan(dtype)
         plan.pop(NOT_QUANTISED, None)
         return plan
-
-    @classmethod
-    def from_dense(cls, source: Any, *, seed: int = 0, **options: Any) -> Any:
-        """A sparse model of a dense one, converted in memory: nothing is written. See `from_dense.py`.
-
-        Args:
-            source: a dense model, or what `AutoModelForCausalLM.from_pretrained` takes (a folder, a Hub id).
-            seed: of the new parameters' random part, which changes no output before training.
-            options: `nsa_*` fields, with or without the prefix (`topk=32`); others go to `from_pretrained`.
-
-        Raises:
-            NsaError: the model is of another family or cannot be converted, or an option breaks a rule.
-        """
-        from .from_dense import from_dense  # here: it makes families, which are made of this module
-
-        return from_dense(cls, source, seed, options)
 
     def attention_layers(self) -> Iterator[NsaAttentionMixin]:
         """The attention modules in order, those that stay dense included."""

@@ -14,9 +14,16 @@ from transformers.models.mistral import modeling_mistral
 
 import nsa_hf
 from nsa_hf import families
-from nsa_hf.discovery import attention_arguments, causal_model_types, find_family, names_of, parts_of
+from nsa_hf.discovery import (
+    attention_arguments,
+    causal_model_types,
+    families_by_class_name,
+    find_family,
+    names_of,
+    parts_of,
+)
 from nsa_hf.errors import NotPlain
-from nsa_hf.families import built_with, define_family, sparse_name
+from nsa_hf.families import built_with, define_family
 
 
 def test_the_classes_of_a_family():
@@ -103,7 +110,7 @@ def made_names() -> dict[str, str]:
         except NotPlain:
             continue
         for part in {dense.config, dense.model, dense.causal_lm, *dense.layers, *dense.layers.values()}:
-            name = sparse_name(part, dense)
+            name = dense.sparse_name(part)
             assert names.setdefault(name, model_type) == model_type, f"two classes are called {name}"
     return names
 
@@ -132,9 +139,9 @@ from nsa_hf import *
 def test_every_class_is_found_by_its_name_whatever_was_made_before(tmp_path):
     names = made_names()
     for name, model_type in names.items():
-        assert model_type in families._families_of(name), f"{name} is not found"
+        assert model_type in families_by_class_name(name), f"{name} is not found"
     # those that another family could have too: several models in one, of which one is of text
-    shared = [name for name, made in names.items() if families._families_of(name)[0] != made]
+    shared = [name for name, made in names.items() if families_by_class_name(name)[0] != made]
     first = [name for name in shared if name.endswith("ForCausalLM")]
     assert {"NsaGemma3ForCausalLM", "NsaQwen3_5ForCausalLM"} <= set(first)
     part = tmp_path / "part"
