@@ -77,25 +77,32 @@ class NsaAttentionMixin:
 
     Attributes:
         forward_names: the family's names of its forward's arguments; the hidden states come first.
-        handed: what the family hands to the attention function by name (see discovery.py).
+        call_arguments: what the family hands to the attention function by name (see discovery.py).
         masks_slide: whether the family's decoder makes masks of a sliding window.
         window: the layer's own sliding window in tokens, or None for full attention.
         nsa: the new modules, or None in a layer that stays dense.
     """
 
     forward_names: tuple[str, ...]
-    handed: dict[str, ast.expr]
+    call_arguments: dict[str, ast.expr]
     masks_slide: bool
 
-    def __init__(self, config: NsaConfigMixin, layer_idx: int, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, layer_idx, *args, **kwargs)
+    def become_sparse(self, config: NsaConfigMixin) -> None:
+        """Adds what this class has beyond the family's, of which the module was until now.
+
+        Args:
+            config: of the model.
+
+        Raises:
+            NotPlain: the layer has a feature that sparse attention does not have.
+        """
         self.model_config = config
-        self.layer_idx = layer_idx
+        layer_idx = getattr(self, "layer_idx", None)
         # The family's forward looks its attention up by this name. With "eager" it would take its own dense function,
         # so it always finds "nsa" here, and `nsa_attention_forward` asks the model's config what the user chose.
         self.config = copy.copy(config)
         self.config._attn_implementation_internal = "nsa"
-        self.window = layer_window(self, self.handed, config, layer_idx, self.masks_slide)
+        self.window = layer_window(self, self.call_arguments, config, layer_idx, self.masks_slide)
         self.nsa: NsaModules | None = None
         if config.is_nsa_layer(layer_idx):
             self.nsa = NsaModules(config, *head_sizes(self, config))

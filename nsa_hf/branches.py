@@ -34,7 +34,11 @@ def branch_modules(attention: Any) -> nn.Module:
         raise NotPlain(
             f"nsa_branch_kv='independent' needs a k_proj and a v_proj, and this attention has {parts}: use 'shared'"
         )
-    return nn.ModuleDict({name: copy.deepcopy(part) for name, part in made.items()})
+    copies = nn.ModuleDict({name: copy.deepcopy(part) for name, part in made.items()})
+    for module in copies.modules():
+        # so that Transformers draws them anew in a model that is not loaded
+        module.__dict__.pop("_is_hf_initialized", None)
+    return copies
 
 
 def dense_twin(name: str) -> str | None:

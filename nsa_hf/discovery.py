@@ -78,8 +78,8 @@ class DenseFamily:
         """Whether some layers carry a state from token to token: convolutions, linear attention, Mamba."""
         return "create_recurrent_attention_mask" in names_of(self.model.forward)
 
-    def hands_down(self, layer: type[nn.Module]) -> str | None:
-        """The attribute that holds a layer's attention, None where it hands further arguments to it by itself."""
+    def attention_without_kwargs(self, layer: type[nn.Module]) -> str | None:
+        """The attribute that holds the attention of a layer that does not hand its `**kwargs` on to it, else None."""
         attention = self.layers[layer].__name__
         attributes = [
             target.attr
@@ -175,6 +175,7 @@ def names_of(function: Callable[..., Any]) -> set[str]:
     return names(inspect.unwrap(function).__code__)
 
 
+@cache
 def calls_attention(module: type[nn.Module]) -> bool:
     """Whether a module looks its attention function up by `attn_implementation`."""
     return "ALL_ATTENTION_FUNCTIONS" in names_of(module.forward)

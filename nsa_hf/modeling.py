@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ from nsa_hf.kernels import LearnedCompressor, ZeroLinear
 
 from .attention import IMPLEMENTATIONS, NsaAttentionMixin
 from .cache.adopt import UNUSABLE, check_reached, check_starts, static_length
-from .errors import NsaError
+from .discovery import calls_attention
+from .errors import NotPlain, NsaError
 from .from_dense import FromDenseMixin
 from .generation import NsaGenerationMixin
-from .modes import Mode, OfThread, OpenContexts, Recorded, added
+from .modes import Mode, OpenContexts, Recorded, added
 from .releases import CACHE, by_name, cache_among, tokens_held
 from .remote_code import SavedByImport
-from .segments import Segments, find_segments, static_segments
+from .segments import find_segments, static_segments
 from .shape import check_shape
 
 # What quantisers leave as it is, as their pattern: the gates and compressors, and keys and values per branch.
@@ -35,9 +36,11 @@ class NsaPreTrainedMixin(FromDenseMixin, SavedByImport, NsaGenerationMixin):
 
     Attributes:
         dense_class: the family's class.
+        sparse_classes: of the family's decoder, layers and attentions, dense class to sparse class.
     """
 
     dense_class: type[PreTrainedModel]
+    sparse_classes: dict[type[nn.Module], type[nn.Module]]
 
     # With these True, Transformers or a serving engine would put its own dense attention in the place of ours.
     _supports_sdpa = False
@@ -116,6 +119,8 @@ class NsaPreTrainedMixin(FromDenseMixin, SavedByImport, NsaGenerationMixin):
             super()._init_weights(module)
 
     def post_init(self) -> None:
+        """As Transformers', with which a family ends its `__init__`; the parts, built dense, become sparse before."""
+        make_parts_sparse(self, self.sparse_classes)
         super().post_init()
         # all of Transformers' quantisers skip what a model names here, whatever else they are told to skip
         self._keep_in_fp32_modules.add(NOT_QUANTISED)
@@ -167,36 +172,24 @@ class NsaPreTrainedMixin(FromDenseMixin, SavedByImport, NsaGenerationMixin):
         self.config.check_nsa()
 
 
-class HandsDown:
-    """In front of a decoder layer that keeps its further arguments from its attention: leaves them with it."""
+def make_parts_sparse(model: NsaPreTrainedMixin, sparse_classes: dict[type[nn.Module], type[nn.Module]]) -> None:
+    """Gives the parts of a model that its family has built their sparse classes, and them what these have beyond.
 
-    attention_name: str
-
-    def forward(self, *args: Any, nsa_segments: Segments, nsa_mode: Mode, **kwargs: Any) -> Any:
-        from_layer = getattr(self, self.attention_name).from_layer
-        from_layer.arguments = {"nsa_segments": nsa_segments, "nsa_mode": nsa_mode}
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            from_layer.arguments = {}
-
-
-class FromLayer(OfThread):
-    """What a layer leaves with its attention, which it calls in the same thread."""
-
-    def __init__(self) -> None:
-        self.arguments: dict[str, Any] = {}
-
-
-class TakesFromLayer:
-    """In front of an attention in such a layer."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.from_layer = FromLayer()
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return super().forward(*args, **kwargs, **self.from_layer.arguments)
+    Raises:
+        NotPlain: a part has a feature that sparse attention does not have, or an attention would stay dense.
+    """
+    for module in list(model.modules()):
+        sparse_class = sparse_classes.get(type(module))
+        if sparse_class is not None:
+            module.__class__ = sparse_class
+            if isinstance(module, NsaAttentionMixin):
+                module.become_sparse(model.config)
+            elif isinstance(module, NsaModelMixin):
+                # what Transformers has noted of its dense class is noted anew; initialised are the new modules only
+                del module._no_split_modules
+                module.post_init()
+        elif calls_attention(type(module)) and not isinstance(module, NsaAttentionMixin):
+            raise NotPlain(f"{type(module).__name__} is not among the attentions of the family's layers")
 
 
 class NsaModelMixin(NsaPreTrainedMixin):
@@ -205,17 +198,15 @@ class NsaModelMixin(NsaPreTrainedMixin):
     Attributes:
         forward_names: the family's names of its forward's arguments.
         is_recurrent: some layers carry a state from token to token (convolutions, linear attention, Mamba).
-        build: the family's `__init__`, with sparse layers.
         nsa_contexts: whether it runs dense, and where selections are recorded, in each thread.
     """
 
     forward_names: tuple[str, ...]
     is_recurrent: bool
-    build: Callable[..., None]
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.build(*args, **kwargs)
+    def post_init(self) -> None:
         self.nsa_contexts = OpenContexts()
+        super().post_init()
 
     def _replicate_for_data_parallel(self) -> Any:
         # `nn.DataParallel` runs every replica in a thread of its own

@@ -46,14 +46,14 @@ class Mode:
     recorded: Recorded | None
 
 
-class OfThread(threading.local):
+class PerThread(threading.local):
     """What a module has for every thread by itself; a copy of the module begins anew."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
 
 
-class OpenContexts(OfThread):
+class OpenContexts(PerThread):
     """The `with model.dense_attention()` and `with model.record_selection()` that a thread is inside of.
 
     Attributes:

@@ -10,6 +10,7 @@ import transformers
 from packaging.version import Version
 from torch import Tensor
 from transformers import Cache
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .errors import NsaError
 from .registration import PREFIX
@@ -43,6 +44,15 @@ def by_name(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, 
             raise NsaError(f"{CACHE} and {OTHER_CACHE} are two names of one argument, got both: give {CACHE}")
         given[CACHE] = cache
     return given
+
+
+def note_what_is_recorded(model_class: Any) -> None:
+    """What a model gives for `output_attentions` and its like, by its class: Transformers notes it in `__init__`.
+
+    A module that was given its class later has had the `__init__` of another.
+    """
+    # under the class's name in all releases; up to 5.23 in a plain dict, since then in one that takes models as keys
+    _CAN_RECORD_REGISTRY.update({str(model_class): model_class._can_record_outputs})
 
 
 def cache_among(values: Iterable[Any]) -> Cache | None:

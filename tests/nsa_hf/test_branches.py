@@ -145,3 +145,16 @@ def test_a_conversion_copies_them_bit_for_bit(tmp_path):
         for folder in (out, tmp_path / "dense")
     )
     assert relative(sparse, dense) < 1e-5
+
+
+def test_an_unconverted_model_draws_every_branch_anew():
+    """A model that is not loaded starts as its family's do, with branches of their own."""
+    config = sparse_of(tiny_dense("qwen3"), nsa_branch_kv="independent").config
+    config.initializer_range = 0.3
+    model = family_of(config).causal_lm_class(config)
+    parameters = dict(model.named_parameters())
+    drawn = [name for name in parameters if dense_twin(name) and name.endswith("proj.weight")]
+    assert len(drawn) == 2 * 2 * 2
+    for name in drawn:
+        assert not torch.equal(parameters[name], parameters[dense_twin(name)])
+        assert 0.2 < float(parameters[name].detach().std()) < 0.4

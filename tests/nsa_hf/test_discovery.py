@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from torch import nn
+from tiny_families import SIZES, tiny_config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
@@ -23,7 +23,7 @@ from nsa_hf.discovery import (
     parts_of,
 )
 from nsa_hf.errors import NotPlain
-from nsa_hf.families import built_with, define_family
+from nsa_hf.families import define_family, nsa_config_from_dense
 
 
 def test_the_classes_of_a_family():
@@ -39,11 +39,11 @@ def test_what_an_attention_hands_over():
     assert set(attention_arguments(modeling_mistral.MistralAttention)) == {"dropout", "scaling", "sliding_window"}
 
 
-def test_layers_that_hand_nothing_down_are_seen():
+def test_layers_that_keep_their_arguments_from_their_attention_are_seen():
     (layer,) = find_family("nemotron").layers
-    assert find_family("nemotron").hands_down(layer) == "self_attn"
+    assert find_family("nemotron").attention_without_kwargs(layer) == "self_attn"
     (layer,) = find_family("llama").layers
-    assert find_family("llama").hands_down(layer) is None
+    assert find_family("llama").attention_without_kwargs(layer) is None
 
 
 def test_parts_are_found_in_tables_and_helpers_too():
@@ -79,12 +79,15 @@ def test_the_classes_are_attributes_by_name():
     assert not hasattr(nsa_hf, "NsaQwen3Nothing") and not hasattr(nsa_hf, "torch")
 
 
-def test_a_part_that_is_not_built_by_name_is_an_error():
-    class Other(nn.Module):
-        pass
-
-    with pytest.raises(NotPlain, match=r"Other is not built in LlamaModel.__init__"):
-        built_with(modeling_llama.LlamaModel.__init__, {Other: Other})
+def test_an_attention_that_would_stay_dense_is_an_error(monkeypatch):
+    family = define_family("llama")
+    without = {
+        dense: sparse for dense, sparse in family.model_class.sparse_classes.items() if "Attention" not in str(dense)
+    }
+    for model_class in (family.model_class, family.causal_lm_class):
+        monkeypatch.setattr(model_class, "sparse_classes", without)
+        with pytest.raises(NotPlain, match=r"LlamaAttention is not among the attentions of the family's layers"):
+            model_class(nsa_config_from_dense(tiny_config("llama"), **SIZES))
 
 
 def test_import_makes_no_family_and_auto_config_finds_them_all():
