@@ -1,4 +1,7 @@
-"""The rules of the `nsa_*` fields, in a model's config. The fields themselves: fields.py."""
+"""A sparse model's config: the rules of the `nsa_*` fields, and the way from a dense config and back.
+
+The fields themselves: fields.py.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ CHOICES = {
     "nsa_gate": ("residual", "sigmoid", "blend"),
 }
 NOT_YET = {"nsa_rope_order": "pre"}
-# What a config says of its own classes and files: it is not carried over to the config of the other kind.
+# Fields that name a config's own classes and files: not copied from a dense config to a sparse one, or back.
 OWN_TO_A_CONFIG = ("model_type", "architectures", "transformers_version", "auto_map")
 
 
@@ -118,7 +121,7 @@ class NsaConfigMixin(NsaFields, SavedConfig):
         self.nsa_dense_layers = self.checked_layers(self.nsa_dense_layers or [])
 
     def check_kinds(self) -> None:
-        """Whether there is something to make sparse.
+        """Checks that some layer can be made sparse, by the kinds of the layers.
 
         Raises:
             NotPlain: no layer has full attention.
@@ -129,6 +132,11 @@ class NsaConfigMixin(NsaFields, SavedConfig):
             raise NotPlain(f"{slides}no layer has full attention ({', '.join(sorted(set(kinds)))}): nothing to convert")
 
     def checked_layers(self, layers: list[int]) -> list[int]:
+        """The numbers of layers in ascending order, each once; negative ones count from the end.
+
+        Raises:
+            NsaError: there is no such layer.
+        """
         count = self.num_hidden_layers  # type: ignore[attr-defined]
         if not isinstance(layers, list | tuple | set) or not all(
             isinstance(layer, int) and -count <= layer < count for layer in layers
@@ -138,11 +146,11 @@ class NsaConfigMixin(NsaFields, SavedConfig):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False: Transformers 5.17 renames kinds of layers in custom code, and these are its own family's."""
+        """False, because the kinds of layers are Transformers' own: its release 5.17 renames those of custom code."""
         return False
 
     def validate_output_attentions(self) -> None:
-        """Both implementations of NSA return weights (the selected branch's, from the reference)."""
+        """Allows `output_attentions` with both implementations; Transformers refuses it for all but `eager`."""
 
 
 def covers_every_position(config: PreTrainedConfig) -> bool:

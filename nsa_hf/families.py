@@ -68,6 +68,7 @@ def define_family(model_type: str) -> Family:
 
 @cache
 def make_family(model_type: str) -> Family:
+    """As `define_family`, in one thread at a time."""
     dense = find_family(model_type)
     config_class = make_config_class(dense)
     parts = make_parts(dense)
@@ -95,20 +96,22 @@ def make_family(model_type: str) -> Family:
         dense_class=dense.causal_lm,
         **shared,
     )
-    globals().update({made.__name__: made for made in (config_class, *parts.values(), causal_lm_class)})
+    classes = (config_class, *parts.values(), causal_lm_class)
+    globals().update({sparse_class.__name__: sparse_class for sparse_class in classes})
     family = Family(dense, config_class, model_class, causal_lm_class)
     register_family(family)
     return family
 
 
 def make_class(dense: DenseFamily, dense_class: type, bases: tuple[type, ...], text: str, /, **members: Any) -> Any:
-    """A sparse class of a family's class, with this docstring and these attributes."""
+    """A sparse class with this docstring and these attributes, under the name that belongs to `dense_class`."""
     name = dense.sparse_name(dense_class)
     return type(name, bases, {"__module__": __name__, "__qualname__": name, "__doc__": text, **members})
 
 
 def make_config_class(dense: DenseFamily) -> type[Any]:
-    made: type[Any] = strict(
+    """The config's class: the family's with the `nsa_*` fields, and without its plans for dividing a model."""
+    config_class: type[Any] = strict(
         make_class(
             dense,
             dense.config,
@@ -122,11 +125,11 @@ def make_config_class(dense: DenseFamily) -> type[Any]:
             causal_lm_name=dense.sparse_name(dense.causal_lm),
         )
     )
-    return made
+    return config_class
 
 
 def make_parts(dense: DenseFamily) -> dict[type[nn.Module], type[nn.Module]]:
-    """The sparse classes of a family's attentions, and of those layers that need one: dense class to sparse class."""
+    """The sparse classes of a family's attentions and of the layers around them: dense class to sparse class."""
     parts: dict[type[nn.Module], type[nn.Module]] = {}
     for layer, attention in dense.layers.items():
         attribute = dense.attention_without_kwargs(layer)
@@ -150,24 +153,24 @@ def make_parts(dense: DenseFamily) -> dict[type[nn.Module], type[nn.Module]]:
 
 
 def names_not_split(dense: DenseFamily) -> list[str]:
-    """The names of the classes that stay on one device whole: the family's, of its layers the sparse ones'."""
+    """The family's list of classes that stay on one device whole, with the sparse names of those that have one."""
     layers = {layer.__name__: dense.sparse_name(layer) for layer in (*dense.layers, *dense.layers.values())}
     return sorted({layers.get(name, name) for name in dense.model._no_split_modules or []})
 
 
 def register_family(family: Family) -> None:
-    """Makes a family's sparse classes known wherever Transformers keeps its own by class or by name."""
+    """Enters a family's sparse classes into Transformers' tables of classes and of names."""
     dense, config_class, causal_lm_class = family.dense, family.config_class, family.causal_lm_class
     sparse_type = PREFIX + dense.model_type
-    # anew, where nsa_hf was imported anew
+    # exist_ok: nsa_hf may have been imported before
     AutoModel.register(config_class, family.model_class, exist_ok=True)
     AutoModelForCausalLM.register(config_class, causal_lm_class, exist_ok=True)
-    # of a folder whose files do not name its tokenizer's class
+    # for folders whose files do not name their tokenizer's class
     if (tokenizer := TOKENIZER_MAPPING.get(dense.config, None)) is not None:
         TOKENIZER_MAPPING.register(config_class, tokenizer, exist_ok=True)
     put_into_transformers(causal_lm_class, sparse_type)
     note_what_is_recorded(family.model_class)
-    # how experts and their like are stored
+    # how checkpoints store experts and the like
     for dense_name, sparse_name in (
         (dense.model_type, sparse_type),
         (dense.model.__name__, f"Nsa{dense.model.__name__}"),
@@ -207,7 +210,7 @@ def __getattr__(name: str) -> Any:
         try:
             define_family(model_type)
         except NotPlain as reason:
-            # several models in one, for one, may be called as the one of text among them
+            # the name may also belong to another family: a multimodal one is named like its text model
             reasons.append(reason)
         if name in globals():
             return globals()[name]

@@ -15,6 +15,7 @@ NSA_FORMAT = 1
 
 
 def option(default: Any, text: str) -> Any:
+    """A field with its default and its description."""
     return field(default=default, metadata={"help": text})
 
 
@@ -46,5 +47,5 @@ NSA_FIELDS = {member.name: member for member in fields(NsaFields)}
 
 
 def full_name(option: str) -> str:
-    """A field's name, of one that may lack the prefix: `topk` is `nsa_topk`."""
+    """A field's full name: of `topk` and of `nsa_topk` it is `nsa_topk`."""
     return option if option.startswith(PREFIX) else PREFIX + option

@@ -90,11 +90,12 @@ def initial_nsa_state(
 ) -> Iterator[tuple[str, Tensor]]:
     """Names and float32 values of the parameters that a conversion adds, layer by layer; the same for the same seed.
 
-    Those that start as a dense one (`dense_twin`, of independent keys and values) are not among them.
+    Without those that start as copies of dense ones (`dense_twin`, with independent keys and values).
 
     Args:
         model_class: the family's sparse causal language model.
-        config: a sparse one of the same family.
+        config: of such a model.
+        seed: of the first layer; every further one has the next.
     """
     with torch.device("meta"):
         skeleton = model_class(config)
@@ -110,7 +111,7 @@ def initial_nsa_state(
 
 
 def take_buffers(model: PreTrainedModel, dense: PreTrainedModel) -> None:
-    """Gives a model that was built without memory the buffers that no state dict holds, RoPE's frequencies for one."""
+    """Copies into a model on the meta device the buffers that no state dict holds, RoPE's frequencies for one."""
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta:
             owner, _, key = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""What a sparse model does beyond its dense family, whichever family that is."""
+"""What every sparse model does beyond its dense family: the mixins in front of the family's model classes."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from transformers.distributed import DistributedConfig
 from nsa_hf.kernels import LearnedCompressor, ZeroLinear
 
 from .attention import IMPLEMENTATIONS, NsaAttentionMixin
-from .cache.adopt import UNUSABLE, check_reached, check_starts, static_length
+from .cache.adopt import UNUSABLE, check_reached_layers, check_starts, static_length
 from .discovery import calls_attention
 from .errors import NotPlain, NsaError
 from .from_dense import FromDenseMixin
 from .generation import NsaGenerationMixin
-from .modes import Mode, OpenContexts, Recorded, added
+from .modes import Mode, OpenContexts, Recorded, appended
 from .releases import CACHE, by_name, cache_among, tokens_held
 from .remote_code import SavedByImport
-from .segments import find_segments, static_segments
+from .segments import Segments, find_segments, static_segments
 from .shape import check_shape
 
 # What quantisers leave as it is, as their pattern: the gates and compressors, and keys and values per branch.
@@ -53,7 +53,7 @@ class NsaPreTrainedMixin(FromDenseMixin, SavedByImport, NsaGenerationMixin):
     _tp_plan = None
     _pp_plan = None
 
-    # Transformers tells by the source of a class's module, which is not ours, or by whose module it is.
+    # Transformers finds the next three out by a class's module: by its source, or whether it is one of its own.
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -65,7 +65,7 @@ class NsaPreTrainedMixin(FromDenseMixin, SavedByImport, NsaGenerationMixin):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False: Transformers leaves out some of a family's own initialisation in custom code."""
+        """False, because Transformers leaves some of a family's initialisation out where the code is not its own."""
         return False
 
     @classmethod
@@ -75,13 +75,14 @@ class NsaPreTrainedMixin(FromDenseMixin, SavedByImport, NsaGenerationMixin):
         Raises:
             NsaError: the model is to be divided within its layers or between them.
         """
-        given = distributed_config
-        asked = DistributedConfig.from_dict(given) if isinstance(given, dict) else given
+        config = distributed_config
+        if isinstance(config, dict):
+            config = DistributedConfig.from_dict(config)
         for size in ("tp_size", "pp_size"):
-            if (getattr(asked, size, None) or 1) > 1:
+            if (getattr(config, size, None) or 1) > 1:
                 raise NsaError(
                     f"sparse models cannot be loaded with tensor or pipeline parallelism yet, got {size}="
-                    f"{getattr(asked, size)} (tp_plan, tp_size or distributed_config): use FSDP, as "
+                    f"{getattr(config, size)} (tp_plan, tp_size or distributed_config): use FSDP, as "
                     "distributed_config={'fsdp_size': N} or Accelerate's, or device_map='auto', which puts whole "
                     "layers onto each GPU"
                 )
@@ -99,6 +100,11 @@ class NsaPreTrainedMixin(FromDenseMixin, SavedByImport, NsaGenerationMixin):
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """The implementation that was asked for; `nsa` where none was.
+
+        Raises:
+            NsaError: it is not one of `IMPLEMENTATIONS`.
+        """
         implementation = requested_attention or "nsa"
         if implementation not in IMPLEMENTATIONS:
             raise NsaError(
@@ -136,6 +142,7 @@ class NsaPreTrainedMixin(FromDenseMixin, SavedByImport, NsaGenerationMixin):
         return (module for module in self.modules() if isinstance(module, NsaAttentionMixin))
 
     def open_contexts(self) -> Iterator[OpenContexts]:
+        """Those of every decoder in this model."""
         return (module.nsa_contexts for module in self.modules() if isinstance(module, NsaModelMixin))
 
     @contextmanager
@@ -145,7 +152,7 @@ class NsaPreTrainedMixin(FromDenseMixin, SavedByImport, NsaGenerationMixin):
         What this thread runs inside it is dense, and stays so when a backward pass computes it again behind it. The
         gates and compressors are not used. A cache filled here can be continued sparse, and the other way round.
         """
-        with added(None, [contexts.dense for contexts in self.open_contexts()]):
+        with appended(None, [contexts.dense for contexts in self.open_contexts()]):
             yield
 
     @contextmanager
@@ -157,7 +164,7 @@ class NsaPreTrainedMixin(FromDenseMixin, SavedByImport, NsaGenerationMixin):
         absent.
         """
         record: dict[int, Tensor] = {}
-        with added(record, [contexts.records for contexts in self.open_contexts()]):
+        with appended(record, [contexts.records for contexts in self.open_contexts()]):
             yield record
 
     def set_gate_blend(self, share: float) -> None:
@@ -173,7 +180,9 @@ class NsaPreTrainedMixin(FromDenseMixin, SavedByImport, NsaGenerationMixin):
 
 
 def make_parts_sparse(model: NsaPreTrainedMixin, sparse_classes: dict[type[nn.Module], type[nn.Module]]) -> None:
-    """Gives the parts of a model that its family has built their sparse classes, and them what these have beyond.
+    """Gives the parts of a model, which its family has built dense, their sparse classes, and adds the new modules.
+
+    The way of PyTorch's `fully_shard`: only `module.__class__` changes, so that names, weights and hooks stay.
 
     Raises:
         NotPlain: a part has a feature that sparse attention does not have, or an attention would stay dense.
@@ -185,7 +194,7 @@ def make_parts_sparse(model: NsaPreTrainedMixin, sparse_classes: dict[type[nn.Mo
             if isinstance(module, NsaAttentionMixin):
                 module.become_sparse(model.config)
             elif isinstance(module, NsaModelMixin):
-                # what Transformers has noted of its dense class is noted anew; initialised are the new modules only
+                # noted of the dense class; the second `post_init` notes it again, and initialises the new modules only
                 del module._no_split_modules
                 module.post_init()
         elif calls_attention(type(module)) and not isinstance(module, NsaAttentionMixin):
@@ -193,18 +202,19 @@ def make_parts_sparse(model: NsaPreTrainedMixin, sparse_classes: dict[type[nn.Mo
 
 
 class NsaModelMixin(NsaPreTrainedMixin):
-    """In front of a family's decoder: works the padding and packing out once, for all layers.
+    """In front of a family's decoder: finds out once what is padded or packed, for all layers.
 
     Attributes:
         forward_names: the family's names of its forward's arguments.
         is_recurrent: some layers carry a state from token to token (convolutions, linear attention, Mamba).
-        nsa_contexts: whether it runs dense, and where selections are recorded, in each thread.
+        nsa_contexts: the `with` blocks that each thread is inside of.
     """
 
     forward_names: tuple[str, ...]
     is_recurrent: bool
 
     def post_init(self) -> None:
+        """As Transformers'; with the parts, the decoder too gets what its sparse class has beyond the family's."""
         self.nsa_contexts = OpenContexts()
         super().post_init()
 
@@ -215,7 +225,7 @@ class NsaModelMixin(NsaPreTrainedMixin):
         return replica
 
     def mode(self, weights: bool | None) -> Mode:
-        """What a forward of this thread is run with from here on.
+        """The mode of a forward that this thread begins now.
 
         Args:
             weights: whether attention weights are asked for; None leaves it to the config.
@@ -238,25 +248,26 @@ class NsaModelMixin(NsaPreTrainedMixin):
             recorded=Recorded() if contexts.records else None,
         )
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the family's, with 2D masks only; see `find_segments` for padding and packing."""
-        given = by_name(self.forward_names, args, kwargs)
-        input_ids, inputs_embeds, cache = given.get("input_ids"), given.get("inputs_embeds"), given.get(CACHE)
-        tokens_given = input_ids if input_ids is not None else inputs_embeds
-        if tokens_given is None:
-            raise NsaError("give input_ids [batch, tokens] or inputs_embeds [batch, tokens, hidden]")
-        if cache is not None and not isinstance(cache, Cache):
-            raise NsaError(UNUSABLE.format(type(cache).__name__))
-        batch, tokens = tokens_given.shape[:2]
-        device = tokens_given.device
+    def segments_of(self, arguments: dict[str, Any], inputs: Tensor) -> Segments:
+        """Which positions of a forward belong to which row or document, checked against its cache.
+
+        Args:
+            arguments: the forward's by name; `cu_seq_lens` are taken out, as no family knows them.
+            inputs: `[B, T, ...]`, its tokens or their embeddings.
+
+        Raises:
+            NsaError: the mask, the packing or the cache cannot be used, with this model or with each other.
+        """
+        batch, tokens = inputs.shape[:2]
+        cache = arguments.get(CACHE)
         static = static_length(cache)
-        said: dict[str, Any] = {name: given.get(name) for name in ("attention_mask", "position_ids")}
-        said |= {name: given.pop(name, None) for name in ("cu_seq_lens_q", "cu_seq_lens_k")}
+        layout: dict[str, Any] = {name: arguments.get(name) for name in ("attention_mask", "position_ids")}
+        layout |= {name: arguments.pop(name, None) for name in ("cu_seq_lens_q", "cu_seq_lens_k")}
         if static is not None:
-            segments = static_segments(batch, tokens, *static, device, **said)
+            segments = static_segments(batch, tokens, *static, inputs.device, **layout)
         else:
             past = tokens_held(cache) if cache is not None else 0
-            segments = find_segments(batch, tokens, past, **said)
+            segments = find_segments(batch, tokens, past, **layout)
         if cache is not None:
             check_starts(cache, segments, tokens)
         if self.is_recurrent and (segments.cu_seqlens is not None or static is not None):
@@ -265,20 +276,32 @@ class NsaModelMixin(NsaPreTrainedMixin):
                 f"{self.config.model_type} has layers that carry a state from token to token: {what} cannot be used; "
                 "pad the rows on the left, and let generate() make its cache"
             )
-        if said["position_ids"] is None:
-            given["position_ids"] = segments.position_ids(tokens)
+        return segments
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the family's, with 2D masks only; see `find_segments` for padding and packing."""
+        arguments = by_name(self.forward_names, args, kwargs)
+        input_ids, inputs_embeds, cache = (arguments.get(name) for name in ("input_ids", "inputs_embeds", CACHE))
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        if inputs is None:
+            raise NsaError("give input_ids [batch, tokens] or inputs_embeds [batch, tokens, hidden]")
+        if cache is not None and not isinstance(cache, Cache):
+            raise NsaError(UNUSABLE.format(type(cache).__name__))
+        segments = self.segments_of(arguments, inputs)
+        if arguments.get("position_ids") is None:
+            arguments["position_ids"] = segments.position_ids(inputs.shape[1])
         if not self.is_recurrent:
-            # Families hand a mask of four dimensions through as it is, and build none: theirs would hold T*S numbers.
-            # Layers with a state need the one of two; no other is made of it, see attention.py.
-            given["attention_mask"] = torch.empty(0, 1, 1, 1, dtype=torch.bool, device=device)
-        mode = self.mode(given.get("output_attentions"))
-        out = super().forward(**given, nsa_segments=segments, nsa_mode=mode)
+            # A mask of four dimensions keeps a family from building its own, of T*S numbers. Layers with a state need
+            # the one of two dimensions; no other is made of it, see attention.py.
+            arguments["attention_mask"] = torch.empty(0, 1, 1, 1, dtype=torch.bool, device=inputs.device)
+        mode = self.mode(arguments.get("output_attentions"))
+        out = super().forward(**arguments, nsa_segments=segments, nsa_mode=mode)
         if mode.recorded is not None:
             for record in self.nsa_contexts.records:
                 record.update(mode.recorded.selections)
-            # what a recomputation selects is of a forward that is over
+            # so that a recomputation in the backward pass does not write into these records
             mode.recorded.selections = {}
-        held = cache_among(out.values() if isinstance(out, dict) else out)
-        if held is not None:
-            check_reached(held, self.config)
+        cache = cache_among(out.values() if isinstance(out, dict) else out)
+        if cache is not None:
+            check_reached_layers(cache, self.config)
         return out
