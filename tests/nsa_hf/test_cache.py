@@ -101,9 +101,9 @@ def test_rows_begin_where_they_began(kind, tiny_nsa_model):
     def filled(*pieces: tuple[int, torch.Tensor | None]):
         cache = StaticCache(model.config, max_cache_len=100) if kind == "static" else DynamicCache()
         start, logits = 0, []
-        for end, given in pieces:
-            given = given if given is None else given[:, :end]
-            logits.append(model(x[:, start:end], attention_mask=given, **{CACHE: cache}).logits)
+        for end, mask_so_far in pieces:
+            mask_so_far = mask_so_far if mask_so_far is None else mask_so_far[:, :end]
+            logits.append(model(x[:, start:end], attention_mask=mask_so_far, **{CACHE: cache}).logits)
             start = end
         return cache, torch.cat(logits, 1)
 

@@ -47,8 +47,8 @@ def test_layers_that_keep_their_arguments_from_their_attention_are_seen():
 
 
 def test_parts_are_found_in_tables_and_helpers_too():
-    found = {part.__name__ for part in parts_of(find_family("jamba").model)}
-    assert {"JambaAttentionDecoderLayer", "JambaMambaDecoderLayer"} <= found
+    names = {part.__name__ for part in parts_of(find_family("jamba").model)}
+    assert {"JambaAttentionDecoderLayer", "JambaMambaDecoderLayer"} <= names
     assert "DynamicCache" in names_of(modeling_llama.LlamaModel.forward)
 
 
@@ -123,12 +123,12 @@ import inspect, pickle, sys, threading
 import nsa_hf
 
 def found_by_four(name):
-    found = []
-    threads = [threading.Thread(target=lambda: found.append(getattr(nsa_hf, name))) for _ in range(4)]
+    classes = []
+    threads = [threading.Thread(target=lambda: classes.append(getattr(nsa_hf, name))) for _ in range(4)]
     for thread in threads: thread.start()
     for thread in threads: thread.join()
-    assert len(found) == 4 and len(set(found)) == 1, (name, found)
-    return found[0]
+    assert len(classes) == 4 and len(set(classes)) == 1, (name, classes)
+    return classes[0]
 
 part, *names = sys.argv[1:]
 assert pickle.load(open(part, "rb")).__name__ == "NsaCTRLEncoderLayer"
@@ -144,7 +144,7 @@ def test_every_class_is_found_by_its_name_whatever_was_made_before(tmp_path):
     for name, model_type in names.items():
         assert model_type in families_by_class_name(name), f"{name} is not found"
     # those that another family could have too: several models in one, of which one is of text
-    shared = [name for name, made in names.items() if families_by_class_name(name)[0] != made]
+    shared = [name for name, owner in names.items() if families_by_class_name(name)[0] != owner]
     first = [name for name in shared if name.endswith("ForCausalLM")]
     assert {"NsaGemma3ForCausalLM", "NsaQwen3_5ForCausalLM"} <= set(first)
     part = tmp_path / "part"
@@ -156,8 +156,10 @@ def test_every_class_is_found_by_its_name_whatever_was_made_before(tmp_path):
 
 def test_families_that_borrow_llamas_classes_have_sparse_ones_of_their_own():
     borrowing = [name for name, lm in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if lm == "LlamaForCausalLM"]
-    made = [define_family(name) for name in (*borrowing, "mistral")]
+    sparse = [define_family(name) for name in (*borrowing, "mistral")]
     for classes in ("config_class", "model_class", "causal_lm_class"):
-        names = [getattr(family, classes).__name__ for family in made]
+        names = [getattr(family, classes).__name__ for family in sparse]
         assert len(set(names)) == len(names) == len(borrowing) + 1
-        assert all(getattr(nsa_hf, name) is getattr(family, classes) for name, family in zip(names, made, strict=True))
+        assert all(
+            getattr(nsa_hf, name) is getattr(family, classes) for name, family in zip(names, sparse, strict=True)
+        )
