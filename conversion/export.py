@@ -20,7 +20,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from nsa_hf.errors import NsaError
-from nsa_hf.families import dense_config_of
 from nsa_hf.registration import PREFIX
 
 from . import manifest as manifests
@@ -91,7 +90,7 @@ def export_dense(
             writer.finish()
             report = _report(src, manifest, config.model_type, writer.hashes)
             report["dropped"] = sum(torch.Size(shape).numel() for shape in expected.added.values())
-            dense_config_of(config).save_pretrained(stage)
+            config.to_dense_config().save_pretrained(stage)
             if manifest is None:
                 open_source(src).save_companions(stage)
             for name in (manifest or {}).get("companions", []):

@@ -1,6 +1,6 @@
 """Native Sparse Attention for Transformers. Importing this registers the model classes with the Auto classes.
 
-Everything comes when it is asked for: neither PyTorch nor Transformers is imported before.
+Neither PyTorch nor Transformers is imported until an attribute that needs them is used.
 """
 
 from typing import TYPE_CHECKING, Any

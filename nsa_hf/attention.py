@@ -1,4 +1,4 @@
-"""The sparse attention layer: what is new in it, and how it is put in the place of a dense family's attention."""
+"""The sparse attention layer: the modules it adds, and what it computes in the place of its family's attention."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from nsa_hf.kernels import ZeroLinear, build_compressor, compress, nsa_attention, reference_attention
 
-from .branches import BRANCHES, KeysAndValues, branch_modules, stand_in
-from .cache.adopt import CACHE_LOST, check_in_step, nsa_cache_layer, nsa_window_layer
+from .branches import BRANCHES, KeysAndValues, attention_of_branch, branch_modules
+from .cache.adopt import CACHE_LOST, adopt_layer, adopt_window_layer, check_lengths
 from .cache.dynamic import NsaDynamicLayer
 from .cache.static import NsaStaticLayer
 from .config import NsaConfigMixin
@@ -31,7 +31,7 @@ IMPLEMENTATIONS = {"nsa": "auto", "eager": "reference"}
 
 
 class Gate(nn.Module):
-    """The gates' MLP: `[B, T, hidden]` to logits `[B, T, Hq, 3]` (compressed, selected, window), zero at first."""
+    """The gates' MLP: `[B, T, hidden]` to logits `[B, T, Hq, 3]` (compressed, selected, window), all zero at first."""
 
     def __init__(self, hidden_size: int, gate_dim: int, heads: int):
         super().__init__()
@@ -46,6 +46,7 @@ def gate_values(logits: Tensor, kind: str, blend: float) -> Tensor:
     """Gates from their logits, `[B, T, Hq, 3]` each; at least float32.
 
     Args:
+        logits: of `Gate`.
         kind: `sigmoid`, the paper's three independent sigmoids; `residual`, `tanh(z/2)` with 1 added for the selected
             branch, so that zero logits give (0, 1, 0) exactly with a slope of 1/2; `blend`, from (0, 1, 0) to the
             paper's.
@@ -62,7 +63,10 @@ def gate_values(logits: Tensor, kind: str, blend: float) -> Tensor:
 
 
 class NsaModules(nn.Module):
-    """What a layer has beyond the dense one's parameters: `compress_k`, `compress_v` and `gate`."""
+    """The modules that a sparse layer adds to its family's: `compress_k`, `compress_v` and `gate`.
+
+    With independent keys and values also `compressed` and `window`: see branches.py.
+    """
 
     def __init__(self, config: NsaConfigMixin, heads: int, head_dim: int, value_dim: int):
         super().__init__()
@@ -73,66 +77,92 @@ class NsaModules(nn.Module):
 
 
 class NsaAttentionMixin:
-    """In front of a family's attention class: its projections, norms, RoPE and cache, with sparse attention inside.
+    """In front of a family's attention class: sparse attention between the family's projections, norms and RoPE.
+
+    A module is built as the family's attention and is given this class afterwards (`become_sparse`).
 
     Attributes:
+        layer_idx: the layer's number in the model, by the family.
         forward_names: the family's names of its forward's arguments; the hidden states come first.
-        handed: what the family hands to the attention function by name (see discovery.py).
+        call_arguments: what the family hands to the attention function, name to source (see discovery.py).
         masks_slide: whether the family's decoder makes masks of a sliding window.
         window: the layer's own sliding window in tokens, or None for full attention.
         nsa: the new modules, or None in a layer that stays dense.
     """
 
+    layer_idx: int
     forward_names: tuple[str, ...]
-    handed: dict[str, ast.expr]
+    call_arguments: dict[str, ast.expr]
     masks_slide: bool
 
-    def __init__(self, config: NsaConfigMixin, layer_idx: int, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, layer_idx, *args, **kwargs)
+    def become_sparse(self, config: NsaConfigMixin) -> None:
+        """Adds what this class has beyond the family's class, of which the module was until now.
+
+        Args:
+            config: the model's.
+
+        Raises:
+            NotPlain: the layer has a feature that sparse attention does not have.
+        """
         self.model_config = config
-        self.layer_idx = layer_idx
         # The family's forward looks its attention up by this name. With "eager" it would take its own dense function,
         # so it always finds "nsa" here, and `nsa_attention_forward` asks the model's config what the user chose.
         self.config = copy.copy(config)
         self.config._attn_implementation_internal = "nsa"
-        self.window = layer_window(self, self.handed, config, layer_idx, self.masks_slide)
+        self.window = layer_window(
+            self, self.call_arguments, config, getattr(self, "layer_idx", None), self.masks_slide
+        )
         self.nsa: NsaModules | None = None
-        if config.is_nsa_layer(layer_idx):
+        if config.is_nsa_layer(self.layer_idx):
             self.nsa = NsaModules(config, *head_sizes(self, config))
             for branch in BRANCHES if config.nsa_branch_kv == "independent" else ():
                 setattr(self.nsa, branch, branch_modules(self))
-                stand_in(self, branch)  # now: a compiled forward cannot make it
+                attention_of_branch(self, branch)  # made now: a compiled forward cannot make it
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = by_name(self.forward_names, args, kwargs)
-        hidden_states, cache = given[self.forward_names[0]], cache_among(given.values())
-        layer, branches = None, None
+        """As the family's, with `nsa_segments` and `nsa_mode` among its further arguments."""
+        arguments = by_name(self.forward_names, args, kwargs)
+        hidden_states, cache = arguments[self.forward_names[0]], cache_among(arguments.values())
+        segments, mode = arguments["nsa_segments"], arguments["nsa_mode"]
         independent = self.model_config.nsa_branch_kv == "independent"
+        cache_layer, branches, static = None, None, None
         if cache is not None:
-            nsa_window_layer(cache, self.layer_idx)
-            if given["nsa_segments"].lengths is None:
-                check_in_step(cache, self.layer_idx, given["nsa_segments"].past)
-        elif given["nsa_segments"].past or given["nsa_segments"].lengths is not None:
+            adopt_window_layer(cache, self.layer_idx)
+            if segments.lengths is None:
+                check_lengths(cache, self.layer_idx, segments.past)
+            elif self.window is not None:
+                window_layer = cache.layers[self.layer_idx]
+                static = (window_layer.get_seq_length(), window_layer.get_mask_sizes(hidden_states.shape[1])[1])
+        elif segments.past or segments.lengths is not None:
             raise NsaError(CACHE_LOST)
         if cache is not None and self.nsa is not None:
             sizes, device = self.model_config.nsa_sizes, hidden_states.device
-            layer = nsa_cache_layer(cache, self.layer_idx, sizes, device, independent)
-        if independent and self.nsa is not None and (layer is not None or not given["nsa_mode"].dense):
-            branches = [self.branch_states(branch, hidden_states, given) for branch in BRANCHES]
-        own: dict[str, Any] = {"nsa_hidden_states": hidden_states, "nsa_cache_layer": layer, "nsa_branches": branches}
-        if cache is not None and self.window is not None and given["nsa_segments"].lengths is not None:
-            held = cache.layers[self.layer_idx]
-            own["nsa_static"] = (held.get_seq_length(), held.get_mask_sizes(hidden_states.shape[1])[1])
-        return super().forward(**given, **own)
+            cache_layer = adopt_layer(cache, self.layer_idx, sizes, device, independent)
+        if independent and self.nsa is not None and (cache_layer is not None or not mode.dense):
+            branches = [self.branch_states(branch, hidden_states, arguments) for branch in BRANCHES]
+        return super().forward(
+            **arguments,
+            nsa_hidden_states=hidden_states,
+            nsa_cache_layer=cache_layer,
+            nsa_branches=branches,
+            nsa_static=static,
+        )
 
-    def branch_states(self, branch: str, hidden_states: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """A branch's own key and value of the new tokens, `[B, Hk, T, D]` after norms and RoPE."""
-        uncached = {name: None if isinstance(value, Cache) else value for name, value in given.items()}
-        own: dict[str, Any] = {"nsa_hidden_states": hidden_states, "nsa_cache_layer": None, "nsa_leave": True}
+    def branch_states(self, branch: str, hidden_states: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """A branch's own key and value of the new tokens, `[B, Hk, T, D]` after norms and RoPE.
+
+        Args:
+            branch: one of `BRANCHES`.
+            hidden_states: `[B, T, hidden]`, what entered the layer.
+            arguments: of the layer's forward, by name.
+        """
+        uncached = {name: None if isinstance(value, Cache) else value for name, value in arguments.items()}
         try:
-            super(NsaAttentionMixin, stand_in(self, branch)).forward(**uncached, **own)
-        except KeysAndValues as made:
-            key, value = made.args
+            super(NsaAttentionMixin, attention_of_branch(self, branch)).forward(
+                **uncached, nsa_hidden_states=hidden_states, nsa_cache_layer=None, nsa_only_keys_and_values=True
+            )
+        except KeysAndValues as states:
+            key, value = states.args
             return key, value
         raise AssertionError("the family's attention did not call the attention function")
 
@@ -151,79 +181,143 @@ def nsa_attention_forward(
     nsa_segments: Segments,
     nsa_mode: Mode,
     nsa_branches: list[tuple[Tensor, Tensor]] | None = None,
-    nsa_leave: bool = False,
+    nsa_only_keys_and_values: bool = False,
     nsa_static: tuple[int, int] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """What Transformers calls between a family's projections: sparse attention of one layer.
+    """The attention function of one layer, which the family's forward calls between its projections.
 
     Args:
         query, key, value: `[B, H, T or S, D]` after RoPE and the cache; key and value are those of all S tokens.
         attention_mask: ignored; `nsa_segments` says the same without T*S numbers.
-        nsa_mode: what the forward is run with, the same in its recomputation.
         nsa_hidden_states: `[B, T, hidden]`, what entered the layer; the gates are made of it.
+        nsa_cache_layer: the layer's cache, where there is one.
+        nsa_segments: which positions belong to which row or document.
+        nsa_mode: what the forward runs with, the same in its recomputation.
         nsa_branches: with independent keys and values, those of the compressed branch and of the window,
             `[B, Hk, T, D]` of the new tokens; key and value are the selected branch's.
-        nsa_leave: raise `KeysAndValues` with key and value instead.
+        nsa_only_keys_and_values: raise `KeysAndValues` with key and value instead.
         nsa_static: of a layer with a sliding window and a static cache, see `sliding_attention`.
 
     Returns:
         `[B, T, Hq, Dv]`, and with `output_attentions` the weights `[B, Hq, T, S]`: of a sparse layer those of the
         selected branch.
     """
-    if nsa_leave:
+    if nsa_only_keys_and_values:
         raise KeysAndValues(key, value)
-    config, nsa = module.model_config, module.nsa
-    stride = config.nsa_kernel_stride
-    starts, lengths, cu_seqlens = nsa_segments.starts, nsa_segments.lengths, nsa_segments.cu_seqlens
+    nsa, segments, mode = module.nsa, nsa_segments, nsa_mode
     compressed, window = nsa_branches or ((key, value), None)
     entries: Sequence[Tensor] | None = None
     if nsa_cache_layer is None and nsa is not None and key.shape[2] != query.shape[2]:
         raise NsaError(CACHE_LOST)
     if nsa_cache_layer is not None:
-        assert nsa is not None
-        if cu_seqlens is not None:
-            nsa_cache_layer.packed = True
-        elif not nsa_mode.dense or not nsa_cache_layer.catches_up:
-            entries = nsa_cache_layer.extend(*compressed, nsa.compress_k, nsa.compress_v, stride, starts)
-            if window is not None:
-                window = nsa_cache_layer.slide(*window, config.nsa_window_size)
-        else:
-            nsa_cache_layer.note_starts(starts)
+        entries, window = extend_cache_layer(module, nsa_cache_layer, compressed, window, segments, mode)
     query, key, value = same_dtype(query, key, value)
     weights = None
-    if nsa_mode.weights and (module.window is not None or nsa is None or nsa_mode.dense):
-        weights = dense_weights(query, key, scaling, module.window, nsa_segments, nsa_static)
+    if mode.weights and (module.window is not None or nsa is None or mode.dense):
+        weights = dense_weights(query, key, scaling, module.window, segments, nsa_static)
     if module.window is not None:
-        window_of_layer = (module.window, nsa_segments, nsa_static)
+        window_of_layer = (module.window, segments, nsa_static)
         return sliding_attention(module, query, key, value, scaling, dropout, *window_of_layer), weights
-    if nsa is None or nsa_mode.dense:
-        return dense_attention(module, query, key, value, scaling, dropout, nsa_segments), weights
+    if nsa is None or mode.dense:
+        return dense_attention(module, query, key, value, scaling, dropout, segments), weights
     if dropout:
         raise NsaError(f"sparse attention has no attention dropout, got {dropout}: set config.attention_dropout = 0")
-
     if entries is None:
-        pairs = zip(compressed, (nsa.compress_k, nsa.compress_v), strict=True)
-        entries = [
-            compress(x.to(value.dtype).transpose(1, 2), compressor, stride, starts=starts, cu_seqlens=cu_seqlens)
-            for x, compressor in pairs
-        ]
+        entries = compressed_entries(module, compressed, value.dtype, segments)
+    gates = gate_values(nsa.gate(nsa_hidden_states), module.model_config.nsa_gate, mode.gate_blend)
+    return sparse_attention(module, query, key, value, scaling, entries, window, gates, segments, mode)
+
+
+def extend_cache_layer(
+    module: NsaAttentionMixin,
+    cache_layer: NsaDynamicLayer | NsaStaticLayer,
+    compressed: tuple[Tensor, Tensor],
+    window: tuple[Tensor, Tensor] | None,
+    segments: Segments,
+    mode: Mode,
+) -> tuple[Sequence[Tensor] | None, tuple[Tensor, Tensor] | None]:
+    """Brings the compressed entries of a sparse layer's cache up to date, and its window with independent keys.
+
+    Args:
+        compressed: key and value of the compressed branch, `[B, Hk, S or T, D]`.
+        window: those of the window branch, `[B, Hk, T, D]`; None where it shares the selected branch's.
+
+    Returns:
+        The compressed keys and values `[B, N, Hk, D]` (None: they were not brought up to date), and the keys and values
+        that the new tokens' windows see.
+    """
+    if segments.cu_seqlens is not None:
+        cache_layer.packed = True
+        return None, window
+    if mode.dense and cache_layer.catches_up:
+        cache_layer.note_starts(segments.starts)
+        return None, window
+    nsa, config = module.nsa, module.model_config
+    assert nsa is not None
+    compressors = (nsa.compress_k, nsa.compress_v)
+    entries = cache_layer.extend(*compressed, *compressors, config.nsa_kernel_stride, segments.starts)
+    if window is not None:
+        window = cache_layer.extend_window(*window, config.nsa_window_size)
+    return entries, window
+
+
+def compressed_entries(
+    module: NsaAttentionMixin, compressed: tuple[Tensor, Tensor], dtype: torch.dtype, segments: Segments
+) -> list[Tensor]:
+    """Compressed keys and values `[B, N, Hk, D]` of key and value `[B, Hk, S, D]`, where no cache holds them."""
+    assert module.nsa is not None
+    stride = module.model_config.nsa_kernel_stride
+    return [
+        compress(
+            states.to(dtype).transpose(1, 2),
+            compressor,
+            stride,
+            starts=segments.starts,
+            cu_seqlens=segments.cu_seqlens,
+        )
+        for states, compressor in zip(compressed, (module.nsa.compress_k, module.nsa.compress_v), strict=True)
+    ]
+
+
+def sparse_attention(
+    module: NsaAttentionMixin,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    entries: Sequence[Tensor],
+    window: tuple[Tensor, Tensor] | None,
+    gates: Tensor,
+    segments: Segments,
+    mode: Mode,
+) -> tuple[Tensor, Tensor | None]:
+    """Sparse attention of one layer; the selection is recorded where the mode says so.
+
+    Args:
+        query, key, value: `[B, H, T or S, D]`.
+        entries: compressed keys and values, `[B, N, Hk, D]`.
+        window: key and value of the window branch, `[B, Hk, Sw, D]`; None where it shares the selected branch's.
+        gates: `[B, T, Hq, 3]`.
+
+    Returns:
+        `[B, T, Hq, Dv]`, and the selected branch's weights `[B, Hq, T, S]` where the mode asks for them.
+    """
     k_win, v_win = (None, None) if window is None else (x.to(value.dtype).transpose(1, 2) for x in window)
-    gates = gate_values(nsa.gate(nsa_hidden_states), config.nsa_gate, nsa_mode.gate_blend)
     inputs = (*(x.transpose(1, 2) for x in (query, key, value)), *(x.to(value.dtype) for x in entries), gates)
     # so the selection, which is always made, is no wider than the text needs
-    sizes = nsa_mode.sizes.within(key.shape[2])
-    places: dict[str, Any] = {"starts": starts, "lengths": lengths, "cu_seqlens": cu_seqlens}
+    sizes = mode.sizes.within(key.shape[2])
+    places: dict[str, Any] = {"starts": segments.starts, "lengths": segments.lengths, "cu_seqlens": segments.cu_seqlens}
     places |= {"k_win": k_win, "v_win": v_win}
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-
-    if nsa_mode.weights:
+    weights = None
+    if mode.weights:
         out, selection, weights = reference_attention(*inputs, sizes=sizes, scale=scale, return_weights=True, **places)
     else:
         options: dict[str, Any] = {**sizes.by_name(), **places}
-        out, selection = nsa_attention(*inputs, scale=scale, return_selection=True, backend=nsa_mode.backend, **options)
-    if nsa_mode.recorded is not None:
-        nsa_mode.recorded.selections[module.layer_idx] = selection
+        out, selection = nsa_attention(*inputs, scale=scale, return_selection=True, backend=mode.backend, **options)
+    if mode.recorded is not None:
+        mode.recorded.selections[module.layer_idx] = selection
     return out, weights
 
 

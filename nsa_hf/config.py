@@ -1,8 +1,13 @@
-"""The rules of the `nsa_*` fields, in a model's config. The fields themselves: fields.py."""
+"""A sparse model's config: the rules of the `nsa_*` fields, and the way from a dense config and back.
+
+The fields themselves: fields.py.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, Self
+
+from transformers import PreTrainedConfig
 
 from nsa_hf.kernels import Sizes
 
@@ -12,14 +17,55 @@ from .remote_code import SavedConfig
 
 CHOICES = {name: member.metadata["choices"] for name, member in NSA_FIELDS.items() if member.metadata["choices"]}
 NOT_YET = {"nsa_rope_order": "pre"}
+# Fields that name a config's own classes and files: not copied from a dense config to a sparse one, or back.
+OWN_TO_A_CONFIG = ("model_type", "architectures", "transformers_version", "auto_map")
 
 
 class NsaConfigMixin(NsaFields, SavedConfig):
-    """In front of a dense family's config: the fields of Native Sparse Attention, and their rules."""
+    """In front of a dense family's config: the fields of Native Sparse Attention, and their rules.
+
+    Attributes:
+        dense_class: the family's config class.
+        dense_causal_lm_name: the name of the family's causal language model.
+        causal_lm_name: the name of the sparse one.
+    """
+
+    dense_class: ClassVar[type[PreTrainedConfig]]
+    dense_causal_lm_name: ClassVar[str]
+    causal_lm_name: ClassVar[str]
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.check_nsa()
+
+    @classmethod
+    def from_dense_config(cls, dense_config: PreTrainedConfig, **nsa_fields: Any) -> Self:
+        """The sparse config of a dense one of the same family.
+
+        Args:
+            dense_config: of `dense_class`.
+            nsa_fields: `nsa_*` fields that differ from their defaults.
+
+        Raises:
+            NsaError: a field is unknown or breaks a rule, or no layer has full attention.
+        """
+        unknown = set(nsa_fields) - set(NSA_FIELDS)
+        if unknown:
+            raise NsaError(f"unknown option {', '.join(sorted(unknown))}: choose among {', '.join(NSA_FIELDS)}")
+        fields = {name: value for name, value in dense_config.to_dict().items() if name not in OWN_TO_A_CONFIG}
+        if covers_every_position(dense_config):
+            # such a window hides nothing, and caches would be cut to it
+            fields["sliding_window"] = None
+        fields["architectures"] = [cls.causal_lm_name]
+        config = cls(**fields, **nsa_fields)
+        config.check_kinds()
+        return config
+
+    def to_dense_config(self) -> PreTrainedConfig:
+        """The dense config of this one: the same without the `nsa_*` fields."""
+        fields: dict[str, Any] = self.to_dict()  # type: ignore[attr-defined]
+        fields = {name: value for name, value in fields.items() if name not in (*NSA_FIELDS, *OWN_TO_A_CONFIG)}
+        return self.dense_class(**fields, architectures=[self.dense_causal_lm_name])
 
     @property
     def nsa_sizes(self) -> Sizes:
@@ -70,7 +116,7 @@ class NsaConfigMixin(NsaFields, SavedConfig):
         self.nsa_dense_layers = self.checked_layers(self.nsa_dense_layers or [])
 
     def check_kinds(self) -> None:
-        """Whether there is something to make sparse.
+        """Checks that some layer can be made sparse, by the kinds of the layers.
 
         Raises:
             NotPlain: no layer has full attention.
@@ -81,6 +127,11 @@ class NsaConfigMixin(NsaFields, SavedConfig):
             raise NotPlain(f"{slides}no layer has full attention ({', '.join(sorted(set(kinds)))}): nothing to convert")
 
     def checked_layers(self, layers: list[int]) -> list[int]:
+        """The numbers of layers in ascending order, each once; negative ones count from the end.
+
+        Raises:
+            NsaError: there is no such layer.
+        """
         count = self.num_hidden_layers  # type: ignore[attr-defined]
         if not isinstance(layers, list | tuple | set) or not all(
             isinstance(layer, int) and -count <= layer < count for layer in layers
@@ -90,8 +141,14 @@ class NsaConfigMixin(NsaFields, SavedConfig):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False: Transformers 5.17 renames kinds of layers in custom code, and these are its own family's."""
+        """False, because the kinds of layers are Transformers' own: its release 5.17 renames those of custom code."""
         return False
 
     def validate_output_attentions(self) -> None:
-        """Both implementations of NSA return weights (the selected branch's, from the reference)."""
+        """Allows `output_attentions` with both implementations; Transformers refuses it for all but `eager`."""
+
+
+def covers_every_position(config: PreTrainedConfig) -> bool:
+    """Whether one sliding window of all layers is as long as the longest text (as in Phi-4-mini)."""
+    window, longest = (getattr(config, name, None) for name in ("sliding_window", "max_position_embeddings"))
+    return not getattr(config, "layer_types", None) and bool(window and longest and window >= longest)

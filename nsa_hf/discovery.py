@@ -1,8 +1,14 @@
-"""What Transformers' own causal language models are made of, read off their classes before anything is built.
+"""The classes that a dense family of Transformers is made of, found by reading their source; nothing is built.
 
-A family is found by what it is: its causal model names its decoder, that names its layers, those their attention, and
-the attention calls the function that `attn_implementation` chooses. Where this chain breaks, or the call carries
-something that sparse attention does not have, the reason names the feature.
+The causal language model's `__init__` names its decoder's class, the decoder's the layers', a layer's its attention's,
+and the attention calls the function that `attn_implementation` chooses. Where this chain breaks, or the call is given
+something that sparse attention does not have, the family is refused, and the message names the feature.
+
+Why the call is read as source: every refusal that can be made of a family is made before a model of it is built, for
+all configs at once, and names the expression that stands in the way. A forward on the meta device with an attention
+function that records its arguments would give their values, as they are with one config. It was tried with Transformers
+5.24: the values are the same, and 81 of 82 families run (JetMoE copies numbers to the host; experts need 16 bits). But
+the source would have to be read as before, for attentions that are called twice or make masks of their own.
 """
 
 from __future__ import annotations
@@ -23,18 +29,18 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES, model_type_to_module_name
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .errors import NotPlain
+from .errors import NotPlain, NsaError
 from .registration import PREFIX
 
-# What a family's attention may hand to the attention function. The values of the second line are looked at in every
-# layer (see features.py), the others change nothing for causal attention.
+# What a family's attention may hand to the attention function by name. The values of the second set are checked in
+# every layer (see features.py); those of the first change nothing for causal attention.
 PLAIN_ARGUMENTS = {"dropout", "scaling", "position_ids", "output_attentions", "use_cache"}
 CHECKED_ARGUMENTS = {"sliding_window", "softcap", "s_aux", "is_causal"}
 
 # Configs inside a config that describe no model.
 OWN_SETTINGS = {"attn_config", "ffn_config"}
 
-# What an attention's `forward` or `__init__` names, and what that says.
+# Names in an attention's `__init__` and among its forward's arguments, and the features that they are signs of.
 NOT_PLAIN = {
     "encoder_hidden_states": "cross-attention (encoder_hidden_states)",
     "key_value_states": "cross-attention (key_value_states)",
@@ -49,7 +55,11 @@ class DenseFamily:
     """The classes of one dense family.
 
     Attributes:
-        layers: each decoder layer class to the attention class that it builds.
+        model_type: as in its configs.
+        config: its config class.
+        layers: each class of decoder layers that has attention to the class of that.
+        model: its decoder.
+        causal_lm: its causal language model.
     """
 
     model_type: str
@@ -58,9 +68,24 @@ class DenseFamily:
     model: type[PreTrainedModel]
     causal_lm: type[PreTrainedModel]
 
+    def sparse_name(self, part: type) -> str:
+        """What the sparse class of a dense one is called: `Nsa` and the dense class's name.
+
+        It must say to which family it belongs. So the family's own name is put in where it borrows another family's
+        classes, and before the names of parts that are not called after any family (`EncoderLayer`).
+        """
+        family, lender = (
+            config.__name__.removesuffix("Config") for config in (self.config, self.causal_lm.config_class)
+        )
+        name = part.__name__
+        if family != lender and name.startswith(lender):
+            name = family + name.removeprefix(lender)
+        is_told = self.model_type in families_by_class_name(f"Nsa{name}")
+        return f"Nsa{name}" if is_told else f"Nsa{family}{part.__name__}"
+
     @property
     def masks_slide(self) -> bool:
-        """Whether the decoder makes masks of a sliding window (for `sliding_window`, where no kinds are given)."""
+        """Whether the decoder makes masks of a sliding window: of all layers, where the config names no kinds."""
         return "create_sliding_window_causal_mask" in names_of(self.model.forward)
 
     @property
@@ -68,8 +93,8 @@ class DenseFamily:
         """Whether some layers carry a state from token to token: convolutions, linear attention, Mamba."""
         return "create_recurrent_attention_mask" in names_of(self.model.forward)
 
-    def hands_down(self, layer: type[nn.Module]) -> str | None:
-        """The attribute that holds a layer's attention, None where it hands further arguments to it by itself."""
+    def attention_without_kwargs(self, layer: type[nn.Module]) -> str | None:
+        """The attribute that holds the attention of a layer that does not hand its `**kwargs` on to it, else None."""
         attention = self.layers[layer].__name__
         attributes = [
             target.attr
@@ -78,20 +103,34 @@ class DenseFamily:
             for target in node.targets
             if isinstance(target, ast.Attribute) and ast.unparse(node.value.func) == attention
         ]
-        handed = [
+        called_with_kwargs = [
             node.func.attr
             for node in ast.walk(_source(layer.forward))
             if isinstance(node, ast.Call)
             and isinstance(node.func, ast.Attribute)
             and any(keyword.arg is None for keyword in node.keywords)
         ]
-        return next((name for name in attributes if name not in handed), None)
+        return next((name for name in attributes if name not in called_with_kwargs), None)
 
 
 def causal_model_types() -> list[str]:
-    """The model types of Transformers' table of causal language models, without the sparse ones that are put there."""
+    """The model types of Transformers' causal language models; the sparse ones, which are in its table too, are not."""
     names = (name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in CONFIG_MAPPING_NAMES)
     return [name for name in names if not name.startswith(PREFIX)]
+
+
+def families_by_class_name(name: str) -> list[str]:
+    """The model types of the families whose sparse classes may have this name, those with the longest names first."""
+    if not name.startswith("Nsa"):
+        return []
+
+    def family_in_name(model_type: str) -> str:
+        stems = [CONFIG_MAPPING_NAMES[model_type].removesuffix("Config")]
+        stems.append(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type].removesuffix("ForCausalLM"))
+        return max((stem for stem in stems if name.startswith(f"Nsa{stem}")), key=len, default="")
+
+    stems = {model_type: family_in_name(model_type) for model_type in causal_model_types()}
+    return sorted((model_type for model_type in stems if stems[model_type]), key=lambda one: -len(stems[one]))
 
 
 @cache
@@ -100,7 +139,10 @@ def find_family(model_type: str) -> DenseFamily:
 
     Raises:
         NotPlain: it cannot be made sparse; the message names the feature.
+        NsaError: it is a sparse one.
     """
+    if model_type.startswith(PREFIX):
+        raise NsaError(f"the model is already a sparse one ({model_type}): convert its dense source")
     if model_type not in causal_model_types():
         raise NotPlain(f"{model_type} is not among Transformers {transformers.__version__}'s causal language models")
     config = CONFIG_MAPPING[model_type]
@@ -117,7 +159,7 @@ def find_family(model_type: str) -> DenseFamily:
         if calls_attention(attention)
     }
     if not layers:
-        raise NotPlain(f"{model_type} has {_what_instead(config, causal_lm)}")
+        raise NotPlain(f"{model_type} has {_describe_attention(config, causal_lm)}")
     (model,) = (model for model in models if set(parts_of(model)) & layers.keys())
     for attention in layers.values():
         _check_attention(model_type, attention)
@@ -130,13 +172,13 @@ def parts_of(module: type[nn.Module]) -> list[type[nn.Module]]:
     names = names_of(module.__init__)
     # methods that help it
     helpers = [vars(module)[name] for name in names if inspect.isfunction(vars(module).get(name))]
-    found: list[type[nn.Module]] = []
+    parts: list[type[nn.Module]] = []
     for name in sorted(names.union(*map(names_of, helpers))):
         value = scope.get(name)
         for part in value.values() if isinstance(value, dict) else [value]:
             if inspect.isclass(part) and issubclass(part, nn.Module) and part.__module__ == module.__module__:
-                found.append(part)
-    return found
+                parts.append(part)
+    return parts
 
 
 def names_of(function: Callable[..., Any]) -> set[str]:
@@ -154,7 +196,7 @@ def calls_attention(module: type[nn.Module]) -> bool:
 
 
 def attention_arguments(attention: type[nn.Module]) -> dict[str, ast.expr]:
-    """What an attention class hands to the attention function by name: name to expression.
+    """What an attention class hands to the attention function by name: name to expression, as source.
 
     Raises:
         NotPlain: it calls that function not exactly once, or with another mask than the one it was given.
@@ -174,9 +216,9 @@ def attention_arguments(attention: type[nn.Module]) -> dict[str, ast.expr]:
 
 def _check_attention(model_type: str, attention: type[nn.Module]) -> None:
     forward = inspect.signature(attention.forward)
-    said = names_of(attention.__init__) | set(forward.parameters)
+    names = names_of(attention.__init__) | set(forward.parameters)
     for name, feature in NOT_PLAIN.items():
-        if name in said:
+        if name in names:
             raise NotPlain(f"{model_type} has {feature}")
     arguments = _family_arguments(model_type, attention)
     other = sorted(arguments.keys() - PLAIN_ARGUMENTS - CHECKED_ARGUMENTS)
@@ -193,17 +235,17 @@ def _family_arguments(model_type: str, attention: type[nn.Module]) -> dict[str, 
         raise NotPlain(f"{model_type}: {reason}") from None
 
 
-def _what_instead(config: type[PreTrainedConfig], causal_lm: type[PreTrainedModel]) -> str:
-    """What a model without a plain chain of parts has in its place."""
+def _describe_attention(config: type[PreTrainedConfig], causal_lm: type[PreTrainedModel]) -> str:
+    """What attention a model has in which no layer with attention of the supported kind was found."""
     inside = _all_parts(causal_lm)
     attentions = [part.__name__ for part in inside if "attention" in part.__name__.lower()]
-    said = set().union(*(names_of(part.forward) | names_of(part.__init__) for part in inside))
+    names = set().union(*(names_of(part.forward) | names_of(part.__init__) for part in inside))
     parameters = {name for part in inside for name in inspect.signature(part.forward).parameters}
     if not attentions:
         return "no attention at all"
     if {"encoder_hidden_states", "key_value_states"} & parameters:
         return "cross-attention, as the decoder of an encoder or an encoder used as one (encoder_hidden_states)"
-    if any("alibi" in name for name in said | parameters):
+    if any("alibi" in name for name in names | parameters):
         return f"ALiBi, a bias on every pair of positions ({attentions[0]})"
     if any(map(calls_attention, inside)):
         return f"its layers in a decoder inside its decoder ({inside[1].__name__})"
@@ -211,11 +253,12 @@ def _what_instead(config: type[PreTrainedConfig], causal_lm: type[PreTrainedMode
 
 
 def _all_parts(module: type[nn.Module]) -> list[type[nn.Module]]:
-    found, new = [module], [module]
+    """A module's class and those of everything inside it, the outer ones first."""
+    parts, new = [module], [module]
     while new:
-        new = [part for one in new for part in parts_of(one) if part not in found]
-        found += new
-    return list(dict.fromkeys(found))
+        new = [part for outer in new for part in parts_of(outer) if part not in parts]
+        parts += new
+    return list(dict.fromkeys(parts))
 
 
 def _load(model_type: str, name: str) -> Any:

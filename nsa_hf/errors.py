@@ -1,6 +1,6 @@
-"""What goes wrong because of what a user gave: the message says what was expected, what came and what to do.
+"""Errors caused by a user's input: their messages say what was expected, what came and what to do.
 
-Nothing is imported here but the standard library, so that commands can say it at once.
+Nothing but the standard library is imported here, so that commands can fail without waiting for PyTorch.
 """
 
 from __future__ import annotations

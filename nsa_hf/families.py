@@ -1,7 +1,7 @@
-"""The sparse classes of every plain family of Transformers, made when one is asked for.
+"""The sparse classes of Transformers' families: made here, from the family's own, the first time one is asked for.
 
-A sparse class is the family's own class with a mixin in front of it. Where a family's `__init__` names the classes of
-its parts, it runs with the sparse parts under those names: each model is built once, from its family's own code.
+A sparse class is the family's class with a mixin in front of it. A sparse model builds itself with its family's code,
+dense; then its parts (decoder, layers, attentions) are given their sparse classes and the modules that these add.
 
 The classes are attributes of this module by name (`NsaQwen3ForCausalLM`); `AutoConfig` finds their configs here.
 """
@@ -10,35 +10,31 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, wraps
-from inspect import unwrap
-from types import FunctionType, ModuleType
+from functools import cache
+from types import ModuleType
 from typing import Any
 
-import torch
 from huggingface_hub.dataclasses import strict
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
+from transformers.models.auto.configuration_auto import model_type_to_module_name
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
+from . import from_dense
 from .attention import NsaAttentionMixin
-from .branches import dense_twin
 from .config import NsaConfigMixin
-from .discovery import DenseFamily, attention_arguments, causal_model_types, find_family, names_of
-from .errors import NotPlain, NsaError
-from .fields import NSA_FIELDS
-from .modeling import HandsDown, NsaModelMixin, NsaPreTrainedMixin, TakesFromLayer
+from .discovery import DenseFamily, attention_arguments, families_by_class_name, find_family
+from .errors import NotPlain
+from .modeling import NsaModelMixin, NsaPreTrainedMixin
+from .passing import PassesArguments, ReceivesArguments
 from .registration import PREFIX
-from .releases import positional_names
+from .releases import note_what_is_recorded, positional_names
 
-# What a config says of its own classes and files.
-NOT_CARRIED = ("model_type", "architectures", "transformers_version", "auto_map")
-# Held while a family is made: threads that ask for it at once get the same classes.
+# Locked while a family is made: threads that ask for it at once get the same classes.
 MAKING = threading.RLock()
 
 
@@ -47,7 +43,7 @@ class Family:
     """One family's sparse classes, and the dense ones that they are made of."""
 
     dense: DenseFamily
-    config_class: type[PreTrainedConfig]
+    config_class: type[NsaConfigMixin]
     model_class: type[PreTrainedModel]
     causal_lm_class: type[PreTrainedModel]
 
@@ -57,39 +53,11 @@ class Family:
         return self.dense.model_type
 
 
-def built_with(init: Callable[..., None], parts: dict[type, type]) -> Callable[..., None]:
-    """A family's `__init__` that finds the sparse classes where it names the dense ones, or a table of them.
-
-    Raises:
-        NotPlain: it does not name one of them, so that its model would keep a dense part.
-    """
-    init = unwrap(init)
-    named: dict[str, Any] = {}
-    found: set[type] = set()
-    for name in names_of(init) & init.__globals__.keys():
-        value = init.__globals__[name]
-        table = value if isinstance(value, dict) else {None: value}
-        here = {part for part in table.values() if isinstance(part, type) and part in parts}
-        if here:
-            found |= here
-            replaced = {key: parts.get(part, part) for key, part in table.items()}
-            named[name] = replaced if isinstance(value, dict) else replaced[None]
-    if found != parts.keys():
-        missing = ", ".join(sorted(part.__name__ for part in parts.keys() - found))
-        raise NotPlain(f"{missing} is not built in {init.__qualname__}, but in a way of its own")
-
-    @wraps(init)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        scope = {**init.__globals__, **named}
-        rebuilt = FunctionType(init.__code__, scope, init.__name__, init.__defaults__, init.__closure__)
-        rebuilt.__kwdefaults__ = init.__kwdefaults__
-        rebuilt(self, *args, **kwargs)
-
-    return __init__
-
-
 def define_family(model_type: str) -> Family:
-    """The sparse classes of one dense family, under their names in this module, registered with the Auto classes.
+    """The sparse classes of one dense family: attributes of this module, registered with the Auto classes.
+
+    Args:
+        model_type: of the dense family.
 
     Raises:
         NotPlain: the family has a feature that sparse attention does not have.
@@ -100,103 +68,134 @@ def define_family(model_type: str) -> Family:
 
 @cache
 def make_family(model_type: str) -> Family:
+    """As `define_family`, in one thread at a time."""
     dense = find_family(model_type)
-
-    def define(of: type, bases: tuple[type, ...], text: str, **members: Any) -> Any:
-        name = sparse_name(of, dense)
-        return type(name, bases, {"__module__": __name__, "__qualname__": name, "__doc__": text, **members})
-
-    name = dense.config.__name__
-    config: type[PreTrainedConfig] = strict(
-        define(
-            dense.config,
-            (NsaConfigMixin, dense.config),
-            f"`{name}` with the `nsa_*` fields.",
-            model_type=PREFIX + model_type,
-            base_model_tp_plan=None,
-            base_model_pp_plan=None,
-        )
-    )
-    made: dict[type, Any] = {dense.config: config}
-    for layer, attention in dense.layers.items():
-        handed = dense.hands_down(layer)
-        made[attention] = define(
-            attention,
-            (*((TakesFromLayer,) if handed else ()), NsaAttentionMixin, attention),
-            f"`{attention.__name__}` with sparse attention inside.",
-            handed=attention_arguments(attention),
-            masks_slide=dense.masks_slide,
-            forward_names=positional_names(attention.forward),
-        )
-        made[layer] = define(
-            layer,
-            (HandsDown, layer) if handed else (layer,),
-            f"`{layer.__name__}` around sparse attention.",
-            __init__=built_with(layer.__init__, {attention: made[attention]}),
-            attention_name=handed,
-        )
-    named = {part.__name__: sparse for part, sparse in made.items()}
-    layers = {named[name].__name__ if name in named else name for name in dense.model._no_split_modules or []}
-    shared = {"config_class": config, "config": config, "_no_split_modules": sorted(layers)}
-    made[dense.model] = define(
+    config_class = make_config_class(dense)
+    parts = make_parts(dense)
+    shared = {
+        "config_class": config_class,
+        "config": config_class,
+        "_no_split_modules": names_not_split(dense),
+        "sparse_classes": parts,
+    }
+    model_class = parts[dense.model] = make_class(
+        dense,
         dense.model,
         (NsaModelMixin, dense.model),
         f"`{dense.model.__name__}` with sparse attention.",
-        build=built_with(dense.model.__init__, {layer: made[layer] for layer in dense.layers}),
         is_recurrent=dense.is_recurrent,
         forward_names=positional_names(dense.model.forward),
         dense_class=dense.model,
         **shared,
     )
-    made[dense.causal_lm] = define(
+    causal_lm_class = make_class(
+        dense,
         dense.causal_lm,
         (NsaPreTrainedMixin, dense.causal_lm, GenerationMixin),
         f"`{dense.causal_lm.__name__}` with sparse attention.",
-        __init__=built_with(dense.causal_lm.__init__, {dense.model: made[dense.model]}),
         dense_class=dense.causal_lm,
         **shared,
     )
-    globals().update({sparse.__name__: sparse for sparse in made.values()})
-    # anew, where nsa_hf was imported anew
-    AutoModel.register(config, made[dense.model], exist_ok=True)
-    AutoModelForCausalLM.register(config, made[dense.causal_lm], exist_ok=True)
-    # of a folder whose files do not name its tokenizer's class
+    classes = (config_class, *parts.values(), causal_lm_class)
+    globals().update({sparse_class.__name__: sparse_class for sparse_class in classes})
+    family = Family(dense, config_class, model_class, causal_lm_class)
+    register_family(family)
+    return family
+
+
+def make_class(dense: DenseFamily, dense_class: type, bases: tuple[type, ...], text: str, /, **members: Any) -> Any:
+    """A sparse class with this docstring and these attributes, under the name that belongs to `dense_class`."""
+    name = dense.sparse_name(dense_class)
+    return type(name, bases, {"__module__": __name__, "__qualname__": name, "__doc__": text, **members})
+
+
+def make_config_class(dense: DenseFamily) -> type[Any]:
+    """The config's class: the family's with the `nsa_*` fields, and without its plans for dividing a model."""
+    config_class: type[Any] = strict(
+        make_class(
+            dense,
+            dense.config,
+            (NsaConfigMixin, dense.config),
+            f"`{dense.config.__name__}` with the `nsa_*` fields.",
+            model_type=PREFIX + dense.model_type,
+            base_model_tp_plan=None,
+            base_model_pp_plan=None,
+            dense_class=dense.config,
+            dense_causal_lm_name=dense.causal_lm.__name__,
+            causal_lm_name=dense.sparse_name(dense.causal_lm),
+        )
+    )
+    return config_class
+
+
+def make_parts(dense: DenseFamily) -> dict[type[nn.Module], type[nn.Module]]:
+    """The sparse classes of a family's attentions and of the layers around them: dense class to sparse class."""
+    parts: dict[type[nn.Module], type[nn.Module]] = {}
+    for layer, attention in dense.layers.items():
+        attribute = dense.attention_without_kwargs(layer)
+        parts[attention] = make_class(
+            dense,
+            attention,
+            (*((ReceivesArguments,) if attribute else ()), NsaAttentionMixin, attention),
+            f"`{attention.__name__}` with sparse attention inside.",
+            call_arguments=attention_arguments(attention),
+            masks_slide=dense.masks_slide,
+            forward_names=positional_names(attention.forward),
+        )
+        parts[layer] = make_class(
+            dense,
+            layer,
+            (PassesArguments, layer) if attribute else (layer,),
+            f"`{layer.__name__}` around sparse attention.",
+            attention_name=attribute,
+        )
+    return parts
+
+
+def names_not_split(dense: DenseFamily) -> list[str]:
+    """The family's list of classes that stay on one device whole, with the sparse names of those that have one."""
+    layers = {layer.__name__: dense.sparse_name(layer) for layer in (*dense.layers, *dense.layers.values())}
+    return sorted({layers.get(name, name) for name in dense.model._no_split_modules or []})
+
+
+def register_family(family: Family) -> None:
+    """Enters a family's sparse classes into Transformers' tables of classes and of names."""
+    dense, config_class, causal_lm_class = family.dense, family.config_class, family.causal_lm_class
+    sparse_type = PREFIX + dense.model_type
+    # exist_ok: nsa_hf may have been imported before
+    AutoModel.register(config_class, family.model_class, exist_ok=True)
+    AutoModelForCausalLM.register(config_class, causal_lm_class, exist_ok=True)
+    # for folders whose files do not name their tokenizer's class
     if (tokenizer := TOKENIZER_MAPPING.get(dense.config, None)) is not None:
-        TOKENIZER_MAPPING.register(config, tokenizer, exist_ok=True)
-    put_into_transformers(made[dense.causal_lm], config.model_type)
-    # how experts and their like are stored
-    for name in (model_type, dense.model.__name__, dense.causal_lm.__name__):
-        stored = get_checkpoint_conversion_mapping(name)
+        TOKENIZER_MAPPING.register(config_class, tokenizer, exist_ok=True)
+    put_into_transformers(causal_lm_class, sparse_type)
+    note_what_is_recorded(family.model_class)
+    # how checkpoints store experts and the like
+    for dense_name, sparse_name in (
+        (dense.model_type, sparse_type),
+        (dense.model.__name__, f"Nsa{dense.model.__name__}"),
+        (dense.causal_lm.__name__, f"Nsa{dense.causal_lm.__name__}"),
+    ):
+        stored = get_checkpoint_conversion_mapping(dense_name)
         if stored is not None:
-            sparse = config.model_type if name == model_type else f"Nsa{name}"
-            register_checkpoint_conversion_mapping(sparse, stored, overwrite=True)
-    return Family(dense, config, made[dense.model], made[dense.causal_lm])
+            register_checkpoint_conversion_mapping(sparse_name, stored, overwrite=True)
 
 
 def put_into_transformers(model_class: type, model_type: str) -> None:
-    """Pipelines and `transformers serve` look a model's class up by name in the package `transformers`, and only there.
+    """Makes a class an attribute of the package `transformers`, and names it in its table of causal models.
 
-    Whoever imported it early has another object of it: it imports itself anew while it is imported. Its table of causal
-    models says to Trainer whether label smoothing shifts the labels, and to `transformers serve` what the model does.
+    Pipelines and `transformers serve` look a model's class up there by name, and only there. Whoever imported the
+    package early has another object of it, because it replaces itself while it is imported: all of them get the class.
+    The table says to Trainer whether label smoothing shifts the labels, and to `transformers serve` what the model
+    does.
     """
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] = model_class.__name__
     AutoModelForCausalLM._model_mapping._modules[model_type_to_module_name(model_type)] = sys.modules[__name__]
-    holders = [sys.modules, *(getattr(module, "__dict__", {}) for module in list(sys.modules.values()))]
-    packages = {id(held): held for held in (holder.get("transformers") for holder in holders)}
+    namespaces = [sys.modules, *(getattr(module, "__dict__", {}) for module in list(sys.modules.values()))]
+    packages = {id(package): package for package in (names.get("transformers") for names in namespaces)}
     for package in packages.values():
         if isinstance(package, ModuleType) and package.__name__ == "transformers":
             setattr(package, model_class.__name__, model_class)
-
-
-def sparse_name(part: type, dense: DenseFamily) -> str:
-    """`Nsa` and the dense class's name; a family that lends its classes from another one has them under its own.
-
-    So have those parts that are not called after any family (`EncoderLayer`): a name says where it is found.
-    """
-    own, lender = (config.__name__.removesuffix("Config") for config in (dense.config, dense.causal_lm.config_class))
-    name = part.__name__
-    name = "Nsa" + (own + name.removeprefix(lender) if own != lender and name.startswith(lender) else name)
-    return name if dense.model_type in _families_of(name) else f"Nsa{own}{part.__name__}"
 
 
 def family_of(config: PreTrainedConfig) -> Family:
@@ -207,11 +206,11 @@ def family_of(config: PreTrainedConfig) -> Family:
 def __getattr__(name: str) -> Any:
     """The sparse classes by name: the family that the name belongs to is made now."""
     reasons = []
-    for model_type in _families_of(name):
+    for model_type in families_by_class_name(name):
         try:
             define_family(model_type)
         except NotPlain as reason:
-            # several models in one, for one, may be called as the one of text among them
+            # the name may also belong to another family: a multimodal one is named like its text model
             reasons.append(reason)
         if name in globals():
             return globals()[name]
@@ -220,19 +219,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _families_of(name: str) -> list[str]:
-    """The families whose classes may have this name, those with the longest names first."""
-
-    def stem(model_type: str) -> str:
-        stems = [CONFIG_MAPPING_NAMES[model_type].removesuffix("Config")]
-        stems.append(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type].removesuffix("ForCausalLM"))
-        return max((stem for stem in stems if name.startswith(f"Nsa{stem}")), key=len, default="")
-
-    found = {model_type: stem(model_type) for model_type in causal_model_types()} if name.startswith("Nsa") else {}
-    return sorted((model_type for model_type in found if found[model_type]), key=lambda one: -len(found[one]))
-
-
-def nsa_config_from_dense(dense_config: PreTrainedConfig, **nsa_fields: Any) -> PreTrainedConfig:
+def nsa_config_from_dense(dense_config: PreTrainedConfig, **nsa_fields: Any) -> Any:
     """The sparse config of a dense one.
 
     Args:
@@ -243,54 +230,13 @@ def nsa_config_from_dense(dense_config: PreTrainedConfig, **nsa_fields: Any) -> 
         NsaError: the family or a feature of it is not supported, a field is unknown, or a field breaks a rule.
     """
     model_type = dense_config.model_type
-    if model_type.startswith(PREFIX):
-        raise NsaError(f"the model is already a sparse one ({model_type}): convert its dense source")
     try:
         family = define_family(model_type)
     except NotPlain as reason:
         raise NotPlain(f"the family {model_type!r} cannot be converted: {reason}") from None
-    unknown = set(nsa_fields) - set(NSA_FIELDS)
-    if unknown:
-        raise NsaError(f"unknown option {', '.join(sorted(unknown))}: choose among {', '.join(NSA_FIELDS)}")
-    fields = dense_config.to_dict()
-    for name in NOT_CARRIED:
-        fields.pop(name, None)
-    if covers_every_position(dense_config):
-        # such a window hides nothing, and caches would be cut to it
-        fields["sliding_window"] = None
-    config = family.config_class(**fields, architectures=[family.causal_lm_class.__name__], **nsa_fields)
-    config.check_kinds()
-    return config
-
-
-def covers_every_position(config: PreTrainedConfig) -> bool:
-    """Whether one sliding window of all layers is as long as the longest text (as in Phi-4-mini)."""
-    window, longest = (getattr(config, name, None) for name in ("sliding_window", "max_position_embeddings"))
-    return not getattr(config, "layer_types", None) and bool(window and longest and window >= longest)
-
-
-def dense_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The dense config of a sparse one, without the `nsa_*` fields."""
-    dense = family_of(config).dense
-    fields = {name: value for name, value in config.to_dict().items() if name not in NSA_FIELDS}
-    for name in NOT_CARRIED:
-        fields.pop(name, None)
-    return dense.config(**fields, architectures=[dense.causal_lm.__name__])
+    return family.config_class.from_dense_config(dense_config, **nsa_fields)
 
 
 def initial_nsa_state(config: PreTrainedConfig, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Names and float32 values of the parameters that a conversion adds, layer by layer; the same for the same seed.
-
-    Those that start as a dense one (`dense_twin`, of independent keys and values) are not among them.
-    """
-    with torch.device("meta"):
-        skeleton = family_of(config).causal_lm_class(config)
-    layers = [(name, module) for name, module in skeleton.named_modules() if isinstance(module, NsaAttentionMixin)]
-    for index, (name, module) in enumerate(layers):
-        if module.nsa is not None:
-            new = module.nsa.float().to_empty(device="cpu")
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed + index)
-                new.apply(skeleton._init_weights)
-            named = ((f"{name}.nsa.{key}", value.detach()) for key, value in new.state_dict().items())
-            yield from ((key, value) for key, value in named if dense_twin(key) is None)
+    """The parameters that a conversion adds to the model of a sparse config: see `from_dense.initial_nsa_state`."""
+    return from_dense.initial_nsa_state(family_of(config).causal_lm_class, config, seed)

@@ -1,4 +1,4 @@
-"""What one layer's attention does beyond plain causal attention: kept where that can be, refused by name otherwise."""
+"""What one layer's attention does beyond plain causal attention: a sliding window is kept, the rest refused by name."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from .discovery import CHECKED_ARGUMENTS
 from .errors import NotPlain
 from .registration import PREFIX
 
-# Kinds of layers that have no attention: where a family builds one in them, it is not used.
+# Kinds of layers without attention: some families build one in them all the same, and do not use it.
 WITHOUT_ATTENTION = {"linear_attention", "conv", "mamba", "moe", "mlp"}
 
 
 def layer_window(
-    attention: Any, handed: dict[str, ast.expr], config: PreTrainedConfig, layer: int | None, masks_slide: bool
+    attention: Any, call_arguments: dict[str, ast.expr], config: PreTrainedConfig, layer: int | None, masks_slide: bool
 ) -> int | None:
     """The sliding window of a layer in tokens, the query's own counted; None for full attention.
 
     Args:
         attention: as its family built it.
-        handed: what its family hands to the attention function by name.
+        call_arguments: what its family hands to the attention function, name to source.
         config: of the model; `layer_types` says what the layer is.
         layer: its number.
         masks_slide: whether the family's decoder makes masks of a sliding window.
@@ -30,18 +30,18 @@ def layer_window(
     Raises:
         NotPlain: it has something that sparse attention does not have, or a window where full attention was expected.
     """
-    given = {name: _value(expression, attention) for name, expression in handed.items() if name in CHECKED_ARGUMENTS}
+    values = {name: _value(source, attention) for name, source in call_arguments.items() if name in CHECKED_ARGUMENTS}
     family = config.model_type.removeprefix(PREFIX)
-    if given.get("softcap") is not None:
-        raise NotPlain(f"softcap: {family} caps the logits of its attention at {given['softcap']}")
-    if given.get("s_aux") is not None:
+    if values.get("softcap") is not None:
+        raise NotPlain(f"softcap: {family} caps the logits of its attention at {values['softcap']}")
+    if values.get("s_aux") is not None:
         raise NotPlain(f"sinks: {family} adds a learned sink to every softmax of its attention (s_aux)")
-    if given.get("is_causal", getattr(attention, "is_causal", True)) is False:
+    if values.get("is_causal", getattr(attention, "is_causal", True)) is False:
         raise NotPlain(f"{family} with this config attends to later tokens too (is_causal is False)")
     if layer is None:
         raise NotPlain(f"{family} has one attention that several layers share")
     kinds = getattr(config, "layer_types", None)
-    kind, window = kinds[layer] if kinds else None, given.get("sliding_window")
+    kind, window = kinds[layer] if kinds else None, values.get("sliding_window")
     if kind == "sliding_attention":
         window = config.sliding_window if window is None else window
         if window is None:
@@ -71,6 +71,6 @@ def head_sizes(attention: Any, config: PreTrainedConfig) -> tuple[int, int, int]
 
 
 def _value(expression: ast.expr, attention: Any) -> Any:
-    """What an argument of the attention function will be, `self.sliding_window` for one."""
-    # an expression of Transformers' own source
+    """The value that an argument of the attention function will have: of `self.sliding_window`, for one."""
+    # the expression stands in Transformers' own source
     return eval(compile(ast.Expression(expression), "<attention call>", "eval"), {"self": attention})

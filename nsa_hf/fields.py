@@ -60,5 +60,5 @@ NSA_FIELDS = {member.name: member for member in fields(NsaFields)}
 
 
 def full_name(option: str) -> str:
-    """A field's name, of one that may lack the prefix: `topk` is `nsa_topk`."""
+    """A field's full name: of `topk` and of `nsa_topk` it is `nsa_topk`."""
     return option if option.startswith(PREFIX) else PREFIX + option

@@ -2,55 +2,116 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from .attention import NsaAttentionMixin
 from .branches import dense_twin
+from .config import NsaConfigMixin
+from .discovery import find_family
 from .errors import NsaError
-from .families import family_of, initial_nsa_state, nsa_config_from_dense
 from .fields import NSA_FIELDS, full_name
 from .registration import PREFIX
 
 
-def from_dense(cls: type[PreTrainedModel], source: Any, seed: int, options: dict[str, Any]) -> PreTrainedModel:
-    """See `NsaPreTrainedMixin.from_dense`. A model that is given keeps its own parameters: the new one has copies."""
-    fields = {full: value for name, value in options.items() if (full := full_name(name)) in NSA_FIELDS}
-    for name in fields:
-        if name in options and name.removeprefix(PREFIX) in options:
-            raise NsaError(f"{name} is given twice, with and without its prefix: give it once")
-    loading = {name: value for name, value in options.items() if full_name(name) not in NSA_FIELDS}
-    given = isinstance(source, PreTrainedModel)
-    if given and loading:
-        raise NsaError(f"unknown option {', '.join(sorted(loading))}: choose among {', '.join(NSA_FIELDS)}")
-    dense = source if given else AutoModelForCausalLM.from_pretrained(source, **{"dtype": "auto", **loading})
-    if getattr(dense, "hf_quantizer", None) is not None:
-        raise NsaError(
-            "from_dense takes plain weights, and this model is quantised: convert its plain checkpoint, save that "
-            "and load it with quantization_config, which leaves gates and compressors as they are"
-        )
-    config = nsa_config_from_dense(dense.config, **fields)
-    config.dtype = dense.dtype
-    made = family_of(config).causal_lm_class
-    if not issubclass(made, cls):
-        raise NsaError(f"{cls.__name__}.from_dense was given a {dense.config.model_type} model: use {made.__name__}")
+class FromDenseMixin:
+    """In front of a sparse causal language model's class: its conversion in memory.
+
+    Attributes:
+        config_class: the sparse config's class.
+    """
+
+    config_class: type[NsaConfigMixin]
+
+    @classmethod
+    def from_dense(cls, source: Any, *, seed: int = 0, **options: Any) -> Self:
+        """A sparse model of a dense one, converted in memory: nothing is written.
+
+        A model that is given keeps its own parameters: the new one has copies.
+
+        Args:
+            source: a dense model, or what `AutoModelForCausalLM.from_pretrained` takes (a folder, a Hub id).
+            seed: of the new parameters' random part, which changes no output before training.
+            options: `nsa_*` fields, with or without the prefix (`topk=32`); others go to `from_pretrained`.
+
+        Raises:
+            NsaError: the model is of another family or cannot be converted, or an option breaks a rule.
+        """
+        fields = {full: value for name, value in options.items() if (full := full_name(name)) in NSA_FIELDS}
+        for name in fields:
+            if name in options and name.removeprefix(PREFIX) in options:
+                raise NsaError(f"{name} is given twice, with and without its prefix: give it once")
+        loading = {name: value for name, value in options.items() if full_name(name) not in NSA_FIELDS}
+        in_memory = isinstance(source, PreTrainedModel)
+        if in_memory and loading:
+            raise NsaError(f"unknown option {', '.join(sorted(loading))}: choose among {', '.join(NSA_FIELDS)}")
+        dense = source if in_memory else AutoModelForCausalLM.from_pretrained(source, **{"dtype": "auto", **loading})
+        cls.check_source(dense)
+        config: Any = cls.config_class.from_dense_config(dense.config, **fields)
+        config.dtype = dense.dtype
+        with torch.device("meta"):
+            model: Any = cls(config)  # type: ignore[call-arg]
+        new = {
+            name: value.to(dense.device, dense.dtype) for name, value in initial_nsa_state(type(model), config, seed)
+        }
+        old = {name: value.clone() if in_memory else value for name, value in dense.state_dict().items()}
+        twins = {name: dense_twin(name) for name in model.state_dict() if name not in new}
+        copies = {name: old[twin].clone() for name, twin in twins.items() if twin is not None}
+        model.load_state_dict({**old, **new, **copies}, assign=True)
+        model.tie_weights()
+        take_buffers(model, dense)
+        model.generation_config = dense.generation_config
+        return model.train(dense.training)
+
+    @classmethod
+    def check_source(cls, dense: PreTrainedModel) -> None:
+        """Whether a model can be converted to this class.
+
+        Raises:
+            NsaError: it is quantised, sparse already, or of another family.
+        """
+        if getattr(dense, "hf_quantizer", None) is not None:
+            raise NsaError(
+                "from_dense takes plain weights, and this model is quantised: convert its plain checkpoint, save that "
+                "and load it with quantization_config, which leaves gates and compressors as they are"
+            )
+        family = find_family(dense.config.model_type)
+        expected = family.sparse_name(family.causal_lm)
+        if cls.__name__ != expected:
+            raise NsaError(f"{cls.__name__}.from_dense was given a {family.model_type} model: use {expected}")
+
+
+def initial_nsa_state(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, seed: int = 0
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and float32 values of the parameters that a conversion adds, layer by layer; the same for the same seed.
+
+    Without those that start as copies of dense ones (`dense_twin`, with independent keys and values).
+
+    Args:
+        model_class: the family's sparse causal language model.
+        config: of such a model.
+        seed: of the first layer; every further one has the next.
+    """
     with torch.device("meta"):
-        model = made(config)
-    new = {name: value.to(dense.device, dense.dtype) for name, value in initial_nsa_state(config, seed)}
-    old = {name: value.clone() if given else value for name, value in dense.state_dict().items()}
-    twins = {name: dense_twin(name) for name in model.state_dict() if name not in new}
-    copies = {name: old[twin].clone() for name, twin in twins.items() if twin is not None}
-    model.load_state_dict({**old, **new, **copies}, assign=True)
-    model.tie_weights()
-    take_buffers(model, dense)
-    model.generation_config = dense.generation_config
-    return model.train(dense.training)
+        skeleton = model_class(config)
+    layers = [(name, module) for name, module in skeleton.named_modules() if isinstance(module, NsaAttentionMixin)]
+    for index, (name, module) in enumerate(layers):
+        if module.nsa is not None:
+            new = module.nsa.float().to_empty(device="cpu")
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed + index)
+                new.apply(skeleton._init_weights)
+            named = ((f"{name}.nsa.{key}", value.detach()) for key, value in new.state_dict().items())
+            yield from ((key, value) for key, value in named if dense_twin(key) is None)
 
 
 def take_buffers(model: PreTrainedModel, dense: PreTrainedModel) -> None:
-    """Gives a model that was built without memory the buffers that no state dict holds, RoPE's frequencies for one."""
+    """Copies into a model on the meta device the buffers that no state dict holds, RoPE's frequencies for one."""
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta:
             owner, _, key = name.rpartition(".")

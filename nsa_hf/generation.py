@@ -1,4 +1,4 @@
-"""What `generate()` does otherwise with a sparse model: masks of fixed shape, and the caches it cannot use by name."""
+"""What `generate()` does differently with a sparse model: masks of fixed shape, caches adopted early or refused."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .cache.adopt import OFFLOADED_ON_CPU, nsa_cache_layer, nsa_window_layer, static_length
+from .cache.adopt import OFFLOADED_ON_CPU, adopt_layer, adopt_window_layer, static_length
 from .cache.static import OFFLOADED_STATIC
 from .errors import NsaError
 from .releases import CACHE, cache_among
-from .segments import refuse_right_padding, row_starts, static_mask
+from .segments import refuse_right_padding, row_runs, static_mask
 
 REFUSED = {
     "quantized": (
@@ -33,7 +33,7 @@ FILLED = (
 
 
 class NsaGenerationMixin:
-    """In front of `GenerationMixin`."""
+    """In front of a model's class: overrides of Transformers' `GenerationMixin`."""
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
         kind = generation_config.cache_implementation
@@ -51,22 +51,25 @@ class NsaGenerationMixin:
             # before anything is compiled: a chunked prefill is
             independent = self.config.nsa_branch_kv == "independent"
             for layer in range(self.config.num_hidden_layers):
-                nsa_window_layer(cache, layer)
+                adopt_window_layer(cache, layer)
                 if self.config.is_nsa_layer(layer):
-                    nsa_cache_layer(cache, layer, self.config.nsa_sizes, self.device, independent)
+                    adopt_layer(cache, layer, self.config.nsa_sizes, self.device, independent)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
 
     def _prepare_attention_mask_for_generation(
         self, inputs_tensor: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
     ) -> Tensor:
-        """The mask where none was given: what Transformers infers from padding tokens, but only those on the left.
+        """The mask where none was given: as Transformers infers it from padding tokens, but only those on the left.
 
-        An assistant takes any others for text: it is given no mask where nothing is padded, and what it proposes is
-        verified.
+        Padding tokens elsewhere are refused. An assistant takes them for text: it is given no mask even where the text
+        itself holds such tokens, and what it proposes is verified anyway.
+
+        Raises:
+            NsaError: `pad_token_id` stands behind other tokens.
         """
         mask = super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
-        starts, _ = row_starts(mask)
+        starts, _ = row_runs(mask)
         left = (torch.arange(mask.shape[1], device=mask.device) >= starts[:, None]).to(mask.dtype)
         if not generation_config.is_assistant and not torch.equal(mask, left):
             pad = int(generation_config._pad_token_tensor)
@@ -81,7 +84,7 @@ class NsaGenerationMixin:
     def create_masks_for_generate(
         config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
     ) -> Tensor | None:
-        """The 2D mask again (Transformers would make T*S numbers of it), with a static cache in a fixed shape."""
+        """The 2D mask (Transformers would make one of T*S numbers), with a static cache padded to its size."""
         static = static_length(cache_among([*args, *kwargs.values()]))
         return attention_mask if static is None else static_mask(attention_mask, static[1])
 

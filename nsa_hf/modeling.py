@@ -1,9 +1,9 @@
-"""What a sparse model does beyond its dense family, whichever family that is."""
+"""What every sparse model does beyond its dense family: the mixins in front of the family's model classes."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from transformers.distributed import DistributedConfig
 from nsa_hf.kernels import LearnedCompressor, ZeroLinear
 
 from .attention import IMPLEMENTATIONS, NsaAttentionMixin
-from .cache.adopt import UNUSABLE, check_reached, check_starts, static_length
-from .errors import NsaError
+from .cache.adopt import UNUSABLE, check_reached_layers, check_starts, static_length
+from .discovery import calls_attention
+from .errors import NotPlain, NsaError
+from .from_dense import FromDenseMixin
 from .generation import NsaGenerationMixin
-from .modes import Mode, OfThread, OpenContexts, Recorded, added
+from .modes import Mode, OpenContexts, Recorded, appended
 from .releases import CACHE, by_name, cache_among, tokens_held
 from .remote_code import SavedByImport
 from .segments import Segments, find_segments, static_segments
@@ -29,14 +31,16 @@ from .shape import check_shape
 NOT_QUANTISED = r".*\.nsa"
 
 
-class NsaPreTrainedMixin(SavedByImport, NsaGenerationMixin):
+class NsaPreTrainedMixin(FromDenseMixin, SavedByImport, NsaGenerationMixin):
     """In front of a family's classes that hold sparse layers: initialisation, the choice of attention, dense mode.
 
     Attributes:
         dense_class: the family's class.
+        sparse_classes: of the family's decoder, layers and attentions, dense class to sparse class.
     """
 
     dense_class: type[PreTrainedModel]
+    sparse_classes: dict[type[nn.Module], type[nn.Module]]
 
     # With these True, Transformers or a serving engine would put its own dense attention in the place of ours.
     _supports_sdpa = False
@@ -49,7 +53,7 @@ class NsaPreTrainedMixin(SavedByImport, NsaGenerationMixin):
     _tp_plan = None
     _pp_plan = None
 
-    # Transformers tells by the source of a class's module, which is not ours, or by whose module it is.
+    # Transformers finds the next three out by a class's module: by its source, or whether it is one of its own.
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -61,7 +65,7 @@ class NsaPreTrainedMixin(SavedByImport, NsaGenerationMixin):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False: Transformers leaves out some of a family's own initialisation in custom code."""
+        """False, because Transformers leaves some of a family's initialisation out where the code is not its own."""
         return False
 
     @classmethod
@@ -71,13 +75,14 @@ class NsaPreTrainedMixin(SavedByImport, NsaGenerationMixin):
         Raises:
             NsaError: the model is to be divided within its layers or between them.
         """
-        given = distributed_config
-        asked = DistributedConfig.from_dict(given) if isinstance(given, dict) else given
+        config = distributed_config
+        if isinstance(config, dict):
+            config = DistributedConfig.from_dict(config)
         for size in ("tp_size", "pp_size"):
-            if (getattr(asked, size, None) or 1) > 1:
+            if (getattr(config, size, None) or 1) > 1:
                 raise NsaError(
                     f"sparse models cannot be loaded with tensor or pipeline parallelism yet, got {size}="
-                    f"{getattr(asked, size)} (tp_plan, tp_size or distributed_config): use FSDP, as "
+                    f"{getattr(config, size)} (tp_plan, tp_size or distributed_config): use FSDP, as "
                     "distributed_config={'fsdp_size': N} or Accelerate's, or device_map='auto', which puts whole "
                     "layers onto each GPU"
                 )
@@ -95,6 +100,11 @@ class NsaPreTrainedMixin(SavedByImport, NsaGenerationMixin):
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """The implementation that was asked for; `nsa` where none was.
+
+        Raises:
+            NsaError: it is not one of `IMPLEMENTATIONS`.
+        """
         implementation = requested_attention or "nsa"
         if implementation not in IMPLEMENTATIONS:
             raise NsaError(
@@ -115,6 +125,8 @@ class NsaPreTrainedMixin(SavedByImport, NsaGenerationMixin):
             super()._init_weights(module)
 
     def post_init(self) -> None:
+        """As Transformers', with which a family ends its `__init__`; the parts, built dense, become sparse before."""
+        make_parts_sparse(self, self.sparse_classes)
         super().post_init()
         # all of Transformers' quantisers skip what a model names here, whatever else they are told to skip
         self._keep_in_fp32_modules.add(NOT_QUANTISED)
@@ -125,27 +137,12 @@ class NsaPreTrainedMixin(SavedByImport, NsaGenerationMixin):
         plan.pop(NOT_QUANTISED, None)
         return plan
 
-    @classmethod
-    def from_dense(cls, source: Any, *, seed: int = 0, **options: Any) -> Any:
-        """A sparse model of a dense one, converted in memory: nothing is written. See `from_dense.py`.
-
-        Args:
-            source: a dense model, or what `AutoModelForCausalLM.from_pretrained` takes (a folder, a Hub id).
-            seed: of the new parameters' random part, which changes no output before training.
-            options: `nsa_*` fields, with or without the prefix (`topk=32`); others go to `from_pretrained`.
-
-        Raises:
-            NsaError: the model is of another family or cannot be converted, or an option breaks a rule.
-        """
-        from .from_dense import from_dense  # here: it makes families, which are made of this module
-
-        return from_dense(cls, source, seed, options)
-
     def attention_layers(self) -> Iterator[NsaAttentionMixin]:
         """The attention modules in order, those that stay dense included."""
         return (module for module in self.modules() if isinstance(module, NsaAttentionMixin))
 
     def open_contexts(self) -> Iterator[OpenContexts]:
+        """Those of every decoder in this model."""
         return (module.nsa_contexts for module in self.modules() if isinstance(module, NsaModelMixin))
 
     @contextmanager
@@ -155,7 +152,7 @@ class NsaPreTrainedMixin(SavedByImport, NsaGenerationMixin):
         What this thread runs inside it is dense, and stays so when a backward pass computes it again behind it. The
         gates and compressors are not used. A cache filled here can be continued sparse, and the other way round.
         """
-        with added(None, [contexts.dense for contexts in self.open_contexts()]):
+        with appended(None, [contexts.dense for contexts in self.open_contexts()]):
             yield
 
     @contextmanager
@@ -167,7 +164,7 @@ class NsaPreTrainedMixin(SavedByImport, NsaGenerationMixin):
         absent.
         """
         record: dict[int, Tensor] = {}
-        with added(record, [contexts.records for contexts in self.open_contexts()]):
+        with appended(record, [contexts.records for contexts in self.open_contexts()]):
             yield record
 
     def set_gate_blend(self, share: float) -> None:
@@ -183,58 +180,48 @@ class NsaPreTrainedMixin(SavedByImport, NsaGenerationMixin):
 
 
 def checkpoints_activations(model: Any) -> bool:
+    """Whether gradient checkpointing is on in some part of a model."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
-class HandsDown:
-    """In front of a decoder layer that keeps its further arguments from its attention: leaves them with it."""
+def make_parts_sparse(model: NsaPreTrainedMixin, sparse_classes: dict[type[nn.Module], type[nn.Module]]) -> None:
+    """Gives the parts of a model, which its family has built dense, their sparse classes, and adds the new modules.
 
-    attention_name: str
+    The way of PyTorch's `fully_shard`: only `module.__class__` changes, so that names, weights and hooks stay.
 
-    def forward(self, *args: Any, nsa_segments: Segments, nsa_mode: Mode, **kwargs: Any) -> Any:
-        from_layer = getattr(self, self.attention_name).from_layer
-        from_layer.arguments = {"nsa_segments": nsa_segments, "nsa_mode": nsa_mode}
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            from_layer.arguments = {}
-
-
-class FromLayer(OfThread):
-    """What a layer leaves with its attention, which it calls in the same thread."""
-
-    def __init__(self) -> None:
-        self.arguments: dict[str, Any] = {}
-
-
-class TakesFromLayer:
-    """In front of an attention in such a layer."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.from_layer = FromLayer()
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return super().forward(*args, **kwargs, **self.from_layer.arguments)
+    Raises:
+        NotPlain: a part has a feature that sparse attention does not have, or an attention would stay dense.
+    """
+    for module in list(model.modules()):
+        sparse_class = sparse_classes.get(type(module))
+        if sparse_class is not None:
+            module.__class__ = sparse_class
+            if isinstance(module, NsaAttentionMixin):
+                module.become_sparse(model.config)
+            elif isinstance(module, NsaModelMixin):
+                # noted of the dense class; the second `post_init` notes it again, and initialises the new modules only
+                del module._no_split_modules
+                module.post_init()
+        elif calls_attention(type(module)) and not isinstance(module, NsaAttentionMixin):
+            raise NotPlain(f"{type(module).__name__} is not among the attentions of the family's layers")
 
 
 class NsaModelMixin(NsaPreTrainedMixin):
-    """In front of a family's decoder: works the padding and packing out once, for all layers.
+    """In front of a family's decoder: finds out once what is padded or packed, for all layers.
 
     Attributes:
         forward_names: the family's names of its forward's arguments.
         is_recurrent: some layers carry a state from token to token (convolutions, linear attention, Mamba).
-        build: the family's `__init__`, with sparse layers.
-        nsa_contexts: whether it runs dense, and where selections are recorded, in each thread.
+        nsa_contexts: the `with` blocks that each thread is inside of.
     """
 
     forward_names: tuple[str, ...]
     is_recurrent: bool
-    build: Callable[..., None]
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.build(*args, **kwargs)
+    def post_init(self) -> None:
+        """As Transformers'; with the parts, the decoder too gets what its sparse class has beyond the family's."""
         self.nsa_contexts = OpenContexts()
+        super().post_init()
 
     def _replicate_for_data_parallel(self) -> Any:
         # `nn.DataParallel` runs every replica in a thread of its own
@@ -243,7 +230,7 @@ class NsaModelMixin(NsaPreTrainedMixin):
         return replica
 
     def mode(self, weights: bool | None) -> Mode:
-        """What a forward of this thread is run with from here on.
+        """The mode of a forward that this thread begins now.
 
         Args:
             weights: whether attention weights are asked for; None leaves it to the config.
@@ -266,25 +253,26 @@ class NsaModelMixin(NsaPreTrainedMixin):
             recorded=Recorded() if contexts.records else None,
         )
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the family's, with 2D masks only; see `find_segments` for padding and packing."""
-        given = by_name(self.forward_names, args, kwargs)
-        input_ids, inputs_embeds, cache = given.get("input_ids"), given.get("inputs_embeds"), given.get(CACHE)
-        tokens_given = input_ids if input_ids is not None else inputs_embeds
-        if tokens_given is None:
-            raise NsaError("give input_ids [batch, tokens] or inputs_embeds [batch, tokens, hidden]")
-        if cache is not None and not isinstance(cache, Cache):
-            raise NsaError(UNUSABLE.format(type(cache).__name__))
-        batch, tokens = tokens_given.shape[:2]
-        device = tokens_given.device
+    def segments_of(self, arguments: dict[str, Any], inputs: Tensor) -> Segments:
+        """Which positions of a forward belong to which row or document, checked against its cache.
+
+        Args:
+            arguments: the forward's by name; `cu_seq_lens` are taken out, as no family knows them.
+            inputs: `[B, T, ...]`, its tokens or their embeddings.
+
+        Raises:
+            NsaError: the mask, the packing or the cache cannot be used, with this model or with each other.
+        """
+        batch, tokens = inputs.shape[:2]
+        cache = arguments.get(CACHE)
         static = static_length(cache)
-        said: dict[str, Any] = {name: given.get(name) for name in ("attention_mask", "position_ids")}
-        said |= {name: given.pop(name, None) for name in ("cu_seq_lens_q", "cu_seq_lens_k")}
+        layout: dict[str, Any] = {name: arguments.get(name) for name in ("attention_mask", "position_ids")}
+        layout |= {name: arguments.pop(name, None) for name in ("cu_seq_lens_q", "cu_seq_lens_k")}
         if static is not None:
-            segments = static_segments(batch, tokens, *static, device, **said)
+            segments = static_segments(batch, tokens, *static, inputs.device, **layout)
         else:
             past = tokens_held(cache) if cache is not None else 0
-            segments = find_segments(batch, tokens, past, **said)
+            segments = find_segments(batch, tokens, past, **layout)
         if cache is not None:
             check_starts(cache, segments, tokens)
         if self.is_recurrent and (segments.cu_seqlens is not None or static is not None):
@@ -293,23 +281,35 @@ class NsaModelMixin(NsaPreTrainedMixin):
                 f"{self.config.model_type} has layers that carry a state from token to token: {what} cannot be used; "
                 "pad the rows on the left, and let generate() make its cache"
             )
-        if said["position_ids"] is None:
-            given["position_ids"] = segments.position_ids(tokens)
+        return segments
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the family's, with 2D masks only; see `find_segments` for padding and packing."""
+        arguments = by_name(self.forward_names, args, kwargs)
+        input_ids, inputs_embeds, cache = (arguments.get(name) for name in ("input_ids", "inputs_embeds", CACHE))
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        if inputs is None:
+            raise NsaError("give input_ids [batch, tokens] or inputs_embeds [batch, tokens, hidden]")
+        if cache is not None and not isinstance(cache, Cache):
+            raise NsaError(UNUSABLE.format(type(cache).__name__))
+        segments = self.segments_of(arguments, inputs)
+        if arguments.get("position_ids") is None:
+            arguments["position_ids"] = segments.position_ids(inputs.shape[1])
         if not self.is_recurrent:
-            # Families hand a mask of four dimensions through as it is, and build none: theirs would hold T*S numbers.
-            # Layers with a state need the one of two; no other is made of it, see attention.py.
-            given["attention_mask"] = torch.empty(0, 1, 1, 1, dtype=torch.bool, device=device)
+            # A mask of four dimensions keeps a family from building its own, of T*S numbers. Layers with a state need
+            # the one of two dimensions; no other is made of it, see attention.py.
+            arguments["attention_mask"] = torch.empty(0, 1, 1, 1, dtype=torch.bool, device=inputs.device)
         if cache is None and self.training and torch.is_grad_enabled() and checkpoints_activations(self):
             # Transformers' layers drop caches then, and some families make one all the same
-            given["use_cache"] = False
-        mode = self.mode(given.get("output_attentions"))
-        out = super().forward(**given, nsa_segments=segments, nsa_mode=mode)
+            arguments["use_cache"] = False
+        mode = self.mode(arguments.get("output_attentions"))
+        out = super().forward(**arguments, nsa_segments=segments, nsa_mode=mode)
         if mode.recorded is not None:
             for record in self.nsa_contexts.records:
                 record.update(mode.recorded.selections)
-            # what a recomputation selects is of a forward that is over
+            # so that a recomputation in the backward pass does not write into these records
             mode.recorded.selections = {}
-        held = cache_among(out.values() if isinstance(out, dict) else out)
-        if held is not None:
-            check_reached(held, self.config)
+        cache = cache_among(out.values() if isinstance(out, dict) else out)
+        if cache is not None:
+            check_reached_layers(cache, self.config)
         return out

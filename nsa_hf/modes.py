@@ -1,4 +1,4 @@
-"""What one forward is run with, dense or sparse for one: worked out once, and handed to the layers as an argument.
+"""The mode of one forward (dense or sparse, which kernels, what is recorded): its layers get it as an argument.
 
 Gradient checkpointing keeps a layer's arguments and runs it again with them in the backward pass, maybe in another
 thread. So a layer reads nothing off itself or its config that may have changed meanwhile.
@@ -19,7 +19,10 @@ from nsa_hf.kernels import Sizes
 
 
 class Recorded:
-    """The selections of one forward by layer, int32 `[B, T, Hk, topk]`. No dict: wrappers of modules copy those."""
+    """The selections of one forward by layer, int32 `[B, T, Hk, topk]`.
+
+    Not a plain dict, which wrappers of modules would copy on the way to the layers.
+    """
 
     def __init__(self) -> None:
         self.selections: dict[int, Tensor] = {}
@@ -27,9 +30,9 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Mode:
-    """What a forward and its recomputation are run with.
+    """What a forward and its recomputation run with.
 
-    Args:
+    Attributes:
         sizes: the config's.
         backend: of `nsa_attention`.
         gate_blend: the share of the paper's gates, with `nsa_gate="blend"`.
@@ -46,19 +49,19 @@ class Mode:
     recorded: Recorded | None
 
 
-class OfThread(threading.local):
-    """What a module has for every thread by itself; a copy of the module begins anew."""
+class PerThread(threading.local):
+    """Base of what a module keeps for each thread apart. A copy of the module, pickled or not, starts empty."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
 
 
-class OpenContexts(OfThread):
+class OpenContexts(PerThread):
     """The `with model.dense_attention()` and `with model.record_selection()` that a thread is inside of.
 
     Attributes:
-        dense: an entry for each of the first.
-        records: the dict of each of the others.
+        dense: an entry for each `dense_attention()`.
+        records: the dict of each `record_selection()`.
     """
 
     def __init__(self) -> None:
@@ -67,17 +70,17 @@ class OpenContexts(OfThread):
         self.records: list[dict[int, Tensor]] = []
 
     def of_this_thread(self) -> SimpleNamespace:
-        """This thread's, for another one to go on with."""
+        """The lists of this thread, for another thread to use."""
         return SimpleNamespace(dense=self.dense, records=self.records)
 
 
 @contextmanager
-def added(entry: Any, lists: list[list[Any]]) -> Iterator[None]:
-    """Adds an entry to each list for the length of the block; such blocks may end in any order, and in any thread."""
-    for one in lists:
-        one.append(entry)
+def appended(entry: Any, lists: list[list[Any]]) -> Iterator[None]:
+    """Appends an entry to each list, and removes it when the block ends. Blocks may end in any order and any thread."""
+    for entries in lists:
+        entries.append(entry)
     try:
         yield
     finally:
-        for one in lists:
-            del one[next(place for place, held in enumerate(one) if held is entry)]
+        for entries in lists:
+            del entries[next(place for place, other in enumerate(entries) if other is entry)]

@@ -1,11 +1,10 @@
-"""Transformers' Auto classes know the sparse families as soon as nsa_hf and Transformers are imported, in any order.
+"""Registers the sparse families with Transformers' Auto classes, whichever of the two packages is imported first.
 
-Transformers keeps one table of its families, in `configuration_auto`, where `AutoConfig` looks a config's class up by
-name when a model asks for it. A row for each sparse family is written into it: at once where the table is there
-already, or else right after it was made. So `import nsa_hf` imports neither Transformers nor PyTorch, and a command
-that needs neither, `nsa-hf --help` for one, does not wait for them.
+`AutoConfig` finds the class of a config by the model's type, in a table of the module `configuration_auto`. A row for
+each sparse family is added to that table: now, if the module has been imported, else as soon as it is. So `import
+nsa_hf` imports neither Transformers nor PyTorch, and a command that needs neither (`nsa-hf --help`) need not wait.
 
-(This module is imported before `nsa-hf` can catch a Ctrl-C: it imports next to nothing itself.)
+(`nsa-hf` cannot catch a Ctrl-C before this module is imported: it imports next to nothing itself.)
 """
 
 from __future__ import annotations
@@ -22,9 +21,12 @@ TABLE = "transformers.models.auto.configuration_auto"
 
 
 def register(table: Any) -> None:
-    """Names the config class of each sparse family in the table; `nsa_hf` makes the class when it is looked up.
+    """Adds a row for each sparse family to the table: its model type, and the name of its config's class.
 
-    `AutoConfig.register` would need the classes now.
+    The class itself is made by `nsa_hf` when it is looked up. (`AutoConfig.register` would need it now.)
+
+    Args:
+        table: the module `configuration_auto`.
     """
     for model_type, config in list(table.CONFIG_MAPPING_NAMES.items()):
         if not model_type.startswith(PREFIX):
@@ -34,7 +36,7 @@ def register(table: Any) -> None:
 
 
 class RegistersWhenImported:
-    """A finder of modules that leaves every import to the others; behind that of the table, it registers."""
+    """A finder of modules that has the others find them; after the table's module has run, it registers."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name != TABLE:
@@ -54,8 +56,8 @@ class RegistersWhenImported:
 
 
 def register_now_or_when_imported() -> None:
-    """To be called by `import nsa_hf`, and again by each that imports it anew: a notebook, `importlib.reload`."""
-    # by name: the class may be of an earlier import; two of them would ask each other without end
+    """Called by every import of `nsa_hf`, also by one that imports it again (a notebook, `importlib.reload`)."""
+    # found by name, since the class may be of an earlier import; two finders would ask each other without end
     earlier = [finder for finder in sys.meta_path if type(finder).__name__ == RegistersWhenImported.__name__]
     for finder in earlier:
         sys.meta_path.remove(finder)

@@ -1,4 +1,4 @@
-"""What differs between releases of Transformers, each with the release that needs it; no other module asks for one."""
+"""All that depends on the release of Transformers; no other module asks which one is installed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import transformers
 from packaging.version import Version
 from torch import Tensor
 from transformers import Cache
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .errors import NsaError
 from .registration import PREFIX
@@ -21,28 +22,40 @@ CACHE, OTHER_CACHE = ("cache", "past_key_values") if Version("5.24") <= INSTALLE
 
 
 def positional_names(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """The names of a forward's arguments that may come without one, `self` left out."""
+    """The names of a forward's arguments that may be given by position, without `self`."""
     parameters = inspect.signature(inspect.unwrap(forward)).parameters.values()
     return tuple(one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD)[1:]
 
 
 def by_name(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a forward with these names, the cache under the name that it has in this release.
+    """A forward's arguments as one dict by name, the cache under the name that it has in this release.
+
+    Args:
+        names: of the arguments that may be given by position.
 
     Raises:
         TypeError: there are more arguments than names, or one came twice.
         NsaError: two caches were given, under the old name and the new one.
     """
-    given = dict(zip(names, args, strict=False))
-    if len(args) > len(names) or given.keys() & kwargs.keys():
+    arguments = dict(zip(names, args, strict=False))
+    if len(args) > len(names) or arguments.keys() & kwargs.keys():
         raise TypeError(f"expected at most the arguments {', '.join(names)}, each once; got {len(args)} without a name")
-    given.update(kwargs)
-    cache = given.pop(OTHER_CACHE, None)
+    arguments.update(kwargs)
+    cache = arguments.pop(OTHER_CACHE, None)
     if cache is not None:
-        if given.get(CACHE) is not None:
+        if arguments.get(CACHE) is not None:
             raise NsaError(f"{CACHE} and {OTHER_CACHE} are two names of one argument, got both: give {CACHE}")
-        given[CACHE] = cache
-    return given
+        arguments[CACHE] = cache
+    return arguments
+
+
+def note_what_is_recorded(model_class: Any) -> None:
+    """Enters a model's class into Transformers' table of what `output_attentions` and its like record.
+
+    `PreTrainedModel.__init__` enters the class of each model; one that is given its class later is missing there.
+    """
+    # by the class's name in all releases; the plain dict of 5.17 became one whose `[...] =` takes a model
+    _CAN_RECORD_REGISTRY.update({str(model_class): model_class._can_record_outputs})
 
 
 def cache_among(values: Iterable[Any]) -> Cache | None:
@@ -52,9 +65,9 @@ def cache_among(values: Iterable[Any]) -> Cache | None:
 
 def tokens_held(cache: Cache) -> int:
     """How many tokens a growing cache holds."""
-    held = cache.get_seq_length()
+    length = cache.get_seq_length()
     # 5.17: a tensor, after assisted decoding has cropped sliding layers
-    return int(held) if isinstance(held, Tensor) else held
+    return int(length) if isinstance(length, Tensor) else length
 
 
 def checkpoint_activations(model: Any, every_n_layers: int) -> None:

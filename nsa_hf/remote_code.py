@@ -1,7 +1,7 @@
-"""Sparse models in places that do not know nsa_hf: one line of Python in their folder imports it.
+"""Loading where nsa_hf is installed and not imported: a line of Python in the model's folder imports it.
 
-Every saved folder holds `modeling_nsa.py`, and its config's `auto_map` names it. With `import nsa_hf` nobody looks at
-it; with `trust_remote_code=True` alone Transformers runs it, or says which package to install.
+Every saved folder holds it as `modeling_nsa.py`, which the config's `auto_map` names. With `trust_remote_code=True`
+Transformers runs it, or says which package to install. Where nsa_hf has been imported it is not looked at.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ MODULE = "modeling_nsa"
 
 
 class SavedByImport:
-    """In front of a class that Transformers would save by copying the file that defines it out of its package."""
+    """In front of a class whose source file Transformers would otherwise copy into the folder of a saved model."""
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Does nothing: Transformers marks a class so that came by `trust_remote_code`, to copy its file."""
+        """Does nothing. Transformers calls it for a class loaded by `trust_remote_code`, to copy its file at saving."""
 
 
 class SavedConfig(SavedByImport):
-    """In front of a sparse config: saved, alone or with its model, it also writes the line that imports its classes."""
+    """In front of a sparse config's class: saved, alone or with its model, it also writes `modeling_nsa.py`."""
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """As Transformers', and writes `modeling_nsa.py`."""
@@ -42,5 +42,5 @@ class SavedConfig(SavedByImport):
 
     def _get_files_timestamps(self, working_dir: str | os.PathLike) -> dict[str, float]:
         before: dict[str, float] = super()._get_files_timestamps(working_dir)  # type: ignore[misc]
-        # so that `push_to_hub=True` sends it along, like a file that the call wrote
+        # left out of what was there before the call, so that `push_to_hub=True` uploads it
         return {name: time for name, time in before.items() if name != f"{MODULE}.py"}

@@ -1,4 +1,4 @@
-"""Which positions belong to which row or document: worked out once per forward pass, handed to every layer."""
+"""Which positions belong to which row or document: found once per forward, handed to every layer."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .errors import NsaError
 
 @dataclass(frozen=True)
 class Segments:
-    """Left-padded rows, or packed documents, or (both None) rows that are full.
+    """Left-padded rows (`starts`), packed documents (`cu_seqlens`), or full rows without padding (both None).
 
-    Args:
+    Attributes:
         starts: int32 `[B]`, first real position of each row.
-        lengths: int32 `[B]`, how many of a static cache's places are filled, the new tokens counted; None = all.
+        lengths: int32 `[B]`, tokens in a static cache, the new ones counted; None without one.
         cu_seqlens: int32 `[documents + 1]`, borders of the documents that one row holds.
         borders: the same borders on the host.
-        past: tokens that came before, in a cache that grows.
+        past: tokens in a dynamic cache before the new ones.
     """
 
     starts: Tensor | None = None
@@ -30,16 +30,16 @@ class Segments:
     past: int = 0
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Segments:
-        """The same on another device: Accelerate's hooks, which `device_map` sets, move what has this method."""
+        """The same segments on another device. Accelerate's hooks (`device_map`) move every argument that has this."""
         tensors = ((name, value) for name, value in vars(self).items() if isinstance(value, Tensor))
         moved: dict[str, Any] = {name: value.to(device, non_blocking=non_blocking) for name, value in tensors}
         return replace(self, **moved)
 
     def position_ids(self, tokens: int) -> Tensor | None:
-        """Of the new tokens, counted from their row's or document's first: int64 `[B, T]`, padding 0.
+        """Positions of the new tokens within their row or document, int64 `[B, T]`; 0 for padding.
 
-        None where all rows begin at their first position, which every family supposes by itself. Dense attention sees
-        distances only, where positions are RoPE's; a trained compressor sees the positions.
+        None where every row begins at its first position, as families assume without position ids. To dense attention
+        with RoPE only distances matter; a trained compressor sees the positions themselves.
         """
         if self.cu_seqlens is not None:
             borders = self.cu_seqlens.long()
@@ -62,13 +62,15 @@ def find_segments(
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
 ) -> Segments:
-    """Explicit `cu_seq_lens` first; then a 2D mask; then, without a mask, position ids that restart.
+    """The segments of a forward without a cache or with a dynamic one.
+
+    They are taken from `cu_seq_lens` where given, else from the mask, else from position ids that restart.
 
     Args:
         batch, tokens, past: rows, new tokens of each, and tokens already in the cache.
         attention_mask: `[B, past + T]`, nonzero where a token is real: left padding, right padding or both.
         position_ids: `[B or 1, T]`; where they do not rise by one a new document begins (batch 1 only). Of RoPE in
-            several dimensions `[4, B, T]`, the text's first; `[3, B, T]` say nothing of documents.
+            several dimensions `[4, B, T]`, the text's first; those of `[3, B, T]` are not looked at.
         cu_seq_lens_q, cu_seq_lens_k: int `[documents + 1]`, equal; one of them is enough.
 
     Raises:
@@ -79,10 +81,10 @@ def find_segments(
         if cu_seq_lens_k is not None and cu_seq_lens_k is not cu_seqlens:
             if not torch.equal(cu_seq_lens_k, cu_seqlens):
                 raise NsaError("cu_seq_lens_q and cu_seq_lens_k must be equal: queries and keys are the same documents")
-        return packed(cu_seqlens.tolist(), cu_seqlens, batch, tokens, past)
+        return packed_segments(cu_seqlens.tolist(), cu_seqlens, batch, tokens, past)
     if attention_mask is not None:
         return Segments(starts=padding_starts(attention_mask, batch, past + tokens), past=past)
-    position_ids = of_text(position_ids)
+    position_ids = text_positions(position_ids)
     if position_ids is not None and tokens > 1:
         restarts = position_ids.diff(dim=-1) != 1
         if not bool(restarts.any()):
@@ -93,18 +95,28 @@ def find_segments(
                 "batch (DataCollatorWithFlattening), or give an attention_mask if the rows are padded"
             )
         borders = [0, *(restarts[0].nonzero().flatten() + 1).tolist(), tokens]
-        return packed(borders, position_ids.new_tensor(borders), batch, tokens, past)
+        return packed_segments(borders, position_ids.new_tensor(borders), batch, tokens, past)
     return Segments(past=past)
 
 
-def of_text(position_ids: Tensor | None) -> Tensor | None:
-    """Those of positions that are counted token by token: `[B or 1, T]`, or the first of `[4, B, T]`; else None."""
+def text_positions(position_ids: Tensor | None) -> Tensor | None:
+    """The positions that count the text's tokens, `[B or 1, T]`: the first of `[4, B, T]`, none of `[3, B, T]`."""
     if position_ids is None or position_ids.dim() < 3:
         return position_ids
     return position_ids[0] if position_ids.shape[0] == 4 else None
 
 
-def packed(borders: list[int], cu_seqlens: Tensor, batch: int, tokens: int, past: int) -> Segments:
+def packed_segments(borders: list[int], cu_seqlens: Tensor, batch: int, tokens: int, past: int) -> Segments:
+    """The segments of packed documents, checked; of a single document those of a full row.
+
+    Args:
+        borders: 0, the first position of each further document, and the number of tokens.
+        cu_seqlens: the same, int `[documents + 1]`.
+        batch, tokens, past: as in `find_segments`.
+
+    Raises:
+        NsaError: there are several rows, a cache, or borders that do not rise from 0 to `tokens`.
+    """
     rises = all(low < high for low, high in zip(borders[:-1], borders[1:], strict=True))
     if batch != 1 or past or len(borders) < 2 or borders[0] != 0 or borders[-1] != tokens or not rises:
         raise NsaError(
@@ -128,19 +140,20 @@ def static_segments(
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
 ) -> Segments:
-    """The segments of a forward with a static cache; a decoding step reads nothing off the device.
+    """The segments of a forward with a static cache. For a decoding step on a GPU nothing is copied to the host.
 
     Args:
+        batch, tokens: rows, and new tokens of each.
         past, room: tokens that the cache holds (a tensor on its device), and those it has room for.
         attention_mask: `[B, past + T]`, or `[B, room]` filled up with zeros, which has the same shape at every step.
 
     Raises:
         NsaError: packed documents; a mask that is wrong as in `find_segments`, or padded on the right.
-        RuntimeError: the same mask where looking at it would stall a decoding step, in what is compiled and for single
-            tokens on a GPU. It comes with the next thing that waits for the GPU, where CUDA then does no more work.
+        RuntimeError: a mask that is wrong in a compiled step, or in a step of one token on a GPU, where looking at it
+            would stall the step. It is raised by the next call that waits for the GPU, after which CUDA is unusable.
     """
-    look = not torch.compiler.is_compiling() and (tokens > 1 or device.type == "cpu")
-    positions = of_text(position_ids) if look and tokens > 1 and attention_mask is None else None
+    may_look = not torch.compiler.is_compiling() and (tokens > 1 or device.type == "cpu")
+    positions = text_positions(position_ids) if may_look and tokens > 1 and attention_mask is None else None
     restarts = positions is not None and bool((positions.diff(dim=-1) != 1).any())
     if cu_seq_lens_q is not None or cu_seq_lens_k is not None or restarts:
         raise NsaError("a static cache cannot hold packed documents: give no cache, or pad the rows on the left")
@@ -151,15 +164,15 @@ def static_segments(
         lengths = torch.full((batch,), past + tokens, dtype=torch.int32, device=device)
     if attention_mask is None:
         return Segments(lengths=lengths)
-    check_mask(attention_mask, batch, {int(past) + tokens, room} if look else None)
-    starts, begins = row_starts(attention_mask)
-    if look:
+    check_mask(attention_mask, batch, {int(past) + tokens, room} if may_look else None)
+    starts, runs = row_runs(attention_mask)
+    if may_look:
         refuse_right_padding(attention_mask[:, : int(past) + tokens])
     else:
         last = attention_mask.gather(1, lengths[:, None].long() - 1)[:, 0]
         # on a GPU a message may have 255 letters
         message = "attention_mask has holes or is padded on the right: pad on the left (tokenizer.padding_side='left')"
-        torch._assert_async((begins + (last == 0) <= 1).all(), message)
+        torch._assert_async((runs + (last == 0) <= 1).all(), message)
     return Segments(starts=starts, lengths=lengths)
 
 
@@ -173,13 +186,21 @@ def static_mask(attention_mask: Tensor | None, room: int) -> Tensor | None:
 def padding_starts(attention_mask: Any, batch: int, keys: int) -> Tensor | None:
     """First real position of each row, int32 `[B]`, or None where no row is padded on the left."""
     check_mask(attention_mask, batch, {keys})
-    starts, begins = row_starts(attention_mask)
-    most_begins, last_start = torch.stack([begins.max(), starts.max()]).tolist()
-    refuse_holes(most_begins)
+    starts, runs = row_runs(attention_mask)
+    most_runs, last_start = torch.stack([runs.max(), starts.max()]).tolist()
+    refuse_holes(most_runs)
     return starts if last_start > 0 else None
 
 
 def check_mask(attention_mask: Any, batch: int, widths: set[int] | None) -> None:
+    """Checks a mask's shape.
+
+    Args:
+        widths: numbers of tokens that it may have; None = any.
+
+    Raises:
+        NsaError: it is not `[batch, one of widths]`.
+    """
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         got = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         raise NsaError(
@@ -193,27 +214,30 @@ def check_mask(attention_mask: Any, batch: int, widths: set[int] | None) -> None
         )
 
 
-def row_starts(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The first real position of each row and how often each row begins anew, int32 `[B]` both."""
+def row_runs(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The first real position of each row, and how many runs of real positions it has: int32 `[B]` both.
+
+    A row without any real position starts behind its end.
+    """
     batch, keys = attention_mask.shape
     real = attention_mask != 0
-    begins = real.long().diff(dim=-1, prepend=real.new_zeros(batch, 1).long()) == 1
-    # a row without any real token starts behind its end
+    run_begins = real.long().diff(dim=-1, prepend=real.new_zeros(batch, 1).long()) == 1
     position = torch.arange(keys, dtype=torch.int32, device=attention_mask.device)
-    return torch.where(real, position, keys).amin(-1), begins.sum(-1).to(torch.int32)
+    return torch.where(real, position, keys).amin(-1), run_begins.sum(-1).to(torch.int32)
 
 
 def refuse_right_padding(attention_mask: Tensor) -> None:
-    """Refuses rows to which tokens cannot be added: these would follow a hole.
+    """Refuses rows that cannot be continued: the next token would come behind a hole.
 
     Raises:
         NsaError: a row of the mask `[B, tokens]` has holes, or ends with padding.
     """
-    refuse_holes(int(row_starts(torch.nn.functional.pad(attention_mask, (0, 1), value=1))[1].max()))
+    refuse_holes(int(row_runs(torch.nn.functional.pad(attention_mask, (0, 1), value=1))[1].max()))
 
 
-def refuse_holes(most_begins: int) -> None:
-    if most_begins > 1:
+def refuse_holes(most_runs: int) -> None:
+    """Refuses a mask of which a row has more than one run of real positions."""
+    if most_runs > 1:
         raise NsaError(
             "attention_mask has holes (a row is 1, then 0, then 1 again, or ends with 0 and is to be continued): "
             "sparse attention supports padding on the left, and on the right where no token comes behind; pad "

@@ -1,4 +1,4 @@
-"""Whether a folder's config.json is still of the model that its manifest.json, and its weights, are of."""
+"""Whether the config.json of a folder still describes the model whose weights are in it, by its manifest.json."""
 
 from __future__ import annotations
 
@@ -40,15 +40,16 @@ FIELDS = (
 
 
 def shape_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """The fields that say which model a config is of, those that its family has; JSON-able."""
+    """Those of `FIELDS` that a config has, with their values; JSON-able."""
     values = {name: getattr(config, name, None) for name in FIELDS}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def check_shape(folder: str | os.PathLike, config: PreTrainedConfig | None = None) -> None:
-    """Holds a local folder's config against the manifest that `nsa-hf` wrote beside it, if there is one.
+    """Compares a local folder's config with the manifest that `nsa-hf` wrote beside it, if there is one.
 
     Args:
+        folder: of a model.
         config: the folder's, if it has been read.
 
     Raises:
@@ -66,11 +67,11 @@ def check_shape(folder: str | os.PathLike, config: PreTrainedConfig | None = Non
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise NsaError(f"{path} is damaged ({error!r}): convert again, or remove it if its model is sound") from error
     config = config or AutoConfig.from_pretrained(folder)
-    found = {"model_type": config.model_type, **shape_of(config)}
+    actual = {"model_type": config.model_type, **shape_of(config)}
     # another version of Transformers may have no such field
-    edited = [name for name in recorded if name in found and found[name] != recorded[name]]
+    edited = [name for name in recorded if name in actual and actual[name] != recorded[name]]
     if edited:
-        changes = ", ".join(f"{name} {found[name]!r} instead of {recorded[name]!r}" for name in edited)
+        changes = ", ".join(f"{name} {actual[name]!r} instead of {recorded[name]!r}" for name in edited)
         raise NsaError(
             f"{folder}: config.json is not of the model in this folder, by {MANIFEST}: it says {changes}. Put it back; "
             f"if the weights were changed with it, remove {MANIFEST}"

@@ -1,4 +1,4 @@
-"""Layers with a sliding window keep their own attention: in chunks of queries, without T*S numbers."""
+"""Attention of the layers whose family gives them a sliding window: in chunks of queries, without T*S numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from .errors import NsaError
 from .segments import Segments
 
-# Smaller windows are done in chunks of this many queries: fewer, larger calls.
+# Queries of a chunk at least: with small windows, fewer and larger calls.
 LEAST_CHUNK = 512
 
 
@@ -41,20 +41,16 @@ def sliding_attention(
         `[B, T, Hq, Dv]`. Memory beyond it: a mask of one chunk, at most (chunk + window) * chunk.
     """
     tokens, keys, past = query.shape[2], key.shape[2], segments.past
-    behind = past + tokens - keys  # tokens before the first key
+    dropped = past + tokens - keys  # tokens before the first key, which the cache has not kept
+    if static is not None and tokens == 1:
+        mask = static_step_mask(keys, static[1] > 0, window, segments)
+        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling)[0]
     if static is not None:
-        if tokens == 1:
-            # one graph for all steps: no position is a number on the host, no shape changes
-            assert segments.lengths is not None
-            position = segments.lengths[:1].long() - 1
-            seen = torch.arange(keys, device=query.device) + (position + 1 - keys if static[1] else 0)
-            mask = visible(position, seen, window, segments)
-            return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling)[0]
-        past, behind = static
-    if behind > max(0, past - window + 1):
+        past, dropped = static
+    if dropped > max(0, past - window + 1):
         raise NsaError(
             f"this cache was cropped to {past} tokens, and of the window of {window} before them it has kept "
-            f"{past - behind} only: call cache.activate_past_recording() before the tokens that may be removed, and "
+            f"{past - dropped} only: call cache.activate_past_recording() before the tokens that may be removed, and "
             "cache.reset() to start anew"
         )
     chunk = max(window, LEAST_CHUNK)
@@ -63,17 +59,19 @@ def sliding_attention(
         stop = min(start + chunk, tokens)
         position = torch.arange(past + start, past + stop, device=query.device)
         # a cache that was reset may hold zeros from before (Transformers 5.17)
-        low = max(past + start - window + 1, behind, 0)
-        seen = torch.arange(low, past + stop, device=query.device)
-        here = slice(low - behind, past + stop - behind)
-        hidden = None if len(position) == 1 and segments.starts is None else visible(position, seen, window, segments)
+        low = max(past + start - window + 1, dropped, 0)
+        keys_at = torch.arange(low, past + stop, device=query.device)
+        here = slice(low - dropped, past + stop - dropped)
+        chunk_mask = (
+            None if len(position) == 1 and segments.starts is None else visible(position, keys_at, window, segments)
+        )
         out.append(
             sdpa_attention_forward(
                 module,
                 query[:, :, start:stop],
                 key[:, :, here],
                 value[:, :, here],
-                hidden,
+                chunk_mask,
                 dropout=dropout,
                 scaling=scaling,
             )[0]
@@ -81,16 +79,38 @@ def sliding_attention(
     return torch.cat(out, dim=1)
 
 
-def visible(position: Tensor, seen: Tensor, window: int, segments: Segments) -> Tensor:
-    """Which keys each query attends to: positions `[T]` and `[S]` to bool `[B or 1, 1, T, S]`."""
+def static_step_mask(keys: int, is_full: bool, window: int, segments: Segments) -> Tensor:
+    """Which keys of a static cache one new token attends to, bool `[B or 1, 1, 1, keys]`.
+
+    One graph does for all steps: no position is a number on the host, and no shape changes.
+
+    Args:
+        keys: places of the cache.
+        is_full: whether the new token has taken the place of an older one; the last key is its own then.
+    """
+    assert segments.lengths is not None
+    position = segments.lengths[:1].long() - 1
+    keys_at = torch.arange(keys, device=position.device) + (position + 1 - keys if is_full else 0)
+    return visible(position, keys_at, window, segments)
+
+
+def visible(position: Tensor, keys_at: Tensor, window: int, segments: Segments) -> Tensor:
+    """Which keys each query attends to, bool `[B or 1, 1, T, S]`.
+
+    Args:
+        position: of the queries, `[T]`.
+        keys_at: positions of the keys, `[S]`; negative ones are not there.
+    """
     query = position[:, None]
-    mask = ((seen >= 0) & (seen <= query) & (seen > query - window))[None, None]
+    mask = ((keys_at >= 0) & (keys_at <= query) & (keys_at > query - window))[None, None]
     if segments.starts is not None:
         # padding attends to itself, so that no row of the softmax is empty
-        mask = mask & (seen >= segments.starts[:, None, None, None]) | (seen == query)
+        mask = mask & (keys_at >= segments.starts[:, None, None, None]) | (keys_at == query)
     if segments.cu_seqlens is not None:
-        document, own = (torch.searchsorted(segments.cu_seqlens, x, right=True) for x in (seen, position))
-        mask = mask & (document == own[:, None])
+        key_document, query_document = (
+            torch.searchsorted(segments.cu_seqlens, positions, right=True) for positions in (keys_at, position)
+        )
+        mask = mask & (key_document == query_document[:, None])
     return mask
 
 
@@ -102,7 +122,7 @@ def dense_weights(
     segments: Segments,
     static: tuple[int, int] | None = None,
 ) -> Tensor:
-    """The weights of a layer that is dense (`window` None) or slides: T*S numbers a head, where asked for.
+    """The attention weights of a dense layer (`window` None) or a sliding one: T*S numbers a head.
 
     Args:
         query, key, window, static: as in `sliding_attention`.
@@ -112,15 +132,15 @@ def dense_weights(
     """
     tokens, keys = query.shape[2], key.shape[2]
     past: Tensor | int = segments.past
-    behind = segments.past + tokens - keys
+    dropped = segments.past + tokens - keys
     if static is not None:
-        past, behind = static
+        past, dropped = static
     elif segments.lengths is not None:
-        past, behind = segments.lengths[0].long() - tokens, 0
+        past, dropped = segments.lengths[0].long() - tokens, 0
     position = torch.arange(tokens, device=query.device) + past
-    seen = torch.arange(keys, device=query.device) + behind
-    mask = visible(position, seen, behind + keys if window is None else window, segments)
+    keys_at = torch.arange(keys, device=query.device) + dropped
+    mask = visible(position, keys_at, dropped + keys if window is None else window, segments)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    groups = query.unflatten(1, (key.shape[1], -1))
-    logits = (groups @ key[:, :, None].transpose(-1, -2) * scale).flatten(1, 2)
+    grouped = query.unflatten(1, (key.shape[1], -1))
+    logits = (grouped @ key[:, :, None].transpose(-1, -2) * scale).flatten(1, 2)
     return logits.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(query.dtype)

@@ -1,4 +1,4 @@
-"""With which Transformers this nsa_hf was tested; whoever has a newer one is told at import, without importing it."""
+"""The newest Transformers that this nsa_hf was tested with, and a warning at import if a newer one is installed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ NEWEST = "5.24"
 
 
 def warn_if_newer() -> None:
+    """Warns of a newer Transformers, without importing it."""
     try:
         installed = version("transformers")
     except PackageNotFoundError:
-        return  # on the path without having been installed
+        return  # it may be importable without being installed
     if numbers(installed) > numbers(NEWEST):
         warnings.warn(
             f"nsa_hf was tested with Transformers up to {NEWEST}, and this is {installed}: if something goes wrong, "
@@ -24,5 +25,5 @@ def warn_if_newer() -> None:
 
 
 def numbers(release: str) -> list[int]:
-    """Major and minor version."""
+    """Major and minor version of a release: `5.24.1` gives `[5, 24]`."""
     return [int(number) for number in re.findall(r"\d+", release)[:2]]

@@ -1,4 +1,4 @@
-"""Where caches come in: a user's or `generate()`'s own, whose layers are made such as hold compressed entries too."""
+"""Caches of a user or of `generate()`: their layers are replaced by ours, which hold compressed entries too."""
 
 from __future__ import annotations
 
@@ -31,13 +31,14 @@ CACHE_LOST = (
 )
 
 
-def nsa_cache_layer(
+def adopt_layer(
     cache: Cache, layer_idx: int, sizes: Sizes, device: torch.device, independent: bool = False
 ) -> NsaDynamicLayer | NsaStaticLayer:
-    """Layer `layer_idx` of a user's or `generate()`'s cache, made one that holds compressed entries too.
+    """The cache layer of a sparse layer; a plain one is first replaced by ours, with what it holds.
 
     Args:
         cache: dynamic (offloaded or not) or static.
+        layer_idx: the layer's number in the model.
         sizes: the model's; a static layer's buffers are made for them.
         device: where the model is.
         independent: whether the branches have keys and values of their own.
@@ -71,33 +72,36 @@ def nsa_cache_layer(
         kind = type(cache).__name__ if layer is None else f"{type(cache).__name__} ({type(layer).__name__})"
         raise NsaError(UNUSABLE.format(kind))
     wanted = (sizes.kernel_size, sizes.kernel_stride)
-    if layer.block not in (None, wanted):
+    if layer.entry_sizes not in (None, wanted):
         raise NsaError(
-            f"this cache holds entries of nsa_kernel_size and nsa_kernel_stride {layer.block}, and the model's are "
-            f"{wanted}: start with a new cache"
+            f"this cache holds entries of nsa_kernel_size and nsa_kernel_stride {layer.entry_sizes}, and the model's "
+            f"are {wanted}: start with a new cache"
         )
     return layer
 
 
-def check_in_step(cache: Cache, layer_idx: int, past: int) -> None:
-    """Before a layer puts tokens into a growing cache: whether it holds as many as the first, which are counted.
+def check_lengths(cache: Cache, layer_idx: int, past: int) -> None:
+    """Before a layer adds tokens to a dynamic cache: whether it holds as many as the cache's first layer.
+
+    Args:
+        past: how many that holds.
 
     Raises:
         NsaError: it does not, because a crop or a forward stopped halfway.
     """
-    held = cache.get_seq_length(layer_idx)
-    if held != past or past < 0:
+    length = cache.get_seq_length(layer_idx)
+    if length != past or past < 0:
         raise NsaError(
-            f"layer {layer_idx} of this cache holds {held} tokens and the first {past}: a crop or a forward stopped "
+            f"layer {layer_idx} of this cache holds {length} tokens and the first {past}: a crop or a forward stopped "
             "halfway, or more was cropped than there is. Call cache.reset() and start anew"
         )
 
 
 def check_starts(cache: Cache, segments: Segments, tokens: int) -> None:
-    """Before a forward: whether the rows begin where they did when the entries in this cache were compressed.
+    """Before a forward: whether the rows begin where they did when this cache's entries were compressed.
 
-    A row that held nothing but padding may begin now, and one that is done may be masked from end to end. Graphs
-    (`torch.compile`, CUDA's) are not looked at.
+    A row that held nothing but padding may begin now, and a finished one may be masked from end to end. Inside a graph
+    (`torch.compile`, CUDA's) nothing is checked.
 
     Args:
         segments: of the new tokens, `tokens` of each row.
@@ -112,11 +116,11 @@ def check_starts(cache: Cache, segments: Segments, tokens: int) -> None:
     if layer is None or not layer.knows_starts:
         return
     lengths = segments.lengths
-    known = layer.starts if segments.starts is None else segments.starts
-    if known is None:
+    some_starts = layer.starts if segments.starts is None else segments.starts
+    if some_starts is None:
         return  # all rows began at the first token, and do
-    now = torch.zeros_like(known) if segments.starts is None else known
-    then = torch.zeros_like(known) if layer.starts is None else layer.starts.to(known.device)
+    now = torch.zeros_like(some_starts) if segments.starts is None else some_starts
+    then = torch.zeros_like(some_starts) if layer.starts is None else layer.starts.to(some_starts.device)
     past = torch.full_like(now, segments.past) if lengths is None else lengths.to(now.device) - tokens
     moved = (now.minimum(past) != then.minimum(past)) & (now < past + tokens)
     if lengths is not None and tokens == 1 and now.device.type != "cpu":
@@ -129,26 +133,29 @@ def check_starts(cache: Cache, segments: Segments, tokens: int) -> None:
         )
 
 
-def nsa_window_layer(cache: Cache, layer_idx: int) -> None:
-    """Makes a sliding layer of a static cache one that knows what it has overwritten."""
+def adopt_window_layer(cache: Cache, layer_idx: int) -> None:
+    """Replaces a sliding layer of a static cache by one that knows which tokens it has overwritten; leaves others."""
     if layer_idx < len(cache.layers) and type(cache.layers[layer_idx]) is StaticSlidingWindowLayer:
         cache.layers[layer_idx] = NsaStaticWindowLayer.adopt(cache.layers[layer_idx])
 
 
-def check_reached(cache: Cache, config: NsaConfigMixin) -> None:
-    """After a forward: whether every sparse layer has put its tokens into this cache.
+def check_reached_layers(cache: Cache, config: NsaConfigMixin) -> None:
+    """After a forward: whether this cache has reached every sparse layer.
 
     Raises:
-        NsaError: the family's code handed it to the layers in a way that these did not see.
+        NsaError: the family's code handed it to its layers in a way that ours do not know.
     """
     for layer in range(config.num_hidden_layers):  # type: ignore[attr-defined]
-        held = cache.layers[layer] if layer < len(cache.layers) else None
-        if config.is_nsa_layer(layer) and not isinstance(held, NsaDynamicLayer | NsaStaticLayer):
+        cache_layer = cache.layers[layer] if layer < len(cache.layers) else None
+        if config.is_nsa_layer(layer) and not isinstance(cache_layer, NsaDynamicLayer | NsaStaticLayer):
             raise NsaError(CACHE_LOST)
 
 
 def static_length(cache: Cache | None) -> tuple[Tensor | int, int] | None:
-    """Of a static cache, the tokens it holds (a tensor on its device; 0 before the first) and those it has room for."""
+    """The tokens that a static cache holds (a tensor on its device; 0 before the first), and those it has room for.
+
+    None for other caches.
+    """
     for layer in cache.layers if cache is not None else ():
         if isinstance(layer, StaticLayer) and not layer.is_sliding:
             return layer.get_seq_length(), layer.max_cache_len

@@ -1,4 +1,4 @@
-"""The cache of a layer whose branches have keys and values of their own: each keeps what it will read again."""
+"""The dynamic cache of a layer whose branches have keys and values of their own: each keeps what it will still read."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ WINDOW = ("window_keys", "window_values")
 
 
 class NsaIndependentLayer(NsaDynamicLayer):
-    """Whole keys and values of the selected branch only.
+    """A cache layer with keys and values of the three branches.
 
-    Of the compressed branch the entries, and the tokens of blocks that are not complete (`pending_*`, `[B, Hk, P, D]`,
-    from position `pending_from` on); of the window its last w tokens (`window_*`). After `activate_past_recording()`
-    both keep all that comes, until `crop` says what of it will stay.
+    The selected branch keeps all of them, the compressed branch its entries and the tokens of the entries that are not
+    complete, the window branch its last tokens. After `activate_past_recording()` the last two keep all tokens that
+    come, until `crop` removes some.
+
+    Attributes:
+        pending_keys, pending_values: the compressed branch's tokens from position `pending_from` on, `[B, Hk, P, D]`.
+        window_keys, window_values: the window branch's last tokens, `[B, Hk, window_size, D]`.
     """
 
     catches_up = False
@@ -36,6 +40,7 @@ class NsaIndependentLayer(NsaDynamicLayer):
         self.clear_branches()
 
     def clear_branches(self) -> None:
+        """Removes what the compressed and the window branch keep."""
         self.pending_keys: Tensor | None = None
         self.pending_values: Tensor | None = None
         self.window_keys: Tensor | None = None
@@ -65,49 +70,56 @@ class NsaIndependentLayer(NsaDynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         """As `NsaDynamicLayer.extend`, of the new tokens' keys and values `[B, Hk, T, D]` of the compressed branch."""
         self.padded = starts is not None
-        held = self.joined(PENDING, keys, values)
-        entries = self.extend_from(self.pending_from, *held, compress_k, compress_v, kernel_stride, starts)
-        for name, states in zip(PENDING, held, strict=True):
+        pending = self.joined(PENDING, keys, values)
+        entries = self.extend_from(self.pending_from, *pending, compress_k, compress_v, kernel_stride, starts)
+        for name, states in zip(PENDING, pending, strict=True):
             setattr(self, name, states)
         if not self.record_past:
             self.keep_pending(self.first_pending(self.compressed_length))
         return entries
 
-    def slide(self, keys: Tensor, values: Tensor, window_size: int) -> tuple[Tensor, Tensor]:
-        """Keys and values `[B, Hk, Sw, D]` that the new tokens' windows see; those of the window branch are given."""
+    def extend_window(self, keys: Tensor, values: Tensor, window_size: int) -> tuple[Tensor, Tensor]:
+        """Adds the window branch's keys and values of the new tokens.
+
+        Args:
+            keys, values: `[B, Hk, T, D]`.
+
+        Returns:
+            The keys and values that the new tokens' windows see, `[B, Hk, Sw, D]`.
+        """
         self.window_size = window_size
-        held = self.joined(WINDOW, keys, values)
-        for name, states in zip(WINDOW, held, strict=True):
-            kept = states if self.record_past else states[:, :, -window_size:].clone()
-            setattr(self, name, kept)
+        joined = self.joined(WINDOW, keys, values)
+        for name, states in zip(WINDOW, joined, strict=True):
+            setattr(self, name, states if self.record_past else states[:, :, -window_size:].clone())
         seen = window_size - 1 + keys.shape[-2]
-        self.send_away(WINDOW + PENDING)
-        return held[0][:, :, -seen:], held[1][:, :, -seen:]
+        self.offload_extra(WINDOW + PENDING)
+        return joined[0][:, :, -seen:], joined[1][:, :, -seen:]
 
     def joined(self, names: tuple[str, str], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values kept under these names, with new ones behind them."""
         before = [getattr(self, name) for name in names]
         if before[0] is None:
             return keys, values
         return torch.cat([before[0], keys], dim=-2), torch.cat([before[1], values], dim=-2)
 
     def first_pending(self, length: int) -> int:
-        """The first token of `length` that a block not complete yet may need."""
-        assert self.block is not None
-        size, stride = self.block
-        # rows that begin at different tokens have different unfinished blocks: none is longer than this
+        """The first of `length` tokens that an entry not complete yet may need."""
+        assert self.entry_sizes is not None
+        size, stride = self.entry_sizes
+        # padded rows have different unfinished entries, none of which needs more tokens than this
         return max(0, length - size + 1) if self.padded else n_blocks(length, size, stride) * stride
 
     def keep_pending(self, first: int, last: int | None = None) -> None:
-        """Keeps the pending tokens `[first, last)`, as positions; a copy, so that the memory of the others is free."""
+        """Keeps of the pending tokens those at positions `[first, last)`; a copy, which frees the others' memory."""
         places = slice(first - self.pending_from, None if last is None else last - self.pending_from)
-        self.each_extra(lambda states: states[:, :, places].clone(), PENDING)
+        self.change_extra(lambda states: states[:, :, places].clone(), PENDING)
         self.pending_from = first
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last `-tokens_to_remove` tokens, and keeps no more than is needed of those before.
+        """Removes the last `-tokens_to_remove` tokens, and of those before what no branch needs.
 
         Raises:
-            NsaError: the window or an unfinished block would need tokens that were not kept.
+            NsaError: the window or an unfinished entry would need tokens that were not kept.
         """
         removed, length = -tokens_to_remove, self.get_seq_length()
         if removed < 0:
@@ -124,7 +136,7 @@ class NsaIndependentLayer(NsaDynamicLayer):
         super().crop(tokens_to_remove)
         end = self.window_keys.shape[-2] - (length - left)
         keep = slice(max(0, end - self.window_size), end)
-        self.each_extra(lambda states: states[:, :, keep].clone(), WINDOW)
+        self.change_extra(lambda states: states[:, :, keep].clone(), WINDOW)
         self.keep_pending(self.first_pending(left), left)
         return None
 

@@ -1,4 +1,4 @@
-"""The cache of a sparse layer, as it grows: all keys and values, and the compressed entries of completed blocks."""
+"""The dynamic cache of a sparse layer: all keys and values, and the entries that are complete."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ COMPRESSED = ("compressed_keys", "compressed_values")
 class NsaDynamicLayer(DynamicLayer):
     """A `DynamicLayer` that also holds the compressed entries of its keys and values, `[B, N, Hk, D]`.
 
-    They cover the first `compressed_length` tokens and are brought up to date by `extend`, so that tokens which came
-    another way (a dense forward, a prefix) are caught up with; nothing is computed twice.
+    Attributes:
+        compressed_keys, compressed_values: the entries of the first `compressed_length` tokens; `extend` adds the rest.
+        entry_sizes: kernel_size and kernel_stride of the entries.
+        starts: int32 `[B]`, the rows' first real positions when they were compressed; None = 0.
+        packed: whether it holds packed documents, so that nothing can be added.
+        catches_up: whether `extend` compresses tokens too that came without it, in a dense forward for one.
+        EXTRA: the names of the tensors that a plain layer does not have.
     """
 
-    # what came without `extend` (a dense forward) is compressed with the next one
     catches_up = True
-    # the tensors that a plain layer does not have
     EXTRA: tuple[str, ...] = (*COMPRESSED, "starts")
 
     def __init__(self) -> None:
@@ -32,9 +35,7 @@ class NsaDynamicLayer(DynamicLayer):
         self.compressed_keys: Tensor | None = None
         self.compressed_values: Tensor | None = None
         self.compressed_length = 0
-        # of the entries held: kernel_size and kernel_stride
-        self.block: tuple[int, int] | None = None
-        # the rows' first real positions, int32 [B]; None = 0, where they are known
+        self.entry_sizes: tuple[int, int] | None = None
         self.starts: Tensor | None = None
         self.knows_starts = False
         self.packed = False
@@ -67,7 +68,7 @@ class NsaDynamicLayer(DynamicLayer):
         kernel_stride: int,
         starts: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Compresses the blocks that have been completed since the last time.
+        """Adds the entries whose tokens have come since the last time.
 
         Args:
             keys, values: `[B, Hk, S, D]`, what `update` gave: all tokens held.
@@ -90,62 +91,65 @@ class NsaDynamicLayer(DynamicLayer):
         kernel_stride: int,
         starts: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """`extend`, of keys and values that begin at token `base`."""
-        self.block = (compress_k.kernel_size, kernel_stride)
+        """As `extend`, of keys and values whose first token is token `base` of the text."""
+        self.entry_sizes = (compress_k.kernel_size, kernel_stride)
         self.note_starts(starts)
         entries = []
         for name, states, compressor in zip(COMPRESSED, (keys, values), (compress_k, compress_v), strict=True):
-            held, x = getattr(self, name), states.transpose(1, 2)
-            if held is None:
-                # none yet; in training, one from which gradients (zeros) reach the compressor
-                held = compress(x[:, :0], compressor, kernel_stride).to(x.dtype)
+            before, x = getattr(self, name), states.transpose(1, 2)
+            if before is None:
+                # no entries yet; in training, such that gradients (zeros) reach the compressor
+                before = compress(x[:, :0], compressor, kernel_stride).to(x.dtype)
             if starts is None:
-                grown = self.extend_full(held, base, x, compressor, kernel_stride)
+                after = self.extend_full(before, base, x, compressor, kernel_stride)
             else:
-                grown = self.extend_padded(held, base, x, compressor, kernel_stride, starts)
-            setattr(self, name, grown)
-            entries.append(grown)
+                after = self.extend_padded(before, base, x, compressor, kernel_stride, starts)
+            setattr(self, name, after)
+            entries.append(after)
         self.compressed_length = base + keys.shape[-2]
-        self.send_away(COMPRESSED)
+        self.offload_extra(COMPRESSED)
         return entries[0], entries[1]
 
-    def extend_full(self, held: Tensor, base: int, x: Tensor, compressor: MeanCompressor, stride: int) -> Tensor:
+    def extend_full(self, before: Tensor, base: int, x: Tensor, compressor: MeanCompressor, stride: int) -> Tensor:
+        """The entries `before` and those that `x` `[B, S, Hk, D]` completes, in rows without padding."""
         size = compressor.kernel_size
         done, count = n_blocks(self.compressed_length, size, stride), n_blocks(base + x.shape[1], size, stride)
         if count == done:
-            return held
+            return before
         new = compress(x[:, done * stride - base : (count - 1) * stride + size - base], compressor, stride)
-        return torch.cat([held, new.to(held.dtype)], dim=1)
+        return torch.cat([before, new.to(before.dtype)], dim=1)
 
     def extend_padded(
-        self, held: Tensor, base: int, x: Tensor, compressor: MeanCompressor, stride: int, starts: Tensor
+        self, before: Tensor, base: int, x: Tensor, compressor: MeanCompressor, stride: int, starts: Tensor
     ) -> Tensor:
-        """Rows complete their blocks at different tokens: each writes its own next ones."""
+        """The same in padded rows, whose entries are complete at different tokens: each row adds its own next ones."""
         size, length = compressor.kernel_size, base + x.shape[1]
         count = n_blocks(length, size, stride)
         places = min(count, -(-(length - self.compressed_length) // stride))
         if places == 0:
-            return held
+            return before
         done = (self.compressed_length - starts.long() - size).div(stride, rounding_mode="floor").add(1).clamp(min=0)
         # [B, places]
-        block = done[:, None] + torch.arange(places, device=x.device)
-        first = starts.long()[:, None] + block * stride
+        entry = done[:, None] + torch.arange(places, device=x.device)
+        first = starts.long()[:, None] + entry * stride
         complete = first + size <= length
-        new = compress_blocks(x, compressor, first - base, complete).to(held.dtype)
-        # one place more, where what is not complete goes
-        grown = torch.cat([held, held.new_zeros(held.shape[0], count + 1 - held.shape[1], *held.shape[2:])], dim=1)
+        new = compress_blocks(x, compressor, first - base, complete).to(before.dtype)
+        # one place more than is kept, into which entries that are not complete are written
+        added = before.new_zeros(before.shape[0], count + 1 - before.shape[1], *before.shape[2:])
+        after = torch.cat([before, added], dim=1)
         row = torch.arange(x.shape[0], device=x.device)[:, None]
-        return grown.index_put((row, torch.where(complete, block, count)), new)[:, :count]
+        return after.index_put((row, torch.where(complete, entry, count)), new)[:, :count]
 
-    def each_extra(self, change: Callable[[Tensor], Tensor], names: tuple[str, ...] | None = None) -> None:
-        """Applies `change` to the tensors of these names (None: all of `EXTRA`), where there are any."""
+    def change_extra(self, change: Callable[[Tensor], Tensor], names: tuple[str, ...] | None = None) -> None:
+        """Replaces the tensors of these names (None: all of `EXTRA`) by what `change` makes of them."""
         for name in names or self.EXTRA:
             if getattr(self, name) is not None:
                 setattr(self, name, change(getattr(self, name)))
 
-    def send_away(self, names: tuple[str, ...]) -> None:
+    def offload_extra(self, names: tuple[str, ...]) -> None:
+        """Moves the tensors of these names to the CPU if the cache is offloaded."""
         if self.offloaded:
-            self.each_extra(lambda states: states.to("cpu", non_blocking=True), names)
+            self.change_extra(lambda states: states.to("cpu", non_blocking=True), names)
 
     def offload(self) -> None:
         # an offloaded cache calls this within `update`: `extend`, which comes after it, sends its entries along
@@ -155,14 +159,14 @@ class NsaDynamicLayer(DynamicLayer):
     def prefetch(self) -> None:
         super().prefetch()
         if self.is_initialized:
-            self.each_extra(lambda states: states.to(self.device, non_blocking=True))
+            self.change_extra(lambda states: states.to(self.device, non_blocking=True))
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
-        if self.keys is not None and self.block is not None:
+        if self.keys is not None and self.entry_sizes is not None:
             self.compressed_length = min(self.compressed_length, self.keys.shape[-2])
-            entries = n_blocks(self.compressed_length, *self.block)
-            self.each_extra(lambda held: held[:, :entries], COMPRESSED)
+            entries = n_blocks(self.compressed_length, *self.entry_sizes)
+            self.change_extra(lambda states: states[:, :entries], COMPRESSED)
 
     def reset(self) -> None:
         # dropped: Transformers up to 5.17 zeroes them and keeps their length
@@ -170,16 +174,16 @@ class NsaDynamicLayer(DynamicLayer):
         self.is_initialized = False
         super().reset()
         self.compressed_keys = self.compressed_values = self.starts = None
-        self.compressed_length, self.packed, self.knows_starts, self.block = 0, False, False, None
+        self.compressed_length, self.packed, self.knows_starts, self.entry_sizes = 0, False, False, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
-        self.each_extra(lambda states: states.index_select(0, beam_idx.to(states.device)))
+        self.change_extra(lambda states: states.index_select(0, beam_idx.to(states.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        self.each_extra(lambda states: states.repeat_interleave(repeats, dim=0))
+        self.change_extra(lambda states: states.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self.each_extra(lambda states: states[indices, ...])
+        self.change_extra(lambda states: states[indices, ...])

@@ -1,4 +1,4 @@
-"""The cache of a sparse layer in buffers that never move or grow: for `torch.compile` and CUDA graphs."""
+"""The static cache of a sparse layer, in buffers that never move or grow: for `torch.compile` and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -13,36 +13,41 @@ from ..errors import NsaError
 
 
 def in_a_graph() -> bool:
-    """Whether what runs now is compiled or recorded, and run again with other tensors."""
+    """Whether this code is being compiled or captured, to be run again with other tensors."""
     return is_torchdynamo_compiling() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
 
 
 class NsaStaticLayer(StaticLayer):
     """A `StaticLayer` that also holds the compressed entries of its keys and values, `[B, N, Hk, D]` from the start.
 
-    `N` is what `max_cache_len` tokens can complete; what stands behind a row's own blocks is undefined. How many tokens
-    are held is a tensor on the device (`cumulative_length`), and nothing here reads it on the host, so that a decoding
-    step is one graph. Every step writes the entries of the blocks it completes and no others.
+    `N` is how many entries `max_cache_len` tokens have; those that are not complete in a row are undefined. The number
+    of tokens is a tensor on the device (`cumulative_length`) that is never copied to the host, so that a decoding step
+    is one graph. Every step writes the entries that it completes, and no others.
 
     Args:
         max_cache_len: tokens that the buffers hold.
-        kernel_size, kernel_stride: of the compression blocks [l, d].
+        kernel_size, kernel_stride: of the entries [l, d].
+
+    Attributes:
+        entry_sizes: the same two sizes.
+        new_tokens: how many tokens came last.
+        behind: whether tokens came before those whose entries have not been written.
+        starts: int32 `[B]`, the rows' first real positions when they were written outside of a graph; None = 0.
+        knows_starts: whether any were.
+        catches_up: False, so `extend` runs with every forward, dense ones too: later it would need other shapes.
     """
 
     # `crop` puts everything back as it was
     is_croppable = True
-    # with every forward, the dense ones too: later it would take other shapes
     catches_up = False
 
     def __init__(self, max_cache_len: int, kernel_size: int, kernel_stride: int) -> None:
         super().__init__(max_cache_len)
-        self.block = self.kernel_size, self.kernel_stride = kernel_size, kernel_stride
+        self.entry_sizes = self.kernel_size, self.kernel_stride = kernel_size, kernel_stride
         self.compressed_keys: Tensor | None = None
         self.compressed_values: Tensor | None = None
-        # how many tokens came last, and whether some came before whose blocks have not been compressed
         self.new_tokens = 0
         self.behind = False
-        # of the entries held, the rows' first real positions, int32 [B]; None = 0. No graph notes them.
         self.starts: Tensor | None = None
         self.knows_starts = False
 
@@ -61,7 +66,7 @@ class NsaStaticLayer(StaticLayer):
         self.allocate_compressed(key_states, value_states)
 
     def allocate_compressed(self, keys: Tensor, values: Tensor) -> None:
-        """Makes the buffers for entries of keys and values `[B, Hk, any, D]`."""
+        """Makes the buffers for the entries of keys and values that are `[B, Hk, any, D]`."""
         entries = n_blocks(self.max_cache_len, self.kernel_size, self.kernel_stride)
         for name, states in (("compressed_keys", keys), ("compressed_values", values)):
             buffer = states.new_zeros(states.shape[0], entries, states.shape[1], states.shape[3])
@@ -74,10 +79,10 @@ class NsaStaticLayer(StaticLayer):
     ) -> tuple[Tensor, Tensor]:
         self.new_tokens = key_states.shape[-2]
         if key_states.device.type == "cpu" and not is_torchdynamo_compiling():
-            held = int(self.get_seq_length())
-            if held + self.new_tokens > self.max_cache_len:
+            length = int(self.get_seq_length())
+            if length + self.new_tokens > self.max_cache_len:
                 raise NsaError(
-                    f"the static cache has room for {self.max_cache_len} tokens, holds {held} and was given "
+                    f"the static cache has room for {self.max_cache_len} tokens, holds {length} and was given "
                     f"{self.new_tokens} more: make it with a larger max_cache_len"
                 )
         return super().update(key_states, value_states, *args, **kwargs)
@@ -91,7 +96,7 @@ class NsaStaticLayer(StaticLayer):
         kernel_stride: int,
         starts: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Compresses the blocks that the last tokens completed; called after every `update`.
+        """Writes the entries that the last tokens completed; called after every `update`.
 
         Args:
             keys, values: `[B, Hk, max_cache_len, D]`, what `update` gave.
@@ -117,27 +122,27 @@ class NsaStaticLayer(StaticLayer):
             places, done = entries, torch.zeros_like(start)
             self.behind = False
         else:
-            # as many as these tokens can complete; which ones they are, every row knows by itself
+            # as many as these tokens can complete; each row has its own
             places = min(entries, -(-self.new_tokens // kernel_stride))
             before = length - self.new_tokens - start - self.kernel_size
             done = (before.div(kernel_stride, rounding_mode="floor") + 1).clamp(min=0)
         # [B, places], or [1, places] where all rows agree
-        block = done[:, None] + torch.arange(places, device=length.device)
-        first = start[:, None] + block * kernel_stride
+        entry = done[:, None] + torch.arange(places, device=length.device)
+        first = start[:, None] + entry * kernel_stride
         complete = first + self.kernel_size <= length
         batch = keys.shape[0]
-        block, first, complete = (x.expand(batch, -1) for x in (block, first, complete))
-        # A block that is not complete leaves some entry as it is: never one that another block writes, because a row's
-        # places are neighbours and at most `entries`.
-        place, row = block % entries, torch.arange(batch, device=length.device)[:, None]
+        entry, first, complete = (x.expand(batch, -1) for x in (entry, first, complete))
+        # An entry that is not complete writes back what stands at its place. No other entry of its row is written
+        # there: their places are neighbours, and at most `entries`.
+        place, row = entry % entries, torch.arange(batch, device=length.device)[:, None]
         pairs = ((self.compressed_keys, keys, compress_k), (self.compressed_values, values, compress_v))
-        for held, states, compressor in pairs:
-            new = compress_blocks(states.transpose(1, 2), compressor, first, complete).to(held.dtype)
-            held.index_put_((row, place), torch.where(complete[..., None, None], new, held[row, place]))
+        for buffer, states, compressor in pairs:
+            new = compress_blocks(states.transpose(1, 2), compressor, first, complete).to(buffer.dtype)
+            buffer.index_put_((row, place), torch.where(complete[..., None, None], new, buffer[row, place]))
         return self.compressed_keys, self.compressed_values
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last `-tokens_to_remove` tokens; their entries are written anew when their blocks complete."""
+        """Removes the last `-tokens_to_remove` tokens; entries that they completed are written again when complete."""
         if tokens_to_remove > 0:
             raise NsaError(POSITIVE_CROP.format(tokens_to_remove))
         if self.is_initialized:
@@ -163,10 +168,13 @@ class NsaStaticLayer(StaticLayer):
 
 
 class NsaStaticWindowLayer(StaticSlidingWindowLayer):
-    """A `StaticSlidingWindowLayer` that is not cropped to tokens which newer ones have overwritten."""
+    """A `StaticSlidingWindowLayer` that refuses to be cropped to tokens which newer ones have overwritten.
+
+    Attributes:
+        lost: after such a crop, why it cannot be continued.
+    """
 
     cumulative_length_int: int
-    # why it cannot be gone on with, if so
     lost: str | None = None
 
     @classmethod
@@ -189,18 +197,18 @@ class NsaStaticWindowLayer(StaticSlidingWindowLayer):
         Raises:
             NsaError: more tokens have come than the window holds, so that those before it are overwritten.
         """
-        held = self.cumulative_length_int
-        if tokens_to_remove < 0 and held > self.max_cache_len:
+        length = self.cumulative_length_int
+        if tokens_to_remove < 0 and length > self.max_cache_len:
             # other layers may have been cropped before this one
             self.lost = (
-                f"cannot remove {-tokens_to_remove} tokens of {held}: a static cache keeps no tokens before a sliding "
-                f"window of {self.max_cache_len}. Call cache.reset() and start anew, or use DynamicCache(config=...) "
-                "with activate_past_recording()"
+                f"cannot remove {-tokens_to_remove} tokens of {length}: a static cache keeps no tokens before a "
+                f"sliding window of {self.max_cache_len}. Call cache.reset() and start anew, or use "
+                "DynamicCache(config=...) with activate_past_recording()"
             )
             raise NsaError(self.lost)
         if tokens_to_remove > 0:
             raise NsaError(POSITIVE_CROP.format(tokens_to_remove))
-        self.cumulative_length_int = max(0, held + tokens_to_remove)
+        self.cumulative_length_int = max(0, length + tokens_to_remove)
         self.cumulative_length.fill_(self.cumulative_length_int)
 
     def reset(self) -> None:

@@ -35,10 +35,10 @@ def test_the_bytes_are_those_of_the_specification(steps, model):
         in_steps(model, x[:, :length], steps, cache)
     entries = n_blocks(length, SIZE, STRIDE)
     unfinished = length - entries * STRIDE
-    kept = length + entries + unfinished + min(length, WINDOW)
+    tokens_kept = length + entries + unfinished + min(length, WINDOW)
     assert unfinished < SIZE
     # keys and values, two rows, float32
-    assert [held_bytes(layer) for layer in cache.layers] == [2 * 2 * kept * TINY_HEADS * HEAD_DIM * 4] * 3
+    assert [held_bytes(layer) for layer in cache.layers] == [2 * 2 * tokens_kept * TINY_HEADS * HEAD_DIM * 4] * 3
 
 
 @pytest.mark.parametrize("prefill", [*BORDERS, 120])
@@ -164,11 +164,11 @@ def test_generate_equals_generation_without_a_cache(options, model):
     x = tokens(2, 70)
     out = []
     for use_cache in (True, False):
-        given = {key: value for key, value in options.items() if use_cache or key != "prefill_chunk_size"}
+        generation = {key: value for key, value in options.items() if use_cache or key != "prefill_chunk_size"}
         torch.manual_seed(0)
         mask = left_padded(x, [0, 29])["attention_mask"]
         out.append(
-            model.generate(x, attention_mask=mask, max_new_tokens=12, use_cache=use_cache, **{**GREEDY, **given})
+            model.generate(x, attention_mask=mask, max_new_tokens=12, use_cache=use_cache, **{**GREEDY, **generation})
         )
     assert torch.equal(out[0], out[1])
 

@@ -37,20 +37,20 @@ def logits_of(model, x, **inputs) -> torch.Tensor:
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_copies_of_the_dense_keys_give_what_shared_ones_give(model_type):
     dense, x = tiny_dense(model_type), tokens() % VOCABULARY
-    shared, own = sparse_of(dense), sparse_of(dense, nsa_branch_kv="independent")
+    shared, independent = sparse_of(dense), sparse_of(dense, nsa_branch_kv="independent")
     randomize_nsa(shared)
-    own.load_state_dict(shared.state_dict(), strict=False)
-    assert relative(logits_of(own, x), logits_of(shared, x)) > 1e-3, "their keys are not those of the dense model yet"
-    copy_dense_keys(own)
-    assert relative(logits_of(own, x), logits_of(shared, x)) < 1e-5
+    independent.load_state_dict(shared.state_dict(), strict=False)
+    assert relative(logits_of(independent, x), logits_of(shared, x)) > 1e-3, "their keys are not the dense ones yet"
+    copy_dense_keys(independent)
+    assert relative(logits_of(independent, x), logits_of(shared, x)) < 1e-5
     inputs = left_padded(x, [0, 61])
-    assert relative(logits_of(own, x, **inputs)[1, 61:], logits_of(shared, x[1:, 61:])[0]) < 1e-5
+    assert relative(logits_of(independent, x, **inputs)[1, 61:], logits_of(shared, x[1:, 61:])[0]) < 1e-5
 
 
 def test_the_new_parameters_are_named_after_the_dense_ones():
     dense = tiny_dense("qwen3")
-    own = sparse_of(dense, nsa_branch_kv="independent", nsa_dense_layers=[0])
-    names = {name for name, _ in own.named_parameters() if dense_twin(name)}
+    independent = sparse_of(dense, nsa_branch_kv="independent", nsa_dense_layers=[0])
+    names = {name for name, _ in independent.named_parameters() if dense_twin(name)}
     parts = ("k_proj.weight", "v_proj.weight", "k_norm.weight")
     assert names == {
         f"model.layers.1.self_attn.nsa.{branch}.{part}" for branch in ("compressed", "window") for part in parts
@@ -145,3 +145,16 @@ def test_a_conversion_copies_them_bit_for_bit(tmp_path):
         for folder in (out, tmp_path / "dense")
     )
     assert relative(sparse, dense) < 1e-5
+
+
+def test_an_unconverted_model_draws_every_branch_anew():
+    """A model that is not loaded starts as its family's do, with branches of their own."""
+    config = sparse_of(tiny_dense("qwen3"), nsa_branch_kv="independent").config
+    config.initializer_range = 0.3
+    model = family_of(config).causal_lm_class(config)
+    parameters = dict(model.named_parameters())
+    drawn = [name for name in parameters if dense_twin(name) and name.endswith("proj.weight")]
+    assert len(drawn) == 2 * 2 * 2
+    for name in drawn:
+        assert not torch.equal(parameters[name], parameters[dense_twin(name)])
+        assert 0.2 < float(parameters[name].detach().std()) < 0.4

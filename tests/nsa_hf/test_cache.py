@@ -8,7 +8,7 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from nsa_hf import NsaError
-from nsa_hf.cache.adopt import nsa_cache_layer, static_length
+from nsa_hf.cache.adopt import adopt_layer, static_length
 from nsa_hf.cache.branches import NsaIndependentLayer
 from nsa_hf.cache.dynamic import NsaDynamicLayer
 from nsa_hf.cache.static import NsaStaticLayer
@@ -25,9 +25,9 @@ def states(batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_plain_layers_are_adopted_with_what_they_hold(tiny_nsa_model):
     for cache in (DynamicCache(), DynamicCache(config=tiny_nsa_model().config)):
         cache.update(*states(1, 5), 1)
-        layer = nsa_cache_layer(cache, 1, Sizes(), CPU)
+        layer = adopt_layer(cache, 1, Sizes(), CPU)
         assert isinstance(layer, NsaDynamicLayer) and layer is cache.layers[1] and layer.get_seq_length() == 5
-        assert nsa_cache_layer(cache, 1, Sizes(), CPU) is layer
+        assert adopt_layer(cache, 1, Sizes(), CPU) is layer
         assert type(cache.layers[0]) is DynamicLayer
 
 
@@ -42,14 +42,14 @@ def test_other_caches_are_refused_by_name(tiny_nsa_model, monkeypatch):
     with pytest.raises(
         NsaError, match=r"cannot use a Cache \(SomeQuantizedLayer\).*Use DynamicCache\(\).*or StaticCache"
     ):
-        nsa_cache_layer(quantized, 0, Sizes(), CPU)
+        adopt_layer(quantized, 0, Sizes(), CPU)
     with pytest.raises(NsaError, match=r"DynamicCache\(offloading=True\) cannot be used: .* do without"):
-        nsa_cache_layer(DynamicCache(offloading=True), 0, Sizes(), CPU)
+        adopt_layer(DynamicCache(offloading=True), 0, Sizes(), CPU)
     with pytest.raises(NsaError, match=r"cannot use a EncoderDecoderCache: .*Use DynamicCache"):
-        nsa_cache_layer(EncoderDecoderCache(DynamicCache(), DynamicCache()), 0, Sizes(), CPU)
+        adopt_layer(EncoderDecoderCache(DynamicCache(), DynamicCache()), 0, Sizes(), CPU)
     offloaded = StaticCache(tiny_nsa_model().config, max_cache_len=8, offloading=True)
     with pytest.raises(NsaError, match=r"does not support an offloaded static cache: use .*'offloaded'"):
-        nsa_cache_layer(offloaded, 0, Sizes(), CPU)
+        adopt_layer(offloaded, 0, Sizes(), CPU)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
@@ -69,19 +69,19 @@ def test_a_cache_is_of_one_compression_only(kind, tiny_nsa_model):
 def test_a_static_layer_is_adopted_with_room_for_its_entries(tiny_nsa_model):
     cache = StaticCache(tiny_nsa_model().config, max_cache_len=40)
     assert static_length(cache) == (0, 40)
-    layer = nsa_cache_layer(cache, 1, Sizes(8, 4, 16, 4, 1, 1, 24), CPU)
+    layer = adopt_layer(cache, 1, Sizes(8, 4, 16, 4, 1, 1, 24), CPU)
     assert isinstance(layer, NsaStaticLayer) and layer is cache.layers[1]
     layer.update(*states(3, 5))
     assert layer.compressed_keys.shape == (3, 9, 2, 6) and static_length(cache) == (0, 40)
-    nsa_cache_layer(cache, 0, Sizes(8, 4, 16, 4, 1, 1, 24), CPU).update(*states(3, 5))
+    adopt_layer(cache, 0, Sizes(8, 4, 16, 4, 1, 1, 24), CPU).update(*states(3, 5))
     assert isinstance(static_length(cache)[0], torch.Tensor) and int(static_length(cache)[0]) == 5
 
 
 def test_keys_and_values_per_branch_have_their_own_layer():
     cache = DynamicCache()
-    assert isinstance(nsa_cache_layer(cache, 0, Sizes(), CPU, independent=True), NsaIndependentLayer)
+    assert isinstance(adopt_layer(cache, 0, Sizes(), CPU, independent=True), NsaIndependentLayer)
     with pytest.raises(NsaError, match="neither can continue the other's cache"):
-        nsa_cache_layer(cache, 0, Sizes(), CPU)
+        adopt_layer(cache, 0, Sizes(), CPU)
 
 
 def test_a_dynamic_cache_is_not_static(tiny_nsa_model):
@@ -101,9 +101,9 @@ def test_rows_begin_where_they_began(kind, tiny_nsa_model):
     def filled(*pieces: tuple[int, torch.Tensor | None]):
         cache = StaticCache(model.config, max_cache_len=100) if kind == "static" else DynamicCache()
         start, logits = 0, []
-        for end, given in pieces:
-            given = given if given is None else given[:, :end]
-            logits.append(model(x[:, start:end], attention_mask=given, **{CACHE: cache}).logits)
+        for end, mask_so_far in pieces:
+            mask_so_far = mask_so_far if mask_so_far is None else mask_so_far[:, :end]
+            logits.append(model(x[:, start:end], attention_mask=mask_so_far, **{CACHE: cache}).logits)
             start = end
         return cache, torch.cat(logits, 1)
 

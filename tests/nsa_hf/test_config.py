@@ -89,10 +89,10 @@ def test_from_dense_keeps_every_dense_field():
         hidden_size=96, num_attention_heads=6, num_key_value_heads=2, rms_norm_eps=3e-5, dtype="bfloat16"
     )
     config = nsa_config_from_dense(dense, nsa_topk=4)
-    kept = dense.to_dict()
+    fields = dense.to_dict()
     for name in ("model_type", "architectures", "transformers_version"):
-        kept.pop(name, None)
-    assert {name: config.to_dict()[name] for name in kept} == kept
+        fields.pop(name, None)
+    assert {name: config.to_dict()[name] for name in fields} == fields
     assert config.model_type == "nsa_llama" and config.architectures == ["NsaLlamaForCausalLM"] and config.nsa_topk == 4
 
 

@@ -7,16 +7,23 @@ import subprocess
 import sys
 
 import pytest
-from torch import nn
+from tiny_families import SIZES, tiny_config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 
 import nsa_hf
 from nsa_hf import families
-from nsa_hf.discovery import attention_arguments, causal_model_types, find_family, names_of, parts_of
+from nsa_hf.discovery import (
+    attention_arguments,
+    causal_model_types,
+    families_by_class_name,
+    find_family,
+    names_of,
+    parts_of,
+)
 from nsa_hf.errors import NotPlain
-from nsa_hf.families import built_with, define_family, sparse_name
+from nsa_hf.families import define_family, nsa_config_from_dense
 
 
 def test_the_classes_of_a_family():
@@ -32,16 +39,16 @@ def test_what_an_attention_hands_over():
     assert set(attention_arguments(modeling_mistral.MistralAttention)) == {"dropout", "scaling", "sliding_window"}
 
 
-def test_layers_that_hand_nothing_down_are_seen():
+def test_layers_that_keep_their_arguments_from_their_attention_are_seen():
     (layer,) = find_family("nemotron").layers
-    assert find_family("nemotron").hands_down(layer) == "self_attn"
+    assert find_family("nemotron").attention_without_kwargs(layer) == "self_attn"
     (layer,) = find_family("llama").layers
-    assert find_family("llama").hands_down(layer) is None
+    assert find_family("llama").attention_without_kwargs(layer) is None
 
 
 def test_parts_are_found_in_tables_and_helpers_too():
-    found = {part.__name__ for part in parts_of(find_family("jamba").model)}
-    assert {"JambaAttentionDecoderLayer", "JambaMambaDecoderLayer"} <= found
+    names = {part.__name__ for part in parts_of(find_family("jamba").model)}
+    assert {"JambaAttentionDecoderLayer", "JambaMambaDecoderLayer"} <= names
     assert "DynamicCache" in names_of(modeling_llama.LlamaModel.forward)
 
 
@@ -72,12 +79,15 @@ def test_the_classes_are_attributes_by_name():
     assert not hasattr(nsa_hf, "NsaQwen3Nothing") and not hasattr(nsa_hf, "torch")
 
 
-def test_a_part_that_is_not_built_by_name_is_an_error():
-    class Other(nn.Module):
-        pass
-
-    with pytest.raises(NotPlain, match=r"Other is not built in LlamaModel.__init__"):
-        built_with(modeling_llama.LlamaModel.__init__, {Other: Other})
+def test_an_attention_that_would_stay_dense_is_an_error(monkeypatch):
+    family = define_family("llama")
+    without = {
+        dense: sparse for dense, sparse in family.model_class.sparse_classes.items() if "Attention" not in str(dense)
+    }
+    for model_class in (family.model_class, family.causal_lm_class):
+        monkeypatch.setattr(model_class, "sparse_classes", without)
+        with pytest.raises(NotPlain, match=r"LlamaAttention is not among the attentions of the family's layers"):
+            model_class(nsa_config_from_dense(tiny_config("llama"), **SIZES))
 
 
 def test_import_makes_no_family_and_auto_config_finds_them_all():
@@ -103,7 +113,7 @@ def made_names() -> dict[str, str]:
         except NotPlain:
             continue
         for part in {dense.config, dense.model, dense.causal_lm, *dense.layers, *dense.layers.values()}:
-            name = sparse_name(part, dense)
+            name = dense.sparse_name(part)
             assert names.setdefault(name, model_type) == model_type, f"two classes are called {name}"
     return names
 
@@ -113,12 +123,12 @@ import inspect, pickle, sys, threading
 import nsa_hf
 
 def found_by_four(name):
-    found = []
-    threads = [threading.Thread(target=lambda: found.append(getattr(nsa_hf, name))) for _ in range(4)]
+    classes = []
+    threads = [threading.Thread(target=lambda: classes.append(getattr(nsa_hf, name))) for _ in range(4)]
     for thread in threads: thread.start()
     for thread in threads: thread.join()
-    assert len(found) == 4 and len(set(found)) == 1, (name, found)
-    return found[0]
+    assert len(classes) == 4 and len(set(classes)) == 1, (name, classes)
+    return classes[0]
 
 part, *names = sys.argv[1:]
 assert pickle.load(open(part, "rb")).__name__ == "NsaCTRLEncoderLayer"
@@ -132,9 +142,9 @@ from nsa_hf import *
 def test_every_class_is_found_by_its_name_whatever_was_made_before(tmp_path):
     names = made_names()
     for name, model_type in names.items():
-        assert model_type in families._families_of(name), f"{name} is not found"
+        assert model_type in families_by_class_name(name), f"{name} is not found"
     # those that another family could have too: several models in one, of which one is of text
-    shared = [name for name, made in names.items() if families._families_of(name)[0] != made]
+    shared = [name for name, owner in names.items() if families_by_class_name(name)[0] != owner]
     first = [name for name in shared if name.endswith("ForCausalLM")]
     assert {"NsaGemma3ForCausalLM", "NsaQwen3_5ForCausalLM"} <= set(first)
     part = tmp_path / "part"
@@ -146,8 +156,10 @@ def test_every_class_is_found_by_its_name_whatever_was_made_before(tmp_path):
 
 def test_families_that_borrow_llamas_classes_have_sparse_ones_of_their_own():
     borrowing = [name for name, lm in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if lm == "LlamaForCausalLM"]
-    made = [define_family(name) for name in (*borrowing, "mistral")]
+    sparse = [define_family(name) for name in (*borrowing, "mistral")]
     for classes in ("config_class", "model_class", "causal_lm_class"):
-        names = [getattr(family, classes).__name__ for family in made]
+        names = [getattr(family, classes).__name__ for family in sparse]
         assert len(set(names)) == len(names) == len(borrowing) + 1
-        assert all(getattr(nsa_hf, name) is getattr(family, classes) for name, family in zip(names, made, strict=True))
+        assert all(
+            getattr(nsa_hf, name) is getattr(family, classes) for name, family in zip(names, sparse, strict=True)
+        )

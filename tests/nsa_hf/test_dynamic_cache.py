@@ -27,10 +27,10 @@ class Counting(torch.nn.Module):
 @pytest.fixture
 def compressors():
     torch.manual_seed(0)
-    made = [build_compressor("mlp", SIZE, DIM, 5) for _ in range(2)]
-    for compressor in made:
+    parts = [build_compressor("mlp", SIZE, DIM, 5) for _ in range(2)]
+    for compressor in parts:
         torch.nn.init.normal_(compressor.down.weight)
-    return [Counting(compressor).requires_grad_(False) for compressor in made]
+    return [Counting(compressor).requires_grad_(False) for compressor in parts]
 
 
 def states(batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,8 +65,8 @@ def test_padded_rows_complete_their_blocks_at_their_own_tokens(steps, compressor
         entries = layer.extend(layer.keys, layer.values, *compressors, STRIDE, starts)
     for got, expected in zip(entries, whole(layer, compressors, starts), strict=True):
         for row, start in enumerate(starts.tolist()):
-            own = n_blocks(50 - start, SIZE, STRIDE)
-            torch.testing.assert_close(got[row, :own], expected[row, :own])
+            complete = n_blocks(50 - start, SIZE, STRIDE)
+            torch.testing.assert_close(got[row, :complete], expected[row, :complete])
 
 
 def test_tokens_that_came_another_way_are_caught_up_with(compressors):
@@ -95,8 +95,8 @@ def test_crop_keeps_only_blocks_still_complete(removed, starts, compressors):
     entries = layer.extend(layer.keys, layer.values, *compressors, STRIDE, starts)
     for got, expected in zip(entries, whole(layer, compressors, starts), strict=True):
         for row in range(2):
-            own = n_blocks(47 - (0 if starts is None else int(starts[row])), SIZE, STRIDE)
-            torch.testing.assert_close(got[row, :own], expected[row, :own])
+            complete = n_blocks(47 - (0 if starts is None else int(starts[row])), SIZE, STRIDE)
+            torch.testing.assert_close(got[row, :complete], expected[row, :complete])
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,6 @@ FEATURES = {
     "position bias": r"position_bias",
     "chunked attention": r"kind chunked_attention",
     "attention and state in one layer": r"\(hybrid[,)]|kind hybrid",
-    "layers built in a way of their own": r"is not built in .*__init__",
 }
 
 
@@ -75,14 +74,14 @@ def table() -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, dict[str, str]]:
+def results() -> dict[str, dict[str, str]]:
     return {row["model_type"]: row for row in table()}
 
 
 @pytest.mark.parametrize("model_type", causal_model_types())
-def test_a_family_is_exact_or_refused_by_feature(model_type, found, tmp_path):
-    if found[model_type]["result"] == "refused":
-        assert found[model_type]["feature"], f"no feature is named: {found[model_type]['why']}"
+def test_a_family_is_exact_or_refused_by_feature(model_type, results, tmp_path):
+    if results[model_type]["result"] == "refused":
+        assert results[model_type]["feature"], f"no feature is named: {results[model_type]['why']}"
     else:
         check_exact(model_type, tmp_path)
 
@@ -149,12 +148,12 @@ def check_answers(config: PreTrainedConfig) -> None:
     config.initializer_range, config._experts_implementation = 0.3, None
     sparse_config = nsa_config_from_dense(config, **SIZES)
     classes = [family_of(sparse_config).causal_lm_class, type(AutoModelForCausalLM.from_config(config))]
-    for held in classes[1].__mro__:
+    for base in classes[1].__mro__:
         # as in a process that has not asked a dense class
-        for name in [name for name in vars(held) if name.endswith("_cached_value")]:
-            delattr(held, name)
-    asked = [{name: getattr(one, name)() for name in ASKED} for one in classes]
-    assert asked[0] == asked[1]
+        for name in [name for name in vars(base) if name.endswith("_cached_value")]:
+            delattr(base, name)
+    told = [{name: getattr(one, name)() for name in ASKED} for one in classes]
+    assert told[0] == told[1]
     torch.manual_seed(0)
     sparse, dense = (one(its) for one, its in zip(classes, (sparse_config, copy.deepcopy(config)), strict=True))
     answers = [{name: getattr(model, name, None) for name in ANSWERS} for model in (sparse, dense)]
@@ -273,8 +272,8 @@ def test_trainer_smooths_labels_as_for_a_dense_model(tmp_path):
     torch.testing.assert_close(losses[1], losses[0])
 
 
-def test_at_least_fifty_are_exact_among_them_the_common_ones(found):
-    exact = {name for name, row in found.items() if row["result"] == "exact"}
+def test_at_least_fifty_are_exact_among_them_the_common_ones(results):
+    exact = {name for name, row in results.items() if row["result"] == "exact"}
     assert len(exact) >= 50
     assert exact >= {
         "llama",
@@ -292,15 +291,15 @@ def test_at_least_fifty_are_exact_among_them_the_common_ones(found):
     }
 
 
-def test_the_table_is_what_was_found(found):
+def test_the_table_is_what_was_found(results):
     """recipes/results/families.csv, from which the README's table is made; of the Transformers that it names."""
     with TABLE.open() as file:
         rows = list(csv.DictReader(file))
     if rows[0]["transformers"].split(".")[:2] != transformers.__version__.split(".")[:2]:
-        assert {row["model_type"] for row in rows} & found.keys(), "no family in common with the table's Transformers"
+        assert {row["model_type"] for row in rows} & results.keys(), "no family in common with the table's Transformers"
         return
-    said = {row["model_type"]: {name: row[name] for name in ("result", "feature", "why")} for row in rows}
-    assert said == {name: {key: row[key] for key in ("result", "feature", "why")} for name, row in found.items()}
+    in_table = {row["model_type"]: {name: row[name] for name in ("result", "feature", "why")} for row in rows}
+    assert in_table == {name: {key: row[key] for key in ("result", "feature", "why")} for name, row in results.items()}
 
 
 def markdown(rows: list[dict[str, str]]) -> str:

@@ -160,9 +160,9 @@ def test_what_a_forward_can_give_besides_logits(model_type):
     also = {"output_router_logits": True} if model_type == "qwen3_moe" else {}
     with torch.no_grad():
         expected = dense(x, output_hidden_states=True, **also)
-        found = model(x, output_hidden_states=True, output_attentions=True, **also)
-    torch.testing.assert_close(found.hidden_states, expected.hidden_states, atol=5e-5, rtol=0)
-    assert len(found.attentions) == len(list(model.attention_layers())) > 0
-    assert all(weight.shape == (1, 4, EXACT, EXACT) for weight in found.attentions)
+        out = model(x, output_hidden_states=True, output_attentions=True, **also)
+    torch.testing.assert_close(out.hidden_states, expected.hidden_states, atol=5e-5, rtol=0)
+    assert len(out.attentions) == len(list(model.attention_layers())) > 0
+    assert all(weight.shape == (1, 4, EXACT, EXACT) for weight in out.attentions)
     if also:
-        torch.testing.assert_close(found.router_logits, expected.router_logits, atol=5e-5, rtol=0)
+        torch.testing.assert_close(out.router_logits, expected.router_logits, atol=5e-5, rtol=0)

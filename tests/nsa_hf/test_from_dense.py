@@ -19,15 +19,15 @@ def test_the_same_as_a_conversion_on_disk(model_type, branch_kv, tmp_path):
     dense.save_pretrained(tmp_path / "dense")
     convert(tmp_path / "dense", tmp_path / "nsa", branch_kv=branch_kv, seed=5, **SIZES)
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "nsa")
-    made = type(written).from_dense(tmp_path / "dense", branch_kv=branch_kv, seed=5, **SIZES)
-    assert type(made) is type(written) and not made.training and made.config.to_dict().keys() >= SIZES.keys()
-    assert made.state_dict().keys() == written.state_dict().keys()
-    assert all(torch.equal(value, written.state_dict()[name]) for name, value in made.state_dict().items())
+    model = type(written).from_dense(tmp_path / "dense", branch_kv=branch_kv, seed=5, **SIZES)
+    assert type(model) is type(written) and not model.training and model.config.to_dict().keys() >= SIZES.keys()
+    assert model.state_dict().keys() == written.state_dict().keys()
+    assert all(torch.equal(value, written.state_dict()[name]) for name, value in model.state_dict().items())
     with torch.no_grad():
-        assert torch.equal(made(tokens()).logits, written(tokens()).logits)
-    made.train()(tokens(), labels=tokens()).loss.backward()
-    made.save_pretrained(tmp_path / "again")
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "again").lm_head.weight.shape == made.lm_head.weight.shape
+        assert torch.equal(model(tokens()).logits, written(tokens()).logits)
+    model.train()(tokens(), labels=tokens()).loss.backward()
+    model.save_pretrained(tmp_path / "again")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "again").lm_head.weight.shape == model.lm_head.weight.shape
 
 
 def test_a_model_that_is_given_keeps_its_own_parameters():

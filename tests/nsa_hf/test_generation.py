@@ -176,13 +176,13 @@ def test_several_rejected_drafts_are_cropped_at_once(prompt, assistant, tiny_nsa
     dropped: dict[NsaDynamicLayer, list[tuple[int, int]]] = {}
     crop = NsaDynamicLayer.crop
 
-    def held(layer: NsaDynamicLayer) -> torch.Tensor:
+    def lengths(layer: NsaDynamicLayer) -> torch.Tensor:
         return torch.tensor([layer.get_seq_length(), layer.compressed_keys.shape[1]])
 
     def spy(layer: NsaDynamicLayer, *args) -> None:
-        before = held(layer)
+        before = lengths(layer)
         crop(layer, *args)
-        dropped.setdefault(layer, []).append(tuple((before - held(layer)).tolist()))
+        dropped.setdefault(layer, []).append(tuple((before - lengths(layer)).tolist()))
 
     monkeypatch.setattr(NsaDynamicLayer, "crop", spy)
     options = {"max_new_tokens": 24, "attention_mask": torch.ones_like(x), **GREEDY}
@@ -231,16 +231,16 @@ def test_a_conversation_continues_from_its_cache(tiny_nsa_model):
 def test_a_conversation_of_two_padded_rows_continued_twice_equals_passes_without_a_cache(
     kind, prompt, starts, tiny_nsa_model
 ):
-    model, said = tiny_nsa_model(nsa_branch_kv="independent" if kind == "independent" else "shared"), tokens(2)
+    model, words = tiny_nsa_model(nsa_branch_kv="independent" if kind == "independent" else "shared"), tokens(2)
     cache = StaticCache(model.config, max_cache_len=LENGTH) if kind == "static" else DynamicCache()
-    text, written = said[:, :prompt], []
+    text, written = words[:, :prompt], []
     for turn in (12, 9, 0):
         mask = left_padded(text, starts)["attention_mask"]
         written.append(text.shape[1])
         text = model.generate(text, attention_mask=mask, **{CACHE: cache}, max_new_tokens=10, **GREEDY)
         # the last token's keys are not computed before the next turn
         assert int(cache.get_seq_length()) == text.shape[1] - 1
-        text = torch.cat([text, said[:, prompt : prompt + turn]], dim=1)
+        text = torch.cat([text, words[:, prompt : prompt + turn]], dim=1)
     for row, start in enumerate(starts):
         greedy = rescored(model, text[row : row + 1, start:], 1)[0]
         for first in written:

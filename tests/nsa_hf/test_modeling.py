@@ -41,8 +41,8 @@ def test_a_topk_that_covers_everything_is_dense_at_any_length(topk, tiny_nsa_mod
         assert len(selection) == 3 and all(blocks.shape[-1] <= 64 for blocks in selection.values())
         model(x, output_attentions=True)
         assert all(blocks.shape[-1] <= 64 for blocks in selection.values())
-        found = model.generate(x, max_new_tokens=3, do_sample=False)
-    assert torch.equal(found, dense.generate(x, max_new_tokens=3, do_sample=False))
+        generated = model.generate(x, max_new_tokens=3, do_sample=False)
+    assert torch.equal(generated, dense.generate(x, max_new_tokens=3, do_sample=False))
 
 
 def test_the_papers_sigmoid_is_not_exact(tiny_nsa_model):

@@ -93,10 +93,10 @@ def test_a_recomputation_runs_as_its_forward_did(family, between, reentrant):
         with backward(model):
             loss.backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    given = [name for name, gradient in gradients[0].items() if gradient is not None]
-    assert given == [name for name, gradient in gradients[1].items() if gradient is not None]
-    assert any(".nsa." in name for name in given) is (forward is not dense)
-    for name in given:
+    trained = [name for name, gradient in gradients[0].items() if gradient is not None]
+    assert trained == [name for name, gradient in gradients[1].items() if gradient is not None]
+    assert any(".nsa." in name for name in trained) is (forward is not dense)
+    for name in trained:
         torch.testing.assert_close(gradients[1][name], gradients[0][name])
 
 
@@ -108,8 +108,8 @@ def test_other_threads_run_as_they_would(branch_kv):
     text = model.generate(x, max_new_tokens=4, do_sample=False)
     with model.dense_attention(), model.record_selection() as record:
         assert torch.equal(in_a_thread(logits, model, x), sparse) and not record
-        made = in_a_thread(lambda: model.generate(x, max_new_tokens=4, do_sample=False))
-        assert torch.equal(made, text)
+        generated = in_a_thread(lambda: model.generate(x, max_new_tokens=4, do_sample=False))
+        assert torch.equal(generated, text)
         assert torch.equal(in_a_thread(dense_logits, model, x), dense), "a context of its own"
         assert torch.equal(logits(model, x), dense), "it ended in the other thread only"
 

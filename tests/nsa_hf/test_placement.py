@@ -42,33 +42,33 @@ def tensors_in(value) -> list[torch.Tensor]:
 @pytest.mark.parametrize("inputs", ["padded", "packed", "static"])
 def test_a_layer_on_another_device_is_given_all_of_it_there(inputs, tiny_nsa_model):
     model, x = tiny_nsa_model(), tokens(2)
-    given = left_padded(x, [0, 37])
+    inputs = left_padded(x, [0, 37])
     if inputs == "packed":
-        x, given = x[:1], {"cu_seq_lens_q": torch.tensor([0, 60, 150])}
+        x, inputs = x[:1], {"cu_seq_lens_q": torch.tensor([0, 60, 150])}
     if inputs == "static":
-        given[CACHE] = StaticCache(model.config, max_cache_len=160)
+        inputs[CACHE] = StaticCache(model.config, max_cache_len=160)
     hook = SequentialHook(AlignDevicesHook("meta"), Stop())
     add_hook_to_module(model.model.layers[1], hook)
     with torch.no_grad(), pytest.raises(Arrived) as arrived:
-        model(x, **given)
+        model(x, **inputs)
     args, kwargs = arrived.value.args
-    found = tensors_in([args, kwargs])
+    arrived_tensors = tensors_in([args, kwargs])
     assert len(tensors_in(kwargs["nsa_segments"])) == (2 if inputs == "static" else 1)
-    assert len(found) > 3 and all(tensor.is_meta for tensor in found)
+    assert len(arrived_tensors) > 3 and all(tensor.is_meta for tensor in arrived_tensors)
 
 
 @pytest.mark.parametrize("options", [{}, {"nsa_branch_kv": "independent"}])
 def test_layers_kept_on_disk(options, tiny_nsa_model, tmp_path):
     model, x = tiny_nsa_model(**options), tokens(2)
-    given = left_padded(x, [0, 37])
+    inputs = left_padded(x, [0, 37])
     with torch.no_grad():
-        expected = model(x, **given).logits
+        expected = model(x, **inputs).logits
         places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
         places |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
         model = dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
         assert model.model.layers[1].self_attn.nsa.gate.up.weight.is_meta
-        torch.testing.assert_close(model(x, **given).logits, expected)
-        torch.testing.assert_close(in_steps(model, x, [100, 1, 49], DynamicCache(), **given)[1, 37:], expected[1, 37:])
+        torch.testing.assert_close(model(x, **inputs).logits, expected)
+        torch.testing.assert_close(in_steps(model, x, [100, 1, 49], DynamicCache(), **inputs)[1, 37:], expected[1, 37:])
 
 
 def skipped_by_quantisers(model) -> list[str]:
@@ -91,8 +91,8 @@ def test_quantisers_leave_gates_and_compressors_alone(model_type, part):
         name for name, _ in model.named_parameters() if should_convert_module(name, skipped_by_quantisers(model))
     }
     assert weights and not any(".nsa." in name for name in weights), "torchao asks by the parameter's name"
-    own = set(getattr(define_family(model_type).dense.causal_lm, "_keep_in_fp32_modules", None) or [])
-    assert own < model._keep_in_fp32_modules
+    in_family = set(getattr(define_family(model_type).dense.causal_lm, "_keep_in_fp32_modules", None) or [])
+    assert in_family < model._keep_in_fp32_modules
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

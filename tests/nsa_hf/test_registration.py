@@ -60,9 +60,9 @@ assert transformers.NsaQwen3ForCausalLM is nsa_hf.NsaQwen3ForCausalLM
 def test_the_table_is_found_as_without_us() -> None:
     """Whoever only looks for it gets the file and a loader that can read it."""
     module = sys.modules[TABLE]
-    found = RegistersWhenImported().find_spec(TABLE, sys.modules["transformers.models.auto"].__path__)
-    assert found is not None and found.origin == module.__file__
-    assert type(found.loader) is type(module.__loader__)
+    spec = RegistersWhenImported().find_spec(TABLE, sys.modules["transformers.models.auto"].__path__)
+    assert spec is not None and spec.origin == module.__file__
+    assert type(spec.loader) is type(module.__loader__)
     assert module.__spec__.loader is module.__loader__
     assert RegistersWhenImported().find_spec("transformers.models.auto.modeling_auto") is None
     assert find_spec("nsa_hf.no_such_module") is None

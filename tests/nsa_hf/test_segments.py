@@ -21,8 +21,10 @@ def mask(*rows: str) -> torch.Tensor:
 
 
 def test_left_padding_gives_starts():
-    found = find_segments(3, 4, 0, attention_mask=mask("1111", "0011", "0110"))
-    assert found.starts.tolist() == [0, 2, 1] and found.starts.dtype == torch.int32 and found.cu_seqlens is None
+    segments = find_segments(3, 4, 0, attention_mask=mask("1111", "0011", "0110"))
+    assert (
+        segments.starts.tolist() == [0, 2, 1] and segments.starts.dtype == torch.int32 and segments.cu_seqlens is None
+    )
 
 
 def test_full_and_right_padded_rows_need_nothing():
@@ -53,25 +55,25 @@ def test_refused_masks(given, message):
 
 
 def test_position_ids_that_restart_are_documents():
-    found = find_segments(1, 6, 0, position_ids=torch.tensor([[0, 1, 2, 0, 0, 1]]))
-    assert found.borders == (0, 3, 4, 6) and found.cu_seqlens.tolist() == [0, 3, 4, 6]
-    assert found.cu_seqlens.dtype == torch.int32 and found.starts is None
+    segments = find_segments(1, 6, 0, position_ids=torch.tensor([[0, 1, 2, 0, 0, 1]]))
+    assert segments.borders == (0, 3, 4, 6) and segments.cu_seqlens.tolist() == [0, 3, 4, 6]
+    assert segments.cu_seqlens.dtype == torch.int32 and segments.starts is None
 
 
 def test_position_ids_mean_packing_only_without_a_mask():
     positions = torch.tensor([[0, 0, 0, 1]])
-    found = find_segments(1, 4, 0, position_ids=positions, attention_mask=mask("0011"))
-    assert found.cu_seqlens is None and found.starts.tolist() == [2]
+    segments = find_segments(1, 4, 0, position_ids=positions, attention_mask=mask("0011"))
+    assert segments.cu_seqlens is None and segments.starts.tolist() == [2]
     assert find_segments(1, 4, 0, position_ids=torch.arange(4)[None]).cu_seqlens is None
     assert find_segments(1, 1, 9, position_ids=torch.tensor([[9]])).cu_seqlens is None
 
 
 def test_explicit_borders_come_first():
     borders = torch.tensor([0, 2, 4])
-    found = find_segments(
+    segments = find_segments(
         1, 4, 0, cu_seq_lens_q=borders, cu_seq_lens_k=borders.clone(), position_ids=torch.arange(4)[None]
     )
-    assert found.borders == (0, 2, 4)
+    assert segments.borders == (0, 2, 4)
     assert find_segments(1, 4, 0, cu_seq_lens_q=torch.tensor([0, 4])).cu_seqlens is None
 
 
@@ -96,11 +98,11 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("past", [3, torch.tensor(3)])
 def test_a_static_cache_is_filled_so_far(past):
-    found = static_segments(2, 1, past, 9, CPU)
-    assert found.lengths.tolist() == [4, 4] and found.lengths.dtype == torch.int32 and found.starts is None
+    segments = static_segments(2, 1, past, 9, CPU)
+    assert segments.lengths.tolist() == [4, 4] and segments.lengths.dtype == torch.int32 and segments.starts is None
     for given in (mask("1111", "0011"), mask("111100000", "001100000")):
-        found = static_segments(2, 1, past, 9, CPU, attention_mask=given)
-        assert found.lengths.tolist() == [4, 4] and found.starts.tolist() == [0, 2]
+        segments = static_segments(2, 1, past, 9, CPU, attention_mask=given)
+        assert segments.lengths.tolist() == [4, 4] and segments.starts.tolist() == [0, 2]
 
 
 def test_a_row_of_a_static_cache_without_tokens_starts_behind_its_end():
@@ -148,13 +150,13 @@ def assert_rows(padded, alone, starts=STARTS) -> None:
 def test_padded_rows_without_position_ids(options, dense, tiny_nsa_model):
     """A trained compressor reads keys after RoPE: where a row starts must not be in them."""
     model, x = tiny_nsa_model(**options), tokens(3)
-    given = left_padded(x, STARTS)
+    padding = left_padded(x, STARTS)
     with torch.no_grad(), model.dense_attention() if dense else nullcontext():
         alone = rows_alone(model, x)
-        assert_rows(model(x, attention_mask=given["attention_mask"]).logits, alone)
+        assert_rows(model(x, attention_mask=padding["attention_mask"]).logits, alone)
         embeds = model.get_input_embeddings()(x)
-        assert_rows(model(inputs_embeds=embeds, attention_mask=given["attention_mask"]).logits, alone)
-        hidden = [model.model(x, **more)[0] for more in (given, {**given, "position_ids": None})]
+        assert_rows(model(inputs_embeds=embeds, attention_mask=padding["attention_mask"]).logits, alone)
+        hidden = [model.model(x, **more)[0] for more in (padding, {**padding, "position_ids": None})]
     assert torch.equal(*hidden), "as with the position ids that the rows have"
 
 
@@ -204,12 +206,12 @@ def test_a_loop_of_ones_own_without_position_ids(steps, kind, dense, tiny_nsa_mo
 
 def test_a_cache_filled_dense_has_the_rows_own_positions(tiny_nsa_model):
     model, x = tiny_nsa_model(), tokens(3)
-    given = left_padded(x, STARTS)
+    padding = left_padded(x, STARTS)
     caches = []
-    for more in ({}, {"position_ids": given["position_ids"]}):
+    for more in ({}, {"position_ids": padding["position_ids"]}):
         caches.append(DynamicCache())
         with torch.no_grad(), model.dense_attention():
-            model(x, attention_mask=given["attention_mask"], **{CACHE: caches[-1]}, **more)
+            model(x, attention_mask=padding["attention_mask"], **{CACHE: caches[-1]}, **more)
     assert torch.equal(*(cache.layers[1].keys for cache in caches))
 
 
@@ -256,8 +258,8 @@ def test_positions_count_from_the_first_real_token():
     assert step.position_ids(1).tolist() == [[1], [3]]
     assert find_segments(1, 5, 0, cu_seq_lens_q=torch.tensor([0, 2, 5])).position_ids(5).tolist() == [[0, 1, 0, 1, 2]]
     for past in (3, torch.tensor(3)):
-        found = static_segments(2, 1, past, 9, CPU, attention_mask=mask("001100000", "111100000"))
-        assert found.position_ids(1).tolist() == [[1], [3]] and found.position_ids(1).dtype == torch.int64
+        segments = static_segments(2, 1, past, 9, CPU, attention_mask=mask("001100000", "111100000"))
+        assert segments.position_ids(1).tolist() == [[1], [3]] and segments.position_ids(1).dtype == torch.int64
 
 
 def test_positions_of_four_dimensions_have_the_texts_first():
@@ -272,9 +274,9 @@ def test_positions_of_four_dimensions_have_the_texts_first():
 
 def test_segments_move_as_tensors_do():
     """Accelerate's hooks move what a layer is given by its `to`."""
-    found = static_segments(2, 1, 3, 9, CPU, attention_mask=mask("0011", "1111"))
-    moved = send_to_device({"nsa_segments": found}, "meta", non_blocking=True)["nsa_segments"]
+    segments = static_segments(2, 1, 3, 9, CPU, attention_mask=mask("0011", "1111"))
+    moved = send_to_device({"nsa_segments": segments}, "meta", non_blocking=True)["nsa_segments"]
     assert moved.starts.is_meta and moved.lengths.is_meta and moved.cu_seqlens is None
     packed = find_segments(1, 5, 0, cu_seq_lens_q=torch.tensor([0, 2, 5]))
     assert packed.to("meta").cu_seqlens.is_meta and packed.to("meta").borders == packed.borders
-    assert found.to("cpu").starts is found.starts
+    assert segments.to("cpu").starts is segments.starts

@@ -97,7 +97,7 @@ def steps_of(rank: int, meeting: Path) -> list[dict[str, Tensor]]:
     torch.set_num_threads(1)
     minute = timedelta(seconds=60)
     torch.distributed.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=2, timeout=minute)
-    found = []
+    gradients = []
     for branches, checkpointing in WAYS:
         torch.manual_seed(0)
         dense = tiny_dense_model(num_hidden_layers=1).config
@@ -111,8 +111,8 @@ def steps_of(rank: int, meeting: Path) -> list[dict[str, Tensor]]:
         for _ in range(2):
             model.zero_grad()
             parallel(input_ids=x, labels=x).loss.backward()
-        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    return found
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    return gradients
 
 
 def test_two_processes_one_of_which_reads_short_texts(tmp_path) -> None:

@@ -81,8 +81,8 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for made in out if isinstance(out, tuple) else (out,):
-            self.most = max(self.most, made.numel() if isinstance(made, torch.Tensor) else 0)
+        for output in out if isinstance(out, tuple) else (out,):
+            self.most = max(self.most, output.numel() if isinstance(output, torch.Tensor) else 0)
         return out
 
 
@@ -260,15 +260,15 @@ def test_attentions_of_every_layer(kind, dense_mode):
     x = tokens(2, 60)
     mask = torch.ones_like(x)
     mask[1, :17] = 0
-    steps, found = [(0, 60)] if kind is None else [(0, 15), (15, 40), *((i, i + 1) for i in range(40, 60))], []
+    steps, pairs = [(0, 60)] if kind is None else [(0, 15), (15, 40), *((i, i + 1) for i in range(40, 60))], []
     for one in (model, dense):
         with torch.no_grad(), one.dense_attention() if dense_mode and one is model else nullcontext():
             cache = CACHES[kind](one.config)
-            given, seen = {CACHE: cache, "use_cache": kind is not None, "output_attentions": True}, []
+            options, seen = {CACHE: cache, "use_cache": kind is not None, "output_attentions": True}, []
             for start, stop in steps:
-                seen.append(one(x[:, start:stop], attention_mask=mask[:, :stop], **given).attentions)
-        found.append(seen)
-    for (start, _), got, expected in zip(steps, *found, strict=True):
+                seen.append(one(x[:, start:stop], attention_mask=mask[:, :stop], **options).attentions)
+        pairs.append(seen)
+    for (start, _), got, expected in zip(steps, *pairs, strict=True):
         assert [weights.shape for weights in got] == [weights.shape for weights in expected]
         for ours, theirs in zip(got, expected, strict=True):
             torch.testing.assert_close(ours.sum(-1)[0], torch.ones(ours.shape[1:3]))

@@ -22,10 +22,10 @@ SIZE, STRIDE, HEADS, DIM, ROOM = 8, 4, 2, 6, 57
 @pytest.fixture
 def compressors():
     torch.manual_seed(0)
-    made = [build_compressor("mlp", SIZE, DIM, 5) for _ in range(2)]
-    for compressor in made:
+    parts = [build_compressor("mlp", SIZE, DIM, 5) for _ in range(2)]
+    for compressor in parts:
         torch.nn.init.normal_(compressor.down.weight)
-    return [compressor.requires_grad_(False) for compressor in made]
+    return [compressor.requires_grad_(False) for compressor in parts]
 
 
 def filled(layer: NsaStaticLayer, compressors, steps, starts=None, batch: int = 2) -> NsaStaticLayer:
@@ -37,13 +37,13 @@ def filled(layer: NsaStaticLayer, compressors, steps, starts=None, batch: int = 
 
 def assert_entries_of_one_pass(layer: NsaStaticLayer, compressors, starts=None) -> None:
     length = int(layer.get_seq_length())
-    held = ((layer.keys, layer.compressed_keys), (layer.values, layer.compressed_values))
-    for (states, entries), compressor in zip(held, compressors, strict=True):
+    pairs = ((layer.keys, layer.compressed_keys), (layer.values, layer.compressed_values))
+    for (states, entries), compressor in zip(pairs, compressors, strict=True):
         bounds = None if starts is None else starts.clamp(max=length)
         expected = compress(states[:, :, :length].transpose(1, 2), compressor, STRIDE, starts=bounds)
         for row in range(states.shape[0]):
-            own = n_blocks(length - (0 if starts is None else int(starts[row])), SIZE, STRIDE)
-            torch.testing.assert_close(entries[row, :own], expected[row, :own])
+            complete = n_blocks(length - (0 if starts is None else int(starts[row])), SIZE, STRIDE)
+            torch.testing.assert_close(entries[row, :complete], expected[row, :complete])
 
 
 def addresses(*layers) -> list[tuple[int, torch.Size]]:
@@ -74,10 +74,10 @@ def test_extended_by_any_steps_equals_one_pass(steps, starts, compressors):
 
 
 def test_a_step_compresses_only_what_it_may_complete(compressors):
-    layer, given = NsaStaticLayer(ROOM, SIZE, STRIDE), []
-    compressors[0].register_forward_hook(lambda module, args, output: given.append(args[0].shape[1]))
+    layer, places = NsaStaticLayer(ROOM, SIZE, STRIDE), []
+    compressors[0].register_forward_hook(lambda module, args, output: places.append(args[0].shape[1]))
     filled(layer, compressors, [20, 1, 5, 1])
-    assert given == [5, 1, 2, 1]
+    assert places == [5, 1, 2, 1]
 
 
 def test_a_cache_without_room_for_a_block_has_no_entries(compressors):
@@ -222,9 +222,9 @@ def test_the_decoding_step_is_one_graph_for_all_steps(padded, tiny_nsa_model):
         logits = [model(x[:, :90], mask[:, :90], **{CACHE: cache}, position_ids=inputs["position_ids"][:, :90])]
         where = addresses(*cache.layers)
         for place in range(90, 140):
-            given = {"attention_mask": FixedShape(mask)[:, : place + 1]} if padded else {}
+            padding = {"attention_mask": FixedShape(mask)[:, : place + 1]} if padded else {}
             now = inputs["position_ids"][:, place : place + 1]
-            logits.append(step(x[:, place : place + 1], position_ids=now, **{CACHE: cache}, **given))
+            logits.append(step(x[:, place : place + 1], position_ids=now, **{CACHE: cache}, **padding))
         stepped = torch.cat([out.logits for out in logits], dim=1)
         for row, start in enumerate(starts):
             assert relative(stepped[row, start:], model(x[row : row + 1, start:140]).logits[0]) < 1e-5
@@ -242,8 +242,8 @@ def test_generate_gives_the_tokens_of_the_dynamic_cache(options, padded, tiny_ns
     out = []
     for kind in ("static", None):
         torch.manual_seed(0)
-        given = {**GREEDY, "max_new_tokens": 16, "cache_implementation": kind, **options}
-        out.append(model.generate(x, attention_mask=mask, **given))
+        generation = {**GREEDY, "max_new_tokens": 16, "cache_implementation": kind, **options}
+        out.append(model.generate(x, attention_mask=mask, **generation))
     assert torch.equal(out[0], out[1])
 
 

@@ -59,16 +59,16 @@ def gradients(model: nsa_hf.NsaLlamaForCausalLM, x: Tensor) -> dict[str, Tensor]
 def largest_difference(run: Callable[..., dict[str, Tensor]], device: str) -> float:
     """Of the kernels' results from the reference's, as a part of each result's norm."""
     x = torch.randint(3, 256, (2, TOKENS), generator=torch.Generator().manual_seed(3)).to(device)
-    found = []
+    runs = []
     for backend in ("reference", "triton"):
         nsa_hf.attention.IMPLEMENTATIONS["nsa"] = backend
         try:
             with torch.no_grad():
-                found.append(run(tiny_sparse_model(device), x))
+                runs.append(run(tiny_sparse_model(device), x))
         finally:
             nsa_hf.attention.IMPLEMENTATIONS["nsa"] = "auto"
     differences = [
-        (mine - truth).norm() / truth.norm() for truth, mine in zip(*(f.values() for f in found), strict=True)
+        (mine - truth).norm() / truth.norm() for truth, mine in zip(*(f.values() for f in runs), strict=True)
     ]
     return float(torch.stack(differences).max())
 
@@ -99,13 +99,13 @@ def test_generation_on_a_gpu_is_that_on_the_cpu() -> None:
     # "static" is compiled by Transformers, into CUDA graphs
     for kind in (None, "static", "offloaded"):
         model = tiny_sparse_model("cuda")
-        found = model.generate(x.cuda(), attention_mask=mask.cuda(), cache_implementation=kind, **options)
-        assert torch.equal(found.cpu(), expected), kind
-    own = [tiny_sparse_model(device, nsa_branch_kv="independent") for device in ("cpu", "cuda")]
-    expected = own[0].generate(x, attention_mask=mask, **options)
+        generated = model.generate(x.cuda(), attention_mask=mask.cuda(), cache_implementation=kind, **options)
+        assert torch.equal(generated.cpu(), expected), kind
+    independent = [tiny_sparse_model(device, nsa_branch_kv="independent") for device in ("cpu", "cuda")]
+    expected = independent[0].generate(x, attention_mask=mask, **options)
     for kind in (None, "offloaded"):
-        found = own[1].generate(x.cuda(), attention_mask=mask.cuda(), cache_implementation=kind, **options)
-        assert torch.equal(found.cpu(), expected), kind
+        generated = independent[1].generate(x.cuda(), attention_mask=mask.cuda(), cache_implementation=kind, **options)
+        assert torch.equal(generated.cpu(), expected), kind
 
 
 @pytest.mark.gpu
@@ -120,12 +120,12 @@ def test_a_static_decoding_step_waits_for_nothing(padding: int | None) -> None:
         mask = (torch.arange(room, device="cuda") < 50).long().expand(2, room).contiguous()
         mask[1, :padding] = 0
     with torch.no_grad():
-        for held in (cache, eager):
-            model(x[:, :50], attention_mask=None if mask is None else mask[:, :50], **{CACHE: held})
+        for filled in (cache, eager):
+            model(x[:, :50], attention_mask=None if mask is None else mask[:, :50], **{CACHE: filled})
         token, position = x[:, 50:51].clone(), torch.full((2, 1), 50, device="cuda")
 
-        def step(held: Cache) -> Tensor:
-            return model(token, attention_mask=mask, position_ids=position, **{CACHE: held}).logits
+        def step(filled: Cache) -> Tensor:
+            return model(token, attention_mask=mask, position_ids=position, **{CACHE: filled}).logits
 
         def move_to(place: int) -> None:
             token.copy_(x[:, place : place + 1])

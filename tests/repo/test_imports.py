@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -52,8 +52,12 @@ def source_files() -> Iterator[tuple[str, Path]]:
             yield ".".join((package, *names)).removesuffix(".__init__"), path
 
 
-def imports(source: str, module: str, is_package: bool) -> Iterator[tuple[str, int]]:
-    """What a module's source imports, as absolute names, and in which line; `import_module("x")` counts."""
+def imports(source: str, module: str, is_package: bool, modules: Collection[str] = ARROWS) -> Iterator[tuple[str, int]]:
+    """What a module's source imports, as absolute names, and in which line; `import_module("x")` counts.
+
+    Args:
+        modules: names that `from package import name` imports as modules of their own; others are the package's.
+    """
     package = module if is_package else module.rpartition(".")[0]
 
     def absolute(name: str, level: int) -> str:
@@ -67,7 +71,7 @@ def imports(source: str, module: str, is_package: bool) -> Iterator[tuple[str, i
             base = absolute(node.module or "", node.level)
             # `from nsa_hf import conversion` imports nsa_hf.conversion, `from nsa_hf import config` does not.
             for name in (f"{base}.{alias.name}" for alias in node.names):
-                yield name if name in ARROWS else base, node.lineno
+                yield name if name in modules else base, node.lineno
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
             if node.args and isinstance(node.args[0], ast.Constant):
                 name = str(node.args[0].value)
@@ -139,6 +143,58 @@ def test_the_lazy_reexport_is_the_one_exception() -> None:
     assert wrong_imports("nsa_hf", lazy, is_package=True) == []
     assert len(wrong_imports("nsa_hf", lazy.replace("__getattr__", "convert"), is_package=True)) == 1
     assert len(wrong_imports("nsa_hf.config", lazy, is_package=False)) == 1
+
+
+def import_graph(files: dict[str, tuple[str, bool]]) -> dict[str, set[str]]:
+    """Which modules of the package each one imports, anywhere in its source; a package stands for its `__init__`.
+
+    Args:
+        files: dotted name to source, and whether it is a package.
+    """
+    graph: dict[str, set[str]] = {}
+    for module, (source, is_package) in files.items():
+        # nsa_hf.convert, lazily, is the one import against the arrows
+        names = {name for name, _ in imports(source, module, is_package, files.keys())}
+        graph[module] = {name for name in names if name in files and name != module}
+        if module == "nsa_hf":
+            graph[module].discard(CONVERSION)
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The modules that import each other, directly or through others: one list for each such set."""
+
+    def reached_from(start: str) -> set[str]:
+        reached: set[str] = set()
+        new = {start}
+        while new:
+            new = set().union(*(graph[module] for module in new)) - reached
+            reached |= new
+        return reached
+
+    reached = {module: reached_from(module) for module in graph}
+    sets = {frozenset(other for other in reached[module] if module in reached[other]) for module in graph}
+    return sorted(sorted(one) for one in sets if one)
+
+
+def test_no_modules_import_each_other() -> None:
+    """Imports inside functions count: they only put a circle off."""
+    files = {name: (path.read_text(encoding="utf-8"), path.name == "__init__.py") for name, path in source_files()}
+    assert circles(import_graph(files)) == []
+
+
+def test_a_circle_is_seen() -> None:
+    files = {
+        "nsa_hf": ("def __getattr__(name):\n    from nsa_hf.conversion import convert", True),
+        "nsa_hf.conversion": ("from nsa_hf import errors", True),
+        "nsa_hf.errors": ("", False),
+        "nsa_hf.families": ("from .modeling import NsaModelMixin", False),
+        "nsa_hf.modeling": ("def from_dense():\n    from . import from_dense", False),
+        "nsa_hf.from_dense": ("import importlib\nimportlib.import_module('.families', 'nsa_hf')", False),
+    }
+    assert circles(import_graph(files)) == [["nsa_hf.families", "nsa_hf.from_dense", "nsa_hf.modeling"]]
+    files["nsa_hf.modeling"] = ("", False)
+    assert circles(import_graph(files)) == []
 
 
 def test_everything_imported_is_declared() -> None:
