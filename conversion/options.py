@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from nsa_hf.errors import NsaError
 from nsa_hf.families import nsa_config_from_dense
-from nsa_hf.fields import NSA_FIELDS, full_name
+from nsa_hf.fields import FOUND_FIELDS, NSA_FIELDS, full_name
 
 from .rope import parse_rope_scaling, scaled_config
 
@@ -61,8 +61,8 @@ def nsa_options(options: Mapping[str, Any]) -> dict[str, Any]:
             named |= {option: parse_rope_scaling(value)} if value is not None else {}
             continue
         name = full_name(option)
-        if name not in NSA_FIELDS or name == "nsa_format":
-            choices = [field.removeprefix("nsa_") for field in NSA_FIELDS if field != "nsa_format"]
+        if name not in NSA_FIELDS or name in FOUND_FIELDS:
+            choices = [field.removeprefix("nsa_") for field in NSA_FIELDS if field not in FOUND_FIELDS]
             near = get_close_matches(name.removeprefix("nsa_"), choices, n=1)
             advice = f"did you mean {near[0]}?" if near else f"choose among {', '.join(choices)}"
             raise NsaError(f"unknown option {option!r}: {advice}")

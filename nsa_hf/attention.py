@@ -63,7 +63,7 @@ def gate_values(logits: Tensor, kind: str, blend: float) -> Tensor:
 
 
 class NsaModules(nn.Module):
-    """The modules that a sparse layer adds to its family's: `compress_k`, `compress_v` and `gate`.
+    """The modules that a sparse layer adds to its family's: `gate`, and `compress_k` and `compress_v` or None.
 
     With independent keys and values also `compressed` and `window`: see branches.py.
     """
@@ -71,8 +71,8 @@ class NsaModules(nn.Module):
     def __init__(self, config: NsaConfigMixin, heads: int, head_dim: int, value_dim: int):
         super().__init__()
         kind, size, width = config.nsa_compression, config.nsa_kernel_size, config.nsa_compression_dim
-        self.compress_k = build_compressor(kind, size, head_dim, width)
-        self.compress_v = build_compressor(kind, size, value_dim, width)
+        self.compress_k = None if kind == "none" else build_compressor(kind, size, head_dim, width)
+        self.compress_v = None if kind == "none" else build_compressor(kind, size, value_dim, width)
         self.gate = Gate(config.hidden_size, config.nsa_gate_dim, heads)  # type: ignore[attr-defined]
 
 
@@ -88,6 +88,7 @@ class NsaAttentionMixin:
         masks_slide: whether the family's decoder makes masks of a sliding window.
         window: the layer's own sliding window in tokens, or None for full attention.
         nsa: the new modules, or None in a layer that stays dense.
+        index_channels: runs `[first, end)` of the channels by which blocks are chosen; empty: by compressed keys.
     """
 
     layer_idx: int
@@ -113,8 +114,12 @@ class NsaAttentionMixin:
             self, self.call_arguments, config, getattr(self, "layer_idx", None), self.masks_slide
         )
         self.nsa: NsaModules | None = None
+        self.index_channels: list[tuple[int, int]] = []
         if config.is_nsa_layer(self.layer_idx):
             self.nsa = NsaModules(config, *head_sizes(self, config))
+            if config.nsa_selector == "channels":
+                assert config.nsa_selector_channels is not None
+                self.index_channels = runs_of(config.nsa_selector_channels[self.layer_idx])
             for branch in BRANCHES if config.nsa_branch_kv == "independent" else ():
                 setattr(self.nsa, branch, branch_modules(self))
                 attention_of_branch(self, branch)  # made now: a compiled forward cannot make it
@@ -223,7 +228,7 @@ def nsa_attention_forward(
         return dense_attention(module, query, key, value, scaling, dropout, segments), weights
     if dropout:
         raise NsaError(f"sparse attention has no attention dropout, got {dropout}: set config.attention_dropout = 0")
-    if entries is None:
+    if entries is None and nsa.compress_k is not None:
         entries = compressed_entries(module, compressed, value.dtype, segments)
     gates = gate_values(nsa.gate(nsa_hidden_states), module.model_config.nsa_gate, mode.gate_blend)
     return sparse_attention(module, query, key, value, scaling, entries, window, gates, segments, mode)
@@ -255,6 +260,9 @@ def extend_cache_layer(
         return None, window
     nsa, config = module.nsa, module.model_config
     assert nsa is not None
+    if nsa.compress_k is None or nsa.compress_v is None:
+        cache_layer.note_starts(segments.starts)
+        return None, window
     compressors = (nsa.compress_k, nsa.compress_v)
     entries = cache_layer.extend(*compressed, *compressors, config.nsa_kernel_stride, segments.starts)
     if window is not None:
@@ -266,7 +274,8 @@ def compressed_entries(
     module: NsaAttentionMixin, compressed: tuple[Tensor, Tensor], dtype: torch.dtype, segments: Segments
 ) -> list[Tensor]:
     """Compressed keys and values `[B, N, Hk, D]` of key and value `[B, Hk, S, D]`, where no cache holds them."""
-    assert module.nsa is not None
+    nsa = module.nsa
+    assert nsa is not None and nsa.compress_k is not None and nsa.compress_v is not None
     stride = module.model_config.nsa_kernel_stride
     return [
         compress(
@@ -276,7 +285,7 @@ def compressed_entries(
             starts=segments.starts,
             cu_seqlens=segments.cu_seqlens,
         )
-        for states, compressor in zip(compressed, (module.nsa.compress_k, module.nsa.compress_v), strict=True)
+        for states, compressor in zip(compressed, (nsa.compress_k, nsa.compress_v), strict=True)
     ]
 
 
@@ -286,7 +295,7 @@ def sparse_attention(
     key: Tensor,
     value: Tensor,
     scaling: float | None,
-    entries: Sequence[Tensor],
+    entries: Sequence[Tensor] | None,
     window: tuple[Tensor, Tensor] | None,
     gates: Tensor,
     segments: Segments,
@@ -296,7 +305,7 @@ def sparse_attention(
 
     Args:
         query, key, value: `[B, H, T or S, D]`.
-        entries: compressed keys and values, `[B, N, Hk, D]`.
+        entries: compressed keys and values, `[B, N, Hk, D]`; None where there is no compressed branch.
         window: key and value of the window branch, `[B, Hk, Sw, D]`; None where it shares the selected branch's.
         gates: `[B, T, Hq, 3]`.
 
@@ -304,11 +313,15 @@ def sparse_attention(
         `[B, T, Hq, Dv]`, and the selected branch's weights `[B, Hq, T, S]` where the mode asks for them.
     """
     k_win, v_win = (None, None) if window is None else (x.to(value.dtype).transpose(1, 2) for x in window)
-    inputs = (*(x.transpose(1, 2) for x in (query, key, value)), *(x.to(value.dtype) for x in entries), gates)
+    compressed = (None, None) if entries is None else (x.to(value.dtype) for x in entries)
+    inputs = (*(x.transpose(1, 2) for x in (query, key, value)), *compressed, gates)
     # so the selection, which is always made, is no wider than the text needs
     sizes = mode.sizes.within(key.shape[2])
     places: dict[str, Any] = {"starts": segments.starts, "lengths": segments.lengths, "cu_seqlens": segments.cu_seqlens}
     places |= {"k_win": k_win, "v_win": v_win}
+    if module.index_channels:
+        index = (torch.cat([x[..., a:b] for a, b in module.index_channels], dim=-1) for x in (query, key))
+        places |= dict(zip(("q_index", "k_index"), (x.detach().transpose(1, 2) for x in index), strict=True))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     weights = None
     if mode.weights:
@@ -319,6 +332,17 @@ def sparse_attention(
     if mode.recorded is not None:
         mode.recorded.selections[module.layer_idx] = selection
     return out, weights
+
+
+def runs_of(channels: list[int]) -> list[tuple[int, int]]:
+    """Ascending numbers as runs `[first, end)`."""
+    runs: list[tuple[int, int]] = []
+    for channel in channels:
+        if runs and runs[-1][1] == channel:
+            runs[-1] = (runs[-1][0], channel + 1)
+        else:
+            runs.append((channel, channel + 1))
+    return runs
 
 
 def same_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

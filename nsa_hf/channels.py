@@ -38,7 +38,7 @@ NEAR, FAR = 1, 64
 NOTHING = 1e-6
 
 
-def slowest_channels(config: PreTrainedConfig, count: int) -> list[list[int]]:
+def slowest_channels(config: PreTrainedConfig, count: int | None) -> list[list[int]]:
     """The channels of each layer's heads that RoPE turns slowest, ascending.
 
     Channels that are not turned come first, then pairs of channels by their frequency, both of a pair, lower numbers
@@ -46,7 +46,7 @@ def slowest_channels(config: PreTrainedConfig, count: int) -> list[list[int]]:
 
     Args:
         config: of a dense model of a supported family.
-        count: how many channels, even where channels are turned in pairs.
+        count: how many channels; None: half of a head's.
 
     Returns:
         `count` channels for each layer, none for a layer without attention.
@@ -64,8 +64,11 @@ def slowest_channels(config: PreTrainedConfig, count: int) -> list[list[int]]:
     return [slowest_of(*rotations[layer], count) if layer in rotations else [] for layer in layers]
 
 
-def slowest_of(near: Tensor, far: Tensor, count: int) -> list[int]:
+def slowest_of(near: Tensor, far: Tensor, count: int | None) -> list[int]:
     """The slowest channels of the rotations by NEAR and by FAR positions, `[D, D]` each."""
+    count = len(near) // 2 if count is None else count
+    if count > len(near):
+        raise NotPlain(f"a head has {len(near)} channels, and {count} of them were asked for")
     turns = [torch.atan2(off_diagonal(one).amax(1), one.diagonal()) for one in (near, far)]
     slow = turns[0] < 1 / FAR
     turn = torch.where(slow, turns[1] / FAR, turns[0])

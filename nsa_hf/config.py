@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from nsa_hf.kernels import Sizes
 
+from .channels import slowest_channels
 from .errors import NotPlain, NsaError
 from .fields import NSA_FIELDS, NSA_FORMAT, NsaFields
 from .remote_code import SavedConfig
@@ -37,6 +38,10 @@ class NsaConfigMixin(NsaFields, SavedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.check_nsa()
+        if self.nsa_selector == "channels" and self.nsa_selector_channels is None:
+            channels = slowest_channels(self.to_dense_config(), self.nsa_selector_dim)
+            self.nsa_selector_channels = channels
+            self.nsa_selector_dim = max(map(len, channels))
 
     @classmethod
     def from_dense_config(cls, dense_config: PreTrainedConfig, **nsa_fields: Any) -> Self:
@@ -107,6 +112,7 @@ class NsaConfigMixin(NsaFields, SavedConfig):
                 raise NsaError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
             if getattr(self, name) == NOT_YET.get(name):
                 raise NsaError(f"{name}={getattr(self, name)!r} is not supported yet: use {choices[0]!r}")
+        self.check_selector()
         for name in ("nsa_compression_dim", "nsa_gate_dim"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
@@ -114,6 +120,35 @@ class NsaConfigMixin(NsaFields, SavedConfig):
         if not isinstance(self.nsa_gate_blend, int | float) or not 0 <= self.nsa_gate_blend <= 1:
             raise NsaError(f"nsa_gate_blend must be between 0 and 1, got {self.nsa_gate_blend!r}")
         self.nsa_dense_layers = self.checked_layers(self.nsa_dense_layers or [])
+
+    def check_selector(self) -> None:
+        """Checks how blocks are scored.
+
+        Raises:
+            NsaError: a field breaks a rule.
+        """
+        if self.nsa_compression == "none":
+            for name, wanted in (("nsa_selector", "channels"), ("nsa_branch_kv", "shared")):
+                if getattr(self, name) != wanted:
+                    raise NsaError(
+                        f"nsa_compression='none' needs {name}={wanted!r}, got {getattr(self, name)!r}: "
+                        "choose another compression, or that"
+                    )
+        count, channels = self.nsa_selector_dim, self.nsa_selector_channels
+        if count is not None and not (isinstance(count, int) and 1 <= count <= 256):
+            raise NsaError(
+                f"nsa_selector_dim must be an int within 1 .. 256, or None for half of a head, got {count!r}"
+            )
+        if channels is not None:
+            layers = self.num_hidden_layers  # type: ignore[attr-defined]
+            good = isinstance(channels, list) and len(channels) == layers
+            if not good or not all(
+                isinstance(layer, list) and all(isinstance(one, int) and one >= 0 for one in layer)
+                for layer in channels
+            ):
+                raise NsaError(
+                    f"nsa_selector_channels must be a list of channels for each of {layers} layers, got {channels!r}"
+                )
 
     def check_kinds(self) -> None:
         """Checks that some layer can be made sparse, by the kinds of the layers.

@@ -12,7 +12,7 @@ from typing import Any
 from .registration import PREFIX
 
 # Written into configs; older formats load, newer ones are refused.
-NSA_FORMAT = 1
+NSA_FORMAT = 2
 
 
 def option(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
@@ -37,8 +37,20 @@ class NsaFields:
     nsa_init_blocks: int = option(1, "blocks at the start of the text that are always selected")
     nsa_local_blocks: int = option(2, "the query's own block and those just before it, always selected")
     nsa_window_size: int = option(512, "tokens of the sliding window, the query's own counted [w]")
+    nsa_selector: str = option(
+        "compressed",
+        "what scores blocks: compressed keys (compressed), or the channels that RoPE turns slowest (channels)",
+        ("compressed", "channels"),
+    )
+    nsa_selector_dim: int | None = option(None, "with nsa_selector=channels: how many; none is half of a head's")
+    nsa_selector_channels: list[list[int]] | None = option(
+        None, "with nsa_selector=channels: each layer's, found in the family's own attention if none are given"
+    )
     nsa_compression: str = option(
-        "mlp", "how a block becomes one key and one value: mean, linear or mlp", ("mean", "linear", "mlp")
+        "mlp",
+        "how a block becomes one key and one value: mean, linear or mlp; none is no compressed branch, with "
+        "nsa_selector=channels",
+        ("mean", "linear", "mlp", "none"),
     )
     nsa_compression_dim: int = option(128, "width of the compression MLP")
     nsa_rope_order: str = option("post", "keys are compressed after RoPE (post) or before (pre)", ("post", "pre"))
@@ -57,6 +69,8 @@ class NsaFields:
 
 
 NSA_FIELDS = {member.name: member for member in fields(NsaFields)}
+# Those that a conversion finds out itself.
+FOUND_FIELDS = ("nsa_format", "nsa_selector_channels")
 
 
 def full_name(option: str) -> str:

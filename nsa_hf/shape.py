@@ -30,6 +30,8 @@ FIELDS = (
     "num_local_experts",
     "n_routed_experts",
     "moe_intermediate_size",
+    "nsa_selector",
+    "nsa_selector_channels",
     "nsa_kernel_size",
     "nsa_compression",
     "nsa_compression_dim",

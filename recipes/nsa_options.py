@@ -8,14 +8,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
 from nsa_hf.errors import NsaError
-from nsa_hf.fields import NSA_FIELDS, NsaFields, full_name
+from nsa_hf.fields import FOUND_FIELDS, NSA_FIELDS, NsaFields, full_name
 
-NSA_OPTIONS = {name: member for name, member in NSA_FIELDS.items() if name != "nsa_format"}
+NSA_OPTIONS = {name: member for name, member in NSA_FIELDS.items() if name not in FOUND_FIELDS}
 ROPE_SCALING = typer.Option(
     "--rope-scaling",
     metavar="KIND:FACTOR",
@@ -45,7 +45,7 @@ def with_nsa_options(command: Callable[..., None]) -> Callable[..., None]:
         text = f"{field.metadata['help']} [default: {field.default}]"
         settings = typer.Option(long, long.replace("--nsa-", "--"), help=text, show_default=False)
         # a list is written as text: 0,1,-1 (see `parse_layers`)
-        kind = types[name] if types[name] in (int, float, str) else str
+        kind = next((kind for kind in (int, float, str) if kind in (types[name], *get_args(types[name]))), str)
         options.append(keyword(name, Annotated[kind | None, settings]))
     options.append(keyword("rope_scaling", Annotated[str | None, ROPE_SCALING]))
     options.append(keyword("options_file", Annotated[Path | None, OPTIONS_FILE]))

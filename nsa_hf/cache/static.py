@@ -87,6 +87,11 @@ class NsaStaticLayer(StaticLayer):
                 )
         return super().update(key_states, value_states, *args, **kwargs)
 
+    def note_starts(self, starts: Tensor | None) -> None:
+        """Keeps the rows' first real positions, int32 `[B]`, of a forward with this cache; None = 0."""
+        if not in_a_graph():
+            self.starts, self.knows_starts = starts, True
+
     def extend(
         self,
         keys: Tensor,
@@ -111,8 +116,7 @@ class NsaStaticLayer(StaticLayer):
         if self.compressed_keys.shape[2] != keys.shape[1]:
             # a family may repeat its heads behind the cache; this happens with the first tokens only
             self.allocate_compressed(keys, values)
-        if not in_a_graph():
-            self.starts, self.knows_starts = starts, True
+        self.note_starts(starts)
         entries = self.compressed_keys.shape[1]
         if entries == 0:
             return self.compressed_keys, self.compressed_values

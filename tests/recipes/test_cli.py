@@ -13,7 +13,7 @@ from tiny_runs import converted, write_texts
 
 import nsa_hf
 from nsa_hf.errors import NsaError
-from nsa_hf.fields import NSA_FIELDS
+from nsa_hf.fields import FOUND_FIELDS, NSA_FIELDS
 from nsa_hf.recipes.cli import main, run
 from nsa_hf.recipes.commands import app, convert, versions
 from nsa_hf.recipes.nsa_options import NSA_OPTIONS, options_of
@@ -79,7 +79,7 @@ def test_no_arguments_show_the_help(capsys):
 
 def test_nsa_options_are_the_configs_fields(tiny_nsa_model):
     config = tiny_nsa_model().config
-    assert set(NSA_OPTIONS) == set(NSA_FIELDS) - {"nsa_format"} <= set(config.to_dict())
+    assert set(NSA_OPTIONS) == set(NSA_FIELDS) - {*FOUND_FIELDS} <= set(config.to_dict())
     parameters = {parameter.name: parameter for parameter in COMMANDS["convert"].params}
     assert "counted [n] [default: 16]" in parameters["nsa_topk"].help
     types = {"nsa_topk": int, "nsa_gate_blend": float, "nsa_gate": str, "nsa_dense_layers": str}
