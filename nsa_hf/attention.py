@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from nsa_hf.kernels import ZeroLinear, build_compressor, compress, nsa_attention, reference_attention
+from nsa_hf.kernels import Placement, ZeroLinear, build_compressor, compress, nsa_attention, reference_attention
 
 from .branches import BRANCHES, KeysAndValues, branch_modules, stand_in
 from .cache.adopt import CACHE_LOST, check_in_step, nsa_cache_layer, nsa_window_layer
@@ -214,13 +214,14 @@ def nsa_attention_forward(
     # so the selection, which is always made, is no wider than the text needs
     sizes = nsa_mode.sizes.within(key.shape[2])
     places: dict[str, Any] = {"starts": starts, "lengths": lengths, "cu_seqlens": cu_seqlens}
-    places |= {"k_win": k_win, "v_win": v_win}
+    own_window = {"k_win": k_win, "v_win": v_win}
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
 
     if nsa_mode.weights:
-        out, selection, weights = reference_attention(*inputs, sizes=sizes, scale=scale, return_weights=True, **places)
+        options: dict[str, Any] = {"placement": Placement(**places), "return_weights": True, **own_window}
+        out, selection, weights = reference_attention(*inputs, sizes=sizes, scale=scale, **options)
     else:
-        options: dict[str, Any] = {**sizes.by_name(), **places}
+        options = {**sizes.by_name(), **places, **own_window}
         out, selection = nsa_attention(*inputs, scale=scale, return_selection=True, backend=nsa_mode.backend, **options)
     if nsa_mode.recorded is not None:
         nsa_mode.recorded.selections[module.layer_idx] = selection

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nsa_hf.kernels import MeanCompressor, Sizes, compress
+from nsa_hf.kernels import MeanCompressor, Placement, Sizes, compress
 
 from .common import Heads
 
@@ -67,10 +67,10 @@ class Stages:
         from nsa_hf.kernels.gpu.op import Saved, entries_of, forward_op
 
         self.x, self.scale = x, x.q.shape[-1] ** -0.5
-        numbers = list(SIZES.by_name().values())
+        numbers = SIZES.as_list()
         _, self.selection, *saved = forward_op(*x[:6], *(None,) * 5, numbers, self.scale)
         self.saved = Saved(*saved)
-        self.find_layout = lambda: find_layout(x.q, x.k, x.v, x.k.shape[1], SIZES, None, None, None)
+        self.find_layout = lambda: find_layout(x.q, x.k, x.v, x.k.shape[1], SIZES, Placement())
         largest = largest_part(x.q, x.v.shape[-1])
         self.layout = Layout.of(self.saved.queries, self.saved.parts, SIZES.block_size, largest, False)
         self.pieces = entries_of(x.q, x.k, x.v, SIZES, self.saved.parts.shape[-1])
@@ -81,12 +81,13 @@ class Stages:
         from nsa_hf.kernels.gpu.gather import gather_queries
         from nsa_hf.kernels.gpu.interval import interval_forward
         from nsa_hf.kernels.gpu.query_major import query_major_forward, takes_query_major
-        from nsa_hf.kernels.gpu.scores.compressed import select
+        from nsa_hf.kernels.gpu.scores.compressed import CompressedInputs, select_by_compressed
         from nsa_hf.kernels.gpu.selected import selected_forward
 
         x, saved, layout, pieces, scale = self.x, self.saved, self.layout, self.pieces, self.scale * LOG2E
         means = [(tensor, MeanCompressor(SIZES.kernel_size, tensor.shape[-1])) for tensor in (x.k, x.v)]
         cmp = (x.q, x.k_cmp, x.v_cmp, *layout.compressed, scale)
+        scored = CompressedInputs(x.q, x.k_cmp, saved.lse_cmp, x.k.shape[1], scale)
 
         def gathered() -> None:
             out, lse = interval_forward(x.q, x.k, x.v, *layout.local, scale)
@@ -101,7 +102,7 @@ class Stages:
             "compression": lambda: [compress(tensor, mean, SIZES.kernel_stride) for tensor, mean in means],
             "layout": self.find_layout,
             "attention": lambda: interval_forward(*cmp, long_runs=True),
-            "scores + top-k": lambda: select(x.q, x.k_cmp, saved.lse_cmp, layout, SIZES, x.k.shape[1], scale),
+            "scores + top-k": lambda: select_by_compressed(scored, layout, SIZES),
             "selection": query_major if takes_query_major(x.q, x.k) else gathered,
             "window": lambda: interval_forward(x.q, x.k, x.v, *layout.window, scale),
             "combination": lambda: combine(*saved[:3], x.gates, layout.relative),

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..placement import Placement
 from ..sizes import Sizes
 from .common import cdiv, largest_part, lower_bound, search_steps
 
@@ -138,10 +139,10 @@ def count_parts(keys: int, cu_seqlens: Tensor | None, block_size: int, largest: 
 
 
 def find_layout(
-    q: Tensor, k: Tensor, v: Tensor, window_keys: int, sizes: Sizes, cu_seqlens: Tensor | None, starts: Tensor | None,
-    lengths: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, window_keys: int, sizes: Sizes, placement: Placement
 ) -> tuple[Tensor, Tensor]:
     """The layout of `nsa_attention`'s arguments, for `Layout.of`: `[9, B, T]` and `[2, B, P]` int32."""
+    starts, lengths, cu_seqlens = placement.starts, placement.lengths, placement.cu_seqlens
     batch, tokens, keys, largest = *q.shape[:2], k.shape[1], largest_part(q, v.shape[-1])
     part, pieces = part_shape(sizes.block_size, largest)
     parts_count = count_parts(keys, cu_seqlens, sizes.block_size, largest)
