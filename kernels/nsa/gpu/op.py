@@ -26,14 +26,14 @@ from ..sizes import Sizes
 from .common import LOG2E, largest_part
 from .decode.op import decode_op, last_contiguous, takes_decode
 from .gates import combine, gate_gradient
-from .gather import Gather, Pieces, count_slots, gather_queries
+from .gather import Chunks, Gather, count_slots, gather_queries
 from .interval import interval_forward
 from .interval_backward import Second, find_borders, interval_dkv, interval_dq
 from .layout import Layout, count_parts, find_layout, part_shape
 from .query_major import query_major_forward, takes_query_major
 from .scores.compressed import CompressedInputs, select_by_compressed
 from .scores.index import IndexInputs, select_by_index
-from .selected import find_pieces, selected_backward, selected_forward
+from .selected import find_chunks, selected_backward, selected_forward
 
 CMP, SLC, WIN = 0, 1, 2
 WIDEST_HEAD = 256
@@ -58,11 +58,11 @@ class Saved(NamedTuple):
     offsets: Tensor
 
 
-def entries_of(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, parts: int) -> Pieces | None:
+def cut_selection(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, parts: int) -> Chunks | None:
     """How the (query, block) pairs that are not local are cut; None: there are none."""
     per_block = part_shape(sizes.block_size, largest_part(q, v.shape[-1]))[1]
     slots = count_slots(sizes, per_block, k.shape[1])
-    return find_pieces(q, v, parts, slots) if slots else None
+    return find_chunks(q, v, parts, slots) if slots else None
 
 
 def attend_selected(
@@ -78,10 +78,10 @@ def attend_selected(
     if takes_query_major(q, k):
         return (*query_major_forward(q, k, v, selection, layout, sizes, scale_log2), *nothing)
     out, lse = interval_forward(q, k, v, *layout.local, scale_log2)
-    pieces = entries_of(q, k, v, sizes, layout.part_first.shape[-1])
-    if pieces is None:
+    chunks = cut_selection(q, k, v, sizes, layout.part_first.shape[-1])
+    if chunks is None:
         return (out, lse, *nothing)
-    gather = gather_queries(selection, layout, sizes, pieces)
+    gather = gather_queries(selection, layout, sizes, chunks)
     selected_forward(q, k, v, gather, layout, sizes, scale_log2, out, lse)
     return out, lse, gather.order, gather.offsets
 
@@ -125,8 +125,8 @@ def _(q, k, v, k_cmp, v_cmp, gates, k_win, v_win, q_index, k_index, cu_seqlens, 
         outs[1], lses[0] = gates.new_empty(0), gates.new_empty(0)
     index = partial(q.new_empty, dtype=torch.int32)
     parts = count_parts(k.shape[1], cu_seqlens, size.block_size, largest_part(q, v.shape[-1]))
-    pieces = None if takes_query_major(q, k) else entries_of(q, k, v, size, parts)
-    order, offsets = (pieces.entries, pieces.groups * parts + 1) if pieces else (0, 0)
+    chunks = None if takes_query_major(q, k) else cut_selection(q, k, v, size, parts)
+    order, offsets = (chunks.picks, chunks.lanes * parts + 1) if chunks else (0, 0)
     selection = index(batch, tokens, k.shape[2], size.topk)
     layout = (index(9, batch, tokens), index(2, batch, parts))
     return [outs[0], selection, *outs[1:], *lses, *layout, index(order), index(offsets)]
@@ -164,10 +164,10 @@ def backward_op(
         interval_dq(q, k, v, *local, dq, add=True)
 
     dk_dv, summed = None, torch.empty_like(q)
-    if pieces := entries_of(q, k, v, size, known.parts.shape[-1]):
-        gather = Gather(known.order, known.offsets, pieces)
+    if chunks := cut_selection(q, k, v, size, known.parts.shape[-1]):
+        gather = Gather(known.order, known.offsets, chunks)
         if not known.offsets.numel():
-            gather = gather_queries(selection, layout, size, pieces)
+            gather = gather_queries(selection, layout, size, chunks)
         dk_dv = selected_backward(q, k, v, gather, layout, size, dout, records, scale, scale_log2, dq, summed)
     else:
         summed.copy_(dq)

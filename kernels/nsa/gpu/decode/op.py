@@ -26,7 +26,7 @@ from ..common import LOG2E, cdiv, following, next_power_of_2, padded, wait_for_p
 from ..scores.compressed import check_limits
 from .scores import GROWING, cell_shape, compressed_partials, compressed_tiles, row_place
 from .select import decode_select, select_shape
-from .selected import most_pieces, selected_partials, selected_tiles
+from .selected import most_tiles, selected_partials, selected_tiles
 
 # Queries a row up to which splits of the keys beat the kernels that take many queries together.
 MOST_QUERIES = 16
@@ -87,20 +87,20 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
-def split_count(programs: int, pieces: int, device: torch.device) -> int:
-    """How many programs share the pieces of one: few rounds of full cards, and no more partial results than needed.
+def split_count(programs: int, tiles: int, device: torch.device) -> int:
+    """How many programs share the tiles of one: few rounds of full cards, and no more partial results than needed.
 
     Args:
         programs: what there is without splits.
-        pieces: tiles that each of them walks over, at most.
+        tiles: tiles that each of them walks over, at most.
     """
-    return fewest_rounds(programs, pieces, processors(device) * RESIDENT, MOST_SPLITS, START)
+    return fewest_rounds(programs, tiles, processors(device) * RESIDENT, MOST_SPLITS, START)
 
 
 @cache
-def fewest_rounds(programs: int, pieces: int, at_once: int, most: int, start: float) -> int:
-    candidates = range(1, max(1, min(pieces, most)) + 1)
-    return min(candidates, key=lambda n: -(-programs * n // at_once) * (-(-pieces // n) + start))
+def fewest_rounds(programs: int, tiles: int, at_once: int, most: int, start: float) -> int:
+    candidates = range(1, max(1, min(tiles, most)) + 1)
+    return min(candidates, key=lambda n: -(-programs * n // at_once) * (-(-tiles // n) + start))
 
 
 def combine(
@@ -137,8 +137,8 @@ def decode_op(
     cmp = split_count(batch * kv_heads * row_tiles, cdiv(blocks * cells, tile), q.device)
     near = selected_tiles(q, v, heads // kv_heads, size)
     head_tiles = cdiv(heads // kv_heads, near["BM"])
-    pieces = most_pieces(size, near["BN"], keys, k_win is None)
-    splits = split_count(batch * tokens * kv_heads * head_tiles, pieces, q.device)
+    most = most_tiles(size, near["BN"], keys, k_win is None)
+    splits = split_count(batch * tokens * kv_heads * head_tiles, most, q.device)
 
     float32: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
     partial = torch.empty(cmp + 2 * splits, batch, tokens, heads, dim, **float32)

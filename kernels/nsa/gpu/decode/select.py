@@ -17,8 +17,8 @@ from .scores import GROWING, row_place
 
 # Blocks of a program.
 AT_ONCE = 512
-# Groups of blocks that are ranked at a time, and blocks in all of the best groups together.
-GROUPS = 256
+# Bundles of blocks that are ranked at a time, and blocks in all of the best bundles together.
+BUNDLES = 256
 CANDIDATES = 1024
 
 
@@ -90,30 +90,32 @@ def number_of(candidate):
 
 
 @triton.jit
-def best_groups(bits, first, end, KP: tl.constexpr, GS: tl.constexpr, GP: tl.constexpr):
-    """The KP best of the GP groups from `first` on; a group of GS blocks is worth as much as its best block."""
-    group = first + tl.arange(0, GP)
-    block = group[:, None] * GS + tl.arange(0, GS)[None, :]
+def best_bundles(bits, first, end, KP: tl.constexpr, BUNDLE: tl.constexpr, BUNDLESP: tl.constexpr):
+    """The KP best of the BUNDLESP bundles from `first` on; a bundle of BUNDLE blocks counts as its best
+    block."""
+    bundle = first + tl.arange(0, BUNDLESP)
+    block = bundle[:, None] * BUNDLE + tl.arange(0, BUNDLE)[None, :]
     # past the first-level cache: others wrote them meanwhile
     found = tl.load(bits + block, mask=block < end, other=-1, cache_modifier=".cg")
-    return best_candidates(tl.max(found, 1), group, KP)
+    return best_candidates(tl.max(found, 1), bundle, KP)
 
 
 @triton.jit
-def best_blocks(bits, end, KP: tl.constexpr, GS: tl.constexpr, GP: tl.constexpr, ONCE: tl.constexpr):
+def best_blocks(bits, end, KP: tl.constexpr, BUNDLE: tl.constexpr, BUNDLESP: tl.constexpr, ONCE: tl.constexpr):
     """The KP best of the first `end` blocks, whose importances are at `bits`.
 
-    They are all in the KP best groups: a better group has a block, its best, that comes before all blocks of the other.
-    ONCE: there are no more than GP groups.
+    They are all in the KP best bundles: a better bundle has a block, its best, that comes before all blocks of
+    the other.
+    ONCE: there are no more than BUNDLESP bundles.
     """
-    best = best_groups(bits, 0, end, KP, GS, GP)
+    best = best_bundles(bits, 0, end, KP, BUNDLE, BUNDLESP)
     if not ONCE:
-        for first in tl.range(GP, (end + GS - 1) // GS, GP):
-            more = best_groups(bits, first, end, KP, GS, GP)
+        for first in tl.range(BUNDLESP, (end + BUNDLE - 1) // BUNDLE, BUNDLESP):
+            more = best_bundles(bits, first, end, KP, BUNDLE, BUNDLESP)
             best = tl.topk(tl.reshape(tl.join(best, more), [2 * KP]), KP)
-    block = number_of(best)[:, None] * GS + tl.arange(0, GS)[None, :]
+    block = number_of(best)[:, None] * BUNDLE + tl.arange(0, BUNDLE)[None, :]
     found = tl.load(bits + block, mask=(best > 0)[:, None] & (block < end), other=-1, cache_modifier=".cg")
-    return best_candidates(tl.reshape(found, [KP * GS]), tl.reshape(block, [KP * GS]), KP)
+    return best_candidates(tl.reshape(found, [KP * BUNDLE]), tl.reshape(block, [KP * BUNDLE]), KP)
 
 
 @triton.jit
@@ -129,7 +131,8 @@ def store_chosen(selection, best, blocks, FREE: tl.constexpr, KP: tl.constexpr):
 def decode_select_kernel(
     sums, carried, tops, lse, starts, lengths, importance, arrived, selection, SPLITS, T, S, HQ, HK, ROWS, TILES,
     CHUNKS, KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
-    TOPK: tl.constexpr, SLOTSP: tl.constexpr, KP: tl.constexpr, GS: tl.constexpr, GP: tl.constexpr, ONCE: tl.constexpr,
+    TOPK: tl.constexpr, SLOTSP: tl.constexpr, KP: tl.constexpr, BUNDLE: tl.constexpr,
+    BUNDLESP: tl.constexpr, ONCE: tl.constexpr,
     ALONE: tl.constexpr, BJ: tl.constexpr, GC: tl.constexpr, CELL: tl.constexpr, CELLS: tl.constexpr,
     TILE: tl.constexpr, SPLITSP: tl.constexpr, SCORES: tl.constexpr, OVERLAP: tl.constexpr,
 ):
@@ -184,7 +187,7 @@ def decode_select_kernel(
                     tl.debug_barrier()
                     last = tl.atomic_add(arrived + place, 1, sem="acq_rel") == needed - 1
                     if last:
-                        best = best_blocks(importance, end, KP, GS, GP, ONCE)
+                        best = best_blocks(importance, end, KP, BUNDLE, BUNDLESP, ONCE)
                         store_chosen(selection + INIT, best, blocks, FREE, KP)
             forced = (slot < INIT) | (slot >= TOPK - LOCAL)
     if last:
@@ -194,15 +197,15 @@ def decode_select_kernel(
 
 
 def select_shape(heads: int, chosen: int, blocks: int, tile: int) -> dict[str, int]:
-    """How many blocks and heads a program takes at a time, how many it keeps, and of what groups."""
+    """How many blocks and heads a program takes at a time, how many it keeps, and of what bundles."""
     kept = max(2, next_power_of_2(chosen))
     at_once = max(16, tile, kept, min(AT_ONCE, next_power_of_2(blocks)))
     together = max(1, min(next_power_of_2(heads), 8192 // at_once))
     size = max(1, min(16, CANDIDATES // kept))
-    groups = max(kept, min(GROUPS, next_power_of_2(cdiv(blocks, size))))
+    bundles = max(kept, min(BUNDLES, next_power_of_2(cdiv(blocks, size))))
     return {
-        "KP": kept, "BJ": at_once, "GC": together, "GS": size, "GP": groups, "ONCE": blocks <= groups * size,
-        "ALONE": blocks <= at_once, "num_warps": 4,
+        "KP": kept, "BJ": at_once, "GC": together, "BUNDLE": size, "BUNDLESP": bundles,
+        "ONCE": blocks <= bundles * size, "ALONE": blocks <= at_once, "num_warps": 4,
     }
 
 
