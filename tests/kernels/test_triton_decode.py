@@ -15,7 +15,7 @@ from attention_inputs import TENSORS, Inputs, Shape, Sizes, make_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_cases import ALIKE, LARGE, WIDE, interpreter
 
-from nsa_hf.kernels import nsa_attention
+from nsa_hf.kernels import Placement, nsa_attention
 
 pytest.importorskip("triton")
 
@@ -322,7 +322,7 @@ def ranked(seed: int) -> list[tuple[list[int], list[int]]]:
     for _ in range(24):
         free, init, local = choose.choice((1, 2, 3, 5, 7, 8, 13, 20, 40)), choose.randint(0, 3), choose.randint(1, 3)
         topk = init + free + local
-        # few to choose from, any number, or just what fills a program or a group, or one more
+        # few to choose from, any number, or just what fills a program or a bundle, or one more
         filled = local + 16 * choose.randint(1, 10) + choose.randint(0, 1)
         blocks = choose.choice((topk + choose.randint(1, 3), topk + choose.randint(1, 150), max(topk + 1, filled)))
         tiles = -(-blocks // 4)
@@ -340,8 +340,7 @@ def ranked(seed: int) -> list[tuple[list[int], list[int]]]:
         triton_decode_select.decode_select(
             torch.zeros(1, 1, 1, 1),
             1,
-            None,
-            None,
+            Placement(),
             16 * blocks,
             Sizes(4, 4, 16, topk, init, local, 5),
             (4, 1, 4),

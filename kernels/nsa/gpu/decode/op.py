@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...placement import Placement
 from ...sizes import Sizes
 from ..common import LOG2E, cdiv, following, next_power_of_2, padded, wait_for_previous
 from ..scores.compressed import check_limits
@@ -104,7 +105,7 @@ def fewest_rounds(programs: int, tiles: int, at_once: int, most: int, start: flo
 
 
 def combine(
-    partial: Tensor, lse: Tensor, gates: Tensor, starts: Tensor | None, lengths: Tensor | None, keys: int, cmp: int,
+    partial: Tensor, lse: Tensor, gates: Tensor, placement: Placement, keys: int, cmp: int,
     splits: int, out: Tensor,
 ) -> None:
     """Fills `out [B, T, Hq, Dv]` from the partial results of the compressed (`cmp`), selected and window branch."""
@@ -112,8 +113,9 @@ def combine(
     results = next_power_of_2(cmp + 2 * splits)
     columns = max(16, min(padded(dim), 8192 // results))
     decode_combine_kernel[(batch * tokens * heads,)](
-        partial, lse, gates, starts, lengths, out, tokens, keys, heads, cmp, splits, D=dim, DP=padded(dim), PP=results,
-        DC=columns, num_warps=max(1, min(4, results * columns // 1024)), **following(out.device),
+        partial, lse, gates, placement.starts, placement.lengths, out, tokens, keys, heads, cmp, splits, D=dim,
+        DP=padded(dim), PP=results, DC=columns, num_warps=max(1, min(4, results * columns // 1024)),
+        **following(out.device),
     )
 
 
@@ -158,12 +160,15 @@ def decode_op(
         scores = tuple(torch.empty(batch * kv_heads, *shape, **float32) for shape in shapes)
     out = q.new_empty(batch, tokens, heads, dim)
 
-    ends = (starts, lengths)
-    compressed_partials(q, k_cmp, v_cmp, *ends, keys, size, scale_log2, tiles, cmp, partial, lse, scores, arrived)
+    placement = Placement(starts, lengths)
+    compressed_partials(q, k_cmp, v_cmp, placement, keys, size, scale_log2, tiles, cmp, partial, lse, scores, arrived)
     cell_sizes = (cell, cells, tile)
-    decode_select(lse, cmp, *ends, keys, size, cell_sizes, scores, shape, importance, arrived, selection)
-    selected_partials(q, k, v, k_win, v_win, selection, *ends, size, scale_log2, near, splits, partial[cmp:], lse[cmp:])
-    combine(partial, lse, gates, *ends, keys, cmp, splits, out)
+    decode_select(lse, cmp, placement, keys, size, cell_sizes, scores, shape, importance, arrived, selection)
+    selected_partials(
+        q, k, v, k_win, v_win, selection, placement, size, scale_log2, near, splits, partial[cmp:],
+        lse[cmp:],
+    )
+    combine(partial, lse, gates, placement, keys, cmp, splits, out)
     return out, selection
 
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...placement import Placement
 from ...sizes import Sizes
 from ..common import begin_next, cdiv, following, next_power_of_2, wait_for_previous
 from .scores import GROWING, row_place
@@ -210,7 +211,7 @@ def select_shape(heads: int, chosen: int, blocks: int, tile: int) -> dict[str, i
 
 
 def decode_select(
-    partial_lse: Tensor, splits: int, starts: Tensor | None, lengths: Tensor | None, keys: int, sizes: Sizes,
+    partial_lse: Tensor, splits: int, placement: Placement, keys: int, sizes: Sizes,
     cell: tuple[int, int, int], scores: tuple[Tensor, ...] | None, shape: dict[str, int], importance: Tensor,
     arrived: Tensor, selection: Tensor,
 ) -> None:
@@ -228,8 +229,8 @@ def decode_select(
     chunks = importance.shape[3]
     sums, carried, tops = scores or (partial_lse,) * 3
     decode_select_kernel[(batch * tokens * kv_heads * chunks,)](
-        sums, carried, tops, partial_lse, starts, lengths, importance, arrived, selection, splits, tokens, keys, heads,
-        kv_heads, batch * tokens * heads, sums.shape[1], chunks,
+        sums, carried, tops, partial_lse, placement.starts, placement.lengths, importance, arrived, selection, splits,
+        tokens, keys, heads, kv_heads, batch * tokens * heads, sums.shape[1], chunks,
         KERNEL=sizes.kernel_size, STRIDE=sizes.kernel_stride, BLOCK=sizes.block_size, INIT=sizes.init_blocks,
         LOCAL=sizes.local_blocks, TOPK=sizes.topk, SLOTSP=next_power_of_2(sizes.topk), CELL=cell[0], CELLS=cell[1],
         TILE=cell[2], SPLITSP=next_power_of_2(splits), SCORES=scores is not None, **shape,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...placement import Placement
 from ...sizes import Sizes
 from ..common import (
     SMALL_SHARED_MEMORY,
@@ -163,7 +164,7 @@ def most_tiles(sizes: Sizes, places: int, keys: int, shared: bool) -> int:
 
 def selected_partials(
     q: Tensor, k: Tensor, v: Tensor, k_win: Tensor | None, v_win: Tensor | None, selection: Tensor,
-    starts: Tensor | None, lengths: Tensor | None, sizes: Sizes, scale_log2: float, tiles: dict[str, int], splits: int,
+    placement: Placement, sizes: Sizes, scale_log2: float, tiles: dict[str, int], splits: int,
     partial: Tensor, partial_lse: Tensor,
 ) -> None:
     """Writes the selected branch's splits of `partial [2 * splits, B, T, Hq, Dv]` and, behind them, the window's."""
@@ -172,9 +173,9 @@ def selected_partials(
     near_k, near_v = (k, v) if k_win is None or v_win is None else (k_win, v_win)
     programs = splits * batch * tokens * kv_heads * cdiv(heads // kv_heads, tiles["BM"])
     decode_selected_kernel[(programs,)](
-        q, k, v, near_k, near_v, selection, starts, lengths, partial, partial_lse, scale_log2, tokens, keys,
-        near_k.shape[1], heads, kv_heads, batch * tokens * heads, sizes.topk, sizes.window_size, splits, *strides(k),
-        *strides(v), *strides(near_k), *strides(near_v), DK=key_dim, DKP=padded(key_dim), DV=value_dim,
+        q, k, v, near_k, near_v, selection, placement.starts, placement.lengths, partial, partial_lse, scale_log2,
+        tokens, keys, near_k.shape[1], heads, kv_heads, batch * tokens * heads, sizes.topk, sizes.window_size, splits,
+        *strides(k), *strides(v), *strides(near_k), *strides(near_v), DK=key_dim, DKP=padded(key_dim), DV=value_dim,
         DVP=padded(value_dim), BLOCK=sizes.block_size, LOCAL=sizes.local_blocks, SLOTSP=next_power_of_2(sizes.topk),
         SHARED=k_win is None, PRECISION=precision(q.dtype), **tiles, **following(q.device),
     )
