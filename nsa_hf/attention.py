@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from nsa_hf.kernels import ZeroLinear, build_compressor, compress, nsa_attention, reference_attention
+from nsa_hf.kernels import Placement, ZeroLinear, build_compressor, compress, nsa_attention, reference_attention
 
 from .branches import BRANCHES, KeysAndValues, attention_of_branch, branch_modules
 from .cache.adopt import CACHE_LOST, adopt_layer, adopt_window_layer, check_lengths
@@ -318,17 +318,18 @@ def sparse_attention(
     # so the selection, which is always made, is no wider than the text needs
     sizes = mode.sizes.within(key.shape[2])
     places: dict[str, Any] = {"starts": segments.starts, "lengths": segments.lengths, "cu_seqlens": segments.cu_seqlens}
-    places |= {"k_win": k_win, "v_win": v_win}
+    more: dict[str, Any] = {"k_win": k_win, "v_win": v_win}
     if module.index_channels:
         index = (torch.cat([x[..., a:b] for a, b in module.index_channels], dim=-1) for x in (query, key))
-        places |= dict(zip(("q_index", "k_index"), (x.detach().transpose(1, 2) for x in index), strict=True))
+        more |= dict(zip(("q_index", "k_index"), (x.detach().transpose(1, 2) for x in index), strict=True))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     weights = None
     if mode.weights:
-        out, selection, weights = reference_attention(*inputs, sizes=sizes, scale=scale, return_weights=True, **places)
+        more |= {"placement": Placement(**places), "return_weights": True}
+        out, selection, weights = reference_attention(*inputs, sizes=sizes, scale=scale, **more)
     else:
-        options: dict[str, Any] = {**sizes.by_name(), **places}
-        out, selection = nsa_attention(*inputs, scale=scale, return_selection=True, backend=mode.backend, **options)
+        more |= {**sizes.by_name(), **places}
+        out, selection = nsa_attention(*inputs, scale=scale, return_selection=True, backend=mode.backend, **more)
     if mode.recorded is not None:
         mode.recorded.selections[module.layer_idx] = selection
     return out, weights

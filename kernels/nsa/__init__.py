@@ -12,6 +12,7 @@ from .compression import (
     compress,
     compress_blocks,
 )
+from .placement import Placement
 from .reference import reference_attention
 from .sizes import Sizes, n_blocks
 
@@ -22,6 +23,7 @@ __all__ = [
     "LinearCompressor",
     "MLPCompressor",
     "MeanCompressor",
+    "Placement",
     "Sizes",
     "ZeroLinear",
     "build_compressor",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .placement import Placement
 from .sizes import Sizes, n_blocks
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -24,9 +25,7 @@ def check_arguments(
     v_win: Tensor | None,
     q_index: Tensor | None,
     k_index: Tensor | None,
-    cu_seqlens: Tensor | None,
-    starts: Tensor | None,
-    lengths: Tensor | None,
+    placement: Placement,
 ) -> None:
     """Shapes and dtypes always; values of index tensors on the CPU only, and not within `torch.compile`.
 
@@ -39,7 +38,7 @@ def check_arguments(
     check_tensors(q, k, v, gates)
     batch, tokens = q.shape[:2]
     keys = k.shape[1]
-    check_places(q, batch, tokens, keys, cu_seqlens, starts, lengths)
+    check_placement(q, batch, tokens, keys, placement)
     check_index_tensors(q, k, q_index, k_index)
     if k_cmp is None and v_cmp is None:
         if q_index is None:
@@ -50,8 +49,8 @@ def check_arguments(
     else:
         check_compressed(q, k, v, k_cmp, v_cmp)
         assert k_cmp is not None
-        check_block_count(k_cmp.shape[1], keys, sizes, cu_seqlens, starts, lengths)
-    check_window(q, k, v, k_win, v_win, sizes, lengths)
+        check_block_count(k_cmp.shape[1], keys, sizes, placement)
+    check_window(q, k, v, k_win, v_win, sizes, placement.lengths)
 
 
 def check_compressed(q: Tensor, k: Tensor, v: Tensor, k_cmp: object, v_cmp: object) -> None:
@@ -161,20 +160,19 @@ def readable(index: Tensor) -> bool:
     return not torch.compiler.is_compiling() and index.device.type == "cpu" and type(index) is Tensor
 
 
-def check_places(
+def check_placement(
     like: Tensor,
     batch: int,
     tokens: int,
     keys: int,
-    cu_seqlens: Tensor | None,
-    starts: Tensor | None,
-    lengths: Tensor | None,
+    placement: Placement,
 ) -> None:
     """What says where rows and documents stand, for `tokens` queries on `keys` keys.
 
     Raises:
         TypeError, ValueError: as in `check_arguments`.
     """
+    starts, lengths, cu_seqlens = placement.starts, placement.lengths, placement.cu_seqlens
     if cu_seqlens is not None:
         check_packed(like, batch, tokens, keys, cu_seqlens)
         if starts is not None or lengths is not None:
@@ -215,11 +213,10 @@ def check_scale(scale: object, name: str = "scale") -> None:
         raise ValueError(f"{name} must be positive and finite, or None for 1 / sqrt(Dk), got {scale}")
 
 
-def check_block_count(
-    blocks: int, keys: int, sizes: Sizes, cu_seqlens: Tensor | None, starts: Tensor | None, lengths: Tensor | None
-) -> None:
+def check_block_count(blocks: int, keys: int, sizes: Sizes, placement: Placement) -> None:
+    starts, lengths, cu_seqlens = placement.starts, placement.lengths, placement.cu_seqlens
     whole = n_blocks(keys, sizes.kernel_size, sizes.kernel_stride)
-    if cu_seqlens is None and starts is None and lengths is None:
+    if placement.is_full:
         if blocks != whole:
             raise ValueError(f"k_cmp must hold the {whole} complete blocks of {keys} tokens, got {blocks}")
     elif cu_seqlens is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .arguments import check_arguments, check_scale
+from .placement import Placement
 from .reference import fill_up, reference_attention
 from .sizes import Sizes
 
@@ -88,9 +89,10 @@ def nsa_attention(
     sizes = Sizes(kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks, window_size).check()
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+    placement = Placement(starts, lengths, cu_seqlens)
     check_scale(scale)
     check_scale(index_scale, "index_scale")
-    check_arguments(q, k, v, k_cmp, v_cmp, gates, sizes, k_win, v_win, q_index, k_index, cu_seqlens, starts, lengths)
+    check_arguments(q, k, v, k_cmp, v_cmp, gates, sizes, k_win, v_win, q_index, k_index, placement)
     inputs = (q, k, v, k_cmp, v_cmp, gates)
     options: dict[str, Any] = {
         "sizes": sizes,
@@ -99,9 +101,7 @@ def nsa_attention(
         "v_win": v_win,
         "q_index": q_index,
         "k_index": k_index,
-        "cu_seqlens": cu_seqlens,
-        "starts": starts,
-        "lengths": lengths,
+        "placement": placement,
     }
     triton = load_triton(q.device.type) if backend == "triton" or (backend == "auto" and q.is_cuda) else None
     if 0 in q.shape[:2]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_places, check_tensor
+from .arguments import check_placement, check_tensor
+from .placement import Placement
 from .sizes import check_int, n_blocks
 
 
@@ -169,7 +170,7 @@ def compress(
     size = compressor.kernel_size
     if size % kernel_stride:
         raise ValueError(f"kernel_stride must divide the compressor's kernel_size, got {kernel_stride} and {size}")
-    check_places(x, x.shape[0], x.shape[1], x.shape[1], cu_seqlens, starts, lengths)
+    check_placement(x, x.shape[0], x.shape[1], x.shape[1], Placement(starts, lengths, cu_seqlens))
     if cu_seqlens is not None:
         block_start, _ = packed_block_starts(cu_seqlens, size, kernel_stride)
         return compress_blocks(x, compressor, block_start[None])

@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from .compression import packed_block_starts
+from .placement import FULL, Placement
 from .sizes import Sizes
 
 # Logits of one branch that a chunk of queries may hold at once, by device; a chunk's memory is a few times that, in
@@ -54,12 +55,11 @@ def find_places(
     keys: int,
     blocks: int,
     sizes: Sizes,
-    cu_seqlens: Tensor | None,
-    starts: Tensor | None,
-    lengths: Tensor | None,
+    placement: Placement,
     device: torch.device,
 ) -> Places:
     """The positions of the queries, keys and compressed blocks (see `nsa_attention` for the arguments)."""
+    starts, lengths, cu_seqlens = placement.starts, placement.lengths, placement.cu_seqlens
     key = torch.arange(keys, device=device)
     if cu_seqlens is not None:
         borders = cu_seqlens.long()
@@ -204,9 +204,7 @@ def reference_attention(
     v_win: Tensor | None = None,
     q_index: Tensor | None = None,
     k_index: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    starts: Tensor | None = None,
-    lengths: Tensor | None = None,
+    placement: Placement = FULL,
     return_weights: bool = False,
     chunk: int | None = None,
 ) -> ReferenceResult:
@@ -221,8 +219,9 @@ def reference_attention(
     sizes = sizes.within(keys)
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     blocks = 0 if k_cmp is None else k_cmp.shape[1]
-    places = find_places(tokens, keys, blocks, sizes, cu_seqlens, starts, lengths, q.device)
-    if starts is not None or lengths is not None:
+    places = find_places(tokens, keys, blocks, sizes, placement, q.device)
+    lengths, cu_seqlens = placement.lengths, placement.cu_seqlens
+    if placement.starts is not None or lengths is not None:
         q, k, v, k_cmp, v_cmp, gates, k_win, v_win, q_index, k_index = without_garbage(
             places, sizes, lengths, q, k, v, k_cmp, v_cmp, gates, k_win, v_win, q_index, k_index
         )

@@ -50,6 +50,10 @@ class Sizes:
             "window_size": self.window_size,
         }
 
+    def as_list(self) -> list[int]:
+        """The sizes as a custom operator's schema takes them; `Sizes(*numbers)` is the way back."""
+        return list(self.by_name().values())
+
     def check(self, prefix: str = "") -> Sizes:
         """Returns itself if the sizes obey the rules.
 

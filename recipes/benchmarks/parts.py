@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nsa_hf.kernels import MeanCompressor, Sizes, compress
+from nsa_hf.kernels import MeanCompressor, Placement, Sizes, compress
 
 from .common import Heads
 
@@ -69,16 +69,16 @@ class Stages:
     def __init__(self, x: Inputs) -> None:
         from nsa_hf.kernels.gpu.common import largest_part
         from nsa_hf.kernels.gpu.layout import Layout, find_layout
-        from nsa_hf.kernels.gpu.op import Saved, entries_of, forward_op
+        from nsa_hf.kernels.gpu.op import Saved, cut_selection, forward_op
 
         self.x, self.scale = x, x.q.shape[-1] ** -0.5
-        numbers = list(SIZES.by_name().values())
-        _, self.selection, *saved = forward_op(*x[:6], *(None,) * 5, numbers, self.scale)
+        numbers = SIZES.as_list()
+        _, self.selection, *saved = forward_op(*x[:6], *(None,) * 7, numbers, self.scale)
         self.saved = Saved(*saved)
-        self.find_layout = lambda: find_layout(x.q, x.k, x.v, x.k.shape[1], SIZES, None, None, None)
+        self.find_layout = lambda: find_layout(x.q, x.k, x.v, x.k.shape[1], SIZES, Placement())
         largest = largest_part(x.q, x.v.shape[-1])
         self.layout = Layout.of(self.saved.queries, self.saved.parts, SIZES.block_size, largest, False)
-        self.pieces = entries_of(x.q, x.k, x.v, SIZES, self.saved.parts.shape[-1])
+        self.chunks = cut_selection(x.q, x.k, x.v, SIZES, self.saved.parts.shape[-1])
 
     def forward(self) -> Parts:
         """The stages of the forward pass by name."""
@@ -87,17 +87,18 @@ class Stages:
         from nsa_hf.kernels.gpu.gather import gather_queries
         from nsa_hf.kernels.gpu.interval import interval_forward
         from nsa_hf.kernels.gpu.query_major import query_major_forward, takes_query_major
-        from nsa_hf.kernels.gpu.scores.compressed import select
+        from nsa_hf.kernels.gpu.scores.compressed import CompressedInputs, select_by_compressed
         from nsa_hf.kernels.gpu.selected import selected_forward
 
-        x, saved, layout, pieces, scale = self.x, self.saved, self.layout, self.pieces, self.scale * LOG2E
+        x, saved, layout, chunks, scale = self.x, self.saved, self.layout, self.chunks, self.scale * LOG2E
         means = [(tensor, MeanCompressor(SIZES.kernel_size, tensor.shape[-1])) for tensor in (x.k, x.v)]
         cmp = (x.q, x.k_cmp, x.v_cmp, *layout.compressed, scale)
+        scored = CompressedInputs(x.q, x.k_cmp, saved.lse_cmp, x.k.shape[1], scale)
 
         def gathered() -> None:
             out, lse = interval_forward(x.q, x.k, x.v, *layout.local, scale)
-            if pieces:
-                gather = gather_queries(self.selection, layout, SIZES, pieces)
+            if chunks:
+                gather = gather_queries(self.selection, layout, SIZES, chunks)
                 selected_forward(x.q, x.k, x.v, gather, layout, SIZES, scale, out, lse)
 
         def query_major() -> None:
@@ -107,7 +108,7 @@ class Stages:
             "compression": lambda: [compress(tensor, mean, SIZES.kernel_stride) for tensor, mean in means],
             "layout": self.find_layout,
             "attention": lambda: interval_forward(*cmp, long_runs=True),
-            "scores + top-k": lambda: select(x.q, x.k_cmp, saved.lse_cmp, layout, SIZES, x.k.shape[1], scale),
+            "scores + top-k": lambda: select_by_compressed(scored, layout, SIZES),
             "selection": query_major if takes_query_major(x.q, x.k) else gathered,
             "window": lambda: interval_forward(x.q, x.k, x.v, *layout.window, scale),
             "combination": lambda: combine(*saved[:3], x.gates, layout.relative),
@@ -122,7 +123,7 @@ class Stages:
         from nsa_hf.kernels.gpu.op import CMP, SLC, WIN
         from nsa_hf.kernels.gpu.selected import selected_backward
 
-        x, saved, layout, pieces = self.x, self.saved, self.layout, self.pieces
+        x, saved, layout, chunks = self.x, self.saved, self.layout, self.chunks
         scales = (self.scale, self.scale * LOG2E)
         outs = (saved[:3], saved[3:6], x.dout, x.gates, layout.relative)
         _, rows, records = gate_gradient(*outs)
@@ -140,8 +141,8 @@ class Stages:
             "backward, window dk dv": lambda: interval_dkv(*win, borders[WIN], dtype=bf16),
             "backward, local blocks dk dv": lambda: interval_dkv(*local, borders[SLC], dtype=bf16),
         }
-        if pieces:
-            gather = gather_queries(self.selection, layout, SIZES, pieces)
+        if chunks:
+            gather = gather_queries(self.selection, layout, SIZES, chunks)
             parts["backward, selection"] = lambda: selected_backward(
                 x.q, x.k, x.v, gather, layout, SIZES, x.dout, records, *scales, dq, dq_out
             )

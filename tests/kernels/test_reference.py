@@ -19,11 +19,15 @@ LAYOUTS = {
 }
 
 
+PLACEMENT = ("starts", "lengths", "cu_seqlens")
+
+
 def reference(inputs: Inputs, **options: object) -> kernels.reference.ReferenceResult:
     """The reference itself, which takes the sizes as one argument and the scale as a number."""
     names = Sizes.__dataclass_fields__
     sizes = kernels.Sizes(**{name: inputs[name] for name in names})
-    rest = {name: x for name, x in inputs.items() if name not in (*names, "scale")}
+    rest = {name: x for name, x in inputs.items() if name not in (*names, *PLACEMENT, "scale")}
+    rest["placement"] = kernels.Placement(**{name: inputs.get(name) for name in PLACEMENT})
     return reference_attention(**rest, sizes=sizes, scale=inputs["q"].shape[-1] ** -0.5, **options)
 
 

@@ -66,7 +66,7 @@ KERNELS = {
     "gate_gradient_kernel",
     "queries_kernel",
     "parts_kernel",
-    "entry_keys_kernel",
+    "pick_keys_kernel",
     "offsets_kernel",
     "count_items_kernel",
     "items_kernel",

@@ -15,7 +15,7 @@ from attention_inputs import TENSORS, Inputs, Shape, Sizes, make_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_cases import ALIKE, LARGE, WIDE, interpreter
 
-from nsa_hf.kernels import nsa_attention
+from nsa_hf.kernels import Placement, nsa_attention
 
 pytest.importorskip("triton")
 
@@ -212,7 +212,7 @@ def with_splits(splits: int, at_once: int, groups: int, candidates: int) -> list
     with (
         mock.patch.object(triton_decode, "split_count", return_value=splits),
         mock.patch.object(triton_decode_select, "AT_ONCE", at_once),
-        mock.patch.object(triton_decode_select, "GROUPS", groups),
+        mock.patch.object(triton_decode_select, "BUNDLES", groups),
         mock.patch.object(triton_decode_select, "CANDIDATES", candidates),
     ):
         return [compare(shape) for shape in shapes]
@@ -224,7 +224,7 @@ def with_splits(splits: int, at_once: int, groups: int, candidates: int) -> list
 def test_any_split_and_any_number_of_blocks_at_once(
     process: ProcessPoolExecutor, splits: int, at_once: int, groups: int, candidates: int
 ) -> None:
-    """64 splits are more than there are pieces: most of them have nothing to do."""
+    """64 splits are more than there are tiles: most of them have nothing to do."""
     for found in process.submit(with_splits, splits, at_once, groups, candidates).result():
         check(found)
 
@@ -322,7 +322,7 @@ def ranked(seed: int) -> list[tuple[list[int], list[int]]]:
     for _ in range(24):
         free, init, local = choose.choice((1, 2, 3, 5, 7, 8, 13, 20, 40)), choose.randint(0, 3), choose.randint(1, 3)
         topk = init + free + local
-        # few to choose from, any number, or just what fills a program or a group, or one more
+        # few to choose from, any number, or just what fills a program or a bundle, or one more
         filled = local + 16 * choose.randint(1, 10) + choose.randint(0, 1)
         blocks = choose.choice((topk + choose.randint(1, 3), topk + choose.randint(1, 150), max(topk + 1, filled)))
         tiles = -(-blocks // 4)
@@ -332,7 +332,7 @@ def ranked(seed: int) -> list[tuple[list[int], list[int]]]:
         sums[:blocks][torch.rand(blocks, generator=random_numbers) < choose.choice((0, 0.1))] = float("nan")
         sums[:blocks][torch.rand(blocks, generator=random_numbers) < choose.choice((0, 0.1))] = float("inf")
         nowhere = torch.full((1, tiles, 1), float("nan"))
-        constants = {"AT_ONCE": (16, 16, 32, 512), "GROUPS": (1, 4, 256), "CANDIDATES": (1, 32, 1024)}
+        constants = {"AT_ONCE": (16, 16, 32, 512), "BUNDLES": (1, 4, 256), "CANDIDATES": (1, 32, 1024)}
         with mock.patch.multiple(triton_decode_select, **{name: choose.choice(x) for name, x in constants.items()}):
             shape = triton_decode_select.select_shape(1, free, blocks, 4)
         selection = torch.full((1, 1, 1, topk), -2, dtype=torch.int32)
@@ -340,8 +340,7 @@ def ranked(seed: int) -> list[tuple[list[int], list[int]]]:
         triton_decode_select.decode_select(
             torch.zeros(1, 1, 1, 1),
             1,
-            None,
-            None,
+            Placement(),
             16 * blocks,
             Sizes(4, 4, 16, topk, init, local, 5),
             (4, 1, 4),

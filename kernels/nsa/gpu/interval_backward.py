@@ -1,4 +1,4 @@
-"""The gradients of attention over one run of keys (`triton_interval`): of the queries, and of keys and values.
+"""The gradients of attention over one run of keys (`interval.py`): of the queries, and of keys and values.
 
 What belongs to a query and branch (log2-sum-exp, gate, `dout . out`) stands in `rows [B, Hq, 3, T]` float32, queries
 side by side, so that a tile of it is read at once and ahead of its use. No atomics: the same inputs give the same bits.

@@ -1,6 +1,7 @@
 """Where everything stands, as index tensors that make plain rows, padded rows and packed documents one case.
 
-A document is a packed one, or a row's real tokens. A part is a selection block, or a piece of a large one. Nothing here
+A document is a packed one, or a row's real tokens. A part is a selection block, or of a
+large one at most 64 tokens (`part_shape`). Nothing here
 reads a value off the GPU: sizes follow from shapes alone.
 """
 
@@ -14,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..placement import Placement
 from ..sizes import Sizes
 from .common import cdiv, largest_part, lower_bound, search_steps
 
@@ -22,13 +24,21 @@ Run = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Layout:
-    """Everything int32, by query `[B, T]` or by part `[B, P]`.
+    """Where every query and part stands; all tensors int32, by query `[B, T]` or by part `[B, P]`.
 
-    `relative`: a query's position in its document, negative before it. `document`: the document's first position.
-    `part_base`: index of the document's first part. `compressed`, `local`, `window`: the runs `[low, high)` of
-    compressed blocks, of keys in the local blocks and of keys in the window (counted from the first one given) that a
-    query sees; `runs [3, 2, B, T]`: all of them. `part_first`, `part_end`: the parts' tokens, positions of the row
-    (`part_end <= part_first`: no such part).
+    Attributes:
+        relative: `[B, T]`, a query's position in its document, negative before it.
+        document: `[B, T]`, the document's first position.
+        part_base: `[B, T]`, index of the document's first part.
+        compressed: the run `[low, high)` of entries that a query sees, two `[B, T]`.
+        local: the run of keys in its local blocks, two `[B, T]`.
+        window: the run of keys in its window, counted from the first one given, two `[B, T]`.
+        runs: `[3, 2, B, T]`, these three together.
+        part_first: `[B, P]`, a part's first token, a position of the row.
+        part_end: `[B, P]`, the end of its tokens; `part_end <= part_first`: no such part.
+        part_size: tokens of a part.
+        parts_a_block: parts of a selection block.
+        packed: whether a row holds several documents.
     """
 
     relative: Tensor
@@ -51,15 +61,15 @@ class Layout:
         compressed, local, window = zip(ends[::2], ends[1::2], strict=True)
         runs = queries[3:].view(3, 2, *relative.shape)
         first, end = parts.unbind()
-        part, pieces = part_shape(block_size, largest)
+        part, parts_a_block = part_shape(block_size, largest)
         return cls(
-            relative, document, part_base, compressed, local, window, runs, first, end, part, pieces, packed
+            relative, document, part_base, compressed, local, window, runs, first, end, part, parts_a_block, packed
         )
 
 
 @triton.jit
-def last_not_behind(firsts, count, x, STEPS):
-    """The last of `count` documents whose first one of something is `x` or before it."""
+def find_document(firsts, count, x, STEPS):
+    """Which of `count` documents holds `x`: the last one whose first (token, part) is `x` or before it."""
     return tl.maximum(lower_bound(firsts, count, x + 1, STEPS) - 1, 0)
 
 
@@ -73,7 +83,7 @@ def queries_kernel(
     batch, t = tl.program_id(1), tl.program_id(0) * BM + tl.arange(0, BM)
     exists = t < T
     if PACKED:
-        which = last_not_behind(starts, DOCUMENTS, t, STEPS)
+        which = find_document(starts, DOCUMENTS, t, STEPS)
         document = tl.load(starts + which)
         relative = t - document
         cmp_base = tl.load(cmp_bases + which)
@@ -104,21 +114,21 @@ def queries_kernel(
 
 @triton.jit
 def parts_kernel(
-    starts, ends, part_bases, out, P, DOCUMENTS, STEPS, PIECES, PART, BLOCK: tl.constexpr, PACKED: tl.constexpr,
+    starts, ends, part_bases, out, P, DOCUMENTS, STEPS, PARTS_A_BLOCK, PART, BLOCK: tl.constexpr, PACKED: tl.constexpr,
     BM: tl.constexpr,
 ):
     """Writes `out [2, B, P]`: the parts' first tokens and ends."""
     batch, number = tl.program_id(1), tl.program_id(0) * BM + tl.arange(0, BM)
     exists = number < P
     if PACKED:
-        which = last_not_behind(part_bases, DOCUMENTS, number, STEPS)
+        which = find_document(part_bases, DOCUMENTS, number, STEPS)
         begin, end = tl.load(starts + which), tl.load(ends + which)
         number_in = number - tl.load(part_bases + which)
     else:
         begin, end = tl.load(starts + batch) + number * 0, tl.load(ends + batch)
         number_in = number
-    block = begin + number_in // PIECES * BLOCK
-    first = block + number_in % PIECES * PART
+    block = begin + number_in // PARTS_A_BLOCK * BLOCK
+    first = block + number_in % PARTS_A_BLOCK * PART
     last = tl.minimum(tl.minimum(first + PART, block + BLOCK), end)
     out += batch * P + number
     tl.store(out, first, mask=exists)
@@ -138,12 +148,12 @@ def count_parts(keys: int, cu_seqlens: Tensor | None, block_size: int, largest: 
 
 
 def find_layout(
-    q: Tensor, k: Tensor, v: Tensor, window_keys: int, sizes: Sizes, cu_seqlens: Tensor | None, starts: Tensor | None,
-    lengths: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, window_keys: int, sizes: Sizes, placement: Placement
 ) -> tuple[Tensor, Tensor]:
     """The layout of `nsa_attention`'s arguments, for `Layout.of`: `[9, B, T]` and `[2, B, P]` int32."""
+    starts, lengths, cu_seqlens = placement.starts, placement.lengths, placement.cu_seqlens
     batch, tokens, keys, largest = *q.shape[:2], k.shape[1], largest_part(q, v.shape[-1])
-    part, pieces = part_shape(sizes.block_size, largest)
+    part, parts_a_block = part_shape(sizes.block_size, largest)
     parts_count = count_parts(keys, cu_seqlens, sizes.block_size, largest)
     index = partial(torch.empty, dtype=torch.int32, device=q.device)
     queries, parts = index(9, batch, tokens), index(2, batch, parts_count)
@@ -159,7 +169,7 @@ def find_layout(
         cmp_bases = (count.cumsum(0) - count).to(torch.int32)
         # numbered with gaps between the documents, so that how many there are follows from shapes
         number = torch.arange(documents, dtype=torch.int32, device=q.device)
-        part_bases = (starts // sizes.block_size + number) * pieces
+        part_bases = (starts // sizes.block_size + number) * parts_a_block
     shape = {"BLOCK": sizes.block_size, "PACKED": documents > 0, "BM": 256, "num_warps": 4}
     queries_kernel[(cdiv(tokens, 256), batch)](
         starts, ends, cmp_bases, part_bases, queries, tokens, keys - window_keys, sizes.window_size, documents,
@@ -167,6 +177,6 @@ def find_layout(
         **shape,
     )
     parts_kernel[(cdiv(parts_count, 256), batch)](
-        starts, ends, part_bases, parts, parts_count, documents, search_steps(documents), pieces, part, **shape
+        starts, ends, part_bases, parts, parts_count, documents, search_steps(documents), parts_a_block, part, **shape
     )
     return queries, parts

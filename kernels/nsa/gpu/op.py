@@ -1,13 +1,13 @@
 """`nsa_attention(backend="triton")`: the kernels put together, forward and backward, as PyTorch custom operators.
 
-    compressed   runs of compressed blocks (eqs. 7, 8)                triton_interval
-    selection    scores, forced blocks, top-k (eqs. 8 to 12)          triton_select
-    selected     local blocks as runs of keys, the others gathered    triton_interval, triton_gather, triton_selected
-                 or, for large groups, one query after another        triton_query_major
-    window       runs of the last w keys                              triton_interval
-    combination  the gated sum (eq. 5)                                triton_gates
+    compressed   runs of compressed blocks (eqs. 7, 8)                interval
+    selection    scores, forced blocks, top-k (eqs. 8 to 12)          scores
+    selected     local blocks as runs of keys, the others gathered    interval, gather, selected
+                 or, for large groups, one query after another        query_major
+    window       runs of the last w keys                              interval
+    combination  the gated sum (eq. 5)                                gates
 
-A few queries a row without gradients, as in decoding, have kernels of their own (`triton_decode`).
+A few queries a row without gradients, as in decoding, have kernels of their own (`decode`).
 
 Custom operators with declared shapes (`torch.compile` takes them as they are); every pass gives the same bits for the
 same inputs. What the backward pass keeps: the inputs, the selection and what `Saved` names.
@@ -21,18 +21,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..placement import FULL, Placement
 from ..sizes import Sizes
 from .common import LOG2E, largest_part
 from .decode.op import decode_op, last_contiguous, takes_decode
 from .gates import combine, gate_gradient
-from .gather import Gather, Pieces, count_slots, gather_queries
+from .gather import Chunks, Gather, count_slots, gather_queries
 from .interval import interval_forward
 from .interval_backward import Second, find_borders, interval_dkv, interval_dq
 from .layout import Layout, count_parts, find_layout, part_shape
 from .query_major import query_major_forward, takes_query_major
-from .scores.compressed import select
-from .scores.index import select_by_index
-from .selected import find_pieces, selected_backward, selected_forward
+from .scores.compressed import CompressedInputs, select_by_compressed
+from .scores.index import IndexInputs, select_by_index
+from .selected import find_chunks, selected_backward, selected_forward
 
 CMP, SLC, WIN = 0, 1, 2
 WIDEST_HEAD = 256
@@ -57,11 +58,32 @@ class Saved(NamedTuple):
     offsets: Tensor
 
 
-def entries_of(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, parts: int) -> Pieces | None:
+def cut_selection(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, parts: int) -> Chunks | None:
     """How the (query, block) pairs that are not local are cut; None: there are none."""
     per_block = part_shape(sizes.block_size, largest_part(q, v.shape[-1]))[1]
     slots = count_slots(sizes, per_block, k.shape[1])
-    return find_pieces(q, v, parts, slots) if slots else None
+    return find_chunks(q, v, parts, slots) if slots else None
+
+
+def attend_selected(
+    q: Tensor, k: Tensor, v: Tensor, selection: Tensor, layout: Layout, sizes: Sizes, scale_log2: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The selected branch (eq. 12), whichever scorer chose its blocks.
+
+    Returns:
+        Output `[B, T, Hq, Dv]` in q's dtype, log2-sum-exp `[B, T, Hq]` float32, and the selection turned round
+        (`order` and `offsets` of `Gather`; empty where it is not needed).
+    """
+    nothing = (selection.new_empty(0), selection.new_empty(0))
+    if takes_query_major(q, k):
+        return (*query_major_forward(q, k, v, selection, layout, sizes, scale_log2), *nothing)
+    out, lse = interval_forward(q, k, v, *layout.local, scale_log2)
+    chunks = cut_selection(q, k, v, sizes, layout.part_first.shape[-1])
+    if chunks is None:
+        return (out, lse, *nothing)
+    gather = gather_queries(selection, layout, sizes, chunks)
+    selected_forward(q, k, v, gather, layout, sizes, scale_log2, out, lse)
+    return out, lse, gather.order, gather.offsets
 
 
 @torch.library.custom_op("nsa_hf::forward", mutates_args=())
@@ -73,26 +95,19 @@ def forward_op(
     """Output, selection, and what `Saved` names."""
     size, scale_log2 = Sizes(*sizes), scale * LOG2E
     near_k, near_v = (k, v) if k_win is None or v_win is None else (k_win, v_win)
-    queries, parts = find_layout(q, k, v, near_k.shape[1], size, cu_seqlens, starts, lengths)
+    placement = Placement(starts, lengths, cu_seqlens)
+    queries, parts = find_layout(q, k, v, near_k.shape[1], size, placement)
     layout = Layout.of(queries, parts, size.block_size, largest_part(q, v.shape[-1]), cu_seqlens is not None)
 
     out_cmp = lse_cmp = None
     if k_cmp is not None and v_cmp is not None:
         out_cmp, lse_cmp = interval_forward(q, k_cmp, v_cmp, *layout.compressed, scale_log2, long_runs=True)
     if q_index is not None and k_index is not None:
-        selection = select_by_index(q_index, k_index, k.shape[2], layout, size)
+        selection = select_by_index(IndexInputs(q_index, k_index, k.shape[2]), layout, size)
     else:
         assert k_cmp is not None and lse_cmp is not None
-        selection = select(q, k_cmp, lse_cmp, layout, size, k.shape[1], scale_log2)
-    order, offsets = selection.new_empty(0), selection.new_empty(0)
-    if takes_query_major(q, k):
-        out_slc, lse_slc = query_major_forward(q, k, v, selection, layout, size, scale_log2)
-    else:
-        out_slc, lse_slc = interval_forward(q, k, v, *layout.local, scale_log2)
-        if pieces := entries_of(q, k, v, size, parts.shape[-1]):
-            gather = gather_queries(selection, layout, size, pieces)
-            order, offsets = gather.order, gather.offsets
-            selected_forward(q, k, v, gather, layout, size, scale_log2, out_slc, lse_slc)
+        selection = select_by_compressed(CompressedInputs(q, k_cmp, lse_cmp, k.shape[1], scale_log2), layout, size)
+    out_slc, lse_slc, order, offsets = attend_selected(q, k, v, selection, layout, size, scale_log2)
     out_win, lse_win = interval_forward(q, near_k, near_v, *layout.window, scale_log2)
     out = combine(out_cmp, out_slc, out_win, gates, layout.relative)
     none = (gates.new_empty(0), gates.new_empty(0))
@@ -110,8 +125,8 @@ def _(q, k, v, k_cmp, v_cmp, gates, k_win, v_win, q_index, k_index, cu_seqlens, 
         outs[1], lses[0] = gates.new_empty(0), gates.new_empty(0)
     index = partial(q.new_empty, dtype=torch.int32)
     parts = count_parts(k.shape[1], cu_seqlens, size.block_size, largest_part(q, v.shape[-1]))
-    pieces = None if takes_query_major(q, k) else entries_of(q, k, v, size, parts)
-    order, offsets = (pieces.entries, pieces.groups * parts + 1) if pieces else (0, 0)
+    chunks = None if takes_query_major(q, k) else cut_selection(q, k, v, size, parts)
+    order, offsets = (chunks.picks, chunks.lanes * parts + 1) if chunks else (0, 0)
     selection = index(batch, tokens, k.shape[2], size.topk)
     layout = (index(9, batch, tokens), index(2, batch, parts))
     return [outs[0], selection, *outs[1:], *lses, *layout, index(order), index(offsets)]
@@ -149,10 +164,10 @@ def backward_op(
         interval_dq(q, k, v, *local, dq, add=True)
 
     dk_dv, summed = None, torch.empty_like(q)
-    if pieces := entries_of(q, k, v, size, known.parts.shape[-1]):
-        gather = Gather(known.order, known.offsets, pieces)
+    if chunks := cut_selection(q, k, v, size, known.parts.shape[-1]):
+        gather = Gather(known.order, known.offsets, chunks)
         if not known.offsets.numel():
-            gather = gather_queries(selection, layout, size, pieces)
+            gather = gather_queries(selection, layout, size, chunks)
         dk_dv = selected_backward(q, k, v, gather, layout, size, dout, records, scale, scale_log2, dq, summed)
     else:
         summed.copy_(dq)
@@ -197,15 +212,14 @@ forward_op.register_autograd(backward, setup_context=setup_context)
 def triton_attention(
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor | None, v_cmp: Tensor | None, gates: Tensor, *, sizes: Sizes,
     scale: float, k_win: Tensor | None = None, v_win: Tensor | None = None, q_index: Tensor | None = None,
-    k_index: Tensor | None = None, cu_seqlens: Tensor | None = None,
-    starts: Tensor | None = None, lengths: Tensor | None = None,
+    k_index: Tensor | None = None, placement: Placement = FULL,
 ) -> tuple[Tensor, Tensor]:
     """`nsa_attention` by the Triton kernels; arguments as there, already checked. Returns the output and the selection
     `[B, T, Hk, at most topk]`.
 
     Raises:
         TypeError: float64, which the matrix units do not take.
-        ValueError: heads wider than 256, a card older than compute capability 8.0, and the limits that `select` and
+        ValueError: heads wider than 256, a card older than compute capability 8.0, and the limits that the scorers and
             `gather_queries` name.
     """
     if q.dtype == torch.float64:
@@ -217,10 +231,8 @@ def triton_attention(
             f"Dv = {v.shape[-1]}: use backend='reference'"
         )
     sizes = sizes.within(k.shape[1])
-    numbers = [
-        sizes.kernel_size, sizes.kernel_stride, sizes.block_size, sizes.topk, sizes.init_blocks, sizes.local_blocks,
-        sizes.window_size,
-    ]
+    numbers = sizes.as_list()  # the operators' schemas take neither `Sizes` nor `Placement`
+    starts, lengths, cu_seqlens = placement.starts, placement.lengths, placement.cu_seqlens
     inputs = [q, k, v, k_cmp, v_cmp, gates, k_win, v_win]
     index = [None if x is None else x.detach() for x in (q_index, k_index)]
     if q_index is None and takes_decode(inputs, q.shape[1], cu_seqlens):

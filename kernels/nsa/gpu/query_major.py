@@ -1,7 +1,7 @@
 """Attention over the selected blocks, one query after another: for large groups (eq. 12).
 
 The heads of a group share a query's blocks, and enough of them are the rows of a matrix product. Nothing is written
-but the result, while the other order (`triton_selected`) has a partial result for each query and block; but each query
+but the result, while the other order (`selected.py`) has a partial result for each query and block; but each query
 reads its blocks again, whatever the group.
 """
 
@@ -70,12 +70,12 @@ def query_major_kernel(
     acc = tl.zeros([GP, DVP], tl.float32)
     top = tl.full([GP], float("-inf"), tl.float32)
     total = tl.zeros([GP], tl.float32)
-    # a block is taken in pieces of BN tokens; what stands behind the block belongs to the next one
-    PIECES: tl.constexpr = (BLOCK + BN - 1) // BN
+    # a block is taken in tiles of BN tokens; what stands behind the block belongs to the next one
+    TILES_A_BLOCK: tl.constexpr = (BLOCK + BN - 1) // BN
     others = tl.minimum(tl.maximum(relative, 0) // BLOCK, SLOTS - 1)
-    for i in tl.range(0, others * PIECES):
-        offset = i % PIECES * BN
-        begin = tl.load(selection + i // PIECES) * BLOCK + offset
+    for i in tl.range(0, others * TILES_A_BLOCK):
+        offset = i % TILES_A_BLOCK * BN
+        begin = tl.load(selection + i // TILES_A_BLOCK) * BLOCK + offset
         acc, top, total = block_step(
             acc, top, total, queries, k, v, begin, offset + index < BLOCK, HK, scale_log2, DK, DKP, DV, DVP, BN,
             BLOCK % BN != 0, PRECISION,

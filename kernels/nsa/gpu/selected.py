@@ -2,8 +2,8 @@
 
 A query's group of heads is too few rows for a matrix product when groups are small, and every block would be read once
 a query. Turned round, a block is read once and the rows are whichever queries chose it, all heads of a group side by
-side (row `r` of a part is head `r % G` of entry `r // G`: nothing is padded whatever the group). Each (query, slot) has
-its own partial result, in q's dtype, rounded once and summed in float32: no atomics. Pieces of the queries bound the
+side (row `r` of a part is head `r % G` of pick `r // G`: nothing is padded whatever the group). Each (query, slot) has
+its own partial result, in q's dtype, rounded once and summed in float32: no atomics. Chunks of the queries bound the
 memory of the partial results.
 """
 
@@ -25,7 +25,7 @@ from .common import (
     shared_memory,
     store_tile,
 )
-from .gather import Gather, Pieces, cut_queries, entries_a_tile, launches
+from .gather import Chunks, Gather, cut_queries, launches, picks_a_tile
 from .interval import widths
 from .interval_backward import weight_gradient
 from .layout import Layout
@@ -34,62 +34,62 @@ from .layout import Layout
 def partial_bytes(q: Tensor) -> int:
     """Bytes of partial results that are held at once (more where a single query of one head needs more).
 
-    Larger pieces are faster, but they count in the backward pass's peak: so they grow with the inputs.
+    Larger chunks are faster, but they count in the backward pass's peak: so they grow with the inputs.
     """
     return max(1 << 29, min(1 << 30, 8 * q.nbytes))
 
 
-def entry_bytes(q: Tensor, v: Tensor) -> int:
+def pick_bytes(q: Tensor, v: Tensor) -> int:
     """What one (query, slot)'s partial result takes, of the output or of dq."""
     return q.shape[2] // v.shape[2] * max(q.shape[-1], v.shape[-1]) * q.element_size()
 
 
-def find_pieces(q: Tensor, v: Tensor, parts: int, slots: int) -> Pieces:
+def find_chunks(q: Tensor, v: Tensor, parts: int, slots: int) -> Chunks:
     """How the queries are cut, the same in both passes."""
-    return cut_queries(q.shape[0], q.shape[1], v.shape[2], parts, slots, entry_bytes(q, v), partial_bytes(q))
+    return cut_queries(q.shape[0], q.shape[1], v.shape[2], parts, slots, pick_bytes(q, v), partial_bytes(q))
 
 
 @triton.jit
-def entry_rows(order, first, last, r, T, SLOTS, piece_first, G, HQ, head, batch):
-    """Of rows `r` of the entries `[first, last)`: whether they exist, the query's row in `[B*T*HQ]`, the result's row.
+def pick_rows(order, first, last, r, T, SLOTS, chunk_first, G, HQ, head, batch):
+    """Of rows `r` of the picks `[first, last)`: whether they exist, the query's row in `[B*T*HQ]`, the result's row.
 
-    The latter counts `(query of the piece, slot, head of the group)`.
+    The latter counts `(query of the chunk, slot, head of the group)`.
     """
     exists = first + r // G < last
-    entry = tl.load(order + first + r // G, mask=exists, other=0)
-    token, slot = entry // SLOTS, entry % SLOTS
+    pick = tl.load(order + first + r // G, mask=exists, other=0)
+    token, slot = pick // SLOTS, pick % SLOTS
     query = (batch * T + token).to(tl.int64) * HQ + head * G + r % G
-    partial = ((token - piece_first).to(tl.int64) * SLOTS + slot) * G + r % G
+    partial = ((token - chunk_first).to(tl.int64) * SLOTS + slot) * G + r % G
     return exists, query, partial
 
 
 @triton.jit
 def selected_forward_kernel(
-    q, k, v, order, offsets, item_part, item_chunk, part_first, part_end, partial, partial_lse, scale_log2,
-    first_group, T, S, HQ, HK, BH, SLOTS, PARTS, PIECE, CHUNK,
+    q, k, v, order, offsets, item_part, item_number, part_first, part_end, partial, partial_lse, scale_log2,
+    first_lane, T, S, HQ, HK, BH, SLOTS, PARTS, CHUNK, MOST,
     DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Softmax attention of CHUNK entries over their part alone: output and log2-sum-exp of each (query, slot, head)."""
-    group = first_group + tl.program_id(1)
-    part = tl.load(item_part + group.to(tl.int64) * tl.num_programs(0) + tl.program_id(0))
+    """Softmax attention of MOST picks over their part alone: output and log2-sum-exp of each (query, slot, head)."""
+    lane = first_lane + tl.program_id(1)
+    part = tl.load(item_part + lane.to(tl.int64) * tl.num_programs(0) + tl.program_id(0))
     if part < PARTS:
-        chunk = tl.load(item_chunk + group.to(tl.int64) * tl.num_programs(0) + tl.program_id(0))
-        batch, head = group % BH // HK, group % HK
+        number = tl.load(item_number + lane.to(tl.int64) * tl.num_programs(0) + tl.program_id(0))
+        batch, head = lane % BH // HK, lane % HK
         heads = HQ // HK
-        first = tl.load(offsets + group * PARTS + part) + chunk * CHUNK
-        last = tl.minimum(tl.load(offsets + group * PARTS + part + 1), first + CHUNK)
+        first = tl.load(offsets + lane * PARTS + part) + number * MOST
+        last = tl.minimum(tl.load(offsets + lane * PARTS + part + 1), first + MOST)
         begin = tl.load(part_first + batch * PARTS + part)
         index = tl.arange(0, BN)
         inside = begin + index < tl.load(part_end + batch * PARTS + part)
         origin = (batch.to(tl.int64) * S + begin) * HK + head
         keys = load_tile(k + origin * DK, index, HK * DK, inside, DK, DKP)
         values = load_tile(v + origin * DV, index, HK * DV, inside, DV, DVP)
-        place = tl.program_id(1).to(tl.int64) * PIECE * SLOTS * heads
+        place = tl.program_id(1).to(tl.int64) * CHUNK * SLOTS * heads
         for row in tl.range(0, (last - first) * heads, BM):
             r = row + tl.arange(0, BM)
-            exists, query, target = entry_rows(
-                order, first, last, r, T, SLOTS, group // BH * PIECE, heads, HQ, head, batch
+            exists, query, target = pick_rows(
+                order, first, last, r, T, SLOTS, lane // BH * CHUNK, heads, HQ, head, batch
             )
             queries = load_tile(q, query, DK, exists, DK, DKP)
             logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale_log2
@@ -103,32 +103,34 @@ def selected_forward_kernel(
 
 
 @triton.jit
-def used_slots(relative, BLOCK: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, PIECES: tl.constexpr):
-    """How many slots of a query hold an entry; they come first."""
+def used_slots(
+    relative, BLOCK: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, PARTS_A_BLOCK: tl.constexpr
+):
+    """How many slots of a query hold a pick; they come first."""
     blocks = tl.where(relative < 0, 0, relative // BLOCK + 1)
-    return tl.maximum(tl.minimum(blocks, TOPK) - LOCAL, 0) * PIECES
+    return tl.maximum(tl.minimum(blocks, TOPK) - LOCAL, 0) * PARTS_A_BLOCK
 
 
 @triton.jit
 def merge_kernel(
-    partial, partial_lse, relative_ptr, out, lse, first_group, T, HQ, HK, BH, SLOTS, PIECE,
+    partial, partial_lse, relative_ptr, out, lse, first_lane, T, HQ, HK, BH, SLOTS, CHUNK,
     DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr, LOCAL: tl.constexpr,
-    TOPK: tl.constexpr, PIECES: tl.constexpr,
+    TOPK: tl.constexpr, PARTS_A_BLOCK: tl.constexpr,
 ):
     """Adds the partial results to what `out` and `lse` hold of the local blocks: softmax over all of them (eq. 12)."""
-    group = first_group + tl.program_id(1)
-    batch, head = group % BH // HK, group % HK
+    lane = first_lane + tl.program_id(1)
+    batch, head = lane % BH // HK, lane % HK
     heads = HQ // HK
     r = tl.program_id(0) * BM + tl.arange(0, BM)
-    token = group // BH * PIECE + r // heads
-    exists = (r < PIECE * heads) & (token < T)
+    token = lane // BH * CHUNK + r // heads
+    exists = (r < CHUNK * heads) & (token < T)
     relative = tl.load(relative_ptr + batch * T + token, mask=exists, other=-1)
-    used = used_slots(relative, BLOCK, LOCAL, TOPK, PIECES)
+    used = used_slots(relative, BLOCK, LOCAL, TOPK, PARTS_A_BLOCK)
     row = (batch * T + token).to(tl.int64) * HQ + head * heads + r % heads
     acc = load_tile(out, row, DV, exists, DV, DVP).to(tl.float32)
     top = tl.load(lse + row, mask=exists, other=0.0)
     total = tl.full([BM], 1.0, tl.float32)
-    source = tl.program_id(1).to(tl.int64) * PIECE * SLOTS * heads
+    source = tl.program_id(1).to(tl.int64) * CHUNK * SLOTS * heads
     source += (r // heads).to(tl.int64) * SLOTS * heads + r % heads
     for slot in tl.range(0, tl.max(used)):
         here = slot < used
@@ -145,33 +147,33 @@ def merge_kernel(
 
 @triton.jit
 def selected_backward_kernel(
-    q, k, v, order, offsets, item_part, item_chunk, part_first, part_end, dout, records,
-    dq_partial, dk_partial, dv_partial, scale_log2, first_group, T, S, HQ, HK, BH, SLOTS, PARTS, PIECE, CHUNK,
+    q, k, v, order, offsets, item_part, item_number, part_first, part_end, dout, records,
+    dq_partial, dk_partial, dv_partial, scale_log2, first_lane, T, S, HQ, HK, BH, SLOTS, PARTS, CHUNK, MOST,
     DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PART: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Of CHUNK entries: `dv = p^T dout` and `dk = ds^T q` summed, and `dq = ds k` of each (query, slot, head)."""
-    group = first_group + tl.program_id(1)
-    part = tl.load(item_part + group.to(tl.int64) * tl.num_programs(0) + tl.program_id(0))
+    """Of MOST picks: `dv = p^T dout` and `dk = ds^T q` summed, and `dq = ds k` of each (query, slot, head)."""
+    lane = first_lane + tl.program_id(1)
+    part = tl.load(item_part + lane.to(tl.int64) * tl.num_programs(0) + tl.program_id(0))
     if part < PARTS:
-        chunk = tl.load(item_chunk + group.to(tl.int64) * tl.num_programs(0) + tl.program_id(0))
-        batch, head = group % BH // HK, group % HK
+        number = tl.load(item_number + lane.to(tl.int64) * tl.num_programs(0) + tl.program_id(0))
+        batch, head = lane % BH // HK, lane % HK
         heads = HQ // HK
-        first = tl.load(offsets + group * PARTS + part) + chunk * CHUNK
-        last = tl.minimum(tl.load(offsets + group * PARTS + part + 1), first + CHUNK)
+        first = tl.load(offsets + lane * PARTS + part) + number * MOST
+        last = tl.minimum(tl.load(offsets + lane * PARTS + part + 1), first + MOST)
         begin = tl.load(part_first + batch * PARTS + part)
         index = tl.arange(0, BN)
         inside = begin + index < tl.load(part_end + batch * PARTS + part)
         origin = (batch.to(tl.int64) * S + begin) * HK + head
         keys = load_tile(k + origin * DK, index, HK * DK, inside, DK, DKP)
         values = load_tile(v + origin * DV, index, HK * DV, inside, DV, DVP)
-        place = tl.program_id(1).to(tl.int64) * PIECE * SLOTS * heads
+        place = tl.program_id(1).to(tl.int64) * CHUNK * SLOTS * heads
         dk_acc = tl.zeros([BN, DKP], tl.float32)
         dv_acc = tl.zeros([BN, DVP], tl.float32)
         for row in tl.range(0, (last - first) * heads, BM):
             r = row + tl.arange(0, BM)
-            exists, query, target = entry_rows(
-                order, first, last, r, T, SLOTS, group // BH * PIECE, heads, HQ, head, batch
+            exists, query, target = pick_rows(
+                order, first, last, r, T, SLOTS, lane // BH * CHUNK, heads, HQ, head, batch
             )
             queries = load_tile(q, query, DK, exists, DK, DKP)
             douts = load_tile(dout, query, DV, exists, DV, DVP)
@@ -196,14 +198,14 @@ def selected_backward_kernel(
 
 @triton.jit
 def sum_items_kernel(
-    partial, item_first, part_first, part_end, total, factor, first_group, items, S, HK, BH, PARTS,
+    partial, item_first, part_first, part_end, total, factor, first_lane, items, S, HK, BH, PARTS,
     D: tl.constexpr, PART: tl.constexpr, WIDTH: tl.constexpr, AT_ONCE: tl.constexpr,
 ):
     """Adds `factor` times the sum of a part's items, in a fixed order, to WIDTH numbers of `total [B, S, Hk, D]`."""
-    part, group = tl.program_id(0), first_group + tl.program_id(1)
-    batch, head = group % BH // HK, group % HK
+    part, lane = tl.program_id(0), first_lane + tl.program_id(1)
+    batch, head = lane % BH // HK, lane % HK
     begin = tl.load(part_first + batch * PARTS + part)
-    row = group.to(tl.int64) * (PARTS + 1) + part
+    row = lane.to(tl.int64) * (PARTS + 1) + part
     first, end = tl.load(item_first + row), tl.load(item_first + row + 1)
     if first < end:
         index = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
@@ -220,21 +222,21 @@ def sum_items_kernel(
 
 @triton.jit
 def sum_dq_kernel(
-    partial, relative_ptr, dq_in, dq, scale, first_group, T, HQ, HK, BH, SLOTS, PIECE,
+    partial, relative_ptr, dq_in, dq, scale, first_lane, T, HQ, HK, BH, SLOTS, CHUNK,
     DK: tl.constexpr, DKP: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr, LOCAL: tl.constexpr,
-    TOPK: tl.constexpr, PIECES: tl.constexpr,
+    TOPK: tl.constexpr, PARTS_A_BLOCK: tl.constexpr,
 ):
     """`dq = dq_in + scale * sum of the query's partial results`, in float32, rounded once."""
-    group = first_group + tl.program_id(1)
-    batch, head = group % BH // HK, group % HK
+    lane = first_lane + tl.program_id(1)
+    batch, head = lane % BH // HK, lane % HK
     heads = HQ // HK
     r = tl.program_id(0) * BM + tl.arange(0, BM)
-    token = group // BH * PIECE + r // heads
-    exists = (r < PIECE * heads) & (token < T)
+    token = lane // BH * CHUNK + r // heads
+    exists = (r < CHUNK * heads) & (token < T)
     relative = tl.load(relative_ptr + batch * T + token, mask=exists, other=-1)
-    used = used_slots(relative, BLOCK, LOCAL, TOPK, PIECES)
+    used = used_slots(relative, BLOCK, LOCAL, TOPK, PARTS_A_BLOCK)
     row = (batch * T + token).to(tl.int64) * HQ + head * heads + r % heads
-    source = tl.program_id(1).to(tl.int64) * PIECE * SLOTS * heads
+    source = tl.program_id(1).to(tl.int64) * CHUNK * SLOTS * heads
     source += (r // heads).to(tl.int64) * SLOTS * heads + r % heads
     acc = tl.zeros([BM, DKP], tl.float32)
     for slot in tl.range(0, tl.max(used)):
@@ -257,7 +259,7 @@ def gather_tiles(q: Tensor, v: Tensor, layout: Layout, backward: bool) -> dict:
 
 def merge_shape(sizes: Sizes, layout: Layout, keys: int) -> dict:
     return {
-        "BLOCK": sizes.block_size, "LOCAL": sizes.local_blocks, "PIECES": layout.parts_a_block,
+        "BLOCK": sizes.block_size, "LOCAL": sizes.local_blocks, "PARTS_A_BLOCK": layout.parts_a_block,
         "TOPK": min(sizes.topk, (keys - 1) // sizes.block_size + 1), "BM": 32, "num_warps": 4,
     }
 
@@ -268,24 +270,24 @@ def selected_forward(
 ) -> None:
     """Adds the selected blocks that are not local to `out [B, T, Hq, Dv]` and `lse [B, T, Hq]`, which hold those."""
     heads, kv_heads, keys, value_dim = q.shape[2], k.shape[2], k.shape[1], v.shape[3]
-    group, tokens, pieces = heads // kv_heads, q.shape[1], gather.pieces
-    runs = launches(pieces, entry_bytes(q, v), partial_bytes(q))
+    group, tokens, chunks = heads // kv_heads, q.shape[1], gather.chunks
+    runs = launches(chunks, pick_bytes(q, v), partial_bytes(q))
     tiles = gather_tiles(q, v, layout, backward=False)
-    work = gather.work(entries_a_tile(4 * tiles["BM"], group))
-    results = max(count for _, count in runs) * pieces.tokens * pieces.slots * group
+    work = gather.work(picks_a_tile(4 * tiles["BM"], group))
+    results = max(count for _, count in runs) * chunks.tokens * chunks.slots * group
     partial, partial_lse = q.new_empty(results, value_dim), q.new_empty(results, dtype=torch.float32)
     shape = {key: x for key, x in widths(q, v).items() if key.startswith("DV")}
     merge = merge_shape(sizes, layout, keys)
-    per_piece = pieces.groups // pieces.count
+    per_chunk = chunks.lanes // chunks.count
     for first, count in runs:
         selected_forward_kernel[(work.part.shape[1], count)](
-            q, k, v, gather.order, gather.offsets, work.part, work.chunk, layout.part_first, layout.part_end,
-            partial, partial_lse, scale_log2, first, tokens, keys, heads, kv_heads, per_piece, pieces.slots,
-            pieces.parts, pieces.tokens, work.most, **widths(q, v), **tiles,
+            q, k, v, gather.order, gather.offsets, work.part, work.number, layout.part_first, layout.part_end,
+            partial, partial_lse, scale_log2, first, tokens, keys, heads, kv_heads, per_chunk, chunks.slots,
+            chunks.parts, chunks.tokens, work.most, **widths(q, v), **tiles,
         )
-        merge_kernel[(cdiv(pieces.tokens * group, merge["BM"]), count)](
-            partial, partial_lse, layout.relative, out, lse, first, tokens, heads, kv_heads, per_piece, pieces.slots,
-            pieces.tokens, **shape, **merge,
+        merge_kernel[(cdiv(chunks.tokens * group, merge["BM"]), count)](
+            partial, partial_lse, layout.relative, out, lse, first, tokens, heads, kv_heads, per_chunk, chunks.slots,
+            chunks.tokens, **shape, **merge,
         )
 
 
@@ -299,32 +301,32 @@ def selected_backward(
         records: log2-sum-exp, gate and `dout . out` of each query, `[B, T, Hq, 3]` float32.
     """
     heads, kv_heads, keys, key_dim, value_dim = q.shape[2], k.shape[2], k.shape[1], k.shape[3], v.shape[3]
-    group, tokens, pieces = heads // kv_heads, q.shape[1], gather.pieces
-    runs = launches(pieces, entry_bytes(q, v), partial_bytes(q))
+    group, tokens, chunks = heads // kv_heads, q.shape[1], gather.chunks
+    runs = launches(chunks, pick_bytes(q, v), partial_bytes(q))
     tiles = gather_tiles(q, v, layout, backward=True)
-    work = gather.work(entries_a_tile(32 * tiles["BM"], group))
+    work = gather.work(picks_a_tile(32 * tiles["BM"], group))
     at_once, items = max(count for _, count in runs), work.part.shape[1]
-    dq_partial = q.new_empty(at_once * pieces.tokens * pieces.slots * group, key_dim)
+    dq_partial = q.new_empty(at_once * chunks.tokens * chunks.slots * group, key_dim)
     dk_partial = q.new_empty(at_once, items, layout.part_size, key_dim, dtype=torch.float32)
     dv_partial = q.new_empty(at_once, items, layout.part_size, value_dim, dtype=torch.float32)
     dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
     merge = merge_shape(sizes, layout, keys)
-    per_piece = pieces.groups // pieces.count
+    per_chunk = chunks.lanes // chunks.count
     for first, count in runs:
         selected_backward_kernel[(items, count)](
-            q, k, v, gather.order, gather.offsets, work.part, work.chunk, layout.part_first, layout.part_end, dout,
-            records, dq_partial, dk_partial, dv_partial, scale_log2, first, tokens, keys, heads, kv_heads, per_piece,
-            pieces.slots, pieces.parts, pieces.tokens, work.most, PART=layout.part_size, **widths(q, v), **tiles,
+            q, k, v, gather.order, gather.offsets, work.part, work.number, layout.part_first, layout.part_end, dout,
+            records, dq_partial, dk_partial, dv_partial, scale_log2, first, tokens, keys, heads, kv_heads, per_chunk,
+            chunks.slots, chunks.parts, chunks.tokens, work.most, PART=layout.part_size, **widths(q, v), **tiles,
         )
         for partial, total, factor in ((dk_partial, dk, scale), (dv_partial, dv, 1.0)):
             numbers = layout.part_size * total.shape[-1]
-            sum_items_kernel[(pieces.parts, count, cdiv(numbers, 512))](
+            sum_items_kernel[(chunks.parts, count, cdiv(numbers, 512))](
                 partial, work.first, layout.part_first, layout.part_end, total, factor, first, items, keys,
-                kv_heads, per_piece, pieces.parts, D=total.shape[-1], PART=layout.part_size, WIDTH=512, AT_ONCE=4,
+                kv_heads, per_chunk, chunks.parts, D=total.shape[-1], PART=layout.part_size, WIDTH=512, AT_ONCE=4,
                 num_warps=4,
             )
-        sum_dq_kernel[(cdiv(pieces.tokens * group, merge["BM"]), count)](
-            dq_partial, layout.relative, dq_in, dq, scale, first, tokens, heads, kv_heads, per_piece, pieces.slots,
-            pieces.tokens, DK=key_dim, DKP=padded(key_dim), **merge,
+        sum_dq_kernel[(cdiv(chunks.tokens * group, merge["BM"]), count)](
+            dq_partial, layout.relative, dq_in, dq, scale, first, tokens, heads, kv_heads, per_chunk, chunks.slots,
+            chunks.tokens, DK=key_dim, DKP=padded(key_dim), **merge,
         )
     return dk, dv

@@ -21,12 +21,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...placement import Placement
 from ...sizes import Sizes
 from ..common import LOG2E, cdiv, following, next_power_of_2, padded, wait_for_previous
 from ..scores.compressed import check_limits
 from .scores import GROWING, cell_shape, compressed_partials, compressed_tiles, row_place
 from .select import decode_select, select_shape
-from .selected import most_pieces, selected_partials, selected_tiles
+from .selected import most_tiles, selected_partials, selected_tiles
 
 # Queries a row up to which splits of the keys beat the kernels that take many queries together.
 MOST_QUERIES = 16
@@ -87,24 +88,24 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
-def split_count(programs: int, pieces: int, device: torch.device) -> int:
-    """How many programs share the pieces of one: few rounds of full cards, and no more partial results than needed.
+def split_count(programs: int, tiles: int, device: torch.device) -> int:
+    """How many programs share the tiles of one: few rounds of full cards, and no more partial results than needed.
 
     Args:
         programs: what there is without splits.
-        pieces: tiles that each of them walks over, at most.
+        tiles: tiles that each of them walks over, at most.
     """
-    return fewest_rounds(programs, pieces, processors(device) * RESIDENT, MOST_SPLITS, START)
+    return fewest_rounds(programs, tiles, processors(device) * RESIDENT, MOST_SPLITS, START)
 
 
 @cache
-def fewest_rounds(programs: int, pieces: int, at_once: int, most: int, start: float) -> int:
-    candidates = range(1, max(1, min(pieces, most)) + 1)
-    return min(candidates, key=lambda n: -(-programs * n // at_once) * (-(-pieces // n) + start))
+def fewest_rounds(programs: int, tiles: int, at_once: int, most: int, start: float) -> int:
+    candidates = range(1, max(1, min(tiles, most)) + 1)
+    return min(candidates, key=lambda n: -(-programs * n // at_once) * (-(-tiles // n) + start))
 
 
 def combine(
-    partial: Tensor, lse: Tensor, gates: Tensor, starts: Tensor | None, lengths: Tensor | None, keys: int, cmp: int,
+    partial: Tensor, lse: Tensor, gates: Tensor, placement: Placement, keys: int, cmp: int,
     splits: int, out: Tensor,
 ) -> None:
     """Fills `out [B, T, Hq, Dv]` from the partial results of the compressed (`cmp`), selected and window branch."""
@@ -112,8 +113,9 @@ def combine(
     results = next_power_of_2(cmp + 2 * splits)
     columns = max(16, min(padded(dim), 8192 // results))
     decode_combine_kernel[(batch * tokens * heads,)](
-        partial, lse, gates, starts, lengths, out, tokens, keys, heads, cmp, splits, D=dim, DP=padded(dim), PP=results,
-        DC=columns, num_warps=max(1, min(4, results * columns // 1024)), **following(out.device),
+        partial, lse, gates, placement.starts, placement.lengths, out, tokens, keys, heads, cmp, splits, D=dim,
+        DP=padded(dim), PP=results, DC=columns, num_warps=max(1, min(4, results * columns // 1024)),
+        **following(out.device),
     )
 
 
@@ -137,8 +139,8 @@ def decode_op(
     cmp = split_count(batch * kv_heads * row_tiles, cdiv(blocks * cells, tile), q.device)
     near = selected_tiles(q, v, heads // kv_heads, size)
     head_tiles = cdiv(heads // kv_heads, near["BM"])
-    pieces = most_pieces(size, near["BN"], keys, k_win is None)
-    splits = split_count(batch * tokens * kv_heads * head_tiles, pieces, q.device)
+    most = most_tiles(size, near["BN"], keys, k_win is None)
+    splits = split_count(batch * tokens * kv_heads * head_tiles, most, q.device)
 
     float32: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
     partial = torch.empty(cmp + 2 * splits, batch, tokens, heads, dim, **float32)
@@ -158,12 +160,15 @@ def decode_op(
         scores = tuple(torch.empty(batch * kv_heads, *shape, **float32) for shape in shapes)
     out = q.new_empty(batch, tokens, heads, dim)
 
-    ends = (starts, lengths)
-    compressed_partials(q, k_cmp, v_cmp, *ends, keys, size, scale_log2, tiles, cmp, partial, lse, scores, arrived)
+    placement = Placement(starts, lengths)
+    compressed_partials(q, k_cmp, v_cmp, placement, keys, size, scale_log2, tiles, cmp, partial, lse, scores, arrived)
     cell_sizes = (cell, cells, tile)
-    decode_select(lse, cmp, *ends, keys, size, cell_sizes, scores, shape, importance, arrived, selection)
-    selected_partials(q, k, v, k_win, v_win, selection, *ends, size, scale_log2, near, splits, partial[cmp:], lse[cmp:])
-    combine(partial, lse, gates, *ends, keys, cmp, splits, out)
+    decode_select(lse, cmp, placement, keys, size, cell_sizes, scores, shape, importance, arrived, selection)
+    selected_partials(
+        q, k, v, k_win, v_win, selection, placement, size, scale_log2, near, splits, partial[cmp:],
+        lse[cmp:],
+    )
+    combine(partial, lse, gates, placement, keys, cmp, splits, out)
     return out, selection
 
 

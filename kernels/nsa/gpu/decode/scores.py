@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...placement import Placement
 from ...sizes import Sizes
 from ..common import (
     SMALL_SHARED_MEMORY,
@@ -174,7 +175,7 @@ def strides(x: Tensor) -> tuple[int, int, int]:
 
 
 def compressed_partials(
-    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, starts: Tensor | None, lengths: Tensor | None, keys: int, sizes: Sizes,
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, placement: Placement, keys: int, sizes: Sizes,
     scale_log2: float, tiles: dict[str, int], splits: int, partial: Tensor, partial_lse: Tensor,
     scores: tuple[Tensor, ...] | None, arrived: Tensor,
 ) -> None:
@@ -190,9 +191,9 @@ def compressed_partials(
     sums, carried, tops = scores or (partial_lse,) * 3
     programs = splits * batch * kv_heads * cdiv(tokens * (heads // kv_heads), tiles["BM"])
     compressed_kernel[(programs,)](
-        q, k_cmp, v_cmp, starts, lengths, partial, partial_lse, sums, carried, tops, arrived, scale_log2, tokens, keys,
-        heads, kv_heads, batch * tokens * heads, sums.shape[1], splits, *strides(k_cmp), *strides(v_cmp),
-        DK=key_dim, DKP=padded(key_dim), DV=value_dim, DVP=padded(value_dim), KERNEL=sizes.kernel_size,
+        q, k_cmp, v_cmp, placement.starts, placement.lengths, partial, partial_lse, sums, carried, tops, arrived,
+        scale_log2, tokens, keys, heads, kv_heads, batch * tokens * heads, sums.shape[1], splits, *strides(k_cmp),
+        *strides(v_cmp), DK=key_dim, DKP=padded(key_dim), DV=value_dim, DVP=padded(value_dim), KERNEL=sizes.kernel_size,
         STRIDE=sizes.kernel_stride, BLOCK=sizes.block_size, CELL=cell, CELLS=cells, SCORES=scores is not None,
         PRECISION=precision(q.dtype), OVERLAP=overlaps(q.device), **tiles,
     )

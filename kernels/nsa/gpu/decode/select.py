@@ -11,14 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...placement import Placement
 from ...sizes import Sizes
 from ..common import begin_next, cdiv, following, next_power_of_2, wait_for_previous
 from .scores import GROWING, row_place
 
 # Blocks of a program.
 AT_ONCE = 512
-# Groups of blocks that are ranked at a time, and blocks in all of the best groups together.
-GROUPS = 256
+# Bundles of blocks that are ranked at a time, and blocks in all of the best bundles together.
+BUNDLES = 256
 CANDIDATES = 1024
 
 
@@ -90,30 +91,32 @@ def number_of(candidate):
 
 
 @triton.jit
-def best_groups(bits, first, end, KP: tl.constexpr, GS: tl.constexpr, GP: tl.constexpr):
-    """The KP best of the GP groups from `first` on; a group of GS blocks is worth as much as its best block."""
-    group = first + tl.arange(0, GP)
-    block = group[:, None] * GS + tl.arange(0, GS)[None, :]
+def best_bundles(bits, first, end, KP: tl.constexpr, BUNDLE: tl.constexpr, BUNDLESP: tl.constexpr):
+    """The KP best of the BUNDLESP bundles from `first` on; a bundle of BUNDLE blocks counts as its best
+    block."""
+    bundle = first + tl.arange(0, BUNDLESP)
+    block = bundle[:, None] * BUNDLE + tl.arange(0, BUNDLE)[None, :]
     # past the first-level cache: others wrote them meanwhile
     found = tl.load(bits + block, mask=block < end, other=-1, cache_modifier=".cg")
-    return best_candidates(tl.max(found, 1), group, KP)
+    return best_candidates(tl.max(found, 1), bundle, KP)
 
 
 @triton.jit
-def best_blocks(bits, end, KP: tl.constexpr, GS: tl.constexpr, GP: tl.constexpr, ONCE: tl.constexpr):
+def best_blocks(bits, end, KP: tl.constexpr, BUNDLE: tl.constexpr, BUNDLESP: tl.constexpr, ONCE: tl.constexpr):
     """The KP best of the first `end` blocks, whose importances are at `bits`.
 
-    They are all in the KP best groups: a better group has a block, its best, that comes before all blocks of the other.
-    ONCE: there are no more than GP groups.
+    They are all in the KP best bundles: a better bundle has a block, its best, that comes before all blocks of
+    the other.
+    ONCE: there are no more than BUNDLESP bundles.
     """
-    best = best_groups(bits, 0, end, KP, GS, GP)
+    best = best_bundles(bits, 0, end, KP, BUNDLE, BUNDLESP)
     if not ONCE:
-        for first in tl.range(GP, (end + GS - 1) // GS, GP):
-            more = best_groups(bits, first, end, KP, GS, GP)
+        for first in tl.range(BUNDLESP, (end + BUNDLE - 1) // BUNDLE, BUNDLESP):
+            more = best_bundles(bits, first, end, KP, BUNDLE, BUNDLESP)
             best = tl.topk(tl.reshape(tl.join(best, more), [2 * KP]), KP)
-    block = number_of(best)[:, None] * GS + tl.arange(0, GS)[None, :]
+    block = number_of(best)[:, None] * BUNDLE + tl.arange(0, BUNDLE)[None, :]
     found = tl.load(bits + block, mask=(best > 0)[:, None] & (block < end), other=-1, cache_modifier=".cg")
-    return best_candidates(tl.reshape(found, [KP * GS]), tl.reshape(block, [KP * GS]), KP)
+    return best_candidates(tl.reshape(found, [KP * BUNDLE]), tl.reshape(block, [KP * BUNDLE]), KP)
 
 
 @triton.jit
@@ -129,7 +132,8 @@ def store_chosen(selection, best, blocks, FREE: tl.constexpr, KP: tl.constexpr):
 def decode_select_kernel(
     sums, carried, tops, lse, starts, lengths, importance, arrived, selection, SPLITS, T, S, HQ, HK, ROWS, TILES,
     CHUNKS, KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
-    TOPK: tl.constexpr, SLOTSP: tl.constexpr, KP: tl.constexpr, GS: tl.constexpr, GP: tl.constexpr, ONCE: tl.constexpr,
+    TOPK: tl.constexpr, SLOTSP: tl.constexpr, KP: tl.constexpr, BUNDLE: tl.constexpr,
+    BUNDLESP: tl.constexpr, ONCE: tl.constexpr,
     ALONE: tl.constexpr, BJ: tl.constexpr, GC: tl.constexpr, CELL: tl.constexpr, CELLS: tl.constexpr,
     TILE: tl.constexpr, SPLITSP: tl.constexpr, SCORES: tl.constexpr, OVERLAP: tl.constexpr,
 ):
@@ -184,7 +188,7 @@ def decode_select_kernel(
                     tl.debug_barrier()
                     last = tl.atomic_add(arrived + place, 1, sem="acq_rel") == needed - 1
                     if last:
-                        best = best_blocks(importance, end, KP, GS, GP, ONCE)
+                        best = best_blocks(importance, end, KP, BUNDLE, BUNDLESP, ONCE)
                         store_chosen(selection + INIT, best, blocks, FREE, KP)
             forced = (slot < INIT) | (slot >= TOPK - LOCAL)
     if last:
@@ -194,20 +198,20 @@ def decode_select_kernel(
 
 
 def select_shape(heads: int, chosen: int, blocks: int, tile: int) -> dict[str, int]:
-    """How many blocks and heads a program takes at a time, how many it keeps, and of what groups."""
+    """How many blocks and heads a program takes at a time, how many it keeps, and of what bundles."""
     kept = max(2, next_power_of_2(chosen))
     at_once = max(16, tile, kept, min(AT_ONCE, next_power_of_2(blocks)))
     together = max(1, min(next_power_of_2(heads), 8192 // at_once))
     size = max(1, min(16, CANDIDATES // kept))
-    groups = max(kept, min(GROUPS, next_power_of_2(cdiv(blocks, size))))
+    bundles = max(kept, min(BUNDLES, next_power_of_2(cdiv(blocks, size))))
     return {
-        "KP": kept, "BJ": at_once, "GC": together, "GS": size, "GP": groups, "ONCE": blocks <= groups * size,
-        "ALONE": blocks <= at_once, "num_warps": 4,
+        "KP": kept, "BJ": at_once, "GC": together, "BUNDLE": size, "BUNDLESP": bundles,
+        "ONCE": blocks <= bundles * size, "ALONE": blocks <= at_once, "num_warps": 4,
     }
 
 
 def decode_select(
-    partial_lse: Tensor, splits: int, starts: Tensor | None, lengths: Tensor | None, keys: int, sizes: Sizes,
+    partial_lse: Tensor, splits: int, placement: Placement, keys: int, sizes: Sizes,
     cell: tuple[int, int, int], scores: tuple[Tensor, ...] | None, shape: dict[str, int], importance: Tensor,
     arrived: Tensor, selection: Tensor,
 ) -> None:
@@ -225,8 +229,8 @@ def decode_select(
     chunks = importance.shape[3]
     sums, carried, tops = scores or (partial_lse,) * 3
     decode_select_kernel[(batch * tokens * kv_heads * chunks,)](
-        sums, carried, tops, partial_lse, starts, lengths, importance, arrived, selection, splits, tokens, keys, heads,
-        kv_heads, batch * tokens * heads, sums.shape[1], chunks,
+        sums, carried, tops, partial_lse, placement.starts, placement.lengths, importance, arrived, selection, splits,
+        tokens, keys, heads, kv_heads, batch * tokens * heads, sums.shape[1], chunks,
         KERNEL=sizes.kernel_size, STRIDE=sizes.kernel_stride, BLOCK=sizes.block_size, INIT=sizes.init_blocks,
         LOCAL=sizes.local_blocks, TOPK=sizes.topk, SLOTSP=next_power_of_2(sizes.topk), CELL=cell[0], CELLS=cell[1],
         TILE=cell[2], SPLITSP=next_power_of_2(splits), SCORES=scores is not None, **shape,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...placement import Placement
 from ...sizes import Sizes
 from ..common import (
     SMALL_SHARED_MEMORY,
@@ -53,13 +54,13 @@ def decode_selected_kernel(
     BLOCK: tl.constexpr, LOCAL: tl.constexpr, SLOTSP: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One program: a split of one query's pieces (BN tokens of a block), for BM heads of the group.
+    """One program: a split of one query's tiles (BN tokens of a block), for BM heads of the group.
 
     First the window, which needs no selection: its own run of keys from `k_win`, or, if SHARED, the blocks that it
     touches, of which the local ones are for both branches. Then the other selected blocks.
     """
     begin_next(OVERLAP)
-    PIECES: tl.constexpr = (BLOCK + BN - 1) // BN
+    TILES_A_BLOCK: tl.constexpr = (BLOCK + BN - 1) // BN
     group = HQ // HK
     head_tiles = (group + BM - 1) // BM
     split, place = tl.program_id(0) // head_tiles % SPLITS, tl.program_id(0) // head_tiles // SPLITS
@@ -79,7 +80,7 @@ def decode_selected_kernel(
     if SHARED:
         first_block = low // BLOCK
         both = tl.maximum(first_block, own - (LOCAL - 1))  # from here on
-        near = tl.where(alive, (own - first_block + 1) * PIECES, 0)
+        near = tl.where(alive, (own - first_block + 1) * TILES_A_BLOCK, 0)
     else:
         both = own + 1
         near = tl.where(alive, (relative - low) // BN + 1, 0)
@@ -92,9 +93,9 @@ def decode_selected_kernel(
     top_slc, top_win = tl.full([BM], float("-inf"), tl.float32), tl.full([BM], float("-inf"), tl.float32)
     total_slc, total_win = tl.zeros([BM, BN], tl.float32), tl.zeros([BM, BN], tl.float32)
     if SHARED:
-        for piece in tl.range(begin, end):
-            block = first_block + piece // PIECES
-            offset = piece % PIECES * BN
+        for tile in tl.range(begin, end):
+            block = first_block + tile // TILES_A_BLOCK
+            offset = tile % TILES_A_BLOCK * BN
             token = block * BLOCK + offset + index
             inside = (offset + index < BLOCK) & (token <= relative)
             in_window = inside & (token >= low)
@@ -109,8 +110,8 @@ def decode_selected_kernel(
         k_win += batch.to(tl.int64) * kw_batch + kv_head.to(tl.int64) * kw_head
         v_win += batch.to(tl.int64) * vw_batch + kv_head.to(tl.int64) * vw_head
         missing = start - (S - SW)  # of the first token, its place in k_win
-        for piece in tl.range(begin, end):
-            first = low + piece * BN
+        for tile in tl.range(begin, end):
+            first = low + tile * BN
             inside = first + index <= relative
             keys, values = load_keys_values(
                 k_win, v_win, missing + first, index, inside, kw_token, vw_token, DK, DKP, DV, DVP
@@ -122,11 +123,11 @@ def decode_selected_kernel(
     selection += place.to(tl.int64) * SLOTS
     slot = tl.arange(0, SLOTSP)
     picked = tl.load(selection + slot, mask=slot < SLOTS, other=-1)
-    far = tl.sum(((picked >= 0) & (picked < both)).to(tl.int32), 0) * PIECES
+    far = tl.sum(((picked >= 0) & (picked < both)).to(tl.int32), 0) * TILES_A_BLOCK
     far_share = (far + SPLITS - 1) // SPLITS
-    for piece in tl.range(split * far_share, tl.minimum((split + 1) * far_share, far)):
-        offset = piece % PIECES * BN
-        first = tl.load(selection + piece // PIECES) * BLOCK + offset
+    for tile in tl.range(split * far_share, tl.minimum((split + 1) * far_share, far)):
+        offset = tile % TILES_A_BLOCK * BN
+        first = tl.load(selection + tile // TILES_A_BLOCK) * BLOCK + offset
         inside = (offset + index < BLOCK) & (first + index <= relative)
         keys, values = load_keys_values(k, v, first, index, inside, k_token, v_token, DK, DKP, DV, DVP)
         logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale_log2
@@ -151,19 +152,19 @@ def selected_tiles(q: Tensor, v: Tensor, group: int, sizes: Sizes) -> dict[str, 
     return {**tiles, "BN": min(tiles["BN"], block)}
 
 
-def most_pieces(sizes: Sizes, places: int, keys: int, shared: bool) -> int:
-    """Pieces of at most `places` tokens that a query may have."""
-    pieces, blocks = -(-sizes.block_size // places), (keys - 1) // sizes.block_size + 1
+def most_tiles(sizes: Sizes, places: int, keys: int, shared: bool) -> int:
+    """Tiles of at most `places` tokens that a query may have."""
+    tiles_a_block, blocks = -(-sizes.block_size // places), (keys - 1) // sizes.block_size + 1
     window = min(sizes.window_size, keys)
     if not shared:
-        return min(sizes.topk, blocks) * pieces + (window - 1) // places + 1
+        return min(sizes.topk, blocks) * tiles_a_block + (window - 1) // places + 1
     near = min(blocks, (window - 1) // sizes.block_size + 2)
-    return (near + min(blocks, sizes.topk)) * pieces
+    return (near + min(blocks, sizes.topk)) * tiles_a_block
 
 
 def selected_partials(
     q: Tensor, k: Tensor, v: Tensor, k_win: Tensor | None, v_win: Tensor | None, selection: Tensor,
-    starts: Tensor | None, lengths: Tensor | None, sizes: Sizes, scale_log2: float, tiles: dict[str, int], splits: int,
+    placement: Placement, sizes: Sizes, scale_log2: float, tiles: dict[str, int], splits: int,
     partial: Tensor, partial_lse: Tensor,
 ) -> None:
     """Writes the selected branch's splits of `partial [2 * splits, B, T, Hq, Dv]` and, behind them, the window's."""
@@ -172,9 +173,9 @@ def selected_partials(
     near_k, near_v = (k, v) if k_win is None or v_win is None else (k_win, v_win)
     programs = splits * batch * tokens * kv_heads * cdiv(heads // kv_heads, tiles["BM"])
     decode_selected_kernel[(programs,)](
-        q, k, v, near_k, near_v, selection, starts, lengths, partial, partial_lse, scale_log2, tokens, keys,
-        near_k.shape[1], heads, kv_heads, batch * tokens * heads, sizes.topk, sizes.window_size, splits, *strides(k),
-        *strides(v), *strides(near_k), *strides(near_v), DK=key_dim, DKP=padded(key_dim), DV=value_dim,
+        q, k, v, near_k, near_v, selection, placement.starts, placement.lengths, partial, partial_lse, scale_log2,
+        tokens, keys, near_k.shape[1], heads, kv_heads, batch * tokens * heads, sizes.topk, sizes.window_size, splits,
+        *strides(k), *strides(v), *strides(near_k), *strides(near_v), DK=key_dim, DKP=padded(key_dim), DV=value_dim,
         DVP=padded(value_dim), BLOCK=sizes.block_size, LOCAL=sizes.local_blocks, SLOTSP=next_power_of_2(sizes.topk),
         SHARED=k_win is None, PRECISION=precision(q.dtype), **tiles, **following(q.device),
     )

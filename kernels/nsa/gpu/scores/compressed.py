@@ -6,6 +6,8 @@ walks over the blocks and keeps the best so far.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -220,12 +222,34 @@ def check_limits(group: int, keys: int, sizes: Sizes) -> None:
         )
 
 
-def select(q: Tensor, k_cmp: Tensor, lse: Tensor, layout: Layout, sizes: Sizes, keys: int, scale_log2: float) -> Tensor:
-    """The selection `[B, T, Hk, topk]` int32, ascending, -1 = unused.
+class CompressedInputs(NamedTuple):
+    """What the compressed branch is scored from.
+
+    Attributes:
+        q: `[B, T, Hq, Dk]`.
+        k_cmp: `[B, N, Hk, Dk]`.
+        lse: `[B, T, Hq]` float32, the branch's log2-sum-exp.
+        keys: S, how many keys a row has.
+        scale_log2: of the logits, times log2(e).
+    """
+
+    q: Tensor
+    k_cmp: Tensor
+    lse: Tensor
+    keys: int
+    scale_log2: float
+
+
+def select_by_compressed(inputs: CompressedInputs, layout: Layout, sizes: Sizes) -> Tensor:
+    """The scorer of the compressed branch (eqs. 8 to 12).
+
+    Returns:
+        The selection `[B, T, Hk, topk]` int32, ascending, -1 = unused.
 
     Raises:
         ValueError: more query heads share a KV head, or more blocks are to be chosen, than the kernel takes.
     """
+    q, k_cmp, lse, keys, scale_log2 = inputs
     batch, tokens, heads, key_dim = q.shape
     kv_heads = k_cmp.shape[2]
     check_limits(heads // kv_heads, keys, sizes)

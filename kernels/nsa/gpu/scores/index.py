@@ -8,6 +8,7 @@ counted from its largest, the heads become one, and the best blocks are taken.
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -192,15 +193,30 @@ def index_tiles(q_index: Tensor) -> dict[str, int]:
     return {"rows": 128, "columns": 128, "num_warps": 4, "num_stages": 3}
 
 
-def select_by_index(q_index: Tensor, k_index: Tensor, kv_heads: int, layout: Layout, sizes: Sizes) -> Tensor:
-    """The selection `[B, T, Hk, topk]` int32, ascending, -1 = unused.
+class IndexInputs(NamedTuple):
+    """What an index is scored from; see `nsa_attention`.
 
-    Args:
-        q_index: `[B, T, Hi, c]`, k_index: `[B, S, Hj, c]`; see `nsa_attention`.
+    Attributes:
+        q_index: `[B, T, Hi, c]`.
+        k_index: `[B, S, Hj, c]`, Hj = Hk or 1.
+        kv_heads: Hk.
+    """
+
+    q_index: Tensor
+    k_index: Tensor
+    kv_heads: int
+
+
+def select_by_index(inputs: IndexInputs, layout: Layout, sizes: Sizes) -> Tensor:
+    """The scorer of an index.
+
+    Returns:
+        The selection `[B, T, Hk, topk]` int32, ascending, -1 = unused.
 
     Raises:
         ValueError: more index heads share a KV head, or more blocks are to be chosen, than the kernel takes.
     """
+    q_index, k_index, kv_heads = inputs
     batch, tokens, heads, width = q_index.shape
     keys, index_keys = k_index.shape[1:3]
     check_limits(heads // kv_heads, keys, sizes)
