@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 
 from nsa_hf.fields import NSA_FIELDS
 
-from .costs import kv_cache, pays_from
+from .costs import kv_cache, pays_from, scoring_of
 from .files.loading import reading, transformers_progress
 from .options import dtype_name, nsa_options, parse_dtype, target_config
 from .sources import open_source
@@ -91,7 +91,7 @@ def plan(
         "parameters": {"dense": dense, "added": added, "added_share": added / dense},
         "bytes": {"dense": dense * itemsize, "nsa": (dense + added) * itemsize},
         "kv_cache": [kv_cache(config, layers, length) for length in lengths],
-        "pays_from": pays_from(config.nsa_sizes),
+        "pays_from": pays_from(config.nsa_sizes, scoring_of(config)),
     }
 
 

@@ -119,7 +119,13 @@ class NsaAttentionMixin:
             self.nsa = NsaModules(config, *head_sizes(self, config))
             if config.nsa_selector == "channels":
                 assert config.nsa_selector_channels is not None
-                self.index_channels = runs_of(config.nsa_selector_channels[self.layer_idx])
+                channels, (_, size, _) = config.nsa_selector_channels[self.layer_idx], head_sizes(self, config)
+                if channels and max(channels) >= size:
+                    raise NsaError(
+                        f"nsa_selector_channels: layer {self.layer_idx}'s channels must be within 0 .. {size - 1}, got "
+                        f"{max(channels)}"
+                    )
+                self.index_channels = runs_of(channels)
             for branch in BRANCHES if config.nsa_branch_kv == "independent" else ():
                 setattr(self.nsa, branch, branch_modules(self))
                 attention_of_branch(self, branch)  # made now: a compiled forward cannot make it

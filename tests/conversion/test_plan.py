@@ -15,7 +15,7 @@ from tiny_models import tiny_dense_model
 
 import nsa_hf
 from nsa_hf.conversion import convert, plan, render_plan
-from nsa_hf.conversion.costs import pays_from, read_tokens, read_tokens_of_text
+from nsa_hf.conversion.costs import PAPER, Scoring, pays_from, read_tokens, read_tokens_of_text
 from nsa_hf.conversion.files.checkpoint import SafetensorsCheckpoint
 from nsa_hf.conversion.plan import training_hindrance
 from nsa_hf.errors import NotPlain, NsaError
@@ -85,16 +85,33 @@ def test_read_bytes_of_a_model(tiny_dense_dir):
     assert row["read_less"] == pytest.approx(3 * 65536 / (65536 + 2 * 5631))
 
 
+@pytest.mark.parametrize("compression", ["none", "mlp"])
+def test_bytes_of_a_model_that_chooses_by_channels(tiny_dense_dir, tiny_sizes, compression):
+    options = {**tiny_sizes, "selector": "channels", "compression": compression}
+    model = nsa_hf.NsaLlamaForCausalLM.from_dense(tiny_dense_dir, **options)
+    row = plan(tiny_dense_dir, **options, lengths=[99])["kv_cache"][0]
+    with torch.no_grad():
+        cache = model(torch.arange(99)[None], use_cache=True)[CACHE]
+    held = [x.nbytes for layer in cache.layers for x in vars(layer).values() if isinstance(x, torch.Tensor)]
+    assert row["nsa_bytes"] == sum(held)
+    # 4 of 8 channels of the keys; 64 selected tokens, 24 in the window, 23 entries
+    read = 0.25 * 99 + 64 + 24 + (0 if compression == "none" else 23)
+    assert row["nsa_read_bytes"] == round(3 * read) * 2 * 2 * 8 * 4
+
+
+@pytest.mark.parametrize("scoring", [PAPER, Scoring(False, 0.25), Scoring(True, 0.125)], ids=str)
 @pytest.mark.parametrize("sizes", SIZES)
-def test_pays_from_equals_counting(sizes):
-    pays = pays_from(sizes)
+def test_pays_from_equals_counting(sizes, scoring):
+    pays = pays_from(sizes, scoring)
     top = 3 * pays["whole_text"]
-    read = [read_tokens(sizes, length) for length in range(1, top + 1)]
+    read = [read_tokens(sizes, length, scoring) for length in range(1, top + 1)]
     gains = [length for length in range(1, top + 1) if length > read[length - 1]]
-    assert gains == list(range(pays["one_token"], top + 1))
+    # with an index and entries, which come by steps, a length may pay and the next one not
+    assert gains[-(top + 1 - pays["one_token"]) :] == list(range(pays["one_token"], top + 1))
+    assert pays["one_token"] - 1 not in gains
     totals = [sum(read[:length]) for length in (1, 7, sizes.window_size, sizes.exact_tokens + 1, top)]
     for length, total in zip((1, 7, sizes.window_size, sizes.exact_tokens + 1, top), totals, strict=True):
-        assert read_tokens_of_text(sizes, length) == total
+        assert read_tokens_of_text(sizes, length, scoring) == total
     balance, pays_text = 0, []
     for length in range(1, top + 1):
         balance += length - read[length - 1]

@@ -29,7 +29,7 @@ def test_every_field_is_documented_and_flat():
 def test_every_choice_is_named_in_its_help():
     choices = {name: field.metadata["choices"] for name, field in nsa_hf.NSA_FIELDS.items() if field.type == "str"}
     assert all(choices.values())
-    assert choices["nsa_compression"] == COMPRESSORS
+    assert choices["nsa_compression"] == (*COMPRESSORS, "none")
     for name, values in choices.items():
         assert nsa_hf.NSA_FIELDS[name].default in values
         assert all(value in nsa_hf.NSA_FIELDS[name].metadata["help"] for value in values)
@@ -47,7 +47,7 @@ def test_every_choice_is_named_in_its_help():
         ({"nsa_topk": 2}, "nsa_topk counts the forced blocks, .* = 3, got 2"),
         ({"nsa_window_size": 0}, "nsa_window_size must be at least 1, got 0"),
         ({"nsa_init_blocks": -1}, "nsa_init_blocks must be at least 0, got -1"),
-        ({"nsa_compression": "max"}, "nsa_compression must be one of mean, linear, mlp, got 'max'"),
+        ({"nsa_compression": "max"}, "nsa_compression must be one of mean, linear, mlp, none, got 'max'"),
         ({"nsa_gate": "softmax"}, "nsa_gate must be one of residual, sigmoid, blend"),
         ({"nsa_gate_blend": 1.5}, "nsa_gate_blend must be between 0 and 1, got 1.5"),
         ({"nsa_gate_blend": "half"}, "nsa_gate_blend must be between 0 and 1, got 'half'"),
