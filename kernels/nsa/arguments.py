@@ -54,6 +54,7 @@ def check_arguments(
 
 
 def check_compressed(q: Tensor, k: Tensor, v: Tensor, k_cmp: object, v_cmp: object) -> None:
+    """The compressed keys and values: like k and v, and as many of both."""
     batch, kv_heads = q.shape[0], k.shape[2]
     for name, x, dim in (("k_cmp", k_cmp, k.shape[3]), ("v_cmp", v_cmp, v.shape[3])):
         check_tensor(name, x)
@@ -67,6 +68,7 @@ def check_compressed(q: Tensor, k: Tensor, v: Tensor, k_cmp: object, v_cmp: obje
 
 
 def check_index_tensors(q: Tensor, k: Tensor, q_index: Tensor | None, k_index: Tensor | None) -> None:
+    """The index's queries and keys: both or neither, their shapes and heads."""
     if q_index is None and k_index is None:
         return
     if q_index is None or k_index is None:
@@ -94,6 +96,7 @@ def check_index_tensors(q: Tensor, k: Tensor, q_index: Tensor | None, k_index: T
 
 
 def check_tensor(name: str, x: object) -> None:
+    """A tensor, and not a sparse one."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.layout is not torch.strided:
@@ -101,6 +104,7 @@ def check_tensor(name: str, x: object) -> None:
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> None:
+    """The shapes and dtypes of q, k, v and gates, and whether they fit each other."""
     for name, x in (("q", q), ("k", k), ("v", v), ("gates", gates)):
         if x.dim() != 4:
             raise ValueError(f"{name} must have 4 dimensions (see the docstring), got shape {list(x.shape)}")
@@ -135,17 +139,20 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> None:
 
 
 def check_like(name: str, x: Tensor, q: Tensor) -> None:
+    """q's dtype and device."""
     if x.dtype != q.dtype:
         raise TypeError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
     check_device(name, x, q)
 
 
 def check_device(name: str, x: Tensor, like: Tensor) -> None:
+    """The device of `like`."""
     if x.device != like.device:
         raise ValueError(f"{name} must be on the same device as the other tensors, {like.device}, got {x.device}")
 
 
 def check_index(name: str, index: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    """An int32 tensor of that shape, on the device of `like`."""
     check_tensor(name, index)
     if index.dtype != torch.int32:
         raise TypeError(f"{name} must be int32, got {index.dtype}")
@@ -185,6 +192,7 @@ def check_placement(
 
 
 def check_packed(like: Tensor, batch: int, tokens: int, keys: int, cu_seqlens: Tensor) -> None:
+    """Borders of documents that fill the only row."""
     check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
         raise ValueError(f"cu_seqlens must have shape [documents + 1], got {list(cu_seqlens.shape)}")
@@ -214,6 +222,7 @@ def check_scale(scale: object, name: str = "scale") -> None:
 
 
 def check_block_count(blocks: int, keys: int, sizes: Sizes, placement: Placement) -> None:
+    """As many compressed blocks as the rows or documents have."""
     starts, lengths, cu_seqlens = placement.starts, placement.lengths, placement.cu_seqlens
     whole = n_blocks(keys, sizes.kernel_size, sizes.kernel_stride)
     if placement.is_full:
@@ -235,6 +244,7 @@ def check_block_count(blocks: int, keys: int, sizes: Sizes, placement: Placement
 def check_window(
     q: Tensor, k: Tensor, v: Tensor, k_win: Tensor | None, v_win: Tensor | None, sizes: Sizes, lengths: Tensor | None
 ) -> None:
+    """The window's own keys and values: both or neither, and as many positions as its queries may see."""
     if k_win is None and v_win is None:
         return
     if k_win is None or v_win is None:
@@ -248,8 +258,8 @@ def check_window(
             )
     if k_win.shape[1] != v_win.shape[1]:
         raise ValueError(f"k_win and v_win must have the same length, got {k_win.shape[1]} and {v_win.shape[1]}")
-    keys, held = k.shape[1], k_win.shape[1]
+    keys, window_keys = k.shape[1], k_win.shape[1]
     least = keys if lengths is not None else min(keys, sizes.window_size + q.shape[1] - 1)
-    if not least <= held <= keys:
+    if not least <= window_keys <= keys:
         rule = "S (with lengths)" if lengths is not None else "min(S, window_size + T - 1) .. S"
-        raise ValueError(f"k_win and v_win must hold {rule} = {least} .. {keys} positions, got {held}")
+        raise ValueError(f"k_win and v_win must hold {rule} = {least} .. {keys} positions, got {window_keys}")

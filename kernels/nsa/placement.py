@@ -22,6 +22,11 @@ class Placement:
     cu_seqlens: Tensor | None = None
 
     @property
+    def documents(self) -> int:
+        """How many documents are packed into the row; 0 where none are."""
+        return 0 if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+
+    @property
     def is_full(self) -> bool:
         """Whether every row is one document without padding."""
         return self.starts is None and self.lengths is None and self.cu_seqlens is None

@@ -34,7 +34,7 @@ class ReferenceResult(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Places:
+class Positions:
     """Where everything stands, in positions of the row (B or 1 rows: 1 where all rows agree).
 
     `query [B, T]`, `query_start [B, T]`: a query's position and the first one of its row or document.
@@ -50,14 +50,14 @@ class Places:
     document_block: Tensor | None
 
 
-def find_places(
+def find_positions(
     tokens: int,
     keys: int,
     blocks: int,
     sizes: Sizes,
     placement: Placement,
     device: torch.device,
-) -> Places:
+) -> Positions:
     """The positions of the queries, keys and compressed blocks (see `nsa_attention` for the arguments)."""
     starts, lengths, cu_seqlens = placement.starts, placement.lengths, placement.cu_seqlens
     key = torch.arange(keys, device=device)
@@ -65,13 +65,13 @@ def find_places(
         borders = cu_seqlens.long()
         start = borders[:-1].repeat_interleave(borders.diff(), output_size=keys)[None]
         block_first, _ = packed_block_starts(cu_seqlens, sizes.kernel_size, sizes.kernel_stride)
-        return Places(key[None], start, start, block_first[None], torch.searchsorted(block_first, start[0]))
+        return Positions(key[None], start, start, block_first[None], torch.searchsorted(block_first, start[0]))
     zero = torch.zeros(1, dtype=torch.long, device=device)
     start = zero if starts is None else starts.long()
     end = zero + keys if lengths is None else lengths.long()
     query = (end - tokens)[:, None] + torch.arange(tokens, device=device)
     block_first = start[:, None] + torch.arange(blocks, device=device) * sizes.kernel_stride
-    return Places(query, start[:, None].expand(-1, tokens), start[:, None].expand(-1, keys), block_first, None)
+    return Positions(query, start[:, None].expand(-1, tokens), start[:, None].expand(-1, keys), block_first, None)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, weights: bool) -> tuple[Tensor, Tensor | None]:
@@ -104,11 +104,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, weights: bool) -> t
     return out.masked_fill(~sees.unsqueeze(2), 0), probabilities
 
 
-def compressed_importance(p_cmp: Tensor, places: Places, queries: tuple[int, int], blocks: int, sizes: Sizes) -> Tensor:
+def compressed_importance(
+    p_cmp: Tensor, positions: Positions, queries: tuple[int, int], blocks: int, sizes: Sizes
+) -> Tensor:
     """Importance `[B, Hk, T, blocks]` from the compressed branch's probabilities `[B, Hk, G, T, N]` (eqs. 9 and 10)."""
     score = p_cmp.sum(2)
-    if places.document_block is not None:
-        local = places.document_block[queries[0] : queries[1], None] + torch.arange(
+    if positions.document_block is not None:
+        local = positions.document_block[queries[0] : queries[1], None] + torch.arange(
             score.shape[-1], device=score.device
         )
         inside = local < score.shape[-1]
@@ -219,11 +221,11 @@ def reference_attention(
     sizes = sizes.within(keys)
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     blocks = 0 if k_cmp is None else k_cmp.shape[1]
-    places = find_places(tokens, keys, blocks, sizes, placement, q.device)
+    positions = find_positions(tokens, keys, blocks, sizes, placement, q.device)
     lengths, cu_seqlens = placement.lengths, placement.cu_seqlens
     if placement.starts is not None or lengths is not None:
         q, k, v, k_cmp, v_cmp, gates, k_win, v_win, q_index, k_index = without_garbage(
-            places, sizes, lengths, q, k, v, k_cmp, v_cmp, gates, k_win, v_win, q_index, k_index
+            positions, sizes, lengths, q, k, v, k_cmp, v_cmp, gates, k_win, v_win, q_index, k_index
         )
 
     def by_head(x: Tensor) -> Tensor:
@@ -252,7 +254,7 @@ def reference_attention(
 
         one = partial(
             attend_chunk,
-            places=places,
+            positions=positions,
             sizes=sizes,
             queries=(first, last),
             seen=(low, high),
@@ -290,7 +292,7 @@ def attend_chunk(
     q_index: Tensor | None,
     k_index: Tensor | None,
     *,
-    places: Places,
+    positions: Positions,
     sizes: Sizes,
     queries: tuple[int, int],
     seen: tuple[int, int],
@@ -307,35 +309,35 @@ def attend_chunk(
     Returns:
         Output `[B, Hk, G, T, Dv]`, selection `[B, Hk, T, topk]`, weights `[B, Hk, G, T, S]` or None.
     """
-    position = places.query[:, queries[0] : queries[1], None]
-    start = places.query_start[:, queries[0] : queries[1], None]
+    position = positions.query[:, queries[0] : queries[1], None]
+    start = positions.query_start[:, queries[0] : queries[1], None]
     own = (position - start).squeeze(-1) // sizes.block_size
     key = torch.arange(*seen, device=q.device)
 
     # compressed: block i is visible when its last token is at or before the query (eqs. 7 and 8)
     out_cmp, p_cmp = None, None
     if k_cmp is not None and v_cmp is not None:
-        first = places.block_first[:, None, :]
+        first = positions.block_first[:, None, :]
         visible = (first >= start) & (first + sizes.kernel_size - 1 <= position)
         out_cmp, p_cmp = attend(q, k_cmp, v_cmp, visible[:, None], weights=True)
 
     # selected: blocks scored and picked, their tokens attended to
     with torch.no_grad():
         blocks = (seen[1] - seen[0] - 1) // sizes.block_size + 1
-        key_block = (key - places.key_start[:, seen[0] : seen[1]]).clamp(min=0) // sizes.block_size
+        key_block = (key - positions.key_start[:, seen[0] : seen[1]]).clamp(min=0) // sizes.block_size
         inside = (key >= start) & (key <= position)
         if q_index is not None and k_index is not None:
             importance = index_importance(q_index, k_index[:, :, seen[0] : seen[1]], key_block, inside, own, blocks)
         else:
             assert p_cmp is not None
-            importance = compressed_importance(p_cmp, places, queries, blocks, sizes)
+            importance = compressed_importance(p_cmp, positions, queries, blocks, sizes)
         selection = select_blocks(importance, own, sizes)
         picked = torch.zeros(*selection.shape[:-1], blocks + 1, dtype=torch.bool, device=q.device)
         picked.scatter_(-1, selection.masked_fill(selection < 0, blocks), True)
         index = key_block[:, None, None, :].expand(q.shape[0], q.shape[1], q.shape[3], -1)
         tokens = picked.expand(q.shape[0], -1, -1, -1).gather(-1, index) & inside[:, None]
-    here = slice(*seen)
-    out_slc, p_slc = attend(q, k[:, :, here], v[:, :, here], tokens, weights=return_weights)
+    span = slice(*seen)
+    out_slc, p_slc = attend(q, k[:, :, span], v[:, :, span], tokens, weights=return_weights)
 
     # window: the last w tokens, the query's own counted; `k_win` holds the last Sw positions
     offset = keys - k_win.shape[2]
@@ -353,7 +355,7 @@ def attend_chunk(
 
 
 def without_garbage(
-    places: Places,
+    positions: Positions,
     sizes: Sizes,
     lengths: Tensor | None,
     q: Tensor,
@@ -374,9 +376,9 @@ def without_garbage(
     keys = k.shape[1]
     key = torch.arange(keys, device=k.device)
     end = keys if lengths is None else lengths.long()[:, None]
-    empty_key = (key < places.key_start) | (key >= end)
-    empty_block = places.block_first + sizes.kernel_size > end
-    empty_query = places.query < places.query_start
+    empty_key = (key < positions.key_start) | (key >= end)
+    empty_block = positions.block_first + sizes.kernel_size > end
+    empty_query = positions.query < positions.query_start
 
     def clean(x: Tensor | None, empty: Tensor) -> Tensor | None:
         return None if x is None else x.masked_fill(empty[..., None, None], 0)

@@ -81,11 +81,12 @@ def search_steps(count: int) -> int:
 
 # Triton's own, which kernels may call too, take some microseconds each.
 def cdiv(count: int, size: int) -> int:
-    """How many pieces of at most `size` there are in `count`."""
+    """`count / size`, rounded up."""
     return -(-count // size)
 
 
 def next_power_of_2(count: int) -> int:
+    """The smallest power of two that is `count` or more."""
     return 1 << max(0, count - 1).bit_length()
 
 

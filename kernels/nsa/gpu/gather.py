@@ -1,4 +1,6 @@
-"""Which queries selected each block: the selection turned round, for kernels that take one block after another.
+"""Which queries selected each block, for kernels that take one block after another.
+
+A selection lists the blocks of each query; here the queries of each block are listed, by sorting.
 
 A pick is a (query, slot) pair. A part is a selection block, or of a large one at most 64 tokens (`layout.py`). A chunk
 is a run of queries, and a lane is one KV head of one row with one chunk. The local blocks are left out: those are
@@ -175,7 +177,7 @@ def cut_queries(
 
 
 def gather_queries(selection: Tensor, layout: Layout, sizes: Sizes, chunks: Chunks) -> Gather:
-    """Turns the selection `[B, T, Hk, topk]` (int32, ascending, -1 = unused) round."""
+    """The picks of each part, from the selection `[B, T, Hk, topk]` (int32, ascending, -1 = unused)."""
     batch, tokens, kv_heads, topk = selection.shape
     heads, a_head, count = batch * kv_heads, tokens * chunks.slots, chunks.picks
     none = chunks.lanes * chunks.parts
@@ -195,7 +197,7 @@ def gather_queries(selection: Tensor, layout: Layout, sizes: Sizes, chunks: Chun
 
 
 def launches(chunks: Chunks, pick_bytes: int, budget: int) -> list[tuple[int, int]]:
-    """Runs of lanes `(first, count)` whose partial results fit the budget together; none crosses a run of queries."""
+    """Runs of lanes `(first, count)` whose partial results fit the budget together; none crosses a chunk."""
     heads = chunks.lanes // chunks.count
     at_once = max(1, min(heads, budget // (chunks.tokens * chunks.slots * pick_bytes)))
     return [

@@ -108,6 +108,7 @@ def interval_forward_kernel(
 
 
 def widths(q: Tensor, v: Tensor) -> dict:
+    """What every kernel is told: numbers of a key and of a value, padded too, and how products are taken."""
     key_dim, value_dim = q.shape[-1], v.shape[-1]
     return {
         "DK": key_dim, "DKP": padded(key_dim), "DV": value_dim, "DVP": padded(value_dim),

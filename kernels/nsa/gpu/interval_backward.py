@@ -317,6 +317,7 @@ def sum_splits_kernel(partial, out, NUMBERS, SPLITS, BM: tl.constexpr):
 
 
 def sum_splits(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of `partial [splits, ...]` float32 over the splits, in `dtype`."""
     out = torch.empty_like(partial[0], dtype=dtype)
     sum_splits_kernel[(cdiv(out.numel(), 512),)](partial, out, out.numel(), len(partial), BM=512, num_warps=4)
     return out

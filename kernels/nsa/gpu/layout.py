@@ -1,8 +1,7 @@
 """Where everything stands, as index tensors that make plain rows, padded rows and packed documents one case.
 
-A document is a packed one, or a row's real tokens. A part is a selection block, or of a
-large one at most 64 tokens (`part_shape`). Nothing here
-reads a value off the GPU: sizes follow from shapes alone.
+A document is a packed one, or a row's real tokens. A part is a selection block, or a share of a larger one
+(`part_shape`). Nothing here reads a value off the GPU: sizes follow from shapes alone.
 """
 
 from __future__ import annotations
@@ -141,9 +140,9 @@ def part_shape(block_size: int, largest: int) -> tuple[int, int]:
     return part, -(-block_size // part)
 
 
-def count_parts(keys: int, cu_seqlens: Tensor | None, block_size: int, largest: int) -> int:
+def count_parts(keys: int, placement: Placement, block_size: int, largest: int) -> int:
     """How many parts a row has at most."""
-    blocks = (keys - 1) // block_size + 1 + (0 if cu_seqlens is None else len(cu_seqlens) - 1)
+    blocks = (keys - 1) // block_size + 1 + placement.documents
     return blocks * part_shape(block_size, largest)[1]
 
 
@@ -154,7 +153,7 @@ def find_layout(
     starts, lengths, cu_seqlens = placement.starts, placement.lengths, placement.cu_seqlens
     batch, tokens, keys, largest = *q.shape[:2], k.shape[1], largest_part(q, v.shape[-1])
     part, parts_a_block = part_shape(sizes.block_size, largest)
-    parts_count = count_parts(keys, cu_seqlens, sizes.block_size, largest)
+    parts_count = count_parts(keys, placement, sizes.block_size, largest)
     index = partial(torch.empty, dtype=torch.int32, device=q.device)
     queries, parts = index(9, batch, tokens), index(2, batch, parts_count)
     documents = 0

@@ -43,7 +43,7 @@ class Saved(NamedTuple):
     """What the backward pass takes over from the forward pass.
 
     Outputs of the branches `[B, T, Hq, Dv]`, their log2-sum-exps `[B, T, Hq]` float32, the layout (`find_layout`), and
-    the selection turned round (`Gather`; empty where the forward pass does without).
+    the picks of each part (`Gather`; empty where the forward pass does without).
     """
 
     out_cmp: Tensor
@@ -59,7 +59,7 @@ class Saved(NamedTuple):
 
 
 def cut_selection(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, parts: int) -> Chunks | None:
-    """How the (query, block) pairs that are not local are cut; None: there are none."""
+    """How the queries are cut for the blocks that are not local; None: there are no such blocks."""
     per_block = part_shape(sizes.block_size, largest_part(q, v.shape[-1]))[1]
     slots = count_slots(sizes, per_block, k.shape[1])
     return find_chunks(q, v, parts, slots) if slots else None
@@ -71,8 +71,8 @@ def attend_selected(
     """The selected branch (eq. 12), whichever scorer chose its blocks.
 
     Returns:
-        Output `[B, T, Hq, Dv]` in q's dtype, log2-sum-exp `[B, T, Hq]` float32, and the selection turned round
-        (`order` and `offsets` of `Gather`; empty where it is not needed).
+        Output `[B, T, Hq, Dv]` in q's dtype, log2-sum-exp `[B, T, Hq]` float32, and the picks of
+        each part (`order` and `offsets` of `Gather`; empty where they are not needed).
     """
     nothing = (selection.new_empty(0), selection.new_empty(0))
     if takes_query_major(q, k):
@@ -90,24 +90,24 @@ def attend_selected(
 def forward_op(
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor | None, v_cmp: Tensor | None, gates: Tensor, k_win: Tensor | None,
     v_win: Tensor | None, q_index: Tensor | None, k_index: Tensor | None, cu_seqlens: Tensor | None,
-    starts: Tensor | None, lengths: Tensor | None, sizes: list[int], scale: float,
+    starts: Tensor | None, lengths: Tensor | None, numbers: list[int], scale: float,
 ) -> list[Tensor]:
-    """Output, selection, and what `Saved` names."""
-    size, scale_log2 = Sizes(*sizes), scale * LOG2E
+    """`triton_attention` as an operator: `numbers` are the sizes. Returns output, selection, and what `Saved` names."""
+    sizes, scale_log2 = Sizes(*numbers), scale * LOG2E
     near_k, near_v = (k, v) if k_win is None or v_win is None else (k_win, v_win)
     placement = Placement(starts, lengths, cu_seqlens)
-    queries, parts = find_layout(q, k, v, near_k.shape[1], size, placement)
-    layout = Layout.of(queries, parts, size.block_size, largest_part(q, v.shape[-1]), cu_seqlens is not None)
+    queries, parts = find_layout(q, k, v, near_k.shape[1], sizes, placement)
+    layout = Layout.of(queries, parts, sizes.block_size, largest_part(q, v.shape[-1]), cu_seqlens is not None)
 
     out_cmp = lse_cmp = None
     if k_cmp is not None and v_cmp is not None:
         out_cmp, lse_cmp = interval_forward(q, k_cmp, v_cmp, *layout.compressed, scale_log2, long_runs=True)
     if q_index is not None and k_index is not None:
-        selection = select_by_index(IndexInputs(q_index, k_index, k.shape[2]), layout, size)
+        selection = select_by_index(IndexInputs(q_index, k_index, k.shape[2]), layout, sizes)
     else:
         assert k_cmp is not None and lse_cmp is not None
-        selection = select_by_compressed(CompressedInputs(q, k_cmp, lse_cmp, k.shape[1], scale_log2), layout, size)
-    out_slc, lse_slc, order, offsets = attend_selected(q, k, v, selection, layout, size, scale_log2)
+        selection = select_by_compressed(CompressedInputs(q, k_cmp, lse_cmp, k.shape[1], scale_log2), layout, sizes)
+    out_slc, lse_slc, order, offsets = attend_selected(q, k, v, selection, layout, sizes, scale_log2)
     out_win, lse_win = interval_forward(q, near_k, near_v, *layout.window, scale_log2)
     out = combine(out_cmp, out_slc, out_win, gates, layout.relative)
     none = (gates.new_empty(0), gates.new_empty(0))
@@ -117,17 +117,18 @@ def forward_op(
 
 
 @forward_op.register_fake
-def _(q, k, v, k_cmp, v_cmp, gates, k_win, v_win, q_index, k_index, cu_seqlens, starts, lengths, sizes, scale):
-    size, (batch, tokens, heads, _) = Sizes(*sizes), q.shape
+def _(q, k, v, k_cmp, v_cmp, gates, k_win, v_win, q_index, k_index, cu_seqlens, starts, lengths, numbers, scale):
+    sizes, (batch, tokens, heads, _) = Sizes(*numbers), q.shape
     outs = [q.new_empty(batch, tokens, heads, v.shape[-1]) for _ in range(4)]
     lses = [q.new_empty(batch, tokens, heads, dtype=torch.float32) for _ in range(3)]
     if k_cmp is None:
         outs[1], lses[0] = gates.new_empty(0), gates.new_empty(0)
     index = partial(q.new_empty, dtype=torch.int32)
-    parts = count_parts(k.shape[1], cu_seqlens, size.block_size, largest_part(q, v.shape[-1]))
-    chunks = None if takes_query_major(q, k) else cut_selection(q, k, v, size, parts)
+    placement = Placement(starts, lengths, cu_seqlens)
+    parts = count_parts(k.shape[1], placement, sizes.block_size, largest_part(q, v.shape[-1]))
+    chunks = None if takes_query_major(q, k) else cut_selection(q, k, v, sizes, parts)
     order, offsets = (chunks.picks, chunks.lanes * parts + 1) if chunks else (0, 0)
-    selection = index(batch, tokens, k.shape[2], size.topk)
+    selection = index(batch, tokens, k.shape[2], sizes.topk)
     layout = (index(9, batch, tokens), index(2, batch, parts))
     return [outs[0], selection, *outs[1:], *lses, *layout, index(order), index(offsets)]
 
@@ -136,13 +137,13 @@ def _(q, k, v, k_cmp, v_cmp, gates, k_win, v_win, q_index, k_index, cu_seqlens, 
 def backward_op(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor | None, v_cmp: Tensor | None, gates: Tensor,
     k_win: Tensor | None, v_win: Tensor | None, packed: bool, selection: Tensor, saved: list[Tensor],
-    sizes: list[int], scale: float,
+    numbers: list[int], scale: float,
 ) -> list[Tensor]:
     """The gradients of q, k, v, gates and, where given, k_cmp, v_cmp, and then k_win, v_win."""
-    size, scale_log2, known = Sizes(*sizes), scale * LOG2E, Saved(*saved)
+    sizes, scale_log2, forward = Sizes(*numbers), scale * LOG2E, Saved(*saved)
     near_k, near_v = (k, v) if k_win is None or v_win is None else (k_win, v_win)
-    layout = Layout.of(known.queries, known.parts, size.block_size, largest_part(q, v.shape[-1]), packed)
-    outs, lses = ([None if k_cmp is None else x[0], *x[1:]] for x in (known[:3], known[3:6]))
+    layout = Layout.of(forward.queries, forward.parts, sizes.block_size, largest_part(q, v.shape[-1]), packed)
+    outs, lses = ([None if k_cmp is None else x[0], *x[1:]] for x in (forward[:3], forward[3:6]))
     dgates, rows, records = gate_gradient(outs, lses, dout, gates, layout.relative)
     scales = (scale, scale_log2)
     local = (*layout.local, dout, rows[SLC], *scales)
@@ -164,11 +165,11 @@ def backward_op(
         interval_dq(q, k, v, *local, dq, add=True)
 
     dk_dv, summed = None, torch.empty_like(q)
-    if chunks := cut_selection(q, k, v, size, known.parts.shape[-1]):
-        gather = Gather(known.order, known.offsets, chunks)
-        if not known.offsets.numel():
-            gather = gather_queries(selection, layout, size, chunks)
-        dk_dv = selected_backward(q, k, v, gather, layout, size, dout, records, scale, scale_log2, dq, summed)
+    if chunks := cut_selection(q, k, v, sizes, forward.parts.shape[-1]):
+        gather = Gather(forward.order, forward.offsets, chunks)
+        if not forward.offsets.numel():
+            gather = gather_queries(selection, layout, sizes, chunks)
+        dk_dv = selected_backward(q, k, v, gather, layout, sizes, dout, records, scale, scale_log2, dq, summed)
     else:
         summed.copy_(dq)
     del dq
@@ -187,7 +188,7 @@ def _(dout, q, k, v, k_cmp, v_cmp, gates, k_win, v_win, *rest):
 
 
 def setup_context(ctx, inputs, output) -> None:
-    *tensors, _, _, cu_seqlens, _, _, ctx.sizes, ctx.scale = inputs
+    *tensors, _, _, cu_seqlens, _, _, ctx.numbers, ctx.scale = inputs
     ctx.packed = cu_seqlens is not None
     ctx.mark_non_differentiable(output[1], *output[-4:])
     ctx.set_materialize_grads(False)
@@ -200,7 +201,7 @@ def backward(ctx, grads):
     q, k, v, k_cmp, v_cmp, gates, k_win, v_win, selection, *saved = ctx.saved_tensors  # unpacked once, or recomputed
     tensors = (q, k, v, k_cmp, v_cmp, gates, k_win, v_win)
     dout = grads[0].contiguous()
-    dq, dk, dv, dgates, *others = backward_op(dout, *tensors, ctx.packed, selection, saved, ctx.sizes, ctx.scale)
+    dq, dk, dv, dgates, *others = backward_op(dout, *tensors, ctx.packed, selection, saved, ctx.numbers, ctx.scale)
     rest = iter(others)
     dk_cmp, dv_cmp, dk_win, dv_win = (None if x is None else next(rest) for x in (k_cmp, v_cmp, k_win, v_win))
     return (dq, dk, dv, dk_cmp, dv_cmp, dgates, dk_win, dv_win, *(None,) * 7)
@@ -235,7 +236,7 @@ def triton_attention(
     starts, lengths, cu_seqlens = placement.starts, placement.lengths, placement.cu_seqlens
     inputs = [q, k, v, k_cmp, v_cmp, gates, k_win, v_win]
     index = [None if x is None else x.detach() for x in (q_index, k_index)]
-    if q_index is None and takes_decode(inputs, q.shape[1], cu_seqlens):
+    if q_index is None and takes_decode(inputs, q.shape[1], placement):
         return decode_op(*map(last_contiguous, (*inputs, starts, lengths)), numbers, float(scale))
     tensors = [None if x is None else x.contiguous() for x in (*inputs, *index, cu_seqlens, starts, lengths)]
     out, selection, *_ = forward_op(*tensors, numbers, float(scale))

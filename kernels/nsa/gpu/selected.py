@@ -258,6 +258,7 @@ def gather_tiles(q: Tensor, v: Tensor, layout: Layout, backward: bool) -> dict:
 
 
 def merge_shape(sizes: Sizes, layout: Layout, keys: int) -> dict:
+    """What the kernels that add up a query's partial results are told."""
     return {
         "BLOCK": sizes.block_size, "LOCAL": sizes.local_blocks, "PARTS_A_BLOCK": layout.parts_a_block,
         "TOPK": min(sizes.topk, (keys - 1) // sizes.block_size + 1), "BM": 32, "num_warps": 4,

@@ -1,8 +1,8 @@
 """Decoding: few queries a row over a long past, without gradients, in four launches (eqs. 5 and 7 to 12).
 
-    compressed   splits of the compressed branch, scores of blocks     triton_decode_compressed
-    selection    scores of all splits and heads, top-k                 triton_decode_select
-    selected     splits of the selected blocks and the window          triton_decode_selected
+    compressed   splits of the compressed branch, scores of blocks     scores
+    selection    scores of all splits and heads, top-k                 select
+    selected     splits of the selected blocks and the window          selected
     combination  all splits of all branches, gated                     here
 
 Each launch may begin while the one before it ends (see `begin_next`): nothing else is launched between them, and what
@@ -100,13 +100,13 @@ def split_count(programs: int, tiles: int, device: torch.device) -> int:
 
 @cache
 def fewest_rounds(programs: int, tiles: int, at_once: int, most: int, start: float) -> int:
+    """The number of splits, at most `most`, with which the last program ends first; beginning costs `start` tiles."""
     candidates = range(1, max(1, min(tiles, most)) + 1)
     return min(candidates, key=lambda n: -(-programs * n // at_once) * (-(-tiles // n) + start))
 
 
 def combine(
-    partial: Tensor, lse: Tensor, gates: Tensor, placement: Placement, keys: int, cmp: int,
-    splits: int, out: Tensor,
+    partial: Tensor, lse: Tensor, gates: Tensor, placement: Placement, keys: int, cmp: int, splits: int, out: Tensor
 ) -> None:
     """Fills `out [B, T, Hq, Dv]` from the partial results of the compressed (`cmp`), selected and window branch."""
     _, batch, tokens, heads, dim = partial.shape
@@ -122,35 +122,39 @@ def combine(
 @torch.library.custom_op("nsa_hf::decode", mutates_args=())
 def decode_op(
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, k_win: Tensor | None,
-    v_win: Tensor | None, starts: Tensor | None, lengths: Tensor | None, sizes: list[int], scale: float,
+    v_win: Tensor | None, starts: Tensor | None, lengths: Tensor | None, numbers: list[int], scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output `[B, T, Hq, Dv]` and selection `[B, T, Hk, topk]` int32; the last dimension of all tensors contiguous."""
-    size, scale_log2 = Sizes(*sizes), scale * LOG2E
+    """`triton_attention` of a few queries as an operator; `numbers` are the sizes.
+
+    The last dimension of every tensor is contiguous. Returns the output `[B, T, Hq, Dv]` and the selection
+    `[B, T, Hk, topk]` int32.
+    """
+    sizes, scale_log2 = Sizes(*numbers), scale * LOG2E
     (batch, tokens, heads, _), (keys, kv_heads), dim = q.shape, k.shape[1:3], v.shape[3]
-    check_limits(heads // kv_heads, keys, size)
+    check_limits(heads // kv_heads, keys, sizes)
     q, gates = q.contiguous(), gates.contiguous()
-    blocks = (keys - 1) // size.block_size + 1
-    chooses = size.topk < blocks and size.topk > size.init_blocks + size.local_blocks
+    blocks = (keys - 1) // sizes.block_size + 1
+    chooses = sizes.topk < blocks and sizes.topk > sizes.init_blocks + sizes.local_blocks
 
     tiles = compressed_tiles(q, v, tokens * (heads // kv_heads))
-    cell, cells = cell_shape(size, tiles["BN"])
+    cell, cells = cell_shape(sizes, tiles["BN"])
     tile = tiles["BN"] // cell
     row_tiles = cdiv(tokens * (heads // kv_heads), tiles["BM"])
     cmp = split_count(batch * kv_heads * row_tiles, cdiv(blocks * cells, tile), q.device)
-    near = selected_tiles(q, v, heads // kv_heads, size)
+    near = selected_tiles(q, v, heads // kv_heads, sizes)
     head_tiles = cdiv(heads // kv_heads, near["BM"])
-    most = most_tiles(size, near["BN"], keys, k_win is None)
+    most = most_tiles(sizes, near["BN"], keys, k_win is None)
     splits = split_count(batch * tokens * kv_heads * head_tiles, most, q.device)
 
     float32: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
     partial = torch.empty(cmp + 2 * splits, batch, tokens, heads, dim, **float32)
     lse = torch.empty(cmp + 2 * splits, batch, tokens, heads, **float32)
-    chosen = size.topk - size.init_blocks - size.local_blocks if chooses else 0
+    chosen = sizes.topk - sizes.init_blocks - sizes.local_blocks if chooses else 0
     shape = select_shape(heads // kv_heads, chosen, blocks, tile)
     chunks = cdiv(blocks, shape["BJ"]) if chooses else 1
     places = (batch, tokens, kv_heads)
     importance = torch.empty(*places, chunks, shape["BJ"], dtype=torch.int32, device=q.device)
-    selection = torch.empty(*places, size.topk, dtype=torch.int32, device=q.device)
+    selection = torch.empty(*places, sizes.topk, dtype=torch.int32, device=q.device)
     arrived = torch.empty(places, dtype=torch.int32, device=q.device)
     scores = None
     if chooses:
@@ -161,27 +165,26 @@ def decode_op(
     out = q.new_empty(batch, tokens, heads, dim)
 
     placement = Placement(starts, lengths)
-    compressed_partials(q, k_cmp, v_cmp, placement, keys, size, scale_log2, tiles, cmp, partial, lse, scores, arrived)
+    compressed_partials(q, k_cmp, v_cmp, placement, keys, sizes, scale_log2, tiles, cmp, partial, lse, scores, arrived)
     cell_sizes = (cell, cells, tile)
-    decode_select(lse, cmp, placement, keys, size, cell_sizes, scores, shape, importance, arrived, selection)
+    decode_select(lse, cmp, placement, keys, sizes, cell_sizes, scores, shape, importance, arrived, selection)
     selected_partials(
-        q, k, v, k_win, v_win, selection, placement, size, scale_log2, near, splits, partial[cmp:],
-        lse[cmp:],
+        q, k, v, k_win, v_win, selection, placement, sizes, scale_log2, near, splits, partial[cmp:], lse[cmp:]
     )
     combine(partial, lse, gates, placement, keys, cmp, splits, out)
     return out, selection
 
 
 @decode_op.register_fake
-def _(q, k, v, k_cmp, v_cmp, gates, k_win, v_win, starts, lengths, sizes, scale):
+def _(q, k, v, k_cmp, v_cmp, gates, k_win, v_win, starts, lengths, numbers, scale):
     out = q.new_empty(*q.shape[:3], v.shape[3])
-    return out, q.new_empty(*q.shape[:2], k.shape[2], Sizes(*sizes).topk, dtype=torch.int32)
+    return out, q.new_empty(*q.shape[:2], k.shape[2], Sizes(*numbers).topk, dtype=torch.int32)
 
 
-def takes_decode(tensors: list[Tensor | None], tokens: int, cu_seqlens: Tensor | None) -> bool:
+def takes_decode(tensors: list[Tensor | None], tokens: int, placement: Placement) -> bool:
     """Whether these kernels serve a call: few queries, rows that are not packed, no gradient wanted."""
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    return cu_seqlens is None and tokens <= MOST_QUERIES and not wanted
+    return placement.cu_seqlens is None and tokens <= MOST_QUERIES and not wanted
 
 
 def last_contiguous(x: Tensor | None) -> Tensor | None:

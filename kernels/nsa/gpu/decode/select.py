@@ -87,26 +87,25 @@ def best_candidates(bits, number, KP: tl.constexpr):
 
 @triton.jit
 def number_of(candidate):
+    """The number of the block or bundle that a candidate stands for."""
     return (-candidate & 0xFFFFFFFF).to(tl.int32)
 
 
 @triton.jit
 def best_bundles(bits, first, end, KP: tl.constexpr, BUNDLE: tl.constexpr, BUNDLESP: tl.constexpr):
-    """The KP best of the BUNDLESP bundles from `first` on; a bundle of BUNDLE blocks counts as its best
-    block."""
+    """The KP best of the BUNDLESP bundles from `first` on. A bundle of BUNDLE blocks counts as its best block."""
     bundle = first + tl.arange(0, BUNDLESP)
     block = bundle[:, None] * BUNDLE + tl.arange(0, BUNDLE)[None, :]
     # past the first-level cache: others wrote them meanwhile
-    found = tl.load(bits + block, mask=block < end, other=-1, cache_modifier=".cg")
-    return best_candidates(tl.max(found, 1), bundle, KP)
+    block_bits = tl.load(bits + block, mask=block < end, other=-1, cache_modifier=".cg")
+    return best_candidates(tl.max(block_bits, 1), bundle, KP)
 
 
 @triton.jit
 def best_blocks(bits, end, KP: tl.constexpr, BUNDLE: tl.constexpr, BUNDLESP: tl.constexpr, ONCE: tl.constexpr):
     """The KP best of the first `end` blocks, whose importances are at `bits`.
 
-    They are all in the KP best bundles: a better bundle has a block, its best, that comes before all blocks of
-    the other.
+    They are all in the KP best bundles: the best block of a better bundle comes before every block of a worse one.
     ONCE: there are no more than BUNDLESP bundles.
     """
     best = best_bundles(bits, 0, end, KP, BUNDLE, BUNDLESP)
@@ -115,8 +114,8 @@ def best_blocks(bits, end, KP: tl.constexpr, BUNDLE: tl.constexpr, BUNDLESP: tl.
             more = best_bundles(bits, first, end, KP, BUNDLE, BUNDLESP)
             best = tl.topk(tl.reshape(tl.join(best, more), [2 * KP]), KP)
     block = number_of(best)[:, None] * BUNDLE + tl.arange(0, BUNDLE)[None, :]
-    found = tl.load(bits + block, mask=(best > 0)[:, None] & (block < end), other=-1, cache_modifier=".cg")
-    return best_candidates(tl.reshape(found, [KP * BUNDLE]), tl.reshape(block, [KP * BUNDLE]), KP)
+    block_bits = tl.load(bits + block, mask=(best > 0)[:, None] & (block < end), other=-1, cache_modifier=".cg")
+    return best_candidates(tl.reshape(block_bits, [KP * BUNDLE]), tl.reshape(block, [KP * BUNDLE]), KP)
 
 
 @triton.jit

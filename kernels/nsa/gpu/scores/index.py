@@ -27,7 +27,7 @@ MOST_SECTIONS = 128
 @triton.jit
 def block_maxima(
     q, k, first_token, blocks, k_token, C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr, BJ: tl.constexpr,
-    BLOCK: tl.constexpr, PART: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """The largest product of each query with the keys of each of BJ blocks, `[ROWS, BJ]` float32.
 
@@ -35,19 +35,19 @@ def block_maxima(
         first_token: of the first block.
         blocks: how many of them there are, read with MASKED only; what is said of the others means nothing.
     """
-    column = tl.arange(0, BJ * PART)
+    column = tl.arange(0, BJ * WIDTH)
     m = tl.full([ROWS, BJ], float("-inf"), tl.float32)
-    # blocks of more than PART tokens in several parts, smaller ones several at a time
-    for part in tl.static_range((BLOCK + PART - 1) // PART):
-        place = part * PART + column % PART
+    # blocks of more than WIDTH tokens in several steps, smaller ones several at a time
+    for step in tl.static_range((BLOCK + WIDTH - 1) // WIDTH):
+        place = step * WIDTH + column % WIDTH
         inside = place < BLOCK
         if MASKED:
-            inside = inside & (column // PART < blocks)
-        keys = load_tile(k, first_token + column // PART * BLOCK + place, k_token, inside, C, CP)
+            inside = inside & (column // WIDTH < blocks)
+        keys = load_tile(k, first_token + column // WIDTH * BLOCK + place, k_token, inside, C, CP)
         products = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
-        if BLOCK % PART != 0:
+        if BLOCK % WIDTH != 0:
             products = tl.where((place < BLOCK)[None, :], products, float("-inf"))
-        m = tl.maximum(m, tl.max(tl.reshape(products, [ROWS, BJ, PART]), 2))
+        m = tl.maximum(m, tl.max(tl.reshape(products, [ROWS, BJ, WIDTH]), 2))
     return m
 
 
@@ -55,7 +55,7 @@ def block_maxima(
 def best_of_document(
     q, k, base, row_own, own, mine, exists, maxima, sections, k_token, N,
     C: tl.constexpr, CP: tl.constexpr, BT: tl.constexpr, GP: tl.constexpr, BJ: tl.constexpr, BLOCK: tl.constexpr,
-    PART: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, CHOSEN: tl.constexpr, KP: tl.constexpr,
+    WIDTH: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, CHOSEN: tl.constexpr, KP: tl.constexpr,
     BC: tl.constexpr, SP: tl.constexpr, SECTION: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """The chosen blocks of the queries `mine` of one document, `[BT, KP]`, rising; behind them, LAST."""
@@ -69,14 +69,14 @@ def best_of_document(
     # blocks that are past for every query
     all_past = tl.minimum(least, most) // BJ * BJ
     for first in tl.range(0, all_past, BJ):
-        m = block_maxima(q, k, base + first * BLOCK, BJ, k_token, C, CP, ROWS, BJ, BLOCK, PART, False, PRECISION)
+        m = block_maxima(q, k, base + first * BLOCK, BJ, k_token, C, CP, ROWS, BJ, BLOCK, WIDTH, False, PRECISION)
         top = tl.maximum(top, tl.max(m, 1))
         j = first + tl.arange(0, BJ)
         tl.store(maxima + j[None, :].to(tl.int64) * ROWS + row[:, None], m)
     for first in tl.range(all_past, most, BJ):
         j = first + tl.arange(0, BJ)
         left = most - first
-        m = block_maxima(q, k, base + first * BLOCK, left, k_token, C, CP, ROWS, BJ, BLOCK, PART, True, PRECISION)
+        m = block_maxima(q, k, base + first * BLOCK, left, k_token, C, CP, ROWS, BJ, BLOCK, WIDTH, True, PRECISION)
         top = tl.maximum(top, tl.max(tl.where(j[None, :] < row_own[:, None], m, NONE), 1))
         tl.store(maxima + j[None, :].to(tl.int64) * ROWS + row[:, None], m, mask=(j < most)[None, :])
     tl.debug_barrier()
@@ -92,14 +92,14 @@ def best_of_document(
         score = tl.where(choosable, score, NONE)
         tl.debug_barrier()
         tl.store(at + column[:, None], score, mask=(j < most)[None, :])
-        part = first // SECTION + tl.arange(0, BC // SECTION)
+        section = first // SECTION + tl.arange(0, BC // SECTION)
         best = tl.max(tl.reshape(score, [BT, BC // SECTION, SECTION]), 2)
-        tl.store(sections + part[None, :] * BT + column[:, None], best, mask=(part < N)[None, :])
+        tl.store(sections + section[None, :] * BT + column[:, None], best, mask=(section < N)[None, :])
     tl.debug_barrier()
 
-    part = tl.arange(0, SP)
-    here = (part < (most + SECTION - 1) // SECTION)[None, :] & mine[:, None]
-    best = tl.load(sections + part[None, :] * BT + column[:, None], mask=here, other=NONE)
+    all_sections = tl.arange(0, SP)
+    exist = (all_sections < (most + SECTION - 1) // SECTION)[None, :] & mine[:, None]
+    best = tl.load(sections + all_sections[None, :] * BT + column[:, None], mask=exist, other=NONE)
     rank = tl.arange(0, KP)
     chosen = tl.full([BT, KP], LAST, tl.int32)
     for number in range(CHOSEN):
@@ -112,7 +112,7 @@ def best_of_document(
         winner = tl.min(tl.where(score == value[:, None], j, LAST), 1)
         score = tl.where(j == winner[:, None], NONE, score)
         tl.store(at, score, mask=some[:, None] & (j == winner[:, None]))
-        best = tl.where(part[None, :] == section[:, None], tl.max(score, 1)[:, None], best)
+        best = tl.where(all_sections[None, :] == section[:, None], tl.max(score, 1)[:, None], best)
         chosen = tl.where((rank == number)[None, :], tl.where(some, winner, LAST)[:, None], chosen)
         tl.debug_barrier()
     return tl.sort(chosen)
@@ -122,7 +122,7 @@ def best_of_document(
 def index_select_kernel(
     q, k, relative_ptr, document_ptr, selection, maxima, sections, T, S, HI, HK, HJ, TILES, BLOCKS, SLOTS, N,
     C: tl.constexpr, CP: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr, BLOCK: tl.constexpr,
-    PART: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, CHOSEN: tl.constexpr, KP: tl.constexpr,
+    WIDTH: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, CHOSEN: tl.constexpr, KP: tl.constexpr,
     TOPK: tl.constexpr, TOPKP: tl.constexpr, BC: tl.constexpr, SP: tl.constexpr, SECTION: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):
@@ -160,16 +160,16 @@ def index_select_kernel(
             current = tl.min(document)
             while current < LAST:
                 mine = document == current
-                found = best_of_document(
+                of_document = best_of_document(
                     queries, keys, current, row_own, own, mine, exists & (row_document == current), maxima, sections,
-                    HJ * C, N, C, CP, BT, GP, BJ, BLOCK, PART, INIT, LOCAL, CHOSEN, KP, BC, SP, SECTION, PRECISION,
+                    HJ * C, N, C, CP, BT, GP, BJ, BLOCK, WIDTH, INIT, LOCAL, CHOSEN, KP, BC, SP, SECTION, PRECISION,
                 )
-                chosen = tl.where(mine[:, None], found, chosen)
+                chosen = tl.where(mine[:, None], of_document, chosen)
                 current = tl.min(tl.where(document > current, document, LAST))
         else:
             chosen = best_of_document(
                 queries, keys, tl.min(document), row_own, own, own >= 0, exists, maxima, sections,
-                HJ * C, N, C, CP, BT, GP, BJ, BLOCK, PART, INIT, LOCAL, CHOSEN, KP, BC, SP, SECTION, PRECISION,
+                HJ * C, N, C, CP, BT, GP, BJ, BLOCK, WIDTH, INIT, LOCAL, CHOSEN, KP, BC, SP, SECTION, PRECISION,
             )
         free = tl.minimum(tl.maximum(own + 1 - INIT - LOCAL, 0), CHOSEN)
         place = selection + (((batch * T + token).to(tl.int64) * HK + kv_head) * SLOTS)[:, None]
@@ -217,7 +217,7 @@ def select_by_index(inputs: IndexInputs, layout: Layout, sizes: Sizes) -> Tensor
         ValueError: more index heads share a KV head, or more blocks are to be chosen, than the kernel takes.
     """
     q_index, k_index, kv_heads = inputs
-    batch, tokens, heads, width = q_index.shape
+    batch, tokens, heads, channels = q_index.shape
     keys, index_keys = k_index.shape[1:3]
     check_limits(heads // kv_heads, keys, sizes)
     blocks = (keys - 1) // sizes.block_size + 1
@@ -229,7 +229,7 @@ def select_by_index(inputs: IndexInputs, layout: Layout, sizes: Sizes) -> Tensor
         selection = q_index.new_empty(batch, tokens, kv_heads, sizes.topk, dtype=torch.int32)
     chosen = 0 if every else sizes.topk - sizes.init_blocks - sizes.local_blocks
     tiles, group = index_tiles(q_index), next_power_of_2(heads // kv_heads)
-    part = min(tiles["columns"], max(16, next_power_of_2(sizes.block_size)))
+    width = min(tiles["columns"], max(16, next_power_of_2(sizes.block_size)))
     bt = max(1, tiles["rows"] // group)
     count = cdiv(tokens, bt) * batch * kv_heads
     programs = min(count, 2 * processors(q_index.device))
@@ -240,8 +240,8 @@ def select_by_index(inputs: IndexInputs, layout: Layout, sizes: Sizes) -> Tensor
     best = q_index.new_empty(programs, sections, bt, dtype=torch.float32)
     index_select_kernel[(programs,)](
         q_index, k_index, layout.relative, layout.document, selection, maxima, best, tokens, keys, heads, kv_heads,
-        index_keys, count, blocks, sizes.topk, sections, C=width, CP=padded(width), GP=group, BT=bt,
-        BJ=tiles["columns"] // part, BLOCK=sizes.block_size, PART=part, INIT=sizes.init_blocks,
+        index_keys, count, blocks, sizes.topk, sections, C=channels, CP=padded(channels), GP=group, BT=bt,
+        BJ=tiles["columns"] // width, BLOCK=sizes.block_size, WIDTH=width, INIT=sizes.init_blocks,
         LOCAL=sizes.local_blocks, CHOSEN=chosen, KP=max(2, next_power_of_2(chosen)), TOPK=topk,
         TOPKP=next_power_of_2(topk), BC=max(64, section), SP=max(2, next_power_of_2(sections)), SECTION=section,
         PACKED=layout.packed, PRECISION=precision(q_index.dtype), num_warps=tiles["num_warps"],
