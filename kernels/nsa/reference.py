@@ -88,7 +88,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, weights: bool) -> t
     """
     group, tokens = q.shape[2:4]
     sees = visible.any(-1, keepdim=True)
-    # a query that sees nothing sees everything here, so that no softmax is empty; its result is put away below
+    # a query that sees nothing sees everything here, so that no softmax is empty; its result is set to zero below
     hidden = ~(visible | ~sees)
     probabilities = None
     with torch.autocast(q.device.type, enabled=False):
@@ -213,6 +213,7 @@ def reference_attention(
     """`nsa_attention` as the specification has it; arguments as there, already checked.
 
     Args:
+        placement: `starts`, `lengths` and `cu_seqlens` as one value.
         return_weights: also the selected branch's probabilities, `[B, Hq, T, S]`: T*S numbers a head.
         chunk: queries at a time; None chooses by memory.
     """
@@ -243,12 +244,12 @@ def reference_attention(
 
     if chunk is None:
         chunk = max(16, CHUNK_LOGITS.get(q.device.type, 1 << 22) // max(1, batch * heads * keys))
-    document = cu_seqlens.tolist() if cu_seqlens is not None else None
+    borders = None if cu_seqlens is None else cu_seqlens.tolist()
     results = []
     for first in range(0, tokens, chunk):
         last = min(first + chunk, tokens)
         # No query of the chunk sees a key outside [low, high): a row's queries end at S or before.
-        low = max(border for border in document if border <= first) if document is not None else 0
+        low = 0 if borders is None else max(border for border in borders if border <= first)
         high = keys - tokens + last
         window_low = 0 if lengths is not None else max(low, keys - tokens + first - sizes.window_size + 1)
 

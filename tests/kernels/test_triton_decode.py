@@ -199,7 +199,7 @@ def test_any_step(process: ProcessPoolExecutor) -> None:
         assert same and error <= 2e-6, shape
 
 
-def with_splits(splits: int, at_once: int, groups: int, candidates: int) -> list[tuple[float, bool]]:
+def with_splits(splits: int, at_once: int, bundles: int, candidates: int) -> list[tuple[float, bool]]:
     from nsa_hf.kernels.gpu.decode import op as triton_decode
     from nsa_hf.kernels.gpu.decode import select as triton_decode_select
 
@@ -212,20 +212,21 @@ def with_splits(splits: int, at_once: int, groups: int, candidates: int) -> list
     with (
         mock.patch.object(triton_decode, "split_count", return_value=splits),
         mock.patch.object(triton_decode_select, "AT_ONCE", at_once),
-        mock.patch.object(triton_decode_select, "BUNDLES", groups),
+        mock.patch.object(triton_decode_select, "BUNDLES", bundles),
         mock.patch.object(triton_decode_select, "CANDIDATES", candidates),
     ):
         return [compare(shape) for shape in shapes]
 
 
 @pytest.mark.parametrize(
-    ("splits", "at_once", "groups", "candidates"), [(1, 16, 2, 1), (1, 16, 2, 16), (5, 16, 256, 1024), (64, 1024, 2, 1)]
+    ("splits", "at_once", "bundles", "candidates"),
+    [(1, 16, 2, 1), (1, 16, 2, 16), (5, 16, 256, 1024), (64, 1024, 2, 1)],
 )
 def test_any_split_and_any_number_of_blocks_at_once(
-    process: ProcessPoolExecutor, splits: int, at_once: int, groups: int, candidates: int
+    process: ProcessPoolExecutor, splits: int, at_once: int, bundles: int, candidates: int
 ) -> None:
     """64 splits are more than there are tiles: most of them have nothing to do."""
-    for found in process.submit(with_splits, splits, at_once, groups, candidates).result():
+    for found in process.submit(with_splits, splits, at_once, bundles, candidates).result():
         check(found)
 
 

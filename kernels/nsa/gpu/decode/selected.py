@@ -35,14 +35,37 @@ def add_values(acc, top, total, logits, seen, values, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def load_keys_values(
-    k, v, first, index, inside, k_token, v_token,
-    DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+def logits_and_values(
+    queries, k, v, first, index, inside, k_token, v_token, scale_log2,
+    DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """The keys and values `first + index`, zero where not `inside`."""
+    """The logits `[BM, BN]` of the keys `first + index` and their values `[BN, DVP]`; zero where not `inside`."""
     first = tl.cast(first, tl.int64)
     keys = load_tile(k + first * k_token, index, k_token, inside, DK, DKP)
-    return keys, load_tile(v + first * v_token, index, v_token, inside, DV, DVP)
+    values = load_tile(v + first * v_token, index, v_token, inside, DV, DVP)
+    return tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale_log2, values
+
+
+@triton.jit
+def near_tiles(
+    relative, WINDOW, BLOCK: tl.constexpr, LOCAL: tl.constexpr, BN: tl.constexpr, SHARED: tl.constexpr,
+):
+    """What one query attends to before its selection is known.
+
+    Returns the window's first token, the block that holds it, the first block that both branches attend to here (from
+    it on the selected branch has nothing left to do), and the number of tiles of BN tokens.
+    """
+    TILES_A_BLOCK: tl.constexpr = (BLOCK + BN - 1) // BN
+    own = tl.maximum(relative, 0) // BLOCK
+    low = tl.maximum(relative - (WINDOW - 1), 0)
+    first_block = low // BLOCK
+    if SHARED:
+        both = tl.maximum(first_block, own - (LOCAL - 1))
+        count = tl.where(relative >= 0, (own - first_block + 1) * TILES_A_BLOCK, 0)
+    else:
+        both = own + 1
+        count = tl.where(relative >= 0, (relative - low) // BN + 1, 0)
+    return low, first_block, both, count
 
 
 @triton.jit(do_not_specialize=GROWING)
@@ -74,16 +97,7 @@ def decode_selected_kernel(
     queries = load_tile(q, row, DK, seeing, DK, DKP)
     k += batch.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head + start.to(tl.int64) * k_token
     v += batch.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head + start.to(tl.int64) * v_token
-    alive = relative >= 0
-    own = tl.maximum(relative, 0) // BLOCK
-    low = tl.maximum(relative - (WINDOW - 1), 0)
-    if SHARED:
-        first_block = low // BLOCK
-        both = tl.maximum(first_block, own - (LOCAL - 1))  # from here on
-        near = tl.where(alive, (own - first_block + 1) * TILES_A_BLOCK, 0)
-    else:
-        both = own + 1
-        near = tl.where(alive, (relative - low) // BN + 1, 0)
+    low, first_block, both, near = near_tiles(relative, WINDOW, BLOCK, LOCAL, BN, SHARED)
     share = (near + SPLITS - 1) // SPLITS
     begin = split * share
     end = tl.minimum(begin + share, near)
@@ -100,10 +114,10 @@ def decode_selected_kernel(
             inside = (offset + index < BLOCK) & (token <= relative)
             in_window = inside & (token >= low)
             inside = inside & (token >= both * BLOCK)
-            keys, values = load_keys_values(
-                k, v, block * BLOCK + offset, index, inside | in_window, k_token, v_token, DK, DKP, DV, DVP
+            logits, values = logits_and_values(
+                queries, k, v, block * BLOCK + offset, index, inside | in_window, k_token, v_token, scale_log2,
+                DK, DKP, DV, DVP, PRECISION,
             )
-            logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale_log2
             acc_slc, top_slc, total_slc = add_values(acc_slc, top_slc, total_slc, logits, inside, values, PRECISION)
             acc_win, top_win, total_win = add_values(acc_win, top_win, total_win, logits, in_window, values, PRECISION)
     else:
@@ -113,10 +127,10 @@ def decode_selected_kernel(
         for tile in tl.range(begin, end):
             first = low + tile * BN
             inside = first + index <= relative
-            keys, values = load_keys_values(
-                k_win, v_win, missing + first, index, inside, kw_token, vw_token, DK, DKP, DV, DVP
+            logits, values = logits_and_values(
+                queries, k_win, v_win, missing + first, index, inside, kw_token, vw_token, scale_log2,
+                DK, DKP, DV, DVP, PRECISION,
             )
-            logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale_log2
             acc_win, top_win, total_win = add_values(acc_win, top_win, total_win, logits, inside, values, PRECISION)
 
     wait_for_previous(OVERLAP)
@@ -129,8 +143,9 @@ def decode_selected_kernel(
         offset = tile % TILES_A_BLOCK * BN
         first = tl.load(selection + tile // TILES_A_BLOCK) * BLOCK + offset
         inside = (offset + index < BLOCK) & (first + index <= relative)
-        keys, values = load_keys_values(k, v, first, index, inside, k_token, v_token, DK, DKP, DV, DVP)
-        logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale_log2
+        logits, values = logits_and_values(
+            queries, k, v, first, index, inside, k_token, v_token, scale_log2, DK, DKP, DV, DVP, PRECISION
+        )
         acc_slc, top_slc, total_slc = add_values(acc_slc, top_slc, total_slc, logits, inside, values, PRECISION)
 
     origin = split.to(tl.int64) * ROWS
