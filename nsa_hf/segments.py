@@ -222,8 +222,10 @@ def row_runs(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     batch, keys = attention_mask.shape
     real = attention_mask != 0
     run_begins = real.long().diff(dim=-1, prepend=real.new_zeros(batch, 1).long()) == 1
-    position = torch.arange(keys, dtype=torch.int32, device=attention_mask.device)
-    return torch.where(real, position, keys).amin(-1), run_begins.sum(-1).to(torch.int32)
+    # int64 until the end: PyTorch 2.11 cannot compile the minimum of int32 beside a number of tokens that varies
+    position = torch.arange(keys, device=attention_mask.device)
+    first = torch.where(real, position, keys).amin(-1)
+    return first.to(torch.int32), run_begins.sum(-1).to(torch.int32)
 
 
 def refuse_right_padding(attention_mask: Tensor) -> None:

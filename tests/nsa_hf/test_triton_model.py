@@ -109,6 +109,19 @@ def test_generation_on_a_gpu_is_that_on_the_cpu() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("selector", ["compressed", "channels"])
+def test_generation_from_a_long_padded_text(selector: str) -> None:
+    """Transformers compiles the steps over a static cache; a mask of so many tokens is reduced in a loop."""
+    x = torch.randint(3, 256, (2, 1500), generator=torch.Generator().manual_seed(7)).cuda()
+    mask = torch.ones_like(x)
+    mask[1, :300] = 0
+    model = tiny_sparse_model("cuda", nsa_selector=selector)
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "attention_mask": mask}
+    expected = model.generate(x, **options)
+    assert torch.equal(model.generate(x, cache_implementation="static", **options), expected)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("padding", [None, 7])
 def test_a_static_decoding_step_waits_for_nothing(padding: int | None) -> None:
     """No value is read off the device, and the step can be captured as a CUDA graph by hand."""
