@@ -202,7 +202,7 @@ def make_parts_sparse(model: NsaPreTrainedMixin, sparse_classes: dict[type[nn.Mo
                 # noted of the dense class; the second `post_init` notes it again, and initialises the new modules only
                 del module._no_split_modules
                 module.post_init()
-        elif calls_attention(type(module)) and not isinstance(module, NsaAttentionMixin):
+        elif module is not model and calls_attention(type(module)) and not isinstance(module, NsaAttentionMixin):
             raise NotPlain(f"{type(module).__name__} is not among the attentions of the family's layers")
 
 
