@@ -7,6 +7,7 @@ A section whose result is absent is absent from the card, and a figure that was 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -38,6 +39,12 @@ SETTINGS = (
     "nsa_gate",
 )
 
+MARK = "nsa-hf card"
+# Trainer asks whoever edits its card to take this out.
+TRAINER = (
+    "<!-- This model card has been generated automatically according to the information the Trainer had access to."
+)
+
 # What reading a result raises that has something else in a place than our commands write.
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
@@ -46,11 +53,14 @@ class CardError(ValueError):
     """A folder that a card cannot be made of."""
 
 
-def render_card(out: str | Path) -> Path:
+def render_card(out: str | Path, overwrite: bool = False) -> Path:
     """Writes `out`/README.md and the pictures it shows; returns its path.
 
+    Args:
+        overwrite: replace a README.md that somebody wrote, too, and not only one of ours or of Trainer's.
+
     Raises:
-        CardError: `out` is no converted folder, or one of its results cannot be read.
+        CardError: `out` is no converted folder, one of its results cannot be read, or its README.md is somebody's.
     """
     folder = Path(out)
     manifest, config = read_result(folder / "manifest.json"), read_result(folder / "config.json")
@@ -91,15 +101,38 @@ def render_card(out: str | Path) -> Path:
             samples=samples,
             **{**results, "training": with_rows(results["training"])},
         )
+        path = folder / "README.md"
+        if os.path.lexists(path) and not overwrite and not is_generated(path):
+            raise CardError(
+                f"{path} was written, or edited, by hand, and the card would replace it: move it away, or give "
+                "--overwrite"
+            )
         draw_pictures(folder, *measured)
+    except CardError:
+        raise
     except (TemplateError, *MALFORMED) as error:
         raise CardError(f"a result in {folder} lacks what the card shows ({error}): run its command again") from error
-    path = folder / "README.md"
     temporary = path.with_name(".README.md.unfinished")
     temporary.unlink(missing_ok=True)  # never written through, should it be a link
-    temporary.write_text(tidy(text), encoding="utf-8")
+    temporary.write_text(marked(tidy(text)), encoding="utf-8")
     os.replace(temporary, path)
     return path
+
+
+def marked(text: str) -> str:
+    """The card with a last line, not shown, by which it is known again as long as nobody edits it."""
+    return f"{text}\n<!-- {MARK} {hashlib.sha256(text.encode()).hexdigest()} -->\n"
+
+
+def is_generated(path: Path) -> bool:
+    """Whether a README.md is a program's: a card of ours that nobody edited, or one that Trainer wrote."""
+    if path.is_symlink():
+        return False
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+    return text == marked(text.partition(f"\n<!-- {MARK} ")[0]) or TRAINER in text
 
 
 def read_result(path: Path) -> dict[str, Any] | None:
