@@ -53,7 +53,8 @@ def export_dense(
 
     Returns:
         The report, also in `out/export.json`: `model_type`, `trained`, `tensors` written, `as_in_source` (how many of
-        them are bit for bit what the source held), `dropped` (new parameters left out), and of a trained model
+        them are bit for bit what the source held), `dropped` (new parameters left out), `companions` (the
+        files copied along), and of a trained model
         `perplexity`, rows by position with `dense` (these weights as exported) and `sparse` (as trained), or None where
         training measured nothing. Without a manifest `trained` and `as_in_source` are None.
 
@@ -89,11 +90,13 @@ def export_dense(
             report["dropped"] = sum(torch.Size(shape).numel() for shape in layout.added.values())
             dense_config_of(config).save_pretrained(stage)
             if manifest is None:
-                open_source(src).save_companions(stage)
-            for name in (manifest or {}).get("companions", []):
-                if (stage / name).exists():
-                    raise CheckpointError(f"{src}: its manifest calls {name} a companion: convert again")
-                copy_file(src, name, stage)
+                report["companions"] = open_source(src).save_companions(stage)
+            else:
+                report["companions"] = manifest.get("companions", [])
+                for name in report["companions"]:
+                    if (stage / name).exists():
+                        raise CheckpointError(f"{src}: its manifest calls {name} a companion: convert again")
+                    copy_file(src, name, stage)
             write_json(stage / RESULT, report)
     return report
 
