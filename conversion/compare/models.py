@@ -22,6 +22,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from nsa_hf.errors import NsaError
 
 from ..files.loading import reading
+from ..files.model_folder import VOCABULARIES
 from .metrics import NO_LABEL, Accumulator
 
 
@@ -67,7 +68,7 @@ def token_windows(
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a checkpoint has a tokenizer beside it."""
-    return any(path for pattern in ("tokenizer*", "vocab.*") for path in folder.glob(pattern))
+    return any(path for pattern in ("tokenizer*", "vocab.*", *VOCABULARIES) for path in folder.glob(pattern))
 
 
 def check_token_ids(ids: Tensor, vocabulary: int) -> None:
