@@ -19,6 +19,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from nsa_hf.errors import check_path
 from nsa_hf.families import dense_config_of
 from nsa_hf.registration import PREFIX
 
@@ -61,7 +62,7 @@ def export_dense(
     Raises:
         NsaError: `src` is no NSA checkpoint or is damaged, or `out` cannot be written; nothing is left behind then.
     """
-    src, out = Path(src).expanduser(), Path(out).expanduser()
+    src, out = check_path(src), check_path(out)
     with transformers_progress(progress):
         check_output(out, overwrite, keep=(src,))
         refuse_adapter(src)

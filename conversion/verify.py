@@ -24,7 +24,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from nsa_hf.errors import NsaError
+from nsa_hf.errors import NsaError, check_path
 
 from . import manifest as manifests
 from .compare.metrics import NO_LABEL, Accumulator, position_edges
@@ -88,7 +88,7 @@ def verify(
     for name, value, least, most in (("length", length, 2, 1 << 24), ("documents", documents, 1, 10_000)):
         if not isinstance(value, int) or not least <= value <= most:
             raise NsaError(f"{name} must be an int of at least {least} and at most {most:,}, got {value!r}")
-    out = Path(out).expanduser()
+    out = check_path(out)
     with transformers_progress(progress):
         manifest = manifests.find(out)
         source = open_source(src, revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)

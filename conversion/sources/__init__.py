@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nsa_hf.errors import check_path
+
 from ..files.checkpoint import CheckpointError
 from ..files.model_folder import COMPANIONS, INDICES, TERMS, WEIGHTS, refuse_adapter, refuse_links_out
 from .folder import SafetensorsSource
@@ -47,9 +49,9 @@ def open_source(
     Raises:
         CheckpointError: it is not there, damaged, or of a kind that is not read.
     """
+    path = check_path(src)
     if not str(src):
         raise CheckpointError("the source is empty: expected a model's folder, a .gguf file or a Hub id")
-    path = Path(src).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         refuse_adapter(path.parent)
         refuse_links_out(path.parent, TERMS)
