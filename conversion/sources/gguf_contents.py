@@ -129,6 +129,36 @@ class GgufContents:
                 raise self._refusal(f"{self.architecture}.{key} is {str(value)[:60]}")
         return config
 
+    def ends(self, config: PreTrainedConfig) -> int | list[int] | None:
+        """The tokens that end a text, a turn or a message, where Transformers takes over the first only.
+
+        Raises:
+            CheckpointError: one is none of the vocabulary's.
+        """
+        said = config.eos_token_id
+        found = [] if said is None else list(said) if isinstance(said, list) else [said]
+        for key in ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"):
+            token = self.metadata.get(key)
+            if token is None or token in found:
+                continue
+            if not isinstance(token, int) or not 0 <= token < config.vocab_size:
+                raise self._refusal(f"{key} is {str(token)[:60]}, and the vocabulary has {config.vocab_size} tokens")
+            found.append(token)
+        return found if len(found) > 1 else said if not found else found[0]
+
+    def chat_templates(self) -> dict[str, str]:
+        """The chat templates by name, beside the one without, which Transformers reads.
+
+        Raises:
+            CheckpointError: a name that is none of a file's.
+        """
+        prefix = "tokenizer.chat_template."
+        found = {key.removeprefix(prefix): said for key, said in self.metadata.items() if key.startswith(prefix)}
+        for name, template in found.items():
+            if not re.fullmatch(r"[\w-]{1,100}", name, re.ASCII) or name == "default" or not isinstance(template, str):
+                raise self._refusal(f"it holds a chat template {prefix}{name[:60]}")
+        return found
+
     def check_tensors(self, config: PreTrainedConfig) -> None:
         """Holds the file's tensors against the model's, before one is read.
 
@@ -301,8 +331,8 @@ def read_contents(path: Path) -> GgufContents:
     """Reads a file's header; no weights.
 
     Raises:
-        CheckpointError: an architecture that is not known here, a part of a model, or blocks that are not counted
-            right. The file formats raise their own errors, see `loading.reading`.
+        CheckpointError: an architecture that is not known here, no model or a part of one, or blocks that are not
+            counted right. The file formats raise their own errors, see `loading.reading`.
     """
     # Its reader ends with the file, whatever lengths and counts the file says; the `gguf` package's may never end.
     metadata, _ = read_gguf_metadata(str(path))
@@ -310,6 +340,9 @@ def read_contents(path: Path) -> GgufContents:
 
     reader = GGUFReader(path)
     fields = reader.fields
+    kind = metadata.get("general.type", "model")
+    if kind != "model":
+        raise CheckpointError(f"{path} is no model: its general.type is {str(kind)[:60]!r}; take the model's own file")
     architecture = fields["general.architecture"].contents()
     if architecture not in NORM_OFFSET:
         raise CheckpointError(
