@@ -15,7 +15,7 @@ from nsa_hf.conversion.files.staging import write_json
 from nsa_hf.errors import NsaError
 
 from .chat_template import apply_chat_template
-from .load import check_token_ids, load_nsa_model, load_tokenizer
+from .load import check_finite, check_token_ids, load_nsa_model, load_tokenizer
 from .training.folder import machine
 
 # What a checkpoint's generation_config may ask for in place of one text, token after token: beams, several sequences,
@@ -91,6 +91,7 @@ def generate(
         print(f"note: generation_config.json asks for {', '.join(asked)}; this command {how}", file=sys.stderr)
     torch.manual_seed(seed)
     streamer = TimedStreamer(tokenizer)
+    model.register_forward_hook(lambda model, inputs, output: check_finite(output.logits[:, -1], out))
     ids = ids.to(device)
     try:
         with torch.no_grad():
