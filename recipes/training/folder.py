@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from nsa_hf.conversion import manifest
-from nsa_hf.conversion.files.checkpoint import SafetensorsCheckpoint, hash_file, read_json
+from nsa_hf.conversion.files.checkpoint import CheckpointError, SafetensorsCheckpoint, hash_file, read_json
 from nsa_hf.conversion.files.loading import transformers_progress
 from nsa_hf.conversion.files.staging import check_output, lock_folder, staged_folder, write_json
 from nsa_hf.conversion.sources import open_source
@@ -62,7 +62,8 @@ def check_out(config: RunConfig) -> None:
 
 
 def finished_run(config: RunConfig, depends: dict[str, Any]) -> bool:
-    """Whether `config.out` holds this very run, finished. RunFolderError when it holds another one.
+    """Whether `config.out` holds this very run, finished. RunFolderError when it holds another one, or has
+    lost files.
 
     `depends`: the run's whole fingerprint. What an older version did not note is not compared.
     """
@@ -71,8 +72,25 @@ def finished_run(config: RunConfig, depends: dict[str, Any]) -> bool:
         return False
     noted = noted_fingerprint(path)
     check_same(config, path, noted, {name: value for name, value in depends.items() if name in noted})
+    check_whole(path.parent)
     remove_run_folder(unfinished(config))
     return True
+
+
+def check_whole(folder: Path) -> None:
+    """Makes sure that a finished run's folder still has what its manifest names."""
+    try:
+        noted, tensors = manifest.read(folder), SafetensorsCheckpoint(folder).table
+        lost = [name for name in noted.get("files", {}) if not (folder / name).is_file()]
+        lost += [name for name in noted["tensors"] if name not in tensors]
+        why = f"it lacks {', '.join(lost[:3])}" if lost else ""
+    except CheckpointError as error:
+        why = str(error)
+    if why:
+        raise RunFolderError(
+            f"{folder} held this run, finished, and is not whole ({why}): put that back, or remove the folder to train "
+            "again"
+        )
 
 
 @contextmanager
