@@ -27,6 +27,8 @@ from .shape import check_shape
 
 # What quantisers leave as it is, as their pattern: the gates and compressors, and keys and values per branch.
 NOT_QUANTISED = r".*\.nsa"
+# What a forward is given as tensors; the mask is looked at in segments.py.
+TENSORS = ("input_ids", "inputs_embeds", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
 class NsaPreTrainedMixin(SavedByImport, NsaGenerationMixin):
@@ -269,6 +271,9 @@ class NsaModelMixin(NsaPreTrainedMixin):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the family's, with 2D masks only; see `find_segments` for padding and packing."""
         given = by_name(self.forward_names, args, kwargs)
+        for name in TENSORS:
+            if (value := given.get(name)) is not None and not isinstance(value, Tensor):
+                raise NsaError(f"{name} must be a tensor, got {type(value).__name__}: give torch.tensor(...) of it")
         input_ids, inputs_embeds, cache = given.get("input_ids"), given.get("inputs_embeds"), given.get(CACHE)
         tokens_given = input_ids if input_ids is not None else inputs_embeds
         if tokens_given is None:
