@@ -17,9 +17,11 @@ from nsa_hf.kernels import LearnedCompressor, ZeroLinear
 
 from .attention import IMPLEMENTATIONS, NsaAttentionMixin
 from .cache.adopt import UNUSABLE, check_reached, check_starts, static_length
+from .cache.state import check_states, note_states
 from .errors import NsaError
 from .generation import NsaGenerationMixin
 from .modes import Mode, OfThread, OpenContexts, Recorded, added
+from .registration import PREFIX
 from .releases import CACHE, by_name, cache_among, tokens_held
 from .remote_code import SavedByImport
 from .segments import Segments, find_segments, static_segments
@@ -27,6 +29,8 @@ from .shape import check_shape
 
 # What quantisers leave as it is, as their pattern: the gates and compressors, and keys and values per branch.
 NOT_QUANTISED = r".*\.nsa"
+# Families whose layers begin their state anew with several tokens at once: Transformers hands their scan none.
+ONE_TOKEN = {f"{PREFIX}jamba"}
 # What a forward is given as tensors; the mask is looked at in segments.py.
 TENSORS = ("input_ids", "inputs_embeds", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k")
 
@@ -298,6 +302,14 @@ class NsaModelMixin(NsaPreTrainedMixin):
                 f"{self.config.model_type} has layers that carry a state from token to token: {what} cannot be used; "
                 "pad the rows on the left, and let generate() make its cache"
             )
+        if self.is_recurrent and cache is not None:
+            check_states(cache, segments.past)
+            if segments.past and tokens > 1 and self.config.model_type in ONE_TOKEN:
+                raise NsaError(
+                    f"{self.config.model_type} takes one token at a time over a filled cache (Transformers begins its "
+                    f"state anew with several), got {tokens}: give them one by one, or all of the text with an empty "
+                    "cache and without prefill_chunk_size"
+                )
         if said["position_ids"] is None:
             given["position_ids"] = segments.position_ids(tokens)
         if not self.is_recurrent:
@@ -317,4 +329,6 @@ class NsaModelMixin(NsaPreTrainedMixin):
         held = cache_among(out.values() if isinstance(out, dict) else out)
         if held is not None:
             check_reached(held, self.config)
+            if self.is_recurrent:
+                note_states(held, segments.past + tokens)
         return out
