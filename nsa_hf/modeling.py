@@ -188,7 +188,7 @@ class NsaPreTrainedMixin(SavedByImport, NsaGenerationMixin):
         self.config.check_nsa()
 
 
-def checkpoints_activations(model: nn.Module) -> bool:
+def checkpoints_activations(model: Any) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
