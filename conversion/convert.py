@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from transformers import PreTrainedConfig
 
-from nsa_hf.errors import NsaError
+from nsa_hf.errors import NsaError, check_path
 from nsa_hf.families import initial_nsa_state
 
 from . import manifest
@@ -77,7 +77,7 @@ def convert(
         NsaError: the source, an option or `out` is not as it must be, or another process is writing `out`; nothing is
             left behind then.
     """
-    out = Path(out).expanduser()
+    out = check_path(out)
     target_dtype = parse_dtype(dtype)
     if not isinstance(seed, int) or not -(2**62) <= seed < 2**62:
         raise NsaError(f"seed must be a whole number of at most 62 bits, got {seed!r}")

@@ -19,7 +19,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from nsa_hf.errors import NsaError
+from nsa_hf.errors import NsaError, check_path
 from nsa_hf.registration import PREFIX
 
 from . import manifest as manifests
@@ -56,14 +56,15 @@ def export_dense(
 
     Returns:
         The report, also in `out/export.json`: `model_type`, `trained`, `tensors` written, `as_in_source` (how many of
-        them are bit for bit what the source held), `dropped` (new parameters left out), and of a trained model
+        them are bit for bit what the source held), `dropped` (new parameters left out), `companions` (the
+        files copied along), and of a trained model
         `perplexity`, rows by position with `dense` (these weights as exported) and `sparse` (as trained), or None where
         training measured nothing. Without a manifest `trained` and `as_in_source` are None.
 
     Raises:
         NsaError: `src` is no NSA checkpoint or is damaged, or `out` cannot be written; nothing is left behind then.
     """
-    src, out = Path(src).expanduser(), Path(out).expanduser()
+    src, out = check_path(src), check_path(out)
     with transformers_progress(progress):
         check_output(out, overwrite, keep=(src,))
         refuse_adapter(src)
@@ -92,11 +93,13 @@ def export_dense(
             report["dropped"] = sum(torch.Size(shape).numel() for shape in expected.added.values())
             config.to_dense_config().save_pretrained(stage)
             if manifest is None:
-                open_source(src).save_companions(stage)
-            for name in (manifest or {}).get("companions", []):
-                if (stage / name).exists():
-                    raise NsaError(f"{src}: its manifest calls {name} a companion: convert again")
-                copy_file(src, name, stage)
+                report["companions"] = open_source(src).save_companions(stage)
+            else:
+                report["companions"] = manifest.get("companions", [])
+                for name in report["companions"]:
+                    if (stage / name).exists():
+                        raise NsaError(f"{src}: its manifest calls {name} a companion: convert again")
+                    copy_file(src, name, stage)
             write_json(stage / RESULT, report)
     return report
 

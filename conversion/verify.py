@@ -25,7 +25,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedConfig
 
-from nsa_hf.errors import NsaError
+from nsa_hf.errors import NsaError, check_path
 
 from . import manifest as manifests
 from .compare.metrics import Accumulator, Bucket, position_edges
@@ -91,7 +91,7 @@ def verify(
     began = time.perf_counter()
     check_whole_number("length", length, 2, 1 << 24)
     check_whole_number("documents", documents, 1, 10_000)
-    out = Path(out).expanduser()
+    out = check_path(out)
     with transformers_progress(progress):
         manifest = manifests.find(out)
         source = open_source(src, revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)

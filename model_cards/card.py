@@ -7,6 +7,7 @@ A section whose result is absent is absent from the card, and a figure that was 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -39,6 +40,12 @@ SETTINGS = (
     "nsa_gate",
 )
 
+MARK = "nsa-hf card"
+# Trainer asks whoever edits its card to take this out.
+TRAINER = (
+    "<!-- This model card has been generated automatically according to the information the Trainer had access to."
+)
+
 # What is raised by a result that has something else in a place than our commands write there.
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
@@ -47,17 +54,19 @@ class CardError(ValueError):
     """A folder of which no card can be made."""
 
 
-def render_card(out: str | Path) -> Path:
+def render_card(out: str | Path, overwrite: bool = False) -> Path:
     """Writes a folder's model card: README.md, and the pictures in it.
 
     Args:
         out: a converted or trained model's folder.
+        overwrite: replace a README.md that somebody wrote, too, and not only one of ours or of Trainer's.
 
     Returns:
         The path of README.md.
 
     Raises:
-        CardError: `out` is no converted folder, one of its results cannot be read, or a package is missing.
+        CardError: `out` is no converted folder, one of its results cannot be read, a package is missing, or README.md
+            is somebody's.
     """
     folder = Path(out)
     manifest, config = read_model(folder)
@@ -70,13 +79,21 @@ def render_card(out: str | Path) -> Path:
     except ImportError as error:
         raise CardError(f"a card needs the package {error.name}: pip install 'nsa-hf[eval]'") from error
     measured = results["training"], results["verify"], results["inspection"]
+    path = folder / "README.md"
     try:
         pictures = [name for name, draw in pictures_of(*measured).items() if draw is not None]
         text = render_text(folder, manifest, config, results, samples, pictures)
+        if os.path.lexists(path) and not overwrite and not is_generated(path):
+            raise CardError(
+                f"{path} was written, or edited, by hand, and the card would replace it: move it away, or give "
+                "--overwrite"
+            )
         draw_pictures(folder, *measured)
+    except CardError:
+        raise
     except (TemplateError, *MALFORMED) as error:
         raise CardError(f"a result in {folder} lacks what the card shows ({error}): run its command again") from error
-    return replace_readme(folder, text)
+    return replace_readme(folder, marked(text))
 
 
 def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -145,6 +162,22 @@ def replace_readme(folder: Path, text: str) -> Path:
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
     return path
+
+
+def marked(text: str) -> str:
+    """The card with a last line, not shown, by which it is known again as long as nobody edits it."""
+    return f"{text}\n<!-- {MARK} {hashlib.sha256(text.encode()).hexdigest()} -->\n"
+
+
+def is_generated(path: Path) -> bool:
+    """Whether a README.md is a program's: a card of ours that nobody edited, or one that Trainer wrote."""
+    if path.is_symlink():
+        return False
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+    return text == marked(text.partition(f"\n<!-- {MARK} ")[0]) or TRAINER in text
 
 
 def read_result(path: Path) -> dict[str, Any] | None:

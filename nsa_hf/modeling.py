@@ -17,11 +17,13 @@ from nsa_hf.kernels import LearnedCompressor, ZeroLinear
 
 from .attention import IMPLEMENTATIONS, NsaAttentionMixin
 from .cache.adopt import UNUSABLE, check_reached_layers, check_starts, static_length
+from .cache.state import check_states, note_states
 from .discovery import calls_attention
 from .errors import NotPlain, NsaError
 from .from_dense import FromDenseMixin
 from .generation import NsaGenerationMixin
 from .modes import Mode, OpenContexts, Recorded, appended
+from .registration import PREFIX
 from .releases import CACHE, by_name, cache_among, tokens_held
 from .remote_code import SavedByImport
 from .segments import Segments, find_segments, static_segments
@@ -29,6 +31,10 @@ from .shape import check_shape
 
 # What quantisers leave as it is, as their pattern: the gates and compressors, and keys and values per branch.
 NOT_QUANTISED = r".*\.nsa"
+# Families whose layers begin their state anew with several tokens at once: Transformers hands their scan none.
+ONE_TOKEN = {f"{PREFIX}jamba"}
+# What a forward is given as tensors; the mask is looked at in segments.py.
+TENSORS = ("input_ids", "inputs_embeds", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
 class NsaPreTrainedMixin(FromDenseMixin, SavedByImport, NsaGenerationMixin):
@@ -281,11 +287,22 @@ class NsaModelMixin(NsaPreTrainedMixin):
                 f"{self.config.model_type} has layers that carry a state from token to token: {what} cannot be used; "
                 "pad the rows on the left, and let generate() make its cache"
             )
+        if self.is_recurrent and cache is not None:
+            check_states(cache, segments.past)
+            if segments.past and tokens > 1 and self.config.model_type in ONE_TOKEN:
+                raise NsaError(
+                    f"{self.config.model_type} takes one token at a time over a filled cache (Transformers begins its "
+                    f"state anew with several), got {tokens}: give them one by one, or all of the text with an empty "
+                    "cache and without prefill_chunk_size"
+                )
         return segments
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the family's, with 2D masks only; see `find_segments` for padding and packing."""
         arguments = by_name(self.forward_names, args, kwargs)
+        for name in TENSORS:
+            if (value := arguments.get(name)) is not None and not isinstance(value, Tensor):
+                raise NsaError(f"{name} must be a tensor, got {type(value).__name__}: give torch.tensor(...) of it")
         input_ids, inputs_embeds, cache = (arguments.get(name) for name in ("input_ids", "inputs_embeds", CACHE))
         inputs = input_ids if input_ids is not None else inputs_embeds
         if inputs is None:
@@ -312,4 +329,6 @@ class NsaModelMixin(NsaPreTrainedMixin):
         cache = cache_among(out.values() if isinstance(out, dict) else out)
         if cache is not None:
             check_reached_layers(cache, self.config)
+            if self.is_recurrent:
+                note_states(cache, segments.past + inputs.shape[1])
         return out

@@ -31,6 +31,12 @@ def run(arguments: list[str]) -> int:
         from .terminal import report
     except KeyboardInterrupt:
         return INTERRUPTED
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:  # bytes of the command line that are no text
+            print(f"error: the argument {argument!r} is not UTF-8", file=sys.stderr)
+            return WRONG_INPUT
     try:
         plain = [argument for argument in arguments if argument != "--debug"]
         code = app(plain, prog_name="nsa-hf", standalone_mode=False, obj=run)

@@ -332,14 +332,17 @@ def serve(context: typer.Context, out: Out) -> None:
 
 
 @app.command()
-def card(out: Out) -> None:
+def card(
+    out: Out,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a README.md written by hand.")] = False,
+) -> None:
     """Write the model card.
 
     OUT/README.md and its pictures, from the JSON results in OUT only: what was not measured is not in it.
     """
     from nsa_hf.model_cards.card import render_card
 
-    print(f"model card: {render_card(check_folder(out))}")
+    print(f"model card: {render_card(check_folder(out), overwrite)}")
 
 
 @app.command()

@@ -15,7 +15,7 @@ from nsa_hf.conversion.files.staging import write_json
 from nsa_hf.errors import NsaError
 
 from .chat_template import apply_chat_template
-from .load import check_token_ids, load_nsa_model, load_tokenizer
+from .load import check_finite, check_token_ids, load_nsa_model, load_tokenizer
 from .training.folder import machine
 
 # What a checkpoint's generation_config may ask for that is not one text, made token after token: beams, several
@@ -105,6 +105,7 @@ def generate_text(
         sampling = {"do_sample": True, "temperature": float(temperature), "top_p": top_p, "top_k": top_k}
     torch.manual_seed(seed)
     streamer = TimedStreamer(tokenizer)
+    model.register_forward_hook(lambda model, inputs, output: check_finite(output.logits[:, -1], out))
     try:
         new = stream_tokens(model, tokenizer, ids.to(device), streamer, max_new_tokens=max_new_tokens, **sampling)
     except (ValueError, TypeError) as error:

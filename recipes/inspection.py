@@ -17,7 +17,7 @@ from torch import Tensor
 from nsa_hf.attention import NsaAttentionMixin, gate_values
 from nsa_hf.conversion.files.staging import write_json
 
-from .load import check_token_ids, load_nsa_model, load_tokenizer
+from .load import check_finite, check_token_ids, load_nsa_model, load_tokenizer
 from .training.data import held_out_documents, held_out_windows
 from .training.folder import machine
 
@@ -55,7 +55,8 @@ def inspect_model(
     name, ids = held_out_windows([named_text], tokenizer, length)[0]
     check_token_ids(model, ids)
     with torch.no_grad(), model.record_selection() as selection, record_gates(model) as gates:
-        model.base_model(torch.tensor([ids], device=device), use_cache=False)
+        hidden = model.base_model(torch.tensor([ids], device=device), use_cache=False).last_hidden_state
+    check_finite(hidden, out)
     config = model.config
     layers = sorted(selection)
     blocks = -(-length // config.nsa_block_size)

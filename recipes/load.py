@@ -73,6 +73,15 @@ def pick_device(device: str | None) -> str:
     return device
 
 
+def check_finite(values: torch.Tensor, folder: str | Path) -> None:
+    """NsaError where a model's logits, or the hidden states they are made of, are NaN or infinite."""
+    if not bool(torch.isfinite(values).all()):
+        raise NsaError(
+            f"{folder}: the model's logits are not finite (NaN or infinite): its weights are damaged, or were trained "
+            "at rates that are too high, or its dtype is too narrow for them (try float32)"
+        )
+
+
 def check_token_ids(model: Any, ids: Sequence[int] | torch.Tensor) -> None:
     """Whether the model has an embedding for each token of `ids`; NsaError where it has not."""
     tokens.check_token_ids(torch.as_tensor(ids), model.get_input_embeddings().weight.shape[0])

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from nsa_hf.errors import NsaError
 
 from ..files.loading import reading
+from ..files.model_folder import VOCABULARIES
 from .metrics import NO_LABEL
 
 # The beginning of one text: its name and its token ids, int64 [1, T].
@@ -68,7 +69,7 @@ def token_windows(
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a checkpoint has a tokenizer beside it."""
-    return any(path for pattern in ("tokenizer*", "vocab.*") for path in folder.glob(pattern))
+    return any(path for pattern in ("tokenizer*", "vocab.*", *VOCABULARIES) for path in folder.glob(pattern))
 
 
 def check_token_ids(ids: Tensor, vocabulary: int) -> None:

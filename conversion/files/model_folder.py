@@ -6,15 +6,33 @@ itself, and not behind a link that leads out of it.
 
 from __future__ import annotations
 
+import re
 import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from nsa_hf.errors import NsaError
+from nsa_hf.model_cards.card import is_generated
 from nsa_hf.shape import MANIFEST
 
+from .checkpoint import INDEX
 from .plain_json import read_json
 
+# What tokenizers are made of.
+VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "sentencepiece.model",
+    "spm.model",
+    "qwen.tiktoken",
+    "tekken.json",
+    "emoji.json",
+)
 # Licenses must travel with a model.
 TERMS = ("LICENSE*", "NOTICE*", "*TERMS*")
 # These travel with it too, copied as they are; config and weights are written anew.
@@ -23,7 +41,7 @@ COMPANIONS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab*",
-    "merges.txt",
+    *VOCABULARIES,
     "*.model",
     "*.tiktoken",
     "chat_template*",
@@ -34,37 +52,50 @@ COMPANIONS = (
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 INDICES = ("*.safetensors.index.json", "pytorch_model*.bin.index.json")
 ADAPTER = ("adapter_config.json", "adapter_model*.safetensors", "adapter_model*.bin")
-# Files that Transformers, the Hub and `export-dense` put beside them.
-BESIDE = (
+
+# What a folder may hold and still be replaced as a model's: names that Transformers, the Hub and our commands give, and
+# no pattern that a file of the user's could fit. The weights, for one, and not what else is in safetensors.
+SHARD_INDICES = (INDEX, "pytorch_model.bin.index.json")
+MODEL_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|pytorch_model(-\d{5}-of-\d{5})?\.bin")
+BESIDE = {
     "config.json",
-    "tokenizer.json",
+    "generation_config.json",
+    *SHARD_INDICES,
+    *VOCABULARIES,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template.*",
-    "additional_chat_templates/*.jinja",
-    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
     "preprocessor_config.json",
     "processor_config.json",
-    "configuration_*.py",
-    "modeling_*.py",
-    "tokenization_*.py",
+    "modeling_nsa.py",
     "export.json",
-    "README.md",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
+    "NOTICE.txt",
+    "NOTICE.md",
     ".gitattributes",
-    ".cache/huggingface/*",
-    # left by whoever looked into the folder, or imported from it
+    # left by whoever looked into the folder
     ".DS_Store",
-    "__pycache__/*.pyc",
-    *TERMS,
-)
-# Files that our commands put into a converted model's folder; its manifest names the rest.
-RESULTS = ("*.json", "*.png")
+}
+BELOW = ("additional_chat_templates/*.jinja", ".cache/huggingface/*", "__pycache__/*.pyc")
+# What our commands put into a folder of ours; its manifest names the rest.
+RESULTS = {
+    "manifest.json",
+    "verify.json",
+    "eval.json",
+    "inspect.json",
+    "training.json",
+    "generate-long.json",
+    "generate-chat.json",
+    "training.png",
+    "perplexity.png",
+    "selection.png",
+    "gates.png",
+}
 
 
 def foreign_files(folder: Path) -> list[str]:
@@ -77,19 +108,21 @@ def foreign_files(folder: Path) -> list[str]:
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     names = [path.relative_to(folder).as_posix() for path in paths]
-    config, manifest = _json_object(folder / "config.json"), _json_object(folder / MANIFEST)
-    if "model_type" not in config or not any(_fits(name, WEIGHTS) for name in names):
+    config, manifest, export = (_json_object(folder / name) for name in ("config.json", MANIFEST, "export.json"))
+    shards = [_json_object(folder / name).get("weight_map") for name in SHARD_INDICES]
+    weights = {str(name) for shard_of in shards if isinstance(shard_of, dict) for name in shard_of.values()}
+    weights |= {name for name in names if MODEL_WEIGHTS.fullmatch(name)}
+    if "model_type" not in config or not weights & {*names}:
         return names
-    patterns = (*WEIGHTS, *INDICES, *BESIDE)
+    known = BESIDE | weights
+    if {"model_type", "as_in_source", "dropped"} <= export.keys() and isinstance(export.get("companions"), list):
+        known = known.union(map(str, export["companions"]))
     if {"format", "trained", "source", "tensors"} <= manifest.keys():
         written = manifest.get("files")
-        patterns = (*patterns, *RESULTS, *(written if isinstance(written, dict) else ()))
-    return [name for name in names if name not in patterns and not _fits(name, patterns)]
-
-
-def _fits(name: str, patterns: tuple[str, ...]) -> bool:
-    # a pattern without a folder is for files of the folder itself
-    return any(fnmatchcase(name, pattern) for pattern in patterns if "/" in pattern or "/" not in name)
+        known = known | RESULTS | {*(written if isinstance(written, dict) else ())}
+    if "README.md" in names and is_generated(folder / "README.md"):
+        known = known | {"README.md"}
+    return [name for name in names if name not in known and not any(fnmatchcase(name, below) for below in BELOW)]
 
 
 def _json_object(path: Path) -> dict:

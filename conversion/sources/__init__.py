@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nsa_hf.errors import NsaError
+from nsa_hf.errors import NsaError, check_path
 
 from ..files.model_folder import COMPANIONS, INDICES, TERMS, WEIGHTS, refuse_adapter, refuse_links_out
 from .folder import SafetensorsSource
@@ -48,9 +48,9 @@ def open_source(
     Raises:
         NsaError: it is not there, damaged, or of a kind that is not read.
     """
+    path = check_path(src)
     if not str(src):
         raise NsaError("the source is empty: expected a model's folder, a .gguf file or a Hub id")
-    path = Path(src).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         refuse_adapter(path.parent)
         refuse_links_out(path.parent, TERMS)

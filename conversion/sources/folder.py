@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from nsa_hf.errors import NsaError
+from nsa_hf.errors import NsaError, check_name
 from nsa_hf.registration import PREFIX
 
 from ..files.checkpoint import DTYPES, INDEX, SafetensorsCheckpoint
@@ -113,7 +113,7 @@ class SafetensorsSource(Source):
         """The files that travel with the model, see `save_companions`."""
         named = {path for pattern in COMPANIONS for path in self.folder.glob(pattern) if path.is_file()}
         code = {self.folder / name for name in self.tokenizer_code if name.endswith(".py")}
-        return sorted(code | {path for path in named if path.suffix not in NEVER_COPIED})
+        return sorted(check_name(path) for path in code | named if path in code or path.suffix not in NEVER_COPIED)
 
     def save_companions(self, out: Path) -> list[str]:
         names = [path.relative_to(self.folder).as_posix() for path in self._companions()]

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from nsa_hf.errors import NsaError
+from nsa_hf.errors import NsaError, check_path
 
 
 def setting(help: str, default: Any = MISSING) -> Any:
@@ -140,7 +139,7 @@ def make_run_config(values: dict[str, Any]) -> RunConfig:
         raise NsaError(f"no value for {' and '.join(missing)}: write it in the run file or add {missing[0]}=...")
     for name in ("model", "out", "data", "held_out"):
         if name in checked:
-            checked[name] = os.path.expanduser(checked[name])  # "~", which no shell expands behind "model="
+            checked[name] = str(check_path(checked[name]))  # "~", which no shell expands behind "model="
     config = RunConfig(**checked)
     for name, least in RULES.items():
         value = getattr(config, name)

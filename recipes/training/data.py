@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from nsa_hf.conversion.compare.texts import HELD_OUT, held_out_texts
 from nsa_hf.conversion.files.hashes import hash_parts
-from nsa_hf.errors import NsaError
+from nsa_hf.errors import NsaError, check_name, check_path
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -60,7 +60,7 @@ def load_documents(source: str) -> Dataset:
     """
     if source == STANDARD_LIBRARY:
         return as_dataset(standard_library_texts())
-    path = Path(source).expanduser()
+    path = check_path(source)
     if path.is_dir():
         return as_dataset(folder_texts(path))
     if not path.is_file():
@@ -112,7 +112,7 @@ def folder_texts(folder: Path) -> list[tuple[str, str]]:
             file=sys.stderr,
         )
     files = [path for path in paths if path.suffix.lower() in TEXT_SUFFIXES]
-    return [(path.relative_to(folder).as_posix(), read_text(path)) for path in files]
+    return [(check_name(path).relative_to(folder).as_posix(), read_text(path)) for path in files]
 
 
 def read_text(path: Path) -> str:

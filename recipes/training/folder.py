@@ -73,15 +73,32 @@ def finished_run(config: RunConfig, fingerprint: dict[str, Any]) -> bool:
         fingerprint: of the run. Of it, what an older version did not note is not compared.
 
     Raises:
-        NsaError: it holds another run, finished.
+        NsaError: it holds another run, finished, or has lost files.
     """
     path = Path(config.out) / RESULT
     if not path.is_file():
         return False
     noted = noted_fingerprint(path)
     check_same(config, path, noted, {name: value for name, value in fingerprint.items() if name in noted})
+    check_whole(path.parent)
     remove_run_folder(unfinished(config))
     return True
+
+
+def check_whole(folder: Path) -> None:
+    """Makes sure that a finished run's folder still has what its manifest names."""
+    try:
+        noted, tensors = manifest.read(folder), SafetensorsCheckpoint(folder).table
+        lost = [name for name in noted.get("files", {}) if not (folder / name).is_file()]
+        lost += [name for name in noted["tensors"] if name not in tensors]
+        why = f"it lacks {', '.join(lost[:3])}" if lost else ""
+    except NsaError as error:
+        why = str(error)
+    if why:
+        raise NsaError(
+            f"{folder} held this run, finished, and is not whole ({why}): put that back, or remove the folder to train "
+            "again"
+        )
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import pytest
 import torch
 from gguf_file import CHAT_TEMPLATE, write_gguf
 from tiny_models import byte_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
 from nsa_hf.conversion import convert
 from nsa_hf.conversion.files.pieces import same_bits
@@ -108,3 +108,64 @@ def test_a_tokenizer_that_is_not_saved_as_it_was_read_is_refused(gguf_file, tmp_
     with pytest.raises(NsaError, match="saves another tokenizer than it reads from the file"):
         convert(gguf_file, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def ends_turns(**tokens: int):
+    """More ends than eos, under the names that a file has for them."""
+    return lambda writer: [
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token) for name, token in tokens.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [({}, 2), ({"eot": 2}, 2), ({"eot": 7}, [2, 7]), ({"eom": 9, "eot": 7}, [2, 7, 9]), ({"eot": 2, "eom": 7}, [2, 7])],
+)
+def test_every_token_that_ends_a_text_or_turn_is_kept(tmp_path, tokens, expected):
+    path = write_gguf(tmp_path / "tiny.gguf", ends_turns(**tokens))
+    open_source(path).save_companions(tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == expected
+
+
+def test_an_end_beyond_the_vocabulary_is_refused(tmp_path):
+    path = write_gguf(tmp_path / "tiny.gguf", ends_turns(eot=2**32 - 1))
+    with pytest.raises(NsaError, match=r"tokenizer\.ggml\.eot_token_id is 4294967295"):
+        open_source(path).save_companions(tmp_path)
+
+
+def named_templates(*names: str):
+    def more(writer):
+        writer.add_array("tokenizer.chat_templates", list(names))
+        for name in names:
+            writer.add_string(f"tokenizer.chat_template.{name}", f"{name}: {CHAT_TEMPLATE}")
+
+    return more
+
+
+def test_named_chat_templates_are_kept_beside_the_first(tmp_path):
+    source = open_source(write_gguf(tmp_path / "tiny.gguf", named_templates("tool_use", "rag")))
+    out = tmp_path / "out"
+    out.mkdir()
+    names = source.save_companions(out)
+    assert {"additional_chat_templates/rag.jinja", "additional_chat_templates/tool_use.jinja"} <= {*names}
+    assert all((out / name).is_file() for name in names)
+    kept = AutoTokenizer.from_pretrained(out).chat_template
+    assert kept == {
+        "default": CHAT_TEMPLATE,
+        "tool_use": f"tool_use: {CHAT_TEMPLATE}",
+        "rag": f"rag: {CHAT_TEMPLATE}",
+    }
+
+
+@pytest.mark.parametrize("name", ["../../mine", "default", ""])
+def test_a_chat_template_s_name_that_is_none_is_refused(tmp_path, name):
+    path = write_gguf(tmp_path / "tiny.gguf", named_templates(name))
+    with pytest.raises(NsaError, match=r"tokenizer\.chat_template"):
+        open_source(path).save_companions(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "mmproj", "imatrix"])
+def test_a_file_of_another_kind_is_refused_by_name(tmp_path, kind):
+    path = write_gguf(tmp_path / "tiny.gguf", lambda writer: writer.add_type(kind))
+    with pytest.raises(NsaError, match=f"general.type is '{kind}'"):
+        open_source(path)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from nsa_hf.conversion import convert, export_dense
 from nsa_hf.conversion.files.loading import load_whole
-from nsa_hf.conversion.files.model_folder import copy_file, foreign_files, leads_out
+from nsa_hf.conversion.files.model_folder import BESIDE, RESULTS, copy_file, foreign_files, leads_out
 from nsa_hf.conversion.files.staging import OutputError
 from nsa_hf.conversion.sources import open_source
 from nsa_hf.errors import NsaError
+from nsa_hf.model_cards.card import marked
 
 
 def everything(folder: Path) -> dict[str, bytes]:
@@ -62,18 +64,21 @@ def test_models_may_be_replaced_and_what_a_user_put_beside_them_not(dense_dir, t
     (dense_dir / "LICENSE").write_text("a license")
     (dense_dir / "additional_chat_templates").mkdir()
     (dense_dir / "additional_chat_templates" / "tool.jinja").write_text("x")
-    (dense_dir / "README.md").write_text("a card")
+    (dense_dir / "README.md").write_text(marked("a card\n"))
     assert foreign_files(dense_dir) == []
     out = convert(dense_dir, tmp_path / "out", max_shard_size="50KB")
-    for name in ("verify.json", "perplexity.png", "generate-mine.json", "README.md"):
+    for name in ("verify.json", "perplexity.png", "generate-chat.json"):
         (out / name).write_text("{}")
+    (out / "README.md").write_text(marked("a card\n"))
     assert foreign_files(out) == []
     assert foreign_files(dense_dir) == []
     for name in (".DS_Store", "__pycache__/modeling_nsa.cpython-311.pyc"):
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_bytes(b"")
     assert foreign_files(out) == []
-    for name in ("notes.txt", "app.py", ".git/config", "src/data.json", "vocabulary.docx"):
+    mine = ("notes.json", "plan.png", "manifest.old.json", "precious_lora.safetensors", "model-old.safetensors")
+    mine += ("other.gguf", "classifier.model", "pytorch_model.mine.bin", "modeling_experiments.py", "LICENSE-notes.odt")
+    for name in ("notes.txt", "app.py", ".git/config", "src/data.json", "vocabulary.docx", *mine):
         path = dense_dir / name
         path.parent.mkdir(exist_ok=True)
         for folder in (dense_dir, out):
@@ -83,10 +88,41 @@ def test_models_may_be_replaced_and_what_a_user_put_beside_them_not(dense_dir, t
             (folder / name).unlink()
 
 
-def test_an_exported_model_may_be_replaced(tiny_dense_dir, tmp_path):
-    nsa = convert(tiny_dense_dir, tmp_path / "nsa")
-    export_dense(nsa, tmp_path / "dense")
-    assert foreign_files(tmp_path / "dense") == []
+def test_a_card_that_somebody_wrote_or_edited_is_not_replaced_with_its_model(tiny_dense_dir, tmp_path):
+    out = convert(tiny_dense_dir, tmp_path / "out")
+    for text in ("# Mine", marked("a card\n").replace("a card", "my card"), marked("a card\n") + "mine"):
+        (out / "README.md").write_text(text)
+        with pytest.raises(OutputError, match=r"belong to no model \(README\.md\)"):
+            convert(tiny_dense_dir, out, overwrite=True)
+        assert (out / "README.md").read_text() == text
+
+
+def test_shards_by_any_name_are_the_model_s_where_its_index_names_them(dense_dir):
+    (dense_dir / "model.safetensors").rename(dense_dir / "first.safetensors")
+    assert "first.safetensors" in foreign_files(dense_dir)
+    (dense_dir / "model.safetensors.index.json").write_text('{"weight_map": {"a": "first.safetensors"}}')
+    assert foreign_files(dense_dir) == []
+
+
+def test_the_names_that_our_commands_write_are_known():
+    from nsa_hf.model_cards.card import RESULTS as SHOWN
+    from nsa_hf.model_cards.card import SAMPLES
+    from nsa_hf.model_cards.pictures import pictures_of
+    from nsa_hf.recipes import inspection
+    from nsa_hf.recipes.training import evaluate, folder
+
+    verified, exported = sys.modules["nsa_hf.conversion.verify"].RESULT, sys.modules["nsa_hf.conversion.export"].RESULT
+    written = {verified, inspection.NAME, evaluate.NAME, folder.RESULT, *SHOWN.values(), *SAMPLES}
+    assert {"manifest.json", *written, *pictures_of(None, None, None)} == RESULTS
+    assert exported in BESIDE
+
+
+def test_an_exported_model_may_be_replaced(dense_dir, tmp_path):
+    (dense_dir / "words.tiktoken").write_text("a")
+    nsa = convert(dense_dir, tmp_path / "nsa")
+    export_dense(nsa, tmp_path / "again")
+    assert (tmp_path / "again" / "words.tiktoken").is_file()
+    assert foreign_files(tmp_path / "again") == []
 
 
 # Links

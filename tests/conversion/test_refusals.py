@@ -15,8 +15,9 @@ from gguf_file import write_gguf
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from nsa_hf.conversion import convert, verify
+from nsa_hf.conversion import convert, export_dense, plan, verify
 from nsa_hf.conversion.files.staging import staged_folder
+from nsa_hf.errors import NsaError, check_folder
 from nsa_hf.recipes.cli import run
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -324,3 +325,32 @@ def test_pickles_that_are_allowed_are_converted_bit_for_bit(tiny_dense_dir, tmp_
     assert files.items() <= everything(out).items()
     assert json.loads((out / "manifest.json").read_text())["source"]["kind"] == "pickle"
     assert verify(src, out, length=100, documents=1, allow_pickle=True)["exact"] is True
+
+
+NO_PATHS = ["~nosuchuser/x", "a\0b", "x" * 5000, "a\udcff", 7, None, b"x", True]
+
+
+@pytest.mark.parametrize("path", NO_PATHS, ids=lambda path: repr(path)[:12])
+def test_what_no_file_can_be_called_is_one_error(tiny_dense_dir, tmp_path, path):
+    for call in (
+        lambda: plan(path),
+        lambda: convert(path, tmp_path / "out"),
+        lambda: convert(tiny_dense_dir, path),
+        lambda: verify(tiny_dense_dir, path),
+        lambda: export_dense(path, tmp_path / "out"),
+        lambda: export_dense(tiny_dense_dir, path),
+        lambda: check_folder(path),
+    ):
+        with pytest.raises(NsaError, match="a path") as error:
+            call()
+        assert len(str(error.value)) < 400
+        str(error.value).encode()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_to_be_carried_along_has_a_name_of_text(tiny_dense_dir, tmp_path):
+    source = Path(shutil.copytree(tiny_dense_dir, tmp_path / "source"))
+    Path(os.fsdecode(bytes(source) + b"/LICENSE\xff")).write_text("a license")
+    with pytest.raises(NsaError, match=r"LICENSE\\udcff has a name that is not UTF-8"):
+        convert(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from nsa_hf.conversion import convert, export_dense, plan, sources, verify
+from nsa_hf.conversion.compare.tokens import has_tokenizer
 from nsa_hf.conversion.files.loading import transformers_progress
 from nsa_hf.conversion.files.pieces import same_bits
 from nsa_hf.conversion.sources import open_source
@@ -87,6 +88,16 @@ def test_companions_are_copied_as_they_are_and_code_and_weights_are_not(dense_di
     for name in names:
         assert (out / name).read_bytes() == (dense_dir / name).read_bytes()
     assert len([path for path in out.rglob("*") if path.is_file()]) == len(names)
+
+
+@pytest.mark.parametrize("name", ["tekken.json", "emoji.json", "sentencepiece.bpe.model", "spiece.model"])
+def test_a_tokenizer_of_one_file_is_carried_and_counted_as_one(dense_dir, tmp_path, name):
+    for path in dense_dir.glob("tokenizer*"):
+        path.unlink()
+    (dense_dir / name).write_text("{}")
+    open_source(dense_dir).save_companions(tmp_path)
+    assert (tmp_path / name).is_file()
+    assert has_tokenizer(tmp_path)
 
 
 def test_identity_hashes_every_file_read_and_names_the_license(dense_dir):

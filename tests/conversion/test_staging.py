@@ -32,7 +32,7 @@ CONFIG = '{"model_type": "llama"}'
 def model_folder(folder: Path) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(CONFIG)
-    (folder / "old.safetensors").write_text("old")
+    (folder / "model.safetensors").write_text("old")
     return folder
 
 
@@ -68,7 +68,7 @@ def test_overwrite_replaces_the_whole_folder_at_the_end(tmp_path):
     out = model_folder(tmp_path / "out")
     with staged_folder(out, overwrite=True) as stage:
         (stage / "a").write_text("1")
-        assert tree(out) == {"config.json": CONFIG, "old.safetensors": "old"}
+        assert tree(out) == {"config.json": CONFIG, "model.safetensors": "old"}
     assert tree(tmp_path) == {"out/a": "1"}
 
 
@@ -76,7 +76,7 @@ def test_overwrite_that_fails_keeps_the_old(tmp_path, monkeypatch):
     out = model_folder(tmp_path / "out")
     with pytest.raises(RuntimeError), staged_folder(out, overwrite=True):
         raise RuntimeError
-    assert tree(tmp_path) == {"out/config.json": CONFIG, "out/old.safetensors": "old"}
+    assert tree(tmp_path) == {"out/config.json": CONFIG, "out/model.safetensors": "old"}
 
     # the last step itself fails: the new folder cannot be renamed
     rename = Path.rename
@@ -92,7 +92,7 @@ def test_overwrite_that_fails_keeps_the_old(tmp_path, monkeypatch):
         staged_folder(out, overwrite=True),
     ):
         pass
-    assert tree(tmp_path) == {"out/config.json": CONFIG, "out/old.safetensors": "old"}
+    assert tree(tmp_path) == {"out/config.json": CONFIG, "out/model.safetensors": "old"}
 
 
 def test_a_full_disk_is_a_clear_error(tmp_path):
@@ -191,10 +191,10 @@ def test_killed_between_the_two_renames_the_old_model_comes_back(tmp_path, monke
         (stage.folder / "a").write_text("1")
         stage.save_progress({"done": ["a"]})
     monkeypatch.undo()
-    assert tree(tmp_path).keys() > {".out.unfinished/replaced/old.safetensors"}
+    assert tree(tmp_path).keys() > {".out.unfinished/replaced/model.safetensors"}
     with pytest.raises(OutputError, match="--overwrite"), resumable_folder(out, JOB):
         pass
-    assert tree(out) == {"config.json": CONFIG, "old.safetensors": "old"}
+    assert tree(out) == {"config.json": CONFIG, "model.safetensors": "old"}
 
 
 def test_stopped_between_the_two_renames_the_old_model_is_put_back(tmp_path, monkeypatch):
@@ -209,7 +209,7 @@ def test_stopped_between_the_two_renames_the_old_model_is_put_back(tmp_path, mon
     monkeypatch.setattr(Path, "rename", stopped)
     with pytest.raises(KeyboardInterrupt), staged_folder(out, overwrite=True) as stage:
         (stage / "a").write_text("1")
-    assert tree(tmp_path) == {"out/config.json": CONFIG, "out/old.safetensors": "old"}
+    assert tree(tmp_path) == {"out/config.json": CONFIG, "out/model.safetensors": "old"}
 
 
 def test_killed_after_the_renames_what_was_replaced_is_cleared(tmp_path):

@@ -74,6 +74,22 @@ def test_the_bare_word_trained_makes_no_trained_model(tmp_path):
     assert "It has not been trained since." in text
 
 
+def test_a_card_that_somebody_wrote_or_edited_stays(tmp_path):
+    card_of(results.write(tmp_path))
+    card_of(tmp_path)
+    path, ours = tmp_path / "README.md", (tmp_path / "README.md").read_text()
+    trainer = "---\nlicense: mit\n---\n\n<!-- This model card has been generated automatically according to the "
+    path.write_text(trainer + "information the Trainer had access to. You\nshould proofread it. -->")
+    assert card_of(tmp_path) == ours
+    for text in ("# Mine", ours.replace("It has not", "It HAS NOT"), ours + "\nmine\n"):
+        path.write_text(text)
+        with pytest.raises(CardError, match=r"README\.md was written, or edited, by hand.*--overwrite"):
+            render_card(tmp_path)
+        assert path.read_text() == text
+        render_card(tmp_path, overwrite=True)
+        assert path.read_text() == ours
+
+
 def test_a_folder_on_disk_is_not_told(tmp_path):
     assert "on/a/disk" not in card_of(results.write(tmp_path))
 
@@ -259,7 +275,9 @@ def test_nothing_is_written_through_a_link(tmp_path):
     (tmp_path / "other").write_text("precious")
     for name in ("README.md", ".README.md.unfinished", "perplexity.png", "gates.png"):
         (folder / name).symlink_to(tmp_path / "other")
-    card_of(folder)
+    with pytest.raises(CardError, match="by hand"):
+        render_card(folder)
+    render_card(folder, overwrite=True)
     assert (tmp_path / "other").read_text() == "precious"
     assert not any(path.is_symlink() for path in folder.iterdir())
 

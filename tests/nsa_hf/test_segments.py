@@ -280,3 +280,24 @@ def test_segments_move_as_tensors_do():
     packed = find_segments(1, 5, 0, cu_seq_lens_q=torch.tensor([0, 2, 5]))
     assert packed.to("meta").cu_seqlens.is_meta and packed.to("meta").borders == packed.borders
     assert segments.to("cpu").starts is segments.starts
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"cu_seq_lens_q": [0, 30, 60]},
+        {"cu_seq_lens_k": [0, 30, 60]},
+        {"cu_seq_lens_q": torch.tensor([0, 30, 60]), "cu_seq_lens_k": [0, 30, 60]},
+        {"position_ids": [list(range(60))]},
+        {"input_ids": [list(range(60))]},
+        {"inputs_embeds": [[0.0]], "input_ids": None},
+        {"attention_mask": [[1] * 60]},
+    ],
+)
+@pytest.mark.parametrize("static", [False, True])
+def test_a_list_in_a_tensor_s_place_is_an_error_that_names_both(tiny_nsa_model, given, static):
+    model = tiny_nsa_model()
+    cache = StaticCache(config=model.config, max_cache_len=64) if static else None
+    name = next(name for name, value in reversed(given.items()) if isinstance(value, list))
+    with pytest.raises(NsaError, match=rf"{name}.* got list"):
+        model(**{"input_ids": torch.ones(1, 60, dtype=torch.long), CACHE: cache, **given})

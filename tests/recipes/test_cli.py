@@ -301,3 +301,24 @@ def test_completion_by_the_shell():
     asked["COMP_WORDS"], asked["COMP_CWORD"] = "nsa-hf convert --nsa-top", "2"
     assert python(command, **asked).stdout.split() == ["--nsa-topk"]
     assert "complete -o default -F _nsa_hf_completion nsa-hf" in python(command, _NSA_HF_COMPLETE="source_bash").stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["plan", "\udcff"],
+        ["generate", "out", "--prompt", "a\udcff"],
+        ["train", "run.yaml", "out=\udcff"],
+        ["\udcff"],
+        ["serve", "out", "--host", "\udcff"],
+    ],
+)
+def test_arguments_that_are_not_utf_8_are_refused_in_one_line(arguments, capsys):
+    fails(capsys, arguments, r"\udcff' is not UTF-8")
+
+
+def test_a_card_by_hand_is_replaced_only_when_asked_to(nsa_dir, capsys):
+    (nsa_dir / "README.md").write_text("# Mine")
+    fails(capsys, ["card", nsa_dir], "written, or edited, by hand")
+    assert run(["card", str(nsa_dir), "--overwrite"]) == 0
+    (nsa_dir / "README.md").unlink()

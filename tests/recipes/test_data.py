@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 from tiny_models import byte_tokenizer
@@ -216,3 +217,13 @@ def test_rows_beside_a_folders_texts_are_not_passed_over_silently(tmp_path, caps
     (tmp_path / name).write_text('{"text": "one"}\n')
     assert load_documents(str(tmp_path))["text"] == ["about the data"]
     assert f"holds rows of texts ({name}), which are not read" in capsys.readouterr().err
+
+
+def test_a_file_s_name_that_is_no_text_is_refused_by_name(tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9.txt")
+    path.write_text("a text")
+    for source in (tmp_path, path):
+        with pytest.raises(
+            NsaError, match=r"UTF-8.*caf\\udce9\.txt|caf\\udce9\.txt has a name that is not UTF-8: rename it"
+        ):
+            load_documents(str(source))

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from nsa_hf.errors import NsaError
@@ -227,3 +228,28 @@ def test_a_tokenizer_of_another_model_is_named_before_the_model_runs(nsa_dir, tm
     (tmp_path / "text.txt").write_text(text[1])
     with pytest.raises(NsaError, match=message):
         evaluate(model, text=str(tmp_path / "text.txt"), documents=1, length=100)
+
+
+@pytest.fixture
+def broken_dir(nsa_dir, tmp_path):
+    """A model whose last layer gives NaN."""
+    out = shutil.copytree(nsa_dir, tmp_path / "broken")
+    tensors = load_file(out / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def test_logits_that_are_not_finite_are_said_in_one_line(broken_dir, tmp_path, capsys):
+    before = (broken_dir / "inspect.json").exists()
+    text = tmp_path / "text.txt"
+    text.write_text(PROMPT)
+    for arguments in (
+        ["generate", str(broken_dir), "--prompt", PROMPT, "--max-new-tokens", "3"],
+        ["generate", str(broken_dir), "--prompt", PROMPT, "--max-new-tokens", "3", "--temperature", "1"],
+        ["inspect", str(broken_dir), "--text", str(text), "--length", "64"],
+        ["eval", str(broken_dir), "--text", str(text), "--length", "64", "--documents", "1"],
+    ):
+        assert run([*arguments, "--device", "cpu"]) == 2
+        assert re.fullmatch(r"error: .*logits are not finite .*\n", capsys.readouterr().err)
+    assert (broken_dir / "inspect.json").exists() is before

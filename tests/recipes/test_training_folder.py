@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -139,7 +140,7 @@ def test_a_run_of_an_older_version_is_told_so(nsa_dir, tmp_path):
     with pytest.raises(NsaError, match="an older version began, which did not note its tokens, processes"):
         opened(config)
     # where it was finished, nothing is to be done again
-    (tmp_path / "out").mkdir()
+    shutil.copytree(nsa_dir, tmp_path / "out")
     (tmp_path / "out" / "training.json").write_text(json.dumps({"fingerprint": noted}))
     assert opened(config) is None
 

@@ -95,3 +95,15 @@ def test_its_result_holds_what_was_measured(finished):
         assert after["ppl"] == pytest.approx(own["ppl"])
     assert result["parameters"]["nsa"] == sum(t.numel() for n, t in weights_of(out).items() if ".nsa." in n)
     assert result["hardware"]["threads"] == torch.get_num_threads()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "manifest.json"])
+def test_a_finished_run_that_has_lost_a_file_is_not_called_finished(finished, tmp_path, name):
+    out, config, _ = finished
+    (out / name).rename(tmp_path / name)
+    try:
+        with pytest.raises(NsaError, match=rf"held this run, finished, and is not whole .*{name}.*put that back"):
+            train(config)
+        assert (out / "training.json").is_file()
+    finally:
+        (tmp_path / name).rename(out / name)

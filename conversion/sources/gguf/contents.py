@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedConfig
 from transformers.integrations.gguf import read_gguf_metadata
 
 from nsa_hf.errors import NsaError
@@ -57,6 +58,39 @@ class GgufContents:
         """Blocks of the decoder; those that predict further tokens stand behind them and are not counted."""
         return int(self.keys["block_count"]) - int(self.keys.get("nextn_predict_layers", 0))
 
+    def text_ends(self, config: PreTrainedConfig) -> int | list[int] | None:
+        """The tokens that end a text, a turn or a message, where Transformers takes over the first only.
+
+        Args:
+            config: Transformers' of the file.
+
+        Raises:
+            NsaError: one is not in the vocabulary.
+        """
+        first = config.eos_token_id
+        ends = [] if first is None else list(first) if isinstance(first, list) else [first]
+        for key in ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"):
+            token = self.metadata.get(key)
+            if token is None or token in ends:
+                continue
+            if not isinstance(token, int) or not 0 <= token < config.vocab_size:
+                raise self.refusal(f"{key} is {str(token)[:60]}, and the vocabulary has {config.vocab_size} tokens")
+            ends.append(token)
+        return ends if len(ends) > 1 else first if not ends else ends[0]
+
+    def chat_templates(self) -> dict[str, str]:
+        """The chat templates that have a name, by name; Transformers reads the one without.
+
+        Raises:
+            NsaError: a name that no file can have.
+        """
+        prefix = "tokenizer.chat_template."
+        templates = {key.removeprefix(prefix): text for key, text in self.metadata.items() if key.startswith(prefix)}
+        for name, template in templates.items():
+            if not re.fullmatch(r"[\w-]{1,100}", name, re.ASCII) or name == "default" or not isinstance(template, str):
+                raise self.refusal(f"it holds a chat template {prefix}{name[:60]}")
+        return templates
+
     def refusal(self, what: str) -> NsaError:
         """The error for something in the file that the converted model would leave out.
 
@@ -73,7 +107,7 @@ def read_contents(path: Path) -> GgufContents:
     """Reads a file's header.
 
     Raises:
-        NsaError: an architecture that is not known here, a part of a model, or blocks that are not counted
+        NsaError: an architecture that is not known here, no model or a part of one, or blocks that are not counted
             right. The file formats raise their own errors, see `loading.reading`.
     """
     # Its reader ends with the file, whatever lengths and counts the file says; the `gguf` package's may never end.
@@ -82,6 +116,9 @@ def read_contents(path: Path) -> GgufContents:
 
     reader = GGUFReader(path)
     fields = {name: field.contents for name, field in reader.fields.items()}
+    kind = metadata.get("general.type", "model")
+    if kind != "model":
+        raise NsaError(f"{path} is no model: its general.type is {str(kind)[:60]!r}; take the model's own file")
     architecture = fields["general.architecture"]()
     if architecture not in NORM_OFFSET:
         raise NsaError(

@@ -99,7 +99,7 @@ class GgufSource(Source):
         return model.to(dtype)
 
     def save_companions(self, out: Path) -> list[str]:
-        before = {path.name for path in out.iterdir()}
+        before = {*out.rglob("*")}
         with reading(self.path):
             tokenizer = AutoTokenizer.from_pretrained(self.folder, gguf_file=self.path.name)
             for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
@@ -107,17 +107,22 @@ class GgufSource(Source):
                 # Transformers 5.17 guesses these; 5.23 takes them from the file
                 if index is not None and getattr(tokenizer, f"{role}_token_id") != index:
                     setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(index))
+            if named := self.contents.chat_templates():
+                first = {"default": tokenizer.chat_template} if tokenizer.chat_template else {}
+                tokenizer.chat_template = first | named
             tokenizer.save_pretrained(out)
         if not saved_alike(tokenizer, out):
             raise NsaError(
                 f"{self.path}: Transformers {transformers.__version__} saves another tokenizer than it reads from the "
                 "file (5.17 loses the merges of Gemma's): pip install -U transformers"
             )
-        GenerationConfig.from_model_config(self.config).save_pretrained(out)
+        generation = GenerationConfig.from_model_config(self.config)
+        generation.eos_token_id = self.contents.text_ends(self.config)
+        generation.save_pretrained(out)
         for pattern in TERMS:
             for path in self.folder.glob(pattern):
                 copy_file(self.folder, path.name, out)
-        return sorted({path.name for path in out.iterdir()} - before)
+        return sorted(path.relative_to(out).as_posix() for path in {*out.rglob("*")} - before if path.is_file())
 
     def files(self) -> list[Path]:
         return [self.path]
