@@ -198,7 +198,7 @@ def test_generate_compiles_steps_over_a_long_static_cache() -> None:
     """Where they round alike, compiled steps give what the same steps without compiling do, at full length and batch;
     a rounding elsewhere chooses a few other blocks, which random weights turn into other logits."""
     tokens, shape = 65536, benchmark_model.Shape("qwen3:2:4096:12288:32000", Heads.parse("32:8:128"))
-    model = benchmark_model.tiny_sparse_model(shape, tokens + 64, True, "cuda")
+    model = benchmark_model.make_model(shape, tokens + 64, True, "cuda")
     ids = torch.randint(32000, (1, tokens), device="cuda").expand(4, -1)
     torch._dynamo.reset()
     graphs()
