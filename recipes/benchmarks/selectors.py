@@ -25,7 +25,19 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer
 
 RANGES = ((0, 1024), (1024, 2048), (2048, 4096), (4096, 8192), (8192, 16384), (16384, 32768))
-ASKED = ("model", "question", "form", "channels", "rule", "bits", "mean_query", "block_size", "topk", "layers")
+ASKED = (
+    "model",
+    "question",
+    "form",
+    "channels",
+    "rule",
+    "bits",
+    "key_scale",
+    "mean_query",
+    "block_size",
+    "topk",
+    "layers",
+)
 MEASURED = ("from", "to", "kl", "kl_error", "rise_percent", "rise_error", "documents")
 RAN = ("tokens", "device", "torch", "transformers", "commit")
 QUERIES = 1024  # at a time
@@ -42,6 +54,7 @@ class Variant:
         channels: how many channels of queries and keys the score reads; None = all.
         rule: which: the `slowest` to turn, or those with the most `energy` over the calibration text, layer by layer.
         bits: of index queries and keys, with one scale a token and head; 0 = float32.
+        key_scale: "token", or "block": the keys of a block and head have one scale.
         mean_query: one index query a KV head, the mean of its group's.
         layers: which of the full-attention layers are sparse, counted among themselves; None = all.
     """
@@ -50,6 +63,7 @@ class Variant:
     channels: int | None = 32
     rule: str = "slowest"
     bits: int = 0
+    key_scale: str = "token"
     mean_query: bool = False
     block_size: int = 64
     topk: int = 16
@@ -87,6 +101,41 @@ def mean_of_heads(logits: Tensor) -> Tensor:
     return logits.amax(-1).mean(1)
 
 
+def max_less_top(logits: Tensor) -> Tensor:
+    """The operation's definition: each head's largest logit of a block, less its largest of all; the largest head."""
+    best = logits.amax(-1)
+    return (best - best.amax(-1, keepdim=True)).amax(1)
+
+
+def forced(values: Tensor) -> Tensor:
+    """Of values `[..., blocks]`, those of the first block and of the one before the query's own: `[..., 2]`."""
+    last = ((values > -torch.inf).sum(-1, keepdim=True) - 1).clamp(min=0)
+    return torch.cat([values[..., :1], values.gather(-1, last)], -1)
+
+
+def max_less_forced_top(logits: Tensor) -> Tensor:
+    """One pass: the maximum less the larger of the head's two forced past blocks'."""
+    best = logits.amax(-1)
+    return (best - forced(best).amax(-1, keepdim=True)).amax(1)
+
+
+def max_less_forced_lse(logits: Tensor) -> Tensor:
+    """One pass: the maximum less the log-sum-exp of the head's two forced past blocks' maxima."""
+    best = logits.amax(-1)
+    return (best - forced(best).logsumexp(-1, keepdim=True)).amax(1)
+
+
+def max_less_first(logits: Tensor) -> Tensor:
+    """One pass: the maximum less the first block's."""
+    best = logits.amax(-1)
+    return (best - best[..., :1]).amax(1)
+
+
+def max_less_forced_tokens(logits: Tensor) -> Tensor:
+    """One pass: the maximum less the log-sum-exp of all tokens of the head's two forced past blocks."""
+    return (logits.amax(-1) - forced(logits.logsumexp(-1)).logsumexp(-1, keepdim=True)).amax(1)
+
+
 # Index logits `[Hk, heads, T, blocks, tokens]` to importance `[Hk, T, blocks]`; -inf where a query may not choose.
 FORMS = {
     "max-softmax-sum": max_softmax_sum,
@@ -95,6 +144,11 @@ FORMS = {
     "max-softmax-max": max_softmax_max,
     "running": running,
     "mean-of-heads": mean_of_heads,
+    "max-less-top": max_less_top,
+    "max-less-forced-top": max_less_forced_top,
+    "max-less-forced-lse": max_less_forced_lse,
+    "max-less-first": max_less_first,
+    "max-less-forced-tokens": max_less_forced_tokens,
 }
 
 
@@ -111,6 +165,8 @@ def variants(head_dim: int, layers: int) -> Iterator[tuple[str, Variant]]:
         yield "rule", replace(half, channels=head_dim // share, rule="energy")
     for bits in (8, 4):
         yield "bits", replace(half, bits=bits)
+    for scale in ("token", "block"):
+        yield "bits", replace(half, form="max-softmax-max", bits=8, key_scale=scale)
     for channels in (head_dim // 2, head_dim):
         yield "query", replace(half, channels=channels, mean_query=True)
     for block_size in (32, 128):
@@ -192,7 +248,7 @@ class Study:
         if variant.mean_query:
             q = q.mean(1, keepdim=True)
         if variant.bits:
-            q, k = rounded(q, variant.bits), rounded(k, variant.bits)
+            q, k = rounded(q, variant.bits), rounded_keys(k, variant)
         logits = (q @ k[:, None].mT).mul_(scaling)
         size, tokens = variant.block_size, key.shape[1]
         blocks = -(-tokens // size)
@@ -247,6 +303,15 @@ class Study:
         kls, rises = torch.cat(kl).double(), torch.cat(rise).double()
         ranges = [slice(*positions) for positions in RANGES if positions[0] < len(kls)]
         return [(float(kls[positions].mean()), float(rises[positions].mean())) for positions in ranges]
+
+
+def rounded_keys(k: Tensor, variant: Variant) -> Tensor:
+    """Index keys `[Hk, S, c]` rounded as a variant says; by blocks, those of an unfinished one are left."""
+    if variant.key_scale == "token":
+        return rounded(k, variant.bits)
+    whole = k.shape[1] // variant.block_size * variant.block_size
+    blocks = k[:, :whole].unflatten(1, (-1, variant.block_size)).flatten(2)
+    return torch.cat([rounded(blocks, variant.bits).view(k.shape[0], whole, -1), k[:, whole:]], 1)
 
 
 def rounded(x: Tensor, bits: int) -> Tensor:
@@ -308,6 +373,7 @@ def variant_columns(model: str, question: str, variant: Variant) -> list[Any]:
         variant.channels,
         variant.rule,
         variant.bits,
+        variant.key_scale,
         variant.mean_query,
         variant.block_size,
         variant.topk,
