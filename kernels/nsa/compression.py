@@ -1,4 +1,4 @@
-"""Compression: every block of `kernel_size` tokens becomes one key and one value (eq. 7).
+"""Compression: `kernel_size` tokens become one entry, a key and a value (eq. 7).
 
 A compressor is a module that maps a block `[..., l, D]` to `[..., D]`; `compress` finds the blocks of a whole text and
 hands them over. One compressor serves all KV heads of a layer, and keys and values have one each. All three kinds give
