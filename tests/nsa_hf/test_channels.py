@@ -29,7 +29,7 @@ HALVES, NEIGHBOURS, FIRST_HALF, UNTURNED = [2, 3, 6, 7], [4, 5, 6, 7], [2, 3, 4,
         # half of the channels are turned: 0 with 2 and 1 with 3, or 0 with 1 and 2 with 3
         ("stablelm", [FIRST_HALF, FIRST_HALF]),
         ("glm4", [NEIGHBOURS, NEIGHBOURS]),
-        ("gptj", [NEIGHBOURS, NEIGHBOURS]),
+        ("helium", [NEIGHBOURS, NEIGHBOURS]),
         # layers that turn nothing, and layers without attention
         ("exaone4", [HALVES, UNTURNED]),
         ("lfm2_moe", [[], HALVES]),

@@ -14,7 +14,7 @@ from nsa_hf.conversion import convert, export_dense, plan, verify
 from nsa_hf.releases import CACHE
 
 COMPRESSIONS = ["none", "mean", "mlp"]
-FAMILIES = ["llama", "gemma3_text", "qwen3_moe", "gptj", "exaone4", "lfm2_moe", "hunyuan_v1_dense"]
+FAMILIES = ["llama", "gemma3_text", "qwen3_moe", "cohere", "exaone4", "lfm2_moe", "hunyuan_v1_dense"]
 
 
 def tiny_model(compression: str, **fields: object) -> nsa_hf.NsaLlamaForCausalLM:
