@@ -222,7 +222,7 @@ def check_scale(scale: object, name: str = "scale") -> None:
 
 
 def check_block_count(blocks: int, keys: int, sizes: Sizes, placement: Placement) -> None:
-    """As many compressed blocks as the rows or documents have."""
+    """As many entries as the rows or documents have."""
     starts, lengths, cu_seqlens = placement.starts, placement.lengths, placement.cu_seqlens
     whole = n_blocks(keys, sizes.kernel_size, sizes.kernel_stride)
     if placement.is_full:

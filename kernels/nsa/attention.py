@@ -47,7 +47,7 @@ def nsa_attention(
 
     Row `b`'s real tokens are the positions `[starts[b], lengths[b])`; its queries are the last T before `lengths[b]`. A
     query before `starts[b]` gives output 0, selection -1 and no gradient. What stands outside the real tokens, or
-    behind a row's own compressed blocks, may be anything, NaN included, and gets zero gradient.
+    behind a row's own entries, may be anything, NaN included, and gets zero gradient.
 
     Args:
         q: `[B, T, Hq, Dk]` float16, bfloat16, float32 or float64; T <= S. B and T may be 0.

@@ -119,7 +119,7 @@ def build_compressor(kind: str, kernel_size: int, head_dim: int, hidden_dim: int
 
 
 def packed_block_starts(cu_seqlens: Tensor, kernel_size: int, kernel_stride: int) -> tuple[Tensor, Tensor]:
-    """Where the compressed blocks of packed documents stand, in document order.
+    """Where the entries of packed documents stand, in document order.
 
     Args:
         cu_seqlens: int32 `[documents + 1]`, the documents' borders.

@@ -39,7 +39,7 @@ class Positions:
 
     `query [B, T]`, `query_start [B, T]`: a query's position and the first one of its row or document.
     `key_start [B, S]`: the first position of a key's row or document.
-    `block_first [B, N]`: first token of each compressed block; `document_block [T]`: index in `k_cmp` of the first
+    `block_first [B, N]`: first token of each entry; `document_block [T]`: index in `k_cmp` of the first
     block of a query's document (packed only).
     """
 
@@ -58,7 +58,7 @@ def find_positions(
     placement: Placement,
     device: torch.device,
 ) -> Positions:
-    """The positions of the queries, keys and compressed blocks (see `nsa_attention` for the arguments)."""
+    """The positions of the queries, keys and entries (see `nsa_attention` for the arguments)."""
     starts, lengths, cu_seqlens = placement.starts, placement.lengths, placement.cu_seqlens
     key = torch.arange(keys, device=device)
     if cu_seqlens is not None:
@@ -141,7 +141,7 @@ def index_importance(
 def block_importance(p_cmp: Tensor, blocks: int, sizes: Sizes) -> Tensor:
     """Importance of the selection blocks from the probabilities of the compressed ones (eq. 9).
 
-    `importance[j] = sum_i p_cmp[i] * overlap(i, j) / d`, where `overlap` counts the tokens that compressed block `i`
+    `importance[j] = sum_i p_cmp[i] * overlap(i, j) / d`, where `overlap` counts the tokens that entry `i`
     and selection block `j` share. The terms are added in the same order for every `j`, so that ties stay ties.
 
     Args:
@@ -153,7 +153,7 @@ def block_importance(p_cmp: Tensor, blocks: int, sizes: Sizes) -> Tensor:
     """
     size, stride, ratio = sizes.kernel_size, sizes.kernel_stride, sizes.block_size // sizes.kernel_stride
     before = size // stride - 1
-    # index j*ratio + m of the padded row is compressed block j*ratio + m - before
+    # index j*ratio + m of the padded row is entry j*ratio + m - before
     after = max(0, blocks * ratio - p_cmp.shape[-1])
     padded = torch.nn.functional.pad(p_cmp, (before, after))
     importance = p_cmp.new_zeros(*p_cmp.shape[:-1], blocks)

@@ -15,8 +15,8 @@ class Sizes:
     """The sizes of the three branches, in tokens or blocks (paper's letters in brackets).
 
     Args:
-        kernel_size: tokens of a compression block [l].
-        kernel_stride: tokens between the starts of two compression blocks [d]; divides `kernel_size` and `block_size`.
+        kernel_size: tokens of an entry, a compressed key and value [l].
+        kernel_stride: tokens between the starts of two entries [d]; divides `kernel_size` and `block_size`.
         block_size: tokens of a selection block [l']; at least `kernel_size`.
         topk: selection blocks a query attends to, the forced ones counted [n].
         init_blocks: blocks at the start of the text that are always selected.
@@ -131,5 +131,5 @@ def power_of_2(count: int, least: int) -> int:
 
 
 def n_blocks(tokens: int, kernel_size: int, kernel_stride: int) -> int:
-    """How many complete compression blocks `tokens` tokens hold (eq. 7): block `i` covers `[i*d, i*d + l)`."""
+    """How many complete entries `tokens` tokens hold (eq. 7): entry `i` covers `[i*d, i*d + l)`."""
     return 0 if tokens < kernel_size else (tokens - kernel_size) // kernel_stride + 1

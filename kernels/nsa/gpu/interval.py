@@ -1,4 +1,4 @@
-"""Attention of every query over one run of keys `[low, high)`: the window, the compressed blocks and the local blocks.
+"""Attention of every query over one run of keys `[low, high)`: the window, the entries and the local blocks.
 
 `low` and `high` are int32 `[B, T]`, neither ever falls from one query of a row to the next that sees anything, and
 `low = high = 0` for a query that sees nothing. No key outside the runs is read. No atomics: the same inputs give the

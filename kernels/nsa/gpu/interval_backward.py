@@ -139,7 +139,7 @@ def dkv_step(
 ):
     """Adds `ds^T q` and `p^T dout` of the queries `[t, t + BM)` before `stop`; all see all keys unless MASKED.
 
-    Everything is turned round, `[BN, BM]`, so that `p^T` and `ds^T` go from registers into the products.
+    Everything is transposed, `[BN, BM]`, so that `p^T` and `ds^T` go from registers into the products.
     """
     row = tl.arange(0, BM)
     exists = (t + row < stop) if MASKED else tl.full([BM], True, tl.int1)

@@ -1,6 +1,6 @@
 """`nsa_attention(backend="triton")`: the kernels put together, forward and backward, as PyTorch custom operators.
 
-    compressed   runs of compressed blocks (eqs. 7, 8)                interval
+    compressed   runs of entries (eqs. 7, 8)                          interval
     selection    scores, forced blocks, top-k (eqs. 8 to 12)          scores
     selected     local blocks as runs of keys, the others gathered    interval, gather, selected
                  or, for large groups, one query after another        query_major

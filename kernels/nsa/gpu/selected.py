@@ -1,7 +1,7 @@
 """Attention over the selected blocks, one block after another over the queries that selected it.
 
 A query's group of heads is too few rows for a matrix product when groups are small, and every block would be read once
-a query. Turned round, a block is read once and the rows are whichever queries chose it, all heads of a group side by
+a query. Instead a block is read once and the rows are whichever queries chose it, all heads of a group side by
 side (row `r` of a part is head `r % G` of pick `r // G`: nothing is padded whatever the group). Each (query, slot) has
 its own partial result, in q's dtype, rounded once and summed in float32: no atomics. Chunks of the queries bound the
 memory of the partial results.

@@ -36,11 +36,11 @@ def block_terms(
     BT: tl.constexpr, GP: tl.constexpr, BJ: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
     BLOCK: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """What the compressed blocks that begin in the selection blocks `[first, first + BJ)` say, summed over the heads.
+    """What the entries that begin in the blocks `[first, first + BJ)` say, summed over the heads.
 
-    A compressed block `i` lies in the block `j` in which it begins and in the next one: of its weight
+    Entry `i` lies in the block `j` in which it begins and in the next one: of its weight
     `exp2(logit[i] - lse)`, `overlap(i, j) / d` counts for `j` and the rest of `l / d` for `j + 1`. Returns both sums,
-    `[BT, BJ]`. Without MASKED they mean nothing where a block `i` is not visible.
+    `[BT, BJ]`. Without MASKED they mean nothing where entry `i` is not visible.
     """
     RATIO: tl.constexpr = BLOCK // STRIDE
     RP: tl.constexpr = triton.next_power_of_2(BLOCK // STRIDE)
@@ -93,7 +93,7 @@ def best_of_document(
     BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, KP: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """`best` and those of the blocks `[INIT, own - LOCAL]` of the queries `mine` of one document."""
-    # With two local blocks, a block that may be chosen and the next one are past, and so is every compressed block that
+    # With two local blocks, a block that may be chosen and the next one are past, and so is every entry that
     # reaches into it; the first blocks are the only ones with a part before the text.
     MASKED: tl.constexpr = LOCAL < 2
     most, seen = tl.max(tl.where(mine, own, -1)), tl.max(visible)
@@ -196,7 +196,7 @@ def select_kernel(
 
 
 def select_tiles(q: Tensor, group: int) -> dict[str, int]:
-    """Rows (heads of some queries) and columns (compressed blocks) of a program at a time."""
+    """Rows (heads of some queries) and columns (entries) of a program at a time."""
     row, small = bytes_a_row(q, 1), shared_memory(q.device) < SMALL_SHARED_MEMORY
     if q.dtype == torch.float32:
         return {"rows": 32, "columns": 32, "num_warps": 4, "num_stages": 1}
