@@ -148,7 +148,8 @@ class NsaAttentionMixin:
             raise NsaError(CACHE_LOST)
         if cache is not None and self.nsa is not None:
             sizes, device = self.model_config.nsa_sizes, hidden_states.device
-            cache_layer = adopt_layer(cache, self.layer_idx, sizes, device, independent)
+            entries = self.nsa.compress_k is not None
+            cache_layer = adopt_layer(cache, self.layer_idx, sizes, device, independent, entries)
         if independent and self.nsa is not None and (cache_layer is not None or not mode.dense):
             branches = [self.branch_states(branch, hidden_states, arguments) for branch in BRANCHES]
         return super().forward(

@@ -32,7 +32,12 @@ CACHE_LOST = (
 
 
 def adopt_layer(
-    cache: Cache, layer_idx: int, sizes: Sizes, device: torch.device, independent: bool = False
+    cache: Cache,
+    layer_idx: int,
+    sizes: Sizes,
+    device: torch.device,
+    independent: bool = False,
+    entries: bool = True,
 ) -> NsaDynamicLayer | NsaStaticLayer:
     """The cache layer of a sparse layer; a plain one is first replaced by ours, with what it holds.
 
@@ -42,6 +47,7 @@ def adopt_layer(
         sizes: the model's; a static layer's buffers are made for them.
         device: where the model is.
         independent: whether the branches have keys and values of their own.
+        entries: whether the model has a compressed branch.
 
     Raises:
         NsaError: the cache is of a kind that sparse attention cannot use, or holds what a model of other sizes or
@@ -65,7 +71,7 @@ def adopt_layer(
                 "a model with nsa_branch_kv='independent' does not support the static cache yet: use DynamicCache(), "
                 "which generate() makes by itself when cache_implementation is not set"
             )
-        layer = cache.layers[layer_idx] = NsaStaticLayer.adopt(layer, sizes.kernel_size, sizes.kernel_stride)
+        layer = cache.layers[layer_idx] = NsaStaticLayer.adopt(layer, sizes.kernel_size, sizes.kernel_stride, entries)
     if isinstance(layer, NsaDynamicLayer) and isinstance(layer, NsaIndependentLayer) is not independent:
         raise NsaError(FILLED_BY_ANOTHER)
     if not isinstance(layer, NsaDynamicLayer | NsaStaticLayer):

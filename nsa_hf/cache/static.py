@@ -27,6 +27,7 @@ class NsaStaticLayer(StaticLayer):
     Args:
         max_cache_len: tokens that the buffers hold.
         kernel_size, kernel_stride: of the entries [l, d].
+        entries: False for a model without a compressed branch: there are no buffers for entries then.
 
     Attributes:
         entry_sizes: the same two sizes.
@@ -41,8 +42,9 @@ class NsaStaticLayer(StaticLayer):
     is_croppable = True
     catches_up = False
 
-    def __init__(self, max_cache_len: int, kernel_size: int, kernel_stride: int) -> None:
+    def __init__(self, max_cache_len: int, kernel_size: int, kernel_stride: int, entries: bool = True) -> None:
         super().__init__(max_cache_len)
+        self.entries = entries
         self.entry_sizes = self.kernel_size, self.kernel_stride = kernel_size, kernel_stride
         self.compressed_keys: Tensor | None = None
         self.compressed_values: Tensor | None = None
@@ -52,9 +54,9 @@ class NsaStaticLayer(StaticLayer):
         self.knows_starts = False
 
     @classmethod
-    def adopt(cls, layer: StaticLayer, kernel_size: int, kernel_stride: int) -> NsaStaticLayer:
+    def adopt(cls, layer: StaticLayer, kernel_size: int, kernel_stride: int, entries: bool = True) -> NsaStaticLayer:
         """Takes over a plain layer's buffers and what they hold."""
-        adopted = cls(layer.max_cache_len, kernel_size, kernel_stride)
+        adopted = cls(layer.max_cache_len, kernel_size, kernel_stride, entries)
         adopted.__dict__.update(layer.__dict__)
         if layer.is_initialized:
             adopted.allocate_compressed(layer.keys, layer.values)
@@ -66,7 +68,9 @@ class NsaStaticLayer(StaticLayer):
         self.allocate_compressed(key_states, value_states)
 
     def allocate_compressed(self, keys: Tensor, values: Tensor) -> None:
-        """Makes the buffers for the entries of keys and values that are `[B, Hk, any, D]`."""
+        """Makes the buffers for the entries, where there are any, of keys and values that are `[B, Hk, any, D]`."""
+        if not self.entries:
+            return
         entries = n_blocks(self.max_cache_len, self.kernel_size, self.kernel_stride)
         for name, states in (("compressed_keys", keys), ("compressed_values", values)):
             buffer = states.new_zeros(states.shape[0], entries, states.shape[1], states.shape[3])

@@ -83,6 +83,16 @@ CASES = {
 }
 
 
+STEP = Shape(queries=1, keys=61, kv_heads=2)  # of decoding
+CACHES = ("k", "v", "k_win", "v_win")
+
+
+def as_static_cache(inputs: Inputs) -> Inputs:
+    """Keys and values as a static cache has them: `[B, Hk, S, D]`, seen as `[B, S, Hk, D]`."""
+    turned = {name: inputs[name].transpose(1, 2).contiguous().transpose(1, 2) for name in CACHES if name in inputs}
+    return {**inputs, **turned}
+
+
 def compare(
     shape: Shape, seed: int = 1, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> tuple[dict[str, float], float]:

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
-from triton_cases import CASES, compare, interpreter
+from triton_cases import CASES, compare
 
 pytest.importorskip("triton")
-
-
-@pytest.fixture(scope="module")
-def process() -> Iterator[ProcessPoolExecutor]:
-    with interpreter() as pool:
-        yield pool
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -4,35 +4,18 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch
-from attention_inputs import TENSORS, Inputs, Shape, Sizes, make_inputs
-from torch.utils._python_dispatch import TorchDispatchMode
-from triton_cases import ALIKE, LARGE, WIDE, interpreter
+from attention_inputs import TENSORS, Shape, Sizes, make_inputs
+from triton_cases import ALIKE, LARGE, STEP, WIDE, as_static_cache
 
-from nsa_hf.kernels import Placement, nsa_attention
+from nsa_hf.kernels import nsa_attention
 
 pytest.importorskip("triton")
-
-STEP = Shape(queries=1, keys=61, kv_heads=2)
-CACHES = ("k", "v", "k_win", "v_win")
-
-
-@pytest.fixture(scope="module")
-def process() -> Iterator[ProcessPoolExecutor]:
-    with interpreter() as pool:
-        yield pool
-
-
-def as_static_cache(inputs: Inputs) -> Inputs:
-    """Keys and values as a static cache has them: `[B, Hk, S, D]`, seen as `[B, S, Hk, D]`."""
-    turned = {name: inputs[name].transpose(1, 2).contiguous().transpose(1, 2) for name in CACHES if name in inputs}
-    return {**inputs, **turned}
 
 
 def compare(shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 1) -> tuple[float, bool]:
@@ -267,189 +250,3 @@ def test_splits_fill_the_card() -> None:
         assert triton_decode.split_count(32, 64, cpu) == 4
         assert triton_decode.split_count(4096, 64, cpu) == 1
         assert triton_decode.split_count(1, 0, cpu) == 1
-
-
-def select_equal(name: str, at_once: int) -> list[torch.Tensor]:
-    from nsa_hf.kernels.gpu.decode import select as triton_decode_select
-
-    sizes = Sizes(8, 1, 8, 2, 0, 1) if name == "no importance" else replace(Sizes(), topk=6)
-    keys = 180 if name == "no importance" else 60
-    inputs = make_inputs(Shape(sizes, queries=9, keys=keys, kv_heads=1), dtype=torch.float32)
-    if name == "no importance":
-        inputs["k_cmp"] *= 1e4  # one probability is 1, all others underflow to exactly 0
-    else:
-        inputs["q"] = (4 * inputs["q"]).round()
-        inputs["k_cmp"] = (4 * inputs["k_cmp"][:, :1]).round().expand_as(inputs["k_cmp"])
-    with mock.patch.object(triton_decode_select, "AT_ONCE", at_once):
-        return [nsa_attention(**inputs, backend=name, return_selection=True)[1] for name in ("triton", "reference")]
-
-
-@pytest.mark.parametrize(("name", "at_once"), [("equal keys", 16), ("no importance", 16), ("no importance", 64)])
-def test_of_equal_blocks_the_first_is_taken(process: ProcessPoolExecutor, name: str, at_once: int) -> None:
-    got, expected = process.submit(select_equal, name, at_once).result()
-    assert torch.equal(got, expected)
-
-
-def select_close(best: tuple[int, ...], distance: float, rise: float) -> list[torch.Tensor]:
-    """Of 150 blocks, one head and float16 inputs: some are the best, the others' logits are that much less, and rise by
-    so little from block to block."""
-    sizes = Sizes(16, 16, 16, 12, 1, 1, 5)
-    inputs = make_inputs(Shape(sizes, queries=1, keys=2400, kv_heads=1, group=1, key_dim=2), dtype=torch.float16)
-    coarse, fine = torch.full((150,), -distance), rise * torch.arange(150)
-    coarse[list(best)] = 0
-    inputs["k_cmp"][0, :, 0] = torch.stack((coarse, fine), -1)
-    inputs |= {"q": torch.ones_like(inputs["q"]), "scale": 1.0}
-    truth = {name: x.double() if name in TENSORS else x for name, x in inputs.items()}
-    found = nsa_attention(**inputs, backend="triton", return_selection=True)
-    return [found[1], nsa_attention(**truth, backend="reference", return_selection=True)[1]]
-
-
-@pytest.mark.parametrize(
-    ("best", "distance", "rise"), [((0,), 60, 0.01), ((0, 70, 140), 15, 0.01), ((0, 70, 140), 0.5, 2**-16)]
-)
-def test_blocks_that_differ_little_are_ranked(
-    process: ProcessPoolExecutor, best: tuple[int, ...], distance: float, rise: float
-) -> None:
-    """Far below the best, or nearly as important as each other: scores in float16 would lose the order."""
-    got, expected = process.submit(select_close, best, distance, rise).result()
-    assert torch.equal(got, expected)
-
-
-def ranked(seed: int) -> list[tuple[list[int], list[int]]]:
-    """Random importances, of which many are equal, or not finite: what is selected of them, and what should be."""
-    from nsa_hf.kernels.gpu.decode import select as triton_decode_select
-
-    choose, random_numbers, found = random.Random(seed), torch.Generator().manual_seed(seed), []
-    for _ in range(24):
-        free, init, local = choose.choice((1, 2, 3, 5, 7, 8, 13, 20, 40)), choose.randint(0, 3), choose.randint(1, 3)
-        topk = init + free + local
-        # few to choose from, any number, or just what fills a program or a bundle, or one more
-        filled = local + 16 * choose.randint(1, 10) + choose.randint(0, 1)
-        blocks = choose.choice((topk + choose.randint(1, 3), topk + choose.randint(1, 150), max(topk + 1, filled)))
-        tiles = -(-blocks // 4)
-        sums = torch.full((4 * tiles,), float("nan"))  # behind the blocks nothing is written
-        sums[:blocks] = torch.randint(choose.choice((1, 3, 1000)), (blocks,), generator=random_numbers).float()
-        sums[blocks - local - choose.randint(0, 1)] = 1000  # the last block that may be chosen, or the one behind it
-        sums[:blocks][torch.rand(blocks, generator=random_numbers) < choose.choice((0, 0.1))] = float("nan")
-        sums[:blocks][torch.rand(blocks, generator=random_numbers) < choose.choice((0, 0.1))] = float("inf")
-        nowhere = torch.full((1, tiles, 1), float("nan"))
-        constants = {"AT_ONCE": (16, 16, 32, 512), "BUNDLES": (1, 4, 256), "CANDIDATES": (1, 32, 1024)}
-        with mock.patch.multiple(triton_decode_select, **{name: choose.choice(x) for name, x in constants.items()}):
-            shape = triton_decode_select.select_shape(1, free, blocks, 4)
-        selection = torch.full((1, 1, 1, topk), -2, dtype=torch.int32)
-        importance = torch.full((1, 1, 1, -(-blocks // shape["BJ"]), shape["BJ"]), 0x7FFFFFFF, dtype=torch.int32)
-        triton_decode_select.decode_select(
-            torch.zeros(1, 1, 1, 1),
-            1,
-            Placement(),
-            16 * blocks,
-            Sizes(4, 4, 16, topk, init, local, 5),
-            (4, 1, 4),
-            (sums.reshape(1, tiles, 1, 4), nowhere, torch.zeros(1, tiles, 1)),
-            shape,
-            importance,
-            torch.zeros(1, 1, 1, dtype=torch.int32),
-            selection,
-        )
-        worth = sums.nan_to_num(nan=float("inf"), posinf=float("inf")).tolist()
-        best = sorted(range(init, blocks - local), key=lambda block: (-worth[block], block))[:free]
-        found.append((selection.flatten().tolist(), [*range(init), *sorted(best), *range(blocks - local, blocks)]))
-    return found
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_the_best_blocks_are_selected_and_of_equal_ones_the_first(process: ProcessPoolExecutor, seed: int) -> None:
-    for got, expected in process.submit(ranked, seed).result():
-        assert got == expected
-
-
-class Operations(TorchDispatchMode):
-    """Names of the operations whose result is at least as large as a cache."""
-
-    def __init__(self, least: int):
-        super().__init__()
-        self.least, self.large = least, []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        views = {"transpose", "detach", "alias", "expand", "slice", "view"}
-        if isinstance(result, torch.Tensor) and result.numel() >= self.least:
-            if function.overloadpacket.__name__ not in views:
-                self.large.append(str(function))
-        return result
-
-
-def large_operations() -> list[str]:
-    from triton.runtime.interpreter import InterpretedFunction
-
-    from nsa_hf.kernels.gpu.decode import op as triton_decode
-
-    inputs = as_static_cache(make_inputs(replace(STEP, keys=400, batch=2, key_dim=64, value_dim=64)))
-    inputs = {name: x.float() if name in TENSORS else x for name, x in inputs.items()}
-    assert not inputs["k"].is_contiguous()
-    with (
-        mock.patch("nsa_hf.kernels.gpu.op.decode_op", triton_decode.decode_op._init_fn),
-        mock.patch.object(InterpretedFunction, "run"),  # the interpreter copies what a kernel is given
-        Operations(inputs["k"].numel()) as seen,
-    ):
-        nsa_attention(**inputs, backend="triton")
-    return seen.large
-
-
-def test_no_cache_is_copied(process: ProcessPoolExecutor) -> None:
-    assert process.submit(large_operations).result() == []
-
-
-def compiled() -> list[torch.Tensor]:
-    inputs = make_inputs(replace(STEP, batch=2, lengths=(61, 20), starts=(3, 2)), dtype=torch.float32)
-    found = []
-    for function in (nsa_attention, torch.compile(nsa_attention, fullgraph=True, backend="aot_eager")):
-        found += function(**as_static_cache(inputs), backend="triton", return_selection=True)
-    return found
-
-
-def test_compiled_into_one_graph(process: ProcessPoolExecutor) -> None:
-    out, selection, *again = process.submit(compiled).result()
-    assert torch.equal(out, again[0]) and torch.equal(selection, again[1])
-
-
-def which_operation(queries: int, grad: bool, packed: bool) -> list[str]:
-    shape = Shape(queries=queries, keys=20, kv_heads=1, cu_seqlens=(0, 9, 20) if packed else None)
-    inputs = make_inputs(shape, dtype=torch.float32)
-    inputs["q"].requires_grad_()
-    from nsa_hf.kernels.gpu import op as triton_op
-
-    with (
-        torch.set_grad_enabled(grad),
-        mock.patch.object(triton_op, "decode_op", wraps=triton_op.decode_op) as decode,
-        mock.patch.object(triton_op, "forward_op", wraps=triton_op.forward_op) as forward,
-    ):
-        nsa_attention(**inputs, backend="triton")
-    return ["decode"] * decode.call_count + ["forward"] * forward.call_count
-
-
-@pytest.mark.parametrize(
-    ("queries", "grad", "packed", "expected"),
-    [
-        (16, False, False, "decode"),
-        (17, False, False, "forward"),
-        (1, True, False, "forward"),
-        (20, False, True, "forward"),
-    ],
-)
-def test_which_kernels_serve(
-    process: ProcessPoolExecutor, queries: int, grad: bool, packed: bool, expected: str
-) -> None:
-    assert process.submit(which_operation, queries, grad, packed).result() == [expected]
-
-
-def last_dimension_apart() -> list[torch.Tensor]:
-    inputs = make_inputs(STEP, dtype=torch.float32)
-    apart = {**inputs, "k": inputs["k"].transpose(1, 3).contiguous().transpose(1, 3)}
-    assert apart["k"].stride(-1) != 1
-    return [nsa_attention(**these, backend="triton") for these in (inputs, apart)]
-
-
-def test_keys_whose_numbers_are_apart(process: ProcessPoolExecutor) -> None:
-    one, other = process.submit(last_dimension_apart).result()
-    assert torch.equal(one, other)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
@@ -12,17 +11,11 @@ import pytest
 import torch
 from attention_inputs import EMPTY, Shape, Sizes, check_empty, make_inputs, run_empty, with_gradients
 from torch.utils.checkpoint import checkpoint
-from triton_cases import CASES, SMALL, interpreter
+from triton_cases import CASES, SMALL
 
 from nsa_hf.kernels import nsa_attention
 
 pytest.importorskip("triton")
-
-
-@pytest.fixture(scope="module")
-def process() -> Iterator[ProcessPoolExecutor]:
-    with interpreter() as pool:
-        yield pool
 
 
 def select_equal_keys(sizes: Sizes) -> tuple[torch.Tensor, torch.Tensor]:

@@ -56,6 +56,19 @@ def test_generation_with_every_cache_and_after_a_crop():
         assert (again - model(x).logits[:, 70:]).abs().max() < 2e-5
 
 
+def test_a_static_cache_has_no_buffers_for_entries_that_there_are_not():
+    x = torch.randint(3, 256, (1, 20))
+    for compression, buffers in (("none", 2), ("mean", 4)):
+        model = tiny_model(compression)
+        cache = StaticCache(model.config, max_cache_len=64)
+        with torch.no_grad():
+            model(x, **{CACHE: cache})
+        held = [
+            value for value in vars(cache.layers[0]).values() if isinstance(value, torch.Tensor) and value.dim() == 4
+        ]
+        assert len(held) == buffers
+
+
 def test_another_mask_than_before_is_refused():
     model, x = tiny_model("none"), torch.randint(3, 256, (2, 60))
     mask, cache = torch.ones_like(x), DynamicCache()

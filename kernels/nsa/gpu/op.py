@@ -15,7 +15,8 @@ same inputs. What the backward pass keeps: the inputs, the selection and what `S
 
 from __future__ import annotations
 
-from functools import partial
+import warnings
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -210,6 +211,16 @@ def backward(ctx, grads):
 forward_op.register_autograd(backward, setup_context=setup_context)
 
 
+@cache
+def warn_of_slow_decoding() -> None:
+    """Says once that a few queries over a long past have no kernels of their own yet where blocks have an index."""
+    warnings.warn(
+        "decoding with q_index and k_index (a model: nsa_selector='channels') goes through the kernels of prefill, "
+        "which copy the whole cache at every step: right, but slow; nsa_selector='compressed' decodes fast",
+        stacklevel=3,
+    )
+
+
 def triton_attention(
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor | None, v_cmp: Tensor | None, gates: Tensor, *, sizes: Sizes,
     scale: float, k_win: Tensor | None = None, v_win: Tensor | None = None, q_index: Tensor | None = None,
@@ -236,8 +247,11 @@ def triton_attention(
     starts, lengths, cu_seqlens = placement.starts, placement.lengths, placement.cu_seqlens
     inputs = [q, k, v, k_cmp, v_cmp, gates, k_win, v_win]
     index = [None if x is None else x.detach() for x in (q_index, k_index)]
-    if q_index is None and takes_decode(inputs, q.shape[1], placement):
-        return decode_op(*map(last_contiguous, (*inputs, starts, lengths)), numbers, float(scale))
+    if takes_decode(inputs, q.shape[1], placement):
+        if q_index is not None and not torch.compiler.is_compiling():
+            warn_of_slow_decoding()
+        elif q_index is None:
+            return decode_op(*map(last_contiguous, (*inputs, starts, lengths)), numbers, float(scale))
     tensors = [None if x is None else x.contiguous() for x in (*inputs, *index, cu_seqlens, starts, lengths)]
     out, selection, *_ = forward_op(*tensors, numbers, float(scale))
     return out, selection

@@ -24,7 +24,7 @@ from torch import Tensor
 from ...placement import Placement
 from ...sizes import Sizes
 from ..common import LOG2E, cdiv, following, next_power_of_2, padded, wait_for_previous
-from ..scores.compressed import check_limits
+from ..scores.selection import check_limits
 from .scores import GROWING, cell_shape, compressed_partials, compressed_tiles, row_place
 from .select import decode_select, select_shape
 from .selected import most_tiles, selected_partials, selected_tiles

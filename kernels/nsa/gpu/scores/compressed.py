@@ -25,9 +25,7 @@ from ..common import (
     shared_memory,
 )
 from ..layout import Layout
-
-MOST_CHOSEN = 256
-MOST_HEADS = 128
+from .selection import check_limits, count_blocks, new_selection
 
 
 @triton.jit
@@ -206,22 +204,6 @@ def select_tiles(q: Tensor, group: int) -> dict[str, int]:
     return {"rows": 128, "columns": 128 if row <= 256 and wide else 64, "num_warps": 8, "num_stages": 2}
 
 
-def check_limits(group: int, keys: int, sizes: Sizes) -> None:
-    """Raises:
-    ValueError: more query heads share a KV head, or more blocks are to be chosen, than the kernels take.
-    """
-    chosen = sizes.topk - sizes.init_blocks - sizes.local_blocks
-    if sizes.topk * sizes.block_size < keys and chosen > MOST_CHOSEN:
-        raise ValueError(
-            f"backend='triton' chooses at most {MOST_CHOSEN} blocks by importance, got topk - init_blocks - "
-            f"local_blocks = {chosen}: use larger blocks, or backend='reference'"
-        )
-    if group > MOST_HEADS:
-        raise ValueError(
-            f"backend='triton' takes at most {MOST_HEADS} query heads a KV head, got {group}: use backend='reference'"
-        )
-
-
 class CompressedInputs(NamedTuple):
     """What the compressed branch is scored from.
 
@@ -253,15 +235,9 @@ def select_by_compressed(inputs: CompressedInputs, layout: Layout, sizes: Sizes)
     batch, tokens, heads, key_dim = q.shape
     kv_heads = k_cmp.shape[2]
     check_limits(heads // kv_heads, keys, sizes)
-    blocks = (keys - 1) // sizes.block_size + 1
-    every = sizes.topk >= blocks
-    # behind the number of blocks nothing is ever used
-    topk = min(sizes.topk, blocks)
+    every = sizes.topk >= count_blocks(keys, sizes)
     chosen = max(0, sizes.topk - sizes.init_blocks - sizes.local_blocks)
-    if every or topk < sizes.topk:
-        selection = q.new_full((batch, tokens, kv_heads, sizes.topk), -1, dtype=torch.int32)
-    else:
-        selection = q.new_empty(batch, tokens, kv_heads, sizes.topk, dtype=torch.int32)
+    selection, topk = new_selection(q, kv_heads, keys, sizes)
     width = next_power_of_2(heads // kv_heads)
     kept = 2 if every else max(2, next_power_of_2(chosen))
     tiles = select_tiles(q, width)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...sizes import Sizes
 from ..common import SMALL_SHARED_MEMORY, cdiv, load_tile, next_power_of_2, padded, precision, shared_memory
 from ..layout import Layout
-from .compressed import check_limits
+from .selection import check_limits, count_blocks, new_selection
 
 # The next best block is looked for among the best ones of so many sections of the past.
 MOST_SECTIONS = 128
@@ -220,14 +220,9 @@ def select_by_index(inputs: IndexInputs, layout: Layout, sizes: Sizes) -> Tensor
     batch, tokens, heads, channels = q_index.shape
     keys, index_keys = k_index.shape[1:3]
     check_limits(heads // kv_heads, keys, sizes)
-    blocks = (keys - 1) // sizes.block_size + 1
-    every = sizes.topk >= blocks
-    topk = min(sizes.topk, blocks)
-    if topk < sizes.topk:
-        selection = q_index.new_full((batch, tokens, kv_heads, sizes.topk), -1, dtype=torch.int32)
-    else:
-        selection = q_index.new_empty(batch, tokens, kv_heads, sizes.topk, dtype=torch.int32)
-    chosen = 0 if every else sizes.topk - sizes.init_blocks - sizes.local_blocks
+    blocks = count_blocks(keys, sizes)
+    chosen = 0 if sizes.topk >= blocks else sizes.topk - sizes.init_blocks - sizes.local_blocks
+    selection, topk = new_selection(q_index, kv_heads, keys, sizes)
     tiles, group = index_tiles(q_index), next_power_of_2(heads // kv_heads)
     width = min(tiles["columns"], max(16, next_power_of_2(sizes.block_size)))
     bt = max(1, tiles["rows"] // group)
