@@ -1,0 +1,1 @@
+"""Model cards, from measured results only."""

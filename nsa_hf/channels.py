@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from .discovery import find_family
 from .errors import NotPlain
@@ -89,16 +89,34 @@ def slowest_of(near: Tensor, far: Tensor, count: int | None) -> list[int]:
 
 
 def off_diagonal(rotation: Tensor) -> Tensor:
+    """How much of each other channel there is in each, `[D, D]`, without signs."""
     return rotation.abs().fill_diagonal_(0)
 
 
 @torch.no_grad()
 def rotations_of(config: PreTrainedConfig) -> dict[int, tuple[Tensor, Tensor]]:
     """How each layer's attention turns a query by NEAR and by FAR positions, float64 `[D, D]` each."""
-    family = find_family(config.model_type)
-    fields = config.to_dict()
-    heads = config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or getattr(config, "kv_channels", None) or config.hidden_size // heads
+    # whatever device or thread a model is being built on or in
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, dim = small_model(config)
+        hidden = torch.randn(4 * dim, 1, HEADS * dim, dtype=torch.float64)
+        start, near, far = (queries_at(model, hidden, position) for position in (0, NEAR, FAR))
+
+    def rotation(layer: int, queries: dict[int, Tensor]) -> Tensor:
+        return torch.linalg.lstsq(start[layer].double(), queries[layer].double()).solution.mT
+
+    return {layer: (rotation(layer, near), rotation(layer, far)) for layer in start}
+
+
+def small_model(config: PreTrainedConfig) -> tuple[PreTrainedModel, int]:
+    """A family's decoder in float64 with few and narrow heads, as many layers and the same rotation; and a head's size.
+
+    Its parameters are random, those of norms too: at their initial values a norm hides something.
+    """
+    family, fields = find_family(config.model_type), config.to_dict()
+    dim = getattr(config, "head_dim", None) or getattr(config, "kv_channels", None)
+    dim = dim or config.hidden_size // config.num_attention_heads
     fields |= {name: value for name, value in SMALL.items() if hasattr(config, name)}
     fields["hidden_size"] = HEADS * dim
     for name in ("model_type", "architectures", "transformers_version", "auto_map", "dtype"):
@@ -106,42 +124,31 @@ def rotations_of(config: PreTrainedConfig) -> dict[int, tuple[Tensor, Tensor]]:
     small = family.config(**fields)
     small._attn_implementation = PROBE
     small._experts_implementation = "eager"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        with torch.device("cpu"):
-            model = family.model(small).double().eval()
-        for parameter in model.parameters():
-            # no norm's weight or bias at a value that hides something
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-        hidden = torch.randn(4 * dim, 1, HEADS * dim, dtype=torch.float64)
-    found: list[dict[int, Tensor]] = []
-    for position in (0, NEAR, FAR):
-        seen: dict[int, Tensor] = {}
-        RECORDED.append(seen)
-        try:
-            model(
-                inputs_embeds=hidden,
-                position_ids=torch.full((len(hidden), 1), position),
-                attention_mask=torch.ones(len(hidden), 1, dtype=torch.long),
-                use_cache=False,
-            )
-        finally:
-            RECORDED.pop()
-        found.append(seen)
-    start, *turned = found
-
-    def rotation(layer: int, queries: dict[int, Tensor]) -> Tensor:
-        return torch.linalg.lstsq(start[layer].double(), queries[layer].double()).solution.mT
-
-    return {layer: (rotation(layer, turned[0]), rotation(layer, turned[1])) for layer in start}
+    model: Any = family.model(small).double().eval()
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model, dim
 
 
-RECORDED: list[dict[int, Tensor]] = []
+def queries_at(model: PreTrainedModel, hidden: Tensor, position: int) -> dict[int, Tensor]:
+    """Each layer's queries `[B, D]` of its first head, after norms and RoPE, for hidden states at one position.
+
+    Args:
+        hidden: `[B, 1, hidden]`, texts of one token each.
+    """
+    model(
+        inputs_embeds=hidden,
+        position_ids=torch.full((len(hidden), 1), position),
+        attention_mask=torch.ones(len(hidden), 1, dtype=torch.long),
+        use_cache=False,
+    )
+    layers = (module for module in model.modules() if hasattr(module, "probed_queries"))
+    return {module.layer_idx: module.probed_queries for module in layers}
 
 
 def record(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    """In the place of attention to one token: its value. Keeps the first head's queries, `[B, D]`."""
-    RECORDED[-1][module.layer_idx] = query[:, 0, 0]
+    """In the place of attention to one token: its value. The first head's queries, `[B, D]`, stay with the module."""
+    module.probed_queries = query[:, 0, 0]
     groups = query.shape[1] // value.shape[1]
     return value.repeat_interleave(groups, 1).transpose(1, 2).contiguous(), None
 

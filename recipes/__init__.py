@@ -1,0 +1,1 @@
+"""Using it: the commands, training, benchmarks."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from tiny_families import tiny_config
@@ -68,6 +70,16 @@ def test_a_large_model_costs_little_and_scaling_keeps_the_order(rope):
     assert slowest_channels(config, 32) == [expected, expected]
     assert slowest_channels(config, 1) == [[63], [63]]
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_where_a_model_is_built_does_not_matter():
+    config = tiny_config("llama")
+    with torch.device("meta"):
+        assert slowest_channels(config, 4) == [HALVES, HALVES]
+    with ThreadPoolExecutor(4) as pool:
+        families = ["llama", "cohere", "stablelm", "llama"] * 3
+        found = list(pool.map(lambda name: slowest_channels(tiny_config(name), 4)[0], families))
+    assert found == [HALVES, NEIGHBOURS, FIRST_HALF, HALVES] * 3
 
 
 def test_positions_that_are_added_turn_nothing_and_are_refused():

@@ -189,6 +189,7 @@ def _(dout, q, k, v, k_cmp, v_cmp, gates, k_win, v_win, *rest):
 
 
 def setup_context(ctx, inputs, output) -> None:
+    """Keeps for the backward pass the inputs, the selection and what `Saved` names."""
     *tensors, _, _, cu_seqlens, _, _, ctx.numbers, ctx.scale = inputs
     ctx.packed = cu_seqlens is not None
     ctx.mark_non_differentiable(output[1], *output[-4:])
@@ -197,6 +198,7 @@ def setup_context(ctx, inputs, output) -> None:
 
 
 def backward(ctx, grads):
+    """The gradients of `forward_op`'s inputs, None for those that have none."""
     if grads[0] is None:
         return (None,) * 15
     q, k, v, k_cmp, v_cmp, gates, k_win, v_win, selection, *saved = ctx.saved_tensors  # unpacked once, or recomputed
