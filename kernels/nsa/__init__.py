@@ -12,6 +12,7 @@ from .compression import (
     compress,
     compress_blocks,
 )
+from .index_keys import dequantize_index_keys, quantize_index_keys
 from .placement import Placement
 from .reference import reference_attention
 from .sizes import Sizes, n_blocks
@@ -29,7 +30,9 @@ __all__ = [
     "build_compressor",
     "compress",
     "compress_blocks",
+    "dequantize_index_keys",
     "n_blocks",
     "nsa_attention",
+    "quantize_index_keys",
     "reference_attention",
 ]

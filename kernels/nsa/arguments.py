@@ -25,6 +25,7 @@ def check_arguments(
     v_win: Tensor | None,
     q_index: Tensor | None,
     k_index: Tensor | None,
+    k_index_scales: Tensor | None,
     placement: Placement,
 ) -> None:
     """Shapes and dtypes always; values of index tensors on the CPU only, and not within `torch.compile`.
@@ -39,7 +40,7 @@ def check_arguments(
     batch, tokens = q.shape[:2]
     keys = k.shape[1]
     check_placement(q, batch, tokens, keys, placement)
-    check_index_tensors(q, k, q_index, k_index)
+    check_index_tensors(q, k, q_index, k_index, k_index_scales)
     if k_cmp is None and v_cmp is None:
         if q_index is None:
             raise ValueError(
@@ -67,20 +68,29 @@ def check_compressed(q: Tensor, k: Tensor, v: Tensor, k_cmp: object, v_cmp: obje
         raise ValueError(f"k_cmp and v_cmp must hold the same blocks, got {k_cmp.shape[1]} and {v_cmp.shape[1]}")
 
 
-def check_index_tensors(q: Tensor, k: Tensor, q_index: Tensor | None, k_index: Tensor | None) -> None:
-    """The index's queries and keys: both or neither, their shapes and heads."""
-    if q_index is None and k_index is None:
+def check_index_tensors(
+    q: Tensor, k: Tensor, q_index: Tensor | None, k_index: Tensor | None, k_index_scales: Tensor | None
+) -> None:
+    """The index's queries and keys: both or neither, their shapes and heads; scales with keys in 8 bits."""
+    if q_index is None and k_index is None and k_index_scales is None:
         return
     if q_index is None or k_index is None:
         raise ValueError("q_index and k_index go together: give both, or neither to choose blocks by compressed keys")
     for name, x, like, letters in (("q_index", q_index, q, "[B, T, Hi, c]"), ("k_index", k_index, k, "[B, S, Hj, c]")):
         check_tensor(name, x)
-        check_like(name, x, q)
         if x.dim() != 4 or x.shape[:2] != like.shape[:2] or not 1 <= x.shape[3] <= WIDEST_INDEX:
             raise ValueError(
                 f"{name} must be {letters} with {list(like.shape[:2])} first and c within 1 .. {WIDEST_INDEX}, got "
                 f"{list(x.shape)}"
             )
+    check_like("q_index", q_index, q)
+    if k_index_scales is None:
+        if k_index.dtype == torch.int8:
+            raise ValueError("an int8 k_index needs k_index_scales: give what quantize_index_keys makes of the keys")
+        check_like("k_index", k_index, q)
+    else:
+        check_device("k_index", k_index, q)
+        check_index_scales(k_index, k_index_scales)
     kv_heads = k.shape[2]
     if q_index.shape[3] != k_index.shape[3]:
         raise ValueError(
@@ -93,6 +103,18 @@ def check_index_tensors(q: Tensor, k: Tensor, q_index: Tensor | None, k_index: T
         )
     if k_index.shape[2] not in (1, kv_heads):
         raise ValueError(f"k_index must have the {kv_heads} KV heads, or one head for all, got {k_index.shape[2]}")
+
+
+def check_index_scales(k_index: Tensor, scales: Tensor) -> None:
+    """The scales of an index's keys in 8 bits."""
+    check_tensor("k_index_scales", scales)
+    if k_index.dtype != torch.int8:
+        raise TypeError(f"k_index_scales goes with an int8 k_index, got {k_index.dtype}")
+    if scales.dtype != torch.bfloat16:
+        raise TypeError(f"k_index_scales must be bfloat16, got {scales.dtype}")
+    if scales.shape != k_index.shape[:3]:
+        raise ValueError(f"k_index_scales must be [B, S, Hj] = {list(k_index.shape[:3])}, got {list(scales.shape)}")
+    check_device("k_index", k_index, scales)
 
 
 def check_tensor(name: str, x: object) -> None:

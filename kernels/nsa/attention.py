@@ -35,6 +35,7 @@ def nsa_attention(
     v_win: Tensor | None = None,
     q_index: Tensor | None = None,
     k_index: Tensor | None = None,
+    k_index_scales: Tensor | None = None,
     index_scale: float | None = None,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
@@ -68,7 +69,9 @@ def nsa_attention(
             query's own, each index head says `s[g, j] = max over its tokens t of q_index[g] . k_index[t]`; the block's
             score is the `max over g of (s[g, j] - max over j' of s[g, j'])`. Forced blocks, number and ties are as
             ever. Nothing of it has a gradient.
-        k_index: `[B, S, Hj, c]`, Hj = Hk, or 1: one key for all.
+        k_index: `[B, S, Hj, c]`, Hj = Hk, or 1: one key for all. In q's dtype, or int8 with `k_index_scales`.
+        k_index_scales: `[B, S, Hj]` bfloat16, with an int8 `k_index`: the keys are `k_index * k_index_scales`, see
+            `quantize_index_keys`.
         index_scale: a positive factor of the index's logits. Blocks are chosen the same whatever it is.
         scale: of the logits, positive; None = `1 / sqrt(Dk)`.
         cu_seqlens: int32 `[documents + 1]`, borders of packed documents; B = 1, T = S.
@@ -92,7 +95,7 @@ def nsa_attention(
     placement = Placement(starts, lengths, cu_seqlens)
     check_scale(scale)
     check_scale(index_scale, "index_scale")
-    check_arguments(q, k, v, k_cmp, v_cmp, gates, sizes, k_win, v_win, q_index, k_index, placement)
+    check_arguments(q, k, v, k_cmp, v_cmp, gates, sizes, k_win, v_win, q_index, k_index, k_index_scales, placement)
     inputs = (q, k, v, k_cmp, v_cmp, gates)
     options: dict[str, Any] = {
         "sizes": sizes,
@@ -101,6 +104,7 @@ def nsa_attention(
         "v_win": v_win,
         "q_index": q_index,
         "k_index": k_index,
+        "k_index_scales": k_index_scales,
         "placement": placement,
     }
     triton = load_triton(q.device.type) if backend == "triton" or (backend == "auto" and q.is_cuda) else None

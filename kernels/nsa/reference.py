@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from .compression import packed_block_starts
+from .index_keys import dequantize_index_keys
 from .placement import FULL, Placement
 from .sizes import Sizes
 
@@ -206,6 +207,7 @@ def reference_attention(
     v_win: Tensor | None = None,
     q_index: Tensor | None = None,
     k_index: Tensor | None = None,
+    k_index_scales: Tensor | None = None,
     placement: Placement = FULL,
     return_weights: bool = False,
     chunk: int | None = None,
@@ -223,6 +225,8 @@ def reference_attention(
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     blocks = 0 if k_cmp is None else k_cmp.shape[1]
     positions = find_positions(tokens, keys, blocks, sizes, placement, q.device)
+    if k_index is not None and k_index_scales is not None:
+        k_index = dequantize_index_keys(k_index, k_index_scales, work)
     lengths, cu_seqlens = placement.lengths, placement.cu_seqlens
     if placement.starts is not None or lengths is not None:
         q, k, v, k_cmp, v_cmp, gates, k_win, v_win, q_index, k_index = without_garbage(

@@ -10,6 +10,8 @@ import torch
 from hypothesis import strategies as st
 from oracle import Answer, count_blocks, documents, forced_blocks
 
+from nsa_hf.kernels import quantize_index_keys
+
 Inputs = dict[str, Any]
 TENSORS = ("q", "k", "v", "k_cmp", "v_cmp", "gates", "k_win", "v_win")  # those that have gradients
 
@@ -45,6 +47,7 @@ class Shape:
     own_window: int | None = None  # tokens in k_win and v_win; None: shared
     scale: float | None = None
     index: tuple[int, int, int] | None = None  # index heads a KV head, 1 if all heads share one key, channels
+    eight_bits: bool = False  # the index's keys in 8 bits
     compressed: bool = True  # False: no compressed branch, with an index only
 
 
@@ -101,6 +104,8 @@ def make_inputs(
         inputs["q_index"] = normal(shape.batch, shape.queries, shape.kv_heads * heads, channels)
         inputs["k_index"] = keys[:, :, :1] if one_key else keys
     inputs = {name: x.to(dtype) for name, x in inputs.items()}
+    if shape.eight_bits:
+        inputs["k_index"], inputs["k_index_scales"] = quantize_index_keys(inputs["k_index"])
     if not shape.compressed:
         inputs |= {"k_cmp": None, "v_cmp": None}
     for name in ("starts", "lengths", "cu_seqlens"):
@@ -203,7 +208,11 @@ def any_shape(draw: st.DrawFn) -> Shape:
     dims = {"key_dim": draw(st.integers(1, 5)), "value_dim": draw(st.integers(1, 5))}
     scale = draw(st.sampled_from([None, 0.3, 1.0]))
     index = draw(st.none() | st.tuples(st.integers(1, 3), st.integers(0, 1), st.integers(1, 4)))
-    scorer = {"index": index, "compressed": index is None or draw(st.booleans())}
+    scorer = {
+        "index": index,
+        "eight_bits": index is not None and draw(st.booleans()),
+        "compressed": index is None or draw(st.booleans()),
+    }
     if draw(st.booleans()):
         tokens = draw(st.lists(st.integers(1, 20), min_size=1, max_size=4))
         ends = [sum(tokens[:i]) for i in range(len(tokens) + 1)]

@@ -153,6 +153,7 @@ def nsa_oracle(
     v_win: torch.Tensor | None = None,
     q_index: torch.Tensor | None = None,
     k_index: torch.Tensor | None = None,
+    k_index_scales: torch.Tensor | None = None,
     index_scale: float | None = None,
     scale: float | None = None,
     cu_seqlens: torch.Tensor | None = None,
@@ -169,6 +170,8 @@ def nsa_oracle(
     Q, K, V, G = (x.detach().double().numpy() for x in (q, k, v, gates))
     KC, VC = (None if x is None else x.detach().double().numpy() for x in (k_cmp, v_cmp))
     QI, KI = (None if x is None else x.detach().double().numpy() for x in (q_index, k_index))
+    if k_index_scales is not None:
+        KI = KI * k_index_scales.double().numpy()[..., None]
     KW, VW = (x.detach().double().numpy() for x in (k if k_win is None else k_win, v if v_win is None else v_win))
     missing_in_window = keys - KW.shape[1]  # the window's tensors hold the last positions only
 

@@ -78,6 +78,10 @@ CASES = {
     "index, ragged and left-padded, own window": Shape(
         batch=3, queries=5, starts=(4, 0, 9), lengths=(30, 11, 12), own_window=30, index=(3, 0, 2), compressed=False
     ),
+    "index in 8 bits": Shape(index=(2, 0, 3), eight_bits=True, compressed=False),
+    "index in 8 bits, one key, ragged": Shape(
+        batch=3, queries=5, starts=(4, 0, 9), lengths=(30, 11, 12), index=(2, 1, 4), eight_bits=True
+    ),
     "index, packed": Shape(cu_seqlens=(0, 2, 13, 14, 17, 30), index=(2, 0, 3), compressed=False),
     "the paper's sizes": Shape(PAPER, queries=3, keys=1500, kv_heads=1, group=3, value_dim=3),
 }

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..index_keys import dequantize_index_keys
 from ..placement import FULL, Placement
 from ..sizes import Sizes
 from .common import LOG2E, largest_part
@@ -226,7 +227,7 @@ def warn_of_slow_decoding() -> None:
 def triton_attention(
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor | None, v_cmp: Tensor | None, gates: Tensor, *, sizes: Sizes,
     scale: float, k_win: Tensor | None = None, v_win: Tensor | None = None, q_index: Tensor | None = None,
-    k_index: Tensor | None = None, placement: Placement = FULL,
+    k_index: Tensor | None = None, k_index_scales: Tensor | None = None, placement: Placement = FULL,
 ) -> tuple[Tensor, Tensor]:
     """`nsa_attention` by the Triton kernels; arguments as there, already checked. Returns the output and the selection
     `[B, T, Hk, at most topk]`.
@@ -248,6 +249,8 @@ def triton_attention(
     numbers = sizes.as_list()  # the operators' schemas take neither `Sizes` nor `Placement`
     starts, lengths, cu_seqlens = placement.starts, placement.lengths, placement.cu_seqlens
     inputs = [q, k, v, k_cmp, v_cmp, gates, k_win, v_win]
+    if k_index is not None and k_index_scales is not None:
+        k_index = dequantize_index_keys(k_index, k_index_scales, q.dtype)
     index = [None if x is None else x.detach() for x in (q_index, k_index)]
     if takes_decode(inputs, q.shape[1], placement):
         if q_index is not None and not torch.compiler.is_compiling():
