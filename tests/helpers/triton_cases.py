@@ -70,6 +70,7 @@ CASES = {
     "index, no compressed branch": replace(SMALL, kv_heads=2, index=(2, 0, 5), compressed=False),
     "index of one query and one key": replace(SMALL, kv_heads=2, group=3, index=(1, 1, 4), compressed=False),
     "index, the last queries, own window": replace(SMALL, queries=6, index=(2, 0, 3), compressed=False, own_window=10),
+    "index in 8 bits": replace(SMALL, kv_heads=2, index=(2, 0, 5), eight_bits=True, compressed=False),
     "index, left-padded": replace(SMALL, batch=2, starts=(7, 25), index=(3, 0, 3), group=3, compressed=False),
     "index, ragged": replace(SMALL, batch=2, queries=3, lengths=(26, 11), index=(2, 0, 3), compressed=False),
     "index, packed": replace(SMALL, cu_seqlens=(0, 2, 13, 14, 17, 26), index=(2, 0, 3), compressed=False),
@@ -84,11 +85,11 @@ CASES = {
 
 
 STEP = Shape(queries=1, keys=61, kv_heads=2)  # of decoding
-CACHES = ("k", "v", "k_win", "v_win")
+CACHES = ("k", "v", "k_win", "v_win", "k_index", "k_index_scales")
 
 
 def as_static_cache(inputs: Inputs) -> Inputs:
-    """Keys and values as a static cache has them: `[B, Hk, S, D]`, seen as `[B, S, Hk, D]`."""
+    """Keys, values and an index's keys as a static cache has them: `[B, Hk, S, D]`, seen as `[B, S, Hk, D]`."""
     turned = {name: inputs[name].transpose(1, 2).contiguous().transpose(1, 2) for name in CACHES if name in inputs}
     return {**inputs, **turned}
 
@@ -104,7 +105,7 @@ def compare(
     """
     inputs = on_device(make_inputs(shape, seed, dtype), device)
     mine = with_gradients(inputs)
-    truth = with_gradients({name: in_float64(x) for name, x in inputs.items()})
+    truth = with_gradients(in_float64(inputs))
     out, selection = nsa_attention(**mine, backend="triton", return_selection=True)
     expected, expected_selection = nsa_attention(**truth, backend="reference", return_selection=True)
     assert out.dtype == dtype and selection.dtype == torch.int32 and selection.shape == expected_selection.shape
@@ -127,8 +128,12 @@ def compare(
     return errors, float((selection == expected_selection).all(-1).double().mean())
 
 
-def in_float64(x: object) -> object:
-    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+def in_float64(inputs: Inputs) -> Inputs:
+    """The same numbers in float64, but for the scales of keys in 8 bits, which have one type."""
+    return {
+        name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() and name != "k_index_scales" else x
+        for name, x in inputs.items()
+    }
 
 
 def on_device(inputs: Inputs, device: str) -> Inputs:

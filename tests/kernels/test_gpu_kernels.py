@@ -77,8 +77,7 @@ def assert_as_good_as_the_reference(shape: Shape, dtype: torch.dtype) -> None:
     inputs = on_device(make_inputs(shape, 1, dtype), "cuda")
     found = {}
     for name, backend, kind in (("mine", "triton", dtype), ("low", "reference", dtype), ("truth", "reference", None)):
-        these = {key: in_float64(x) if kind is None else x for key, x in inputs.items()}
-        these = with_gradients(these)
+        these = with_gradients(in_float64(inputs) if kind is None else inputs)
         out, selection = nsa_attention(**these, backend=backend, return_selection=True)
         dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
         out.backward(dout.to(out.dtype))

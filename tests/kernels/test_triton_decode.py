@@ -10,8 +10,8 @@ from unittest import mock
 
 import pytest
 import torch
-from attention_inputs import TENSORS, Shape, Sizes, make_inputs
-from triton_cases import ALIKE, LARGE, STEP, WIDE, as_static_cache
+from attention_inputs import Shape, Sizes, make_inputs
+from triton_cases import ALIKE, LARGE, STEP, WIDE, as_static_cache, in_float64
 
 from nsa_hf.kernels import nsa_attention
 
@@ -24,7 +24,7 @@ def compare(shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 1) -> 
     from nsa_hf.kernels.gpu.decode import op as triton_decode
 
     inputs = make_inputs(shape, seed, dtype)
-    truth = {name: x.double() if name in TENSORS else x for name, x in inputs.items()}
+    truth = in_float64(inputs)
     with mock.patch.object(triton_op, "decode_op", wraps=triton_decode.decode_op) as used:
         out, selection = nsa_attention(**as_static_cache(inputs), backend="triton", return_selection=True)
     assert used.call_count == 1
@@ -100,6 +100,32 @@ CASES = {
     ),
     "an empty row": replace(STEP, batch=2, lengths=(0, 61)),
     "own scale": replace(STEP, scale=0.2),
+    "index": replace(STEP, index=(2, 0, 3)),
+    "index, no compressed branch": replace(STEP, index=(2, 0, 5), compressed=False),
+    "index in 8 bits": replace(STEP, batch=2, index=(2, 0, 20), eight_bits=True, compressed=False),
+    "index in 8 bits and compressed branch, three queries": replace(STEP, queries=3, index=(3, 0, 7), eight_bits=True),
+    "index of one query and one key": replace(STEP, group=3, queries=5, index=(1, 1, 4), compressed=False),
+    "index of other heads than the queries": replace(STEP, group=2, queries=16, index=(5, 0, 4), compressed=False),
+    "index, ragged and left-padded, own window": replace(
+        STEP, batch=3, queries=2, starts=(4, 0, 30), lengths=(61, 11, 31), own_window=61, index=(2, 0, 3)
+    ),
+    "index in 8 bits, ragged and left-padded": replace(
+        STEP, batch=3, queries=16, starts=(4, 0, 30), lengths=(61, 11, 33), index=(2, 1, 3), eight_bits=True
+    ),
+    "index, an empty row": replace(STEP, batch=2, lengths=(0, 61), index=(2, 0, 3), compressed=False),
+    "index, forced blocks only": replace(STEP, sizes=replace(Sizes(), topk=3), index=(2, 0, 3), compressed=False),
+    "index, more blocks asked than there are": replace(
+        STEP, sizes=replace(Sizes(), topk=20), index=(2, 0, 3), compressed=False
+    ),
+    "index, blocks of 48": Shape(
+        Sizes(8, 4, 48, 4, 1, 1, 20), queries=2, keys=500, kv_heads=1, index=(2, 0, 6), compressed=False
+    ),
+    "index, blocks of 300": Shape(
+        Sizes(8, 4, 300, 4, 1, 1, 20), queries=2, keys=2900, kv_heads=1, index=(2, 0, 6), compressed=False
+    ),
+    "index, the paper's sizes": Shape(
+        Sizes(32, 16, 64, 16, 1, 2, 512), queries=2, keys=2600, kv_heads=1, group=3, index=(3, 0, 8), compressed=False
+    ),
     "the paper's sizes": Shape(Sizes(32, 16, 64, 16, 1, 2, 512), queries=2, keys=2600, kv_heads=1, group=3),
 }
 
@@ -132,6 +158,9 @@ def test_an_empty_batch(process: ProcessPoolExecutor) -> None:
         "nearly all blocks",
         "ragged and left-padded",
         "the paper's sizes",
+        "index in 8 bits",
+        "index of one query and one key",
+        "index, blocks of 48",
     ],
 )
 def test_float16(process: ProcessPoolExecutor, name: str) -> None:
@@ -156,6 +185,8 @@ def any_step(choose: random.Random) -> Shape:
     queries = choose.randint(1, min(keys, 16))
     least = keys if lengths is not None else min(keys, sizes.window_size + queries - 1)
     own_window = choose.randint(least, keys) if choose.random() < 0.3 else None
+    index = (choose.randint(1, 5), choose.randint(0, 1), choose.randint(1, 20)) if choose.random() < 0.5 else None
+    eight_bits, compressed = index is not None and choose.random() < 0.5, index is None or choose.random() < 0.3
     return Shape(
         sizes,
         batch,
@@ -169,6 +200,9 @@ def any_step(choose: random.Random) -> Shape:
         lengths,
         None,
         own_window,
+        index=index,
+        eight_bits=eight_bits,
+        compressed=compressed,
     )
 
 
@@ -183,17 +217,18 @@ def test_any_step(process: ProcessPoolExecutor) -> None:
 
 
 def with_splits(splits: int, at_once: int, bundles: int, candidates: int) -> list[tuple[float, bool]]:
-    from nsa_hf.kernels.gpu.decode import op as triton_decode
     from nsa_hf.kernels.gpu.decode import select as triton_decode_select
+    from nsa_hf.kernels.gpu.decode import splits as triton_splits
 
     shapes = [
         replace(STEP, batch=2, keys=150, lengths=(150, 7), kv_heads=1),
         replace(STEP, own_window=61, kv_heads=1),
+        replace(STEP, sizes=replace(Sizes(), topk=9), batch=2, keys=200, lengths=(200, 90), index=(2, 0, 3)),
         # several rows, queries and KV heads with several chunks each, of which more than one candidate is kept
         replace(STEP, sizes=replace(Sizes(), topk=9), batch=2, queries=2, keys=200, lengths=(200, 150)),
     ]
     with (
-        mock.patch.object(triton_decode, "split_count", return_value=splits),
+        mock.patch.object(triton_splits, "fewest_rounds", return_value=splits),
         mock.patch.object(triton_decode_select, "AT_ONCE", at_once),
         mock.patch.object(triton_decode_select, "BUNDLES", bundles),
         mock.patch.object(triton_decode_select, "CANDIDATES", candidates),
@@ -227,11 +262,12 @@ def in_any_order() -> list[tuple[float, bool]]:
 
     choose, order = random.Random(3), []
     shape = replace(STEP, sizes=replace(Sizes(), topk=9), batch=2, queries=2, keys=200, lengths=(200, 150))
+    shapes = (shape, shape, replace(shape, index=(2, 0, 3), compressed=False))
     with (
         mock.patch.object(triton_decode_select, "AT_ONCE", 16),
         mock.patch.object(of_triton, "range", shuffled, create=True),
     ):
-        found = [compare(shape) for _ in range(3)]
+        found = [compare(shape) for shape in shapes]
     assert any(some != sorted(some) for some in order)
     return found
 
@@ -242,11 +278,11 @@ def test_whichever_program_is_the_last(process: ProcessPoolExecutor) -> None:
 
 
 def test_splits_fill_the_card() -> None:
-    from nsa_hf.kernels.gpu.decode import op as triton_decode
+    from nsa_hf.kernels.gpu.decode import splits as triton_splits
 
-    with mock.patch.object(triton_decode, "processors", return_value=132):
+    with mock.patch.object(triton_splits, "processors", return_value=132):
         cpu = torch.device("cpu")
-        assert triton_decode.split_count(4, 64, cpu) == 32
-        assert triton_decode.split_count(32, 64, cpu) == 4
-        assert triton_decode.split_count(4096, 64, cpu) == 1
-        assert triton_decode.split_count(1, 0, cpu) == 1
+        assert triton_splits.split_count(4, 64, cpu) == 32
+        assert triton_splits.split_count(32, 64, cpu) == 4
+        assert triton_splits.split_count(4096, 64, cpu) == 1
+        assert triton_splits.split_count(1, 0, cpu) == 1

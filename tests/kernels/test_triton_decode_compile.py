@@ -22,6 +22,7 @@ def compile_step(
     sizes: Sizes = PAPER,
     own_window: bool = False,
     capacity: int = 8192,
+    index: torch.dtype | None = None,
 ) -> dict[str, int]:
     from nsa_hf.kernels.gpu import common as triton_common
     from nsa_hf.kernels.gpu.decode import scores as triton_decode_compressed
@@ -29,8 +30,7 @@ def compile_step(
     from nsa_hf.kernels.gpu.decode.op import decode_op
 
     found = compile_for(monkeypatch, card, triton_common, triton_decode_compressed, triton_decode_selected)
-    for module in (triton_common, triton_decode_compressed):
-        monkeypatch.setattr(module, "overlaps", lambda device: card >= 90)
+    monkeypatch.setattr(triton_common, "overlaps", lambda device: card >= 90)
     kv_heads, (key_dim, value_dim) = 2, dims
     entries = (capacity - sizes.kernel_size) // sizes.kernel_stride + 1
 
@@ -42,7 +42,13 @@ def compile_step(
     window = caches[:2] if own_window else [None, None]
     lengths = torch.empty(2, dtype=torch.int32)
     gates = torch.empty(2, queries, kv_heads * group, 3)
-    decode_op._init_fn(q, *caches, gates, *window, None, lengths, list(vars(sizes).values()), 0.1)
+    of_index = [None, None, None]
+    if index is not None:
+        caches[2:] = None, None
+        of_index[:2] = q[..., : key_dim // 2].contiguous(), empty(capacity, key_dim // 2).to(index)
+        if index == torch.int8:
+            of_index[2] = torch.empty(2, kv_heads, capacity, dtype=torch.bfloat16).transpose(1, 2)
+    decode_op._init_fn(q, *caches, gates, *window, *of_index, None, lengths, list(vars(sizes).values()), 0.1)
     return found
 
 
@@ -67,6 +73,31 @@ def test_compiles_ahead(
 ) -> None:
     found = compile_step(monkeypatch, card, group, queries, dims, dtype)
     assert set(found) == KERNELS
+    assert all(shared <= SHARED_MEMORY[card] * 1024 for shared in found.values()), found
+
+
+@pytest.mark.parametrize(
+    ("card", "group", "queries", "dims", "dtype", "bits"),
+    [
+        (90, 4, 1, (128, 128), torch.bfloat16, torch.int8),
+        (86, 16, 16, (192, 128), torch.bfloat16, torch.bfloat16),
+        (80, 3, 1, (64, 64), torch.float16, torch.int8),
+        pytest.param(86, 1, 1, (256, 256), torch.float32, torch.float32, marks=pytest.mark.slow),
+        pytest.param(100, 16, 4, (128, 128), torch.bfloat16, torch.int8, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_an_index_compiles_ahead(
+    monkeypatch: pytest.MonkeyPatch,
+    card: int,
+    group: int,
+    queries: int,
+    dims: tuple[int, int],
+    dtype: torch.dtype,
+    bits: torch.dtype,
+) -> None:
+    found = compile_step(monkeypatch, card, group, queries, dims, dtype, index=bits)
+    assert set(found) == KERNELS - {"compressed_kernel"} | {"index_maxima_kernel"}
     assert all(shared <= SHARED_MEMORY[card] * 1024 for shared in found.values()), found
 
 

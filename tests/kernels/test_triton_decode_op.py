@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from unittest import mock
@@ -66,24 +65,6 @@ def compiled() -> list[torch.Tensor]:
 def test_compiled_into_one_graph(process: ProcessPoolExecutor) -> None:
     out, selection, *again = process.submit(compiled).result()
     assert torch.equal(out, again[0]) and torch.equal(selection, again[1])
-
-
-def warnings_of_an_index() -> list[list[str]]:
-    """What each of two steps says, and one with many queries before them."""
-    said = []
-    for queries in (17, 1, 1):
-        inputs = make_inputs(Shape(queries=queries, keys=20, kv_heads=1, index=(2, 0, 3)), dtype=torch.float32)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            nsa_attention(**inputs, backend="triton")
-        said.append([str(one.message) for one in caught if "slow" in str(one.message)])
-    return said
-
-
-def test_slow_steps_with_an_index_are_told_once(process: ProcessPoolExecutor) -> None:
-    many, first, second = process.submit(warnings_of_an_index).result()
-    assert not many and not second
-    assert len(first) == 1 and "goes through the kernels of prefill" in first[0]
 
 
 def which_operation(queries: int, grad: bool, packed: bool) -> list[str]:

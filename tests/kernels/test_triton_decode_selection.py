@@ -37,6 +37,22 @@ def test_of_equal_blocks_the_first_is_taken(process: ProcessPoolExecutor, name: 
     assert torch.equal(got, expected)
 
 
+def select_by_equal_index_keys(at_once: int) -> list[torch.Tensor]:
+    """Every head's largest product of every block is the same."""
+    from nsa_hf.kernels.gpu.decode import select as triton_decode_select
+
+    inputs = make_inputs(Shape(replace(Sizes(), topk=6), queries=9, keys=60, index=(3, 0, 2)), dtype=torch.float32)
+    inputs["k_index"] = inputs["k_index"][:, :1].expand_as(inputs["k_index"])
+    with mock.patch.object(triton_decode_select, "AT_ONCE", at_once):
+        return [nsa_attention(**inputs, backend=name, return_selection=True)[1] for name in ("triton", "reference")]
+
+
+@pytest.mark.parametrize("at_once", [4, 16, 64])
+def test_of_equal_blocks_of_an_index_the_first_is_taken(process: ProcessPoolExecutor, at_once: int) -> None:
+    got, expected = process.submit(select_by_equal_index_keys, at_once).result()
+    assert torch.equal(got, expected)
+
+
 def select_close(best: tuple[int, ...], distance: float, rise: float) -> list[torch.Tensor]:
     """Of 150 blocks, one head and float16 inputs: some are the best, the others' logits are that much less, and rise by
     so little from block to block."""
@@ -65,6 +81,7 @@ def test_blocks_that_differ_little_are_ranked(
 def ranked(seed: int) -> list[tuple[list[int], list[int]]]:
     """Random importances, of which many are equal, or not finite: what is selected of them, and what should be."""
     from nsa_hf.kernels.gpu.decode import select as triton_decode_select
+    from nsa_hf.kernels.gpu.decode.scores import CompressedScores
 
     choose, random_numbers, found = random.Random(seed), torch.Generator().manual_seed(seed), []
     for _ in range(24):
@@ -79,25 +96,14 @@ def ranked(seed: int) -> list[tuple[list[int], list[int]]]:
         sums[blocks - local - choose.randint(0, 1)] = 1000  # the last block that may be chosen, or the one behind it
         sums[:blocks][torch.rand(blocks, generator=random_numbers) < choose.choice((0, 0.1))] = float("nan")
         sums[:blocks][torch.rand(blocks, generator=random_numbers) < choose.choice((0, 0.1))] = float("inf")
-        nowhere = torch.full((1, tiles, 1), float("nan"))
+        nowhere, lse = torch.full((1, tiles, 1), float("nan")), torch.zeros(1, 1, 1, 1)
+        scores = CompressedScores(sums.reshape(1, tiles, 1, 4), nowhere, torch.zeros(1, tiles, 1), lse, 1, (4, 1, 4))
         constants = {"AT_ONCE": (16, 16, 32, 512), "BUNDLES": (1, 4, 256), "CANDIDATES": (1, 32, 1024)}
         with mock.patch.multiple(triton_decode_select, **{name: choose.choice(x) for name, x in constants.items()}):
             shape = triton_decode_select.select_shape(1, free, blocks, 4)
         selection = torch.full((1, 1, 1, topk), -2, dtype=torch.int32)
-        importance = torch.full((1, 1, 1, -(-blocks // shape["BJ"]), shape["BJ"]), 0x7FFFFFFF, dtype=torch.int32)
-        triton_decode_select.decode_select(
-            torch.zeros(1, 1, 1, 1),
-            1,
-            Placement(),
-            16 * blocks,
-            Sizes(4, 4, 16, topk, init, local, 5),
-            (4, 1, 4),
-            (sums.reshape(1, tiles, 1, 4), nowhere, torch.zeros(1, tiles, 1)),
-            shape,
-            importance,
-            torch.zeros(1, 1, 1, dtype=torch.int32),
-            selection,
-        )
+        sizes, arrived = Sizes(4, 4, 16, topk, init, local, 5), torch.zeros(1, 1, 1, dtype=torch.int32)
+        triton_decode_select.decode_select(scores, Placement(), 16 * blocks, sizes, shape, arrived, selection, True)
         worth = sums.nan_to_num(nan=float("inf"), posinf=float("inf")).tolist()
         best = sorted(range(init, blocks - local), key=lambda block: (-worth[block], block))[:free]
         found.append((selection.flatten().tolist(), [*range(init), *sorted(best), *range(blocks - local, blocks)]))

@@ -125,9 +125,15 @@ def overlaps(device: torch.device) -> bool:
     return nvidia and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def following(device: torch.device) -> dict[str, bool]:
-    """Options of a launch whose kernel waits for the previous one itself."""
-    return {"OVERLAP": True, "launch_pdl": True} if overlaps(device) else {"OVERLAP": False}
+def in_chain(device: torch.device, first: bool = False) -> dict[str, bool]:
+    """Options of a launch in a chain (see `begin_next`); the first one waits for everything before it as all do."""
+    return {"OVERLAP": True, "launch_pdl": not first} if overlaps(device) else {"OVERLAP": False}
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the card; asked once a device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
 @cache

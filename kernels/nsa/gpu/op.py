@@ -15,8 +15,7 @@ same inputs. What the backward pass keeps: the inputs, the selection and what `S
 
 from __future__ import annotations
 
-import warnings
-from functools import cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -214,16 +213,6 @@ def backward(ctx, grads):
 forward_op.register_autograd(backward, setup_context=setup_context)
 
 
-@cache
-def warn_of_slow_decoding() -> None:
-    """Says once that a few queries over a long past have no kernels of their own yet where blocks have an index."""
-    warnings.warn(
-        "decoding with q_index and k_index (a model: nsa_selector='channels') goes through the kernels of prefill, "
-        "which copy the whole cache at every step: right, but slow; nsa_selector='compressed' decodes fast",
-        stacklevel=3,
-    )
-
-
 def triton_attention(
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor | None, v_cmp: Tensor | None, gates: Tensor, *, sizes: Sizes,
     scale: float, k_win: Tensor | None = None, v_win: Tensor | None = None, q_index: Tensor | None = None,
@@ -249,14 +238,12 @@ def triton_attention(
     numbers = sizes.as_list()  # the operators' schemas take neither `Sizes` nor `Placement`
     starts, lengths, cu_seqlens = placement.starts, placement.lengths, placement.cu_seqlens
     inputs = [q, k, v, k_cmp, v_cmp, gates, k_win, v_win]
+    if takes_decode(inputs, q.shape[1], placement):
+        index = (q_index, k_index, k_index_scales)
+        return decode_op(*map(last_contiguous, (*inputs, *index, starts, lengths)), numbers, float(scale))
     if k_index is not None and k_index_scales is not None:
         k_index = dequantize_index_keys(k_index, k_index_scales, q.dtype)
-    index = [None if x is None else x.detach() for x in (q_index, k_index)]
-    if takes_decode(inputs, q.shape[1], placement):
-        if q_index is not None and not torch.compiler.is_compiling():
-            warn_of_slow_decoding()
-        elif q_index is None:
-            return decode_op(*map(last_contiguous, (*inputs, starts, lengths)), numbers, float(scale))
+    index = tuple(None if x is None else x.detach() for x in (q_index, k_index))
     tensors = [None if x is None else x.contiguous() for x in (*inputs, *index, cu_seqlens, starts, lengths)]
     out, selection, *_ = forward_op(*tensors, numbers, float(scale))
     return out, selection

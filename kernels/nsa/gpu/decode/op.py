@@ -1,6 +1,7 @@
 """Decoding: few queries a row over a long past, without gradients, in four launches (eqs. 5 and 7 to 12).
 
     compressed   splits of the compressed branch, scores of blocks     scores
+    or index     the largest products with the keys of each block      index
     selection    scores of all splits and heads, top-k                 select
     selected     splits of the selected blocks and the window          selected
     combination  all splits of all branches, gated                     here
@@ -13,9 +14,6 @@ tokens, rows and heads): a cache is never copied.
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -23,18 +21,16 @@ from torch import Tensor
 
 from ...placement import Placement
 from ...sizes import Sizes
-from ..common import LOG2E, cdiv, following, next_power_of_2, padded, wait_for_previous
-from ..scores.selection import check_limits
-from .scores import GROWING, cell_shape, compressed_partials, compressed_tiles, row_place
+from ..common import LOG2E, cdiv, in_chain, next_power_of_2, padded, wait_for_previous
+from ..scores.selection import check_limits, count_blocks
+from .index import IndexScores, index_maxima
+from .scores import GROWING, CompressedScores, compressed_partials, compressed_shape, row_place
 from .select import decode_select, select_shape
 from .selected import most_tiles, selected_partials, selected_tiles
+from .splits import split_count
 
 # Queries a row up to which splits of the keys beat the kernels that take many queries together.
 MOST_QUERIES = 16
-MOST_SPLITS = 64
-# Programs that a processor holds at a time, and what beginning one costs, in tiles.
-RESIDENT = 1
-START = 2.0
 
 
 @triton.jit
@@ -58,7 +54,9 @@ def decode_combine_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     gates += row * 3
-    gate_cmp, gate_slc, gate_win = tl.load(gates), tl.load(gates + 1), tl.load(gates + 2)
+    # without a compressed branch its gate may be anything
+    gate_cmp = tl.load(gates, mask=CMP > 0, other=0.0)
+    gate_slc, gate_win = tl.load(gates + 1), tl.load(gates + 2)
     query = tl.program_id(0) // HQ
     _, first_query = row_place(starts, lengths, query // T, T, S)
     alive = first_query + query % T >= 0
@@ -82,29 +80,6 @@ def decode_combine_kernel(
         tl.store(out + row * D + first + cols, acc.to(out.dtype.element_ty), mask=first + cols < D)
 
 
-@cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of the card; asked once a device."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
-
-
-def split_count(programs: int, tiles: int, device: torch.device) -> int:
-    """How many programs share the tiles of one: few rounds of full cards, and no more partial results than needed.
-
-    Args:
-        programs: what there is without splits.
-        tiles: tiles that each of them walks over, at most.
-    """
-    return fewest_rounds(programs, tiles, processors(device) * RESIDENT, MOST_SPLITS, START)
-
-
-@cache
-def fewest_rounds(programs: int, tiles: int, at_once: int, most: int, start: float) -> int:
-    """The number of splits, at most `most`, with which the last program ends first; beginning costs `start` tiles."""
-    candidates = range(1, max(1, min(tiles, most)) + 1)
-    return min(candidates, key=lambda n: -(-programs * n // at_once) * (-(-tiles // n) + start))
-
-
 def combine(
     partial: Tensor, lse: Tensor, gates: Tensor, placement: Placement, keys: int, cmp: int, splits: int, out: Tensor
 ) -> None:
@@ -115,59 +90,54 @@ def combine(
     decode_combine_kernel[(batch * tokens * heads,)](
         partial, lse, gates, placement.starts, placement.lengths, out, tokens, keys, heads, cmp, splits, D=dim,
         DP=padded(dim), PP=results, DC=columns, num_warps=max(1, min(4, results * columns // 1024)),
-        **following(out.device),
+        **in_chain(out.device),
     )
 
 
 @torch.library.custom_op("nsa_hf::decode", mutates_args=())
 def decode_op(
-    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, k_win: Tensor | None,
-    v_win: Tensor | None, starts: Tensor | None, lengths: Tensor | None, numbers: list[int], scale: float,
+    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor | None, v_cmp: Tensor | None, gates: Tensor, k_win: Tensor | None,
+    v_win: Tensor | None, q_index: Tensor | None, k_index: Tensor | None, k_index_scales: Tensor | None,
+    starts: Tensor | None, lengths: Tensor | None, numbers: list[int], scale: float,
 ) -> tuple[Tensor, Tensor]:
     """`triton_attention` of a few queries as an operator; `numbers` are the sizes.
 
     The last dimension of every tensor is contiguous. Returns the output `[B, T, Hq, Dv]` and the selection
     `[B, T, Hk, topk]` int32.
     """
-    sizes, scale_log2 = Sizes(*numbers), scale * LOG2E
+    sizes, scale_log2, placement = Sizes(*numbers), scale * LOG2E, Placement(starts, lengths)
     (batch, tokens, heads, _), (keys, kv_heads), dim = q.shape, k.shape[1:3], v.shape[3]
-    check_limits(heads // kv_heads, keys, sizes)
+    scoring_heads = heads if q_index is None else q_index.shape[2]
+    check_limits(scoring_heads // kv_heads, keys, sizes)
     q, gates = q.contiguous(), gates.contiguous()
-    blocks = (keys - 1) // sizes.block_size + 1
-    chooses = sizes.topk < blocks and sizes.topk > sizes.init_blocks + sizes.local_blocks
+    blocks, chosen = count_blocks(keys, sizes), sizes.topk - sizes.init_blocks - sizes.local_blocks
+    chooses = sizes.topk < blocks and chosen > 0
 
-    tiles = compressed_tiles(q, v, tokens * (heads // kv_heads))
-    cell, cells = cell_shape(sizes, tiles["BN"])
-    tile = tiles["BN"] // cell
-    row_tiles = cdiv(tokens * (heads // kv_heads), tiles["BM"])
-    cmp = split_count(batch * kv_heads * row_tiles, cdiv(blocks * cells, tile), q.device)
     near = selected_tiles(q, v, heads // kv_heads, sizes)
     head_tiles = cdiv(heads // kv_heads, near["BM"])
     most = most_tiles(sizes, near["BN"], keys, k_win is None)
     splits = split_count(batch * tokens * kv_heads * head_tiles, most, q.device)
-
-    float32: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
-    partial = torch.empty(cmp + 2 * splits, batch, tokens, heads, dim, **float32)
-    lse = torch.empty(cmp + 2 * splits, batch, tokens, heads, **float32)
-    chosen = sizes.topk - sizes.init_blocks - sizes.local_blocks if chooses else 0
-    shape = select_shape(heads // kv_heads, chosen, blocks, tile)
-    chunks = cdiv(blocks, shape["BJ"]) if chooses else 1
-    places = (batch, tokens, kv_heads)
-    importance = torch.empty(*places, chunks, shape["BJ"], dtype=torch.int32, device=q.device)
-    selection = torch.empty(*places, sizes.topk, dtype=torch.int32, device=q.device)
-    arrived = torch.empty(places, dtype=torch.int32, device=q.device)
-    scores = None
-    if chooses:
-        all_tiles, rows = cdiv(blocks * cells, tile), tokens * (heads // kv_heads)
-        # float32 for 16-bit inputs too: in float16 blocks that nearly tie change places, in 24 bits it is slower
-        shapes = ((all_tiles, rows, tile), (all_tiles, rows), (all_tiles, rows))
-        scores = tuple(torch.empty(batch * kv_heads, *shape, **float32) for shape in shapes)
+    compressed = None if v_cmp is None else compressed_shape(q, v_cmp, blocks, sizes)
+    cmp = 0 if compressed is None else compressed.splits
+    partial = q.new_empty(cmp + 2 * splits, batch, tokens, heads, dim, dtype=torch.float32)
+    lse = q.new_empty(cmp + 2 * splits, batch, tokens, heads, dtype=torch.float32)
+    selection = q.new_empty(batch, tokens, kv_heads, sizes.topk, dtype=torch.int32)
+    arrived = q.new_empty(batch, tokens, kv_heads, dtype=torch.int32)
     out = q.new_empty(batch, tokens, heads, dim)
 
-    placement = Placement(starts, lengths)
-    compressed_partials(q, k_cmp, v_cmp, placement, keys, sizes, scale_log2, tiles, cmp, partial, lse, scores, arrived)
-    cell_sizes = (cell, cells, tile)
-    decode_select(lse, cmp, placement, keys, sizes, cell_sizes, scores, shape, importance, arrived, selection)
+    scores: CompressedScores | IndexScores | None = None
+    if compressed is not None:
+        assert k_cmp is not None and v_cmp is not None
+        cut = (compressed, partial, lse, chooses and q_index is None, arrived)
+        scores = compressed_partials(q, k_cmp, v_cmp, placement, keys, sizes, scale_log2, *cut)
+    if chooses and q_index is not None:
+        assert k_index is not None
+        index = (q_index.contiguous(), k_index, k_index_scales)
+        scores = index_maxima(*index, kv_heads, placement, sizes, arrived, cmp == 0)
+    tile = scores.cells[2] if isinstance(scores, CompressedScores) else 1
+    shape = select_shape(scoring_heads // kv_heads, chosen if chooses else 0, blocks, tile)
+    first = cmp == 0 and scores is None
+    decode_select(scores, placement, keys, sizes, shape, arrived, selection, first)
     selected_partials(
         q, k, v, k_win, v_win, selection, placement, sizes, scale_log2, near, splits, partial[cmp:], lse[cmp:]
     )
@@ -176,9 +146,9 @@ def decode_op(
 
 
 @decode_op.register_fake
-def _(q, k, v, k_cmp, v_cmp, gates, k_win, v_win, starts, lengths, numbers, scale):
-    out = q.new_empty(*q.shape[:3], v.shape[3])
-    return out, q.new_empty(*q.shape[:2], k.shape[2], Sizes(*numbers).topk, dtype=torch.int32)
+def _(q, k, v, *others):
+    sizes = Sizes(*others[-2])
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(*q.shape[:2], k.shape[2], sizes.topk, dtype=torch.int32)
 
 
 def takes_decode(tensors: list[Tensor | None], tokens: int, placement: Placement) -> bool:

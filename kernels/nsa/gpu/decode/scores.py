@@ -8,6 +8,8 @@ is not known yet.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -20,17 +22,18 @@ from ..common import (
     begin_next,
     bytes_a_row,
     cdiv,
+    in_chain,
     load_tile,
     next_power_of_2,
-    overlaps,
     padded,
     precision,
     shared_memory,
     store_tile,
 )
+from .splits import split_count
 
 # What differs from step to step of a growing cache: nothing is compiled anew for it.
-GROWING = ["S", "SW", "SPLITS", "CMP", "ROWS", "TILES", "CHUNKS"]
+GROWING = ["S", "SW", "SPLITS", "CMP", "ROWS", "TILES", "CHUNKS", "BLOCKS"]
 
 
 @triton.jit
@@ -174,26 +177,69 @@ def strides(x: Tensor) -> tuple[int, int, int]:
     return x.stride(0), x.stride(1), x.stride(2)
 
 
+class CompressedScores(NamedTuple):
+    """What the selection needs: the kernel's `sums`, `carried` and `tops`, and the splits' log2-sum-exps.
+
+    Attributes:
+        sums, carried, tops: see the kernel.
+        lse: `[at least splits, B, T, Hq]`.
+        splits: how many there are.
+        cells: entries of a cell, cells of a block, cells of a tile.
+    """
+
+    sums: Tensor
+    carried: Tensor
+    tops: Tensor
+    lse: Tensor
+    splits: int
+    cells: tuple[int, int, int]
+
+
+class CompressedShape(NamedTuple):
+    """How the compressed branch is cut: `compressed_tiles`, `cell_shape` and cells of a tile, tiles, and splits."""
+
+    tiles: dict[str, int]
+    cells: tuple[int, int, int]
+    count: int
+    splits: int
+
+
+def compressed_shape(q: Tensor, v_cmp: Tensor, blocks: int, sizes: Sizes) -> CompressedShape:
+    """How the compressed branch of `q [B, T, Hq, Dk]` is cut, where a row has at most so many blocks."""
+    (batch, tokens, heads, _), kv_heads = q.shape, v_cmp.shape[2]
+    rows = tokens * (heads // kv_heads)
+    tiles = compressed_tiles(q, v_cmp, rows)
+    cell, cells = cell_shape(sizes, tiles["BN"])
+    count = cdiv(blocks * cells, tiles["BN"] // cell)
+    splits = split_count(batch * kv_heads * cdiv(rows, tiles["BM"]), count, q.device)
+    return CompressedShape(tiles, (cell, cells, tiles["BN"] // cell), count, splits)
+
+
 def compressed_partials(
-    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, placement: Placement, keys: int, sizes: Sizes,
-    scale_log2: float, tiles: dict[str, int], splits: int, partial: Tensor, partial_lse: Tensor,
-    scores: tuple[Tensor, ...] | None, arrived: Tensor,
-) -> None:
-    """Writes splits 0 to `splits - 1` of `partial [splits.., B, T, Hq, Dv]` and `partial_lse`, `scores`, and zeros to
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, placement: Placement, keys: int, sizes: Sizes, scale_log2: float,
+    shape: CompressedShape, partial: Tensor, partial_lse: Tensor, chooses: bool, arrived: Tensor,
+) -> CompressedScores | None:
+    """Writes the first splits of `partial [splits.., B, T, Hq, Dv]` and `partial_lse`, and zeros to
     `arrived [B, T, Hk]` int32.
 
-    Args:
-        scores: the kernel's `sums`, `carried` and `tops`; None where they choose nothing.
+    Returns:
+        The scores; None where it `chooses` nothing.
     """
     batch, tokens, heads, key_dim = q.shape
     kv_heads, value_dim = k_cmp.shape[2], v_cmp.shape[3]
-    cell, cells = cell_shape(sizes, tiles["BN"])
-    sums, carried, tops = scores or (partial_lse,) * 3
-    programs = splits * batch * kv_heads * cdiv(tokens * (heads // kv_heads), tiles["BM"])
+    (tiles, cells, count, splits), rows = shape, tokens * (heads // kv_heads)
+    sums = carried = tops = partial_lse
+    if chooses:
+        # float32 for 16-bit inputs too: in float16 blocks that nearly tie change places, in 24 bits it is slower
+        sums, carried, tops = (
+            partial_lse.new_empty(batch * kv_heads, count, *more) for more in ((rows, cells[2]), (rows,), (rows,))
+        )
+    programs = splits * batch * kv_heads * cdiv(rows, tiles["BM"])
     compressed_kernel[(programs,)](
         q, k_cmp, v_cmp, placement.starts, placement.lengths, partial, partial_lse, sums, carried, tops, arrived,
         scale_log2, tokens, keys, heads, kv_heads, batch * tokens * heads, sums.shape[1], splits, *strides(k_cmp),
         *strides(v_cmp), DK=key_dim, DKP=padded(key_dim), DV=value_dim, DVP=padded(value_dim), KERNEL=sizes.kernel_size,
-        STRIDE=sizes.kernel_stride, BLOCK=sizes.block_size, CELL=cell, CELLS=cells, SCORES=scores is not None,
-        PRECISION=precision(q.dtype), OVERLAP=overlaps(q.device), **tiles,
+        STRIDE=sizes.kernel_stride, BLOCK=sizes.block_size, CELL=cells[0], CELLS=cells[1], SCORES=chooses,
+        PRECISION=precision(q.dtype), **tiles, **in_chain(q.device, first=True),
     )
+    return CompressedScores(sums, carried, tops, partial_lse, splits, cells) if chooses else None

@@ -1,5 +1,7 @@
 """Decoding, second launch: the scores of the splits and heads together, and the selected blocks (eqs. 9 to 12).
 
+Of both scorers: what they left is put together differently, and chosen from alike.
+
 Several programs share the past of a query: each adds up its blocks' importance, and the last one that has it chooses
 among all of them. A candidate is one int64, `(1 + the importance's bits) * 2^32 - number`: bits order as numbers do
 that are not negative, and of equal ones the first is the largest. Not positive: none.
@@ -7,14 +9,16 @@ that are not negative, and of equal ones the first is the largest. Not positive:
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...placement import Placement
 from ...sizes import Sizes
-from ..common import begin_next, cdiv, following, next_power_of_2, wait_for_previous
-from .scores import GROWING, row_place
+from ..common import begin_next, cdiv, in_chain, next_power_of_2, wait_for_previous
+from .index import IndexScores
+from .scores import GROWING, CompressedScores, row_place
 
 # Blocks of a program.
 AT_ONCE = 512
@@ -80,6 +84,28 @@ def importance_bits(
 
 
 @triton.jit
+def index_bits(
+    maxima, tops, group, first, low, high, SPLITS, R, SPLITSP: tl.constexpr, GC: tl.constexpr, BJ: tl.constexpr
+):
+    """How near the heads' largest products come to each head's largest of all, as bits that order as numbers do.
+
+    Int32 `[BJ]`, of the blocks `first + i`; -1 outside `[low, high)`. The pointers are those of head 0.
+    """
+    split, j = tl.arange(0, SPLITSP), first + tl.arange(0, BJ)
+    candidate = (j >= low) & (j < high)
+    distance = tl.full([BJ], float("inf"), tl.float32)
+    for g in tl.range(0, group, GC):
+        head = g + tl.arange(0, GC)
+        mask = (split < SPLITS)[:, None] & (head < group)[None, :]
+        top = tl.max(tl.load(tops + split[:, None] * R + head[None, :], mask=mask, other=float("-inf")), 0)
+        mask = candidate[:, None] & (head < group)[None, :]
+        m = tl.load(maxima + j.to(tl.int64)[:, None] * R + head[None, :], mask=mask, other=float("-inf"))
+        distance = tl.minimum(distance, tl.min(tl.where(mask, top[None, :] - m, float("inf")), 1))
+    bits = 0x7F800000 - tl.minimum(distance.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0x7F800000)
+    return tl.where(candidate, bits, -1)
+
+
+@triton.jit
 def best_candidates(bits, number, KP: tl.constexpr):
     """The KP best candidates of those with these importances and numbers, the best first."""
     return tl.topk(((bits.to(tl.int64) + 1) << 32) - number, KP)
@@ -134,10 +160,10 @@ def decode_select_kernel(
     TOPK: tl.constexpr, SLOTSP: tl.constexpr, KP: tl.constexpr, BUNDLE: tl.constexpr,
     BUNDLESP: tl.constexpr, ONCE: tl.constexpr,
     ALONE: tl.constexpr, BJ: tl.constexpr, GC: tl.constexpr, CELL: tl.constexpr, CELLS: tl.constexpr,
-    TILE: tl.constexpr, SPLITSP: tl.constexpr, SCORES: tl.constexpr, OVERLAP: tl.constexpr,
+    TILE: tl.constexpr, SPLITSP: tl.constexpr, SCORES: tl.constexpr, INDEX: tl.constexpr, OVERLAP: tl.constexpr,
 ):
     """One program: BJ blocks, a chunk of what one query of one KV head may choose. Without SCORES no block is ever
-    chosen by its importance.
+    chosen by its importance. With INDEX they are from an index: `sums` are its maxima, of TILES blocks, HQ its heads.
 
     `importance [B * T * Hk, CHUNKS * BJ]` int32, its bits; `arrived [B * T * Hk]` int32 is 0, and counts chunks. ALONE:
     there is one chunk, and neither is used. A row that is not as long needs fewer chunks.
@@ -164,19 +190,21 @@ def decode_select_kernel(
             end = blocks - LOCAL
             needed = (end + BJ - 1) // BJ
             if chunk < needed:
-                entry = tl.maximum(relative - (KERNEL - 1), 0) // STRIDE
-                # how many were written
-                cells = tl.where(relative >= KERNEL - 1, entry // RATIO * CELLS + entry % RATIO // CELL + 1, 0)
-                rows, row = T * group, query % T * group
-                tiles = (batch * HK + kv_head).to(tl.int64) * TILES
-                sums += (tiles * rows + row) * TILE
-                carried += tiles * rows + row
-                tops += tiles * rows + row
-                lse += query.to(tl.int64) * HQ + kv_head * group
-                bits = importance_bits(
-                    sums, carried, tops, lse, group, cells, chunk * BJ, INIT, end, SPLITS, ROWS, rows, CELLS, TILE,
-                    SPLITSP, REACH, GC, BJ,
-                )
+                pair, row, rows = (batch * HK + kv_head).to(tl.int64), query % T * group, T * group
+                if INDEX:
+                    sums += pair * TILES * rows + row
+                    tops += pair * SPLITS * rows + row
+                    bits = index_bits(sums, tops, group, chunk * BJ, INIT, end, SPLITS, rows, SPLITSP, GC, BJ)
+                else:
+                    entry = tl.maximum(relative - (KERNEL - 1), 0) // STRIDE
+                    # how many were written
+                    cells = tl.where(relative >= KERNEL - 1, entry // RATIO * CELLS + entry % RATIO // CELL + 1, 0)
+                    first = pair * TILES * rows + row
+                    lse += query.to(tl.int64) * HQ + kv_head * group
+                    bits = importance_bits(
+                        sums + first * TILE, carried + first, tops + first, lse, group, cells, chunk * BJ, INIT, end,
+                        SPLITS, ROWS, rows, CELLS, TILE, SPLITSP, REACH, GC, BJ,
+                    )
                 j = chunk * BJ + tl.arange(0, BJ)
                 if ALONE:
                     store_chosen(selection + INIT, best_candidates(bits, j, KP), blocks, FREE, KP)
@@ -210,28 +238,34 @@ def select_shape(heads: int, chosen: int, blocks: int, tile: int) -> dict[str, i
 
 
 def decode_select(
-    partial_lse: Tensor, splits: int, placement: Placement, keys: int, sizes: Sizes,
-    cell: tuple[int, int, int], scores: tuple[Tensor, ...] | None, shape: dict[str, int], importance: Tensor,
-    arrived: Tensor, selection: Tensor,
+    scores: CompressedScores | IndexScores | None, placement: Placement, keys: int, sizes: Sizes,
+    shape: dict[str, int], arrived: Tensor, selection: Tensor, first: bool,
 ) -> None:
     """Fills `selection [B, T, Hk, topk]` int32: ascending, -1 = unused.
 
     Args:
-        partial_lse: `[at least splits, B, T, Hq]`, of the compressed branch.
-        scores: as `compressed_partials` writes them; None where no block is ever chosen by its importance.
+        scores: of whichever scorer; None where no block is ever chosen by its importance.
         shape: `select_shape`'s.
-        importance: `[B, T, Hk, chunks, BJ]` int32, `chunks` of `BJ` blocks being all there are; room to work in.
         arrived: `[B, T, Hk]` int32, zeros; of no use afterwards.
+        first: whether this launch is the chain's first.
     """
-    _, batch, tokens, heads = partial_lse.shape
-    kv_heads = selection.shape[2]
-    chunks = importance.shape[3]
-    sums, carried, tops = scores or (partial_lse,) * 3
+    batch, tokens, kv_heads, _ = selection.shape
+    blocks, index = (keys - 1) // sizes.block_size + 1, isinstance(scores, IndexScores)
+    chunks = 1 if scores is None else cdiv(blocks, shape["BJ"])
+    importance = torch.empty(*arrived.shape, chunks, shape["BJ"], dtype=torch.int32, device=arrived.device)
+    sums = carried = tops = lse = arrived
+    splits, heads, cells = 1, kv_heads, (1, 1, 1)
+    if isinstance(scores, IndexScores):
+        sums, tops, heads = scores
+        splits = tops.shape[1]
+    elif scores is not None:
+        sums, carried, tops, lse, splits, cells = scores
+        heads = lse.shape[-1]
     decode_select_kernel[(batch * tokens * kv_heads * chunks,)](
-        sums, carried, tops, partial_lse, placement.starts, placement.lengths, importance, arrived, selection, splits,
+        sums, carried, tops, lse, placement.starts, placement.lengths, importance, arrived, selection, splits,
         tokens, keys, heads, kv_heads, batch * tokens * heads, sums.shape[1], chunks,
         KERNEL=sizes.kernel_size, STRIDE=sizes.kernel_stride, BLOCK=sizes.block_size, INIT=sizes.init_blocks,
-        LOCAL=sizes.local_blocks, TOPK=sizes.topk, SLOTSP=next_power_of_2(sizes.topk), CELL=cell[0], CELLS=cell[1],
-        TILE=cell[2], SPLITSP=next_power_of_2(splits), SCORES=scores is not None, **shape,
-        **following(selection.device),
+        LOCAL=sizes.local_blocks, TOPK=sizes.topk, SLOTSP=next_power_of_2(sizes.topk), CELL=cells[0], CELLS=cells[1],
+        TILE=cells[2], SPLITSP=next_power_of_2(splits), SCORES=scores is not None, INDEX=index, **shape,
+        **in_chain(selection.device, first),
     )

@@ -14,7 +14,7 @@ from ..common import (
     begin_next,
     bytes_a_row,
     cdiv,
-    following,
+    in_chain,
     load_tile,
     next_power_of_2,
     padded,
@@ -192,5 +192,5 @@ def selected_partials(
         tokens, keys, near_k.shape[1], heads, kv_heads, batch * tokens * heads, sizes.topk, sizes.window_size, splits,
         *strides(k), *strides(v), *strides(near_k), *strides(near_v), DK=key_dim, DKP=padded(key_dim), DV=value_dim,
         DVP=padded(value_dim), BLOCK=sizes.block_size, LOCAL=sizes.local_blocks, SLOTSP=next_power_of_2(sizes.topk),
-        SHARED=k_win is None, PRECISION=precision(q.dtype), **tiles, **following(q.device),
+        SHARED=k_win is None, PRECISION=precision(q.dtype), **tiles, **in_chain(q.device),
     )

@@ -7,7 +7,6 @@ counted from its largest, the heads become one, and the best blocks are taken.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ...sizes import Sizes
-from ..common import SMALL_SHARED_MEMORY, cdiv, load_tile, next_power_of_2, padded, precision, shared_memory
+from ..common import (
+    SMALL_SHARED_MEMORY,
+    cdiv,
+    load_tile,
+    next_power_of_2,
+    padded,
+    precision,
+    processors,
+    shared_memory,
+)
 from ..layout import Layout
 from .selection import check_limits, count_blocks, new_selection
 
@@ -26,16 +34,19 @@ MOST_SECTIONS = 128
 
 @triton.jit
 def block_maxima(
-    q, k, first_token, blocks, k_token, C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr, BJ: tl.constexpr,
-    BLOCK: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, scales, first_token, blocks, k_token, s_token, C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr,
+    BJ: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """The largest product of each query with the keys of each of BJ blocks, `[ROWS, BJ]` float32.
 
     Args:
+        scales: of keys in 8 bits, `s_token` apart; None for others.
         first_token: of the first block.
         blocks: how many of them there are, read with MASKED only; what is said of the others means nothing.
     """
     column = tl.arange(0, BJ * WIDTH)
+    first_token = tl.cast(first_token, tl.int64)
+    k += first_token * k_token
     m = tl.full([ROWS, BJ], float("-inf"), tl.float32)
     # blocks of more than WIDTH tokens in several steps, smaller ones several at a time
     for step in tl.static_range((BLOCK + WIDTH - 1) // WIDTH):
@@ -43,8 +54,13 @@ def block_maxima(
         inside = place < BLOCK
         if MASKED:
             inside = inside & (column // WIDTH < blocks)
-        keys = load_tile(k, first_token + column // WIDTH * BLOCK + place, k_token, inside, C, CP)
-        products = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
+        token = column // WIDTH * BLOCK + place
+        keys = load_tile(k, token, k_token, inside, C, CP)
+        # whole numbers up to 127 are exact in every type
+        products = tl.dot(q, tl.trans(keys.to(q.dtype)), input_precision=PRECISION)
+        if scales is not None:
+            scale = tl.load(scales + (first_token + token) * s_token, mask=inside, other=0.0)
+            products *= scale.to(tl.float32)[None, :]
         if BLOCK % WIDTH != 0:
             products = tl.where((place < BLOCK)[None, :], products, float("-inf"))
         m = tl.maximum(m, tl.max(tl.reshape(products, [ROWS, BJ, WIDTH]), 2))
@@ -69,14 +85,18 @@ def best_of_document(
     # blocks that are past for every query
     all_past = tl.minimum(least, most) // BJ * BJ
     for first in tl.range(0, all_past, BJ):
-        m = block_maxima(q, k, base + first * BLOCK, BJ, k_token, C, CP, ROWS, BJ, BLOCK, WIDTH, False, PRECISION)
+        m = block_maxima(
+            q, k, None, base + first * BLOCK, BJ, k_token, 0, C, CP, ROWS, BJ, BLOCK, WIDTH, False, PRECISION
+        )
         top = tl.maximum(top, tl.max(m, 1))
         j = first + tl.arange(0, BJ)
         tl.store(maxima + j[None, :].to(tl.int64) * ROWS + row[:, None], m)
     for first in tl.range(all_past, most, BJ):
         j = first + tl.arange(0, BJ)
         left = most - first
-        m = block_maxima(q, k, base + first * BLOCK, left, k_token, C, CP, ROWS, BJ, BLOCK, WIDTH, True, PRECISION)
+        m = block_maxima(
+            q, k, None, base + first * BLOCK, left, k_token, 0, C, CP, ROWS, BJ, BLOCK, WIDTH, True, PRECISION
+        )
         top = tl.maximum(top, tl.max(tl.where(j[None, :] < row_own[:, None], m, NONE), 1))
         tl.store(maxima + j[None, :].to(tl.int64) * ROWS + row[:, None], m, mask=(j < most)[None, :])
     tl.debug_barrier()
@@ -243,9 +263,3 @@ def select_by_index(inputs: IndexInputs, layout: Layout, sizes: Sizes) -> Tensor
         num_stages=tiles["num_stages"],
     )
     return selection
-
-
-@cache
-def processors(device: torch.device) -> int:
-    """How many of a card's processors there are; asked once a device."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
