@@ -12,8 +12,9 @@ exit code is 1. `bytes` are the keys, values and compressed entries that a step 
 entries, n blocks and w tokens (5,631 tokens at 64k). In `bytes_once` the blocks that lie in the window count once;
 `gb_s` is of these. `ceiling` is dense bytes over `bytes`, and `times_dense` the fastest dense time over this one.
 System `nsa` has one set of keys and values for all branches, as a converted model has by default; in `nsa-independent`
-the window has its own, as in the paper, and nothing is read for two branches. Rows are appended to a CSV as they come,
-the dense ones of a shape first.
+the window has its own, as in the paper, and nothing is read for two branches. In `nsa-index` blocks are chosen by 32
+channels a head and there is no compressed branch; in `nsa-index8` these are kept in 8 bits. Rows are appended to a CSV
+as they come, the dense ones of a shape first.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from nsa_hf.kernels import n_blocks, nsa_attention
+from nsa_hf.kernels import n_blocks, nsa_attention, quantize_index_keys
 
 from .common import (
     DENSE_KERNELS,
@@ -48,16 +49,17 @@ from .common import (
 from .figures import (
     COLUMNS,
     FULL,
+    INDEX_BYTES,
+    INDEX_CHANNELS,
     SIZES,
     SPARSE,
+    bytes_read,
     draw,
     full_batch,
     growth,
     printed,
     read_curves,
     step_row,
-    token_bytes,
-    tokens_read,
 )
 
 CONFIGS = ("64:4:128", "32:8:128")
@@ -78,6 +80,7 @@ class Cache(NamedTuple):
         keys, values: `[B, Hk, S, D]`.
         k_cmp, v_cmp: the compressed entries, `[B, N, Hk, D]`.
         k_win, v_win: the window's, `[B, Hk, w + T - 1, D]` for T queries.
+        index: the index's keys, `[B, Hk, S, c]`; the same as `codes` int8 and `scales [B, Hk, S]`.
         lengths: tokens of each row, int32 `[B]`.
     """
 
@@ -87,13 +90,22 @@ class Cache(NamedTuple):
     v_cmp: Tensor
     k_win: Tensor
     v_win: Tensor
+    index: Tensor
+    codes: Tensor
+    scales: Tensor
     lengths: Tensor
+
+    def in_float64(self) -> Cache:
+        """The same numbers in float64, but for the scales, which have one type."""
+        wide = (x.double() if x.is_floating_point() else x for x in self)
+        return Cache(*wide)._replace(scales=self.scales)
 
 
 class Query(NamedTuple):
-    """The queries of a step `[B, T, Hq, Dk]` and their gates `[B, T, Hq, 3]`, bf16."""
+    """The queries of a step `[B, T, Hq, Dk]`, those of the index `[B, T, Hq, c]`, and gates `[B, T, Hq, 3]`, bf16."""
 
     q: Tensor
+    q_index: Tensor
     gates: Tensor
 
 
@@ -110,14 +122,16 @@ def make_cache(heads: Heads, tokens: int, batch: int, device: str, queries: int 
     near = min(tokens, SIZES.window_size + queries - 1)
     k_win, v_win = (torch.randn(batch, heads.kv_heads, near, dim, **bf16) for dim in dims)
     lengths = torch.full((batch,), tokens, dtype=torch.int32, device=device)
-    return Cache(keys, values, k_cmp, v_cmp, k_win, v_win, lengths)
+    index = torch.randn(batch, heads.kv_heads, tokens, INDEX_CHANNELS, **bf16)
+    return Cache(keys, values, k_cmp, v_cmp, k_win, v_win, index, *quantize_index_keys(index), lengths)
 
 
 def make_query(heads: Heads, batch: int, queries: int, device: str) -> Query:
     """Random queries and gates of a step."""
     bf16: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
     q = torch.randn(batch, queries, heads.query_heads, heads.key_dim, **bf16)
-    return Query(q, torch.rand(batch, queries, heads.query_heads, 3, **bf16))
+    q_index = torch.randn(batch, queries, heads.query_heads, INDEX_CHANNELS, **bf16)
+    return Query(q, q_index, torch.rand(batch, queries, heads.query_heads, 3, **bf16))
 
 
 def nsa(cache: Cache, query: Query, backend: str, system: str = "nsa", **options: Any) -> Any:
@@ -128,13 +142,19 @@ def nsa(cache: Cache, query: Query, backend: str, system: str = "nsa", **options
         options: further arguments of `nsa_attention`, whose result is returned.
     """
     keys, values, k_win, v_win = (x.transpose(1, 2) for x in (cache.keys, cache.values, cache.k_win, cache.v_win))
-    inputs = (query.q, keys, values, cache.k_cmp, cache.v_cmp, query.gates)
-    if system == "nsa":
-        options |= {"lengths": cache.lengths}
-    else:
+    entries: tuple[Tensor | None, Tensor | None] = (cache.k_cmp, cache.v_cmp)
+    if system == "nsa-independent":
         # all rows are full, so the window's buffers hold just the last tokens, which the operation takes
         options |= {"k_win": k_win, "v_win": v_win}
-    return nsa_attention(*inputs, backend=backend, **options)
+    else:
+        options |= {"lengths": cache.lengths}
+    if system in INDEX_BYTES:
+        entries = (None, None)
+        index = cache.index if system == "nsa-index" else cache.codes
+        options |= {"q_index": query.q_index, "k_index": index.transpose(1, 2)}
+    if system == "nsa-index8":
+        options |= {"k_index_scales": cache.scales.transpose(1, 2)}
+    return nsa_attention(query.q, keys, values, *entries, query.gates, backend=backend, **options)
 
 
 def dense(cache: Cache, query: Query, fold: bool) -> Tensor:
@@ -165,8 +185,7 @@ def check(cache: Cache, query: Query, backend: str, system: str = "nsa") -> list
     out, selection = nsa(cache, query, backend, system, return_selection=True)
     wrong = []
     for row in sorted({0, query.q.shape[0] - 1}):
-        single = (x[row : row + 1] for x in cache)
-        exact = Cache(*(x.double() if x.is_floating_point() else x for x in single))
+        exact = Cache(*(x[row : row + 1] for x in cache)).in_float64()
         queries = Query(*(x[row : row + 1].double() for x in query))
         truth, chosen = nsa(exact, queries, "reference", system, return_selection=True)
         same = (selection[row : row + 1, ..., None] == chosen[..., None, :]).any(-1)
@@ -232,7 +251,7 @@ def measure_shape(
     Raises:
         WrongResult: the result of a sparse step is wrong.
     """
-    read = batch * tokens_read(tokens, queries) * token_bytes(heads)
+    read = batch * min(bytes_read(heads, tokens, system, queries) for system in SPARSE)
     caches = [make_cache(heads, tokens, batch, device, queries) for _ in range(-(-COLD // read))]
     pairs = [(cache, make_query(heads, batch, queries, device)) for cache in caches * -(-4 // len(caches))]
     for system in SPARSE:

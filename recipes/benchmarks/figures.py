@@ -30,8 +30,12 @@ COLUMNS = (
     "share_of_ceiling",
 )
 SIZES = Sizes()
-# The sparse systems: one set of keys and values for all branches; a window that has its own.
-SPARSE = ("nsa", "nsa-independent")
+# The sparse systems: one set of keys and values for all branches; a window that has its own; blocks chosen by an index
+# of so many channels, and no compressed branch, with index keys in 16 and in 8 bits.
+SPARSE = ("nsa", "nsa-independent", "nsa-index", "nsa-index8")
+INDEX_CHANNELS = 32
+# Bytes of the index's key of one token and head, with the scale of 8 bits.
+INDEX_BYTES = {"nsa-index": 2 * INDEX_CHANNELS, "nsa-index8": INDEX_CHANNELS + 2}
 # The batches that are drawn beside that of 1, by the GiB that their keys and values take.
 FULL = (4, 32)
 
@@ -46,23 +50,27 @@ def full_batch(heads: Heads, tokens: int, gib: int) -> int:
     return max(1, (gib << 30) // (tokens * token_bytes(heads)))
 
 
-def tokens_read(tokens: int, queries: int = 1, *, once: bool = False) -> int:
-    """How many tokens and compressed entries one row of a step reads.
+def bytes_read(heads: Heads, tokens: int, system: str, queries: int = 1, *, once: bool = False) -> int:
+    """How many bytes of keys, values and compressed entries or index keys one row of a step reads.
 
     With several queries the forced blocks are counted once for all of them, the others as if each query chose others.
 
     Args:
-        tokens: the text's length.
-        queries: of the step.
-        once: count the local blocks' tokens that lie in the window once.
+        heads, tokens, queries: the shape of the step.
+        system: one of SPARSE, or a dense one.
+        once: count the local blocks' tokens that lie in a window without keys of its own once.
     """
+    if system not in SPARSE:
+        return tokens * token_bytes(heads)
     s = SIZES
-    entries = n_blocks(tokens, s.kernel_size, s.kernel_stride)
     forced = s.init_blocks + s.local_blocks
     chosen = min((forced + queries * (s.topk - forced)) * s.block_size, tokens)
     window = min(s.window_size + queries - 1, tokens)
     local = tokens - max(0, (tokens - 1) // s.block_size - s.local_blocks + 1) * s.block_size
-    return entries + chosen + window - (min(local, window) if once else 0)
+    attended = chosen + window - (min(local, window) if once and system != "nsa-independent" else 0)
+    if system in INDEX_BYTES:
+        return attended * token_bytes(heads) + tokens * heads.kv_heads * INDEX_BYTES[system]
+    return (attended + n_blocks(tokens, s.kernel_size, s.kernel_stride)) * token_bytes(heads)
 
 
 def step_row(
@@ -77,10 +85,8 @@ def step_row(
         dense_ms: the fastest dense time, beside which a sparse step is put.
         rate: bytes a second that the card copies.
     """
-    token = batch * token_bytes(heads)
-    dense_bytes = read = once = tokens * token
-    if system in SPARSE:
-        read, once = (tokens_read(tokens, queries, once=x) * token for x in (False, system == "nsa"))
+    dense_bytes = batch * tokens * token_bytes(heads)
+    read, once = (batch * bytes_read(heads, tokens, system, queries, once=x) for x in (False, True))
     gb_s = once / times[0] * 1e-6
     row: dict[str, object] = {
         "config": heads.name,
@@ -147,10 +153,12 @@ def growth(curves: Curves) -> list[str]:
     for (kind, config, system), times in sorted(curves.items()):
         first, last = min(times), max(times)
         if first < last:
-            grown, read = times[last] / times[first], f"{last / first:.2f}"
-            if system in SPARSE:
-                paper, once = (tokens_read(last, once=x) / tokens_read(first, once=x) for x in (False, True))
-                read = f"{paper:.2f}" + (f", those of the window once {once:.2f}" if system == "nsa" else "")
+            heads, grown = Heads.parse(config), times[last] / times[first]
+            paper, once = (
+                bytes_read(heads, last, system, once=x) / bytes_read(heads, first, system, once=x)
+                for x in (False, True)
+            )
+            read = f"{paper:.2f}" + (f", those of the window once {once:.2f}" if once != paper else "")
             lines.append(f"{config} {kind}, {system}: {grown:.2f} times from {first} to {last}, bytes {read}")
     return lines
 
@@ -176,7 +184,7 @@ def draw(path: Path) -> Path | None:
         lengths_below(axis, (tokens for key, times in curves.items() if key[0] == kind for tokens in times))
         for (_, config, system), times in sorted(x for x in curves.items() if x[0][0] == kind):
             lengths, costs = zip(*sorted(times.items()), strict=True)
-            line = {"nsa": "-", "nsa-independent": ":"}.get(system, "--")
+            line = {"nsa": "-", "nsa-independent": ":", "nsa-index": "-.", "nsa-index8": (0, (1, 3))}.get(system, "--")
             style = {"color": f"C{configs.index(config)}", "linestyle": line}
             named[f"{config}, {system}"] = axis.plot([n / 1024 for n in lengths], costs, marker="o", **style)[0]
     axes[0][0].set_ylabel("microseconds a row and layer")

@@ -13,8 +13,9 @@ from attention_inputs import TENSORS, Inputs
 from tiny_models import tiny_sparse_model
 from torch import Tensor
 from transformers import StaticCache
+from triton_cases import in_float64
 
-from nsa_hf.kernels import n_blocks, nsa_attention
+from nsa_hf.kernels import n_blocks, nsa_attention, quantize_index_keys
 from nsa_hf.recipes.benchmarks import models as benchmark_model
 from nsa_hf.recipes.benchmarks.common import Heads
 from nsa_hf.recipes.benchmarks.generate import graphs, rounded_as_uncompiled
@@ -35,9 +36,12 @@ HEADS = {
 
 
 def cached_inputs(
-    heads: str, batch: int, queries: int, capacity: int, fill: int, dtype: torch.dtype = torch.bfloat16
+    heads: str, batch: int, queries: int, capacity: int, fill: int, dtype: torch.dtype = torch.bfloat16, bits: int = 0
 ) -> Inputs:
-    """A step with a static cache, `[B, Hk, S, D]` seen as `[B, S, Hk, D]`: rows of about `fill` tokens, NaN behind."""
+    """A step with a static cache, `[B, Hk, S, D]` seen as `[B, S, Hk, D]`: rows of about `fill` tokens, NaN behind.
+
+    With `bits` (16 or 8) blocks are chosen by an index of half of the channels, and there is no compressed branch.
+    """
     query_heads, kv_heads, key_dim, value_dim = HEADS[heads]
     random = torch.Generator("cuda").manual_seed(0)
 
@@ -56,7 +60,15 @@ def cached_inputs(
             cache[row, :, length:] = float("nan")
             compressed[row, n_blocks(length, 32, 16) :] = float("nan")
         inputs |= {name: cache.transpose(1, 2), f"{name}_cmp": compressed}
-    return {**inputs, "gates": normal(batch, queries, query_heads, 3).float().sigmoid()}
+    inputs["gates"] = normal(batch, queries, query_heads, 3).float().sigmoid()
+    if bits:
+        inputs |= {"k_cmp": None, "v_cmp": None, "q_index": inputs["q"][..., : key_dim // 2].contiguous()}
+        # as a cache has it: in a tensor of its own
+        inputs["k_index"] = inputs["k"][..., : key_dim // 2].transpose(1, 2).contiguous().transpose(1, 2)
+        inputs["gates"][..., 0] = float("nan")
+    if bits == 8:
+        inputs["k_index"], inputs["k_index_scales"] = quantize_index_keys(inputs["k_index"])
+    return inputs
 
 
 def step(inputs: Inputs, backend: str = "triton") -> tuple[Tensor, Tensor]:
@@ -70,7 +82,7 @@ def assert_as_good_as_the_reference(inputs: Inputs, alike: float = 0.98) -> None
     dtype = inputs["q"].dtype
     out, selection = step(inputs)
     low, _ = step(inputs, "reference")
-    truth, expected = step({key: x.double() if key in TENSORS else x for key, x in inputs.items()}, "reference")
+    truth, expected = step(in_float64(inputs), "reference")
     # [B, T, Hk]
     same = (selection == expected).all(-1)
     assert same.double().mean() >= alike
@@ -88,10 +100,19 @@ def test_bfloat16(heads: str, batch: int, queries: int, fill: int) -> None:
     assert_as_good_as_the_reference(cached_inputs(heads, batch, queries, capacity, fill))
 
 
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize(("batch", "queries", "fill"), [(1, 1, 65536), (16, 1, 8192), (2, 16, 8192), (1, 4, 65521)])
+def test_an_index(heads: str, batch: int, queries: int, fill: int, bits: int) -> None:
+    capacity = 65536 if batch < 16 else 16384
+    assert_as_good_as_the_reference(cached_inputs(heads, batch, queries, capacity, fill, bits=bits))
+
+
+@pytest.mark.parametrize("bits", [0, 8])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("heads", ["32:8:128", "64:4:192/128", "8:8:256"])
-def test_other_precisions(heads: str, dtype: torch.dtype) -> None:
-    assert_as_good_as_the_reference(cached_inputs(heads, 2, 2, 8192, 8000, dtype))
+def test_other_precisions(heads: str, dtype: torch.dtype, bits: int) -> None:
+    assert_as_good_as_the_reference(cached_inputs(heads, 2, 2, 8192, 8000, dtype, bits))
 
 
 def test_a_full_batch() -> None:
@@ -102,8 +123,9 @@ def test_many_rows() -> None:
     assert_as_good_as_the_reference(cached_inputs("32:8:128", 256, 1, 2048, 2048))
 
 
-def test_more_blocks_than_are_ranked_at_once() -> None:
-    assert_as_good_as_the_reference(cached_inputs("9:3:64", 1, 2, 524288, 500000))
+@pytest.mark.parametrize("bits", [0, 8])
+def test_more_blocks_than_are_ranked_at_once(bits: int) -> None:
+    assert_as_good_as_the_reference(cached_inputs("9:3:64", 1, 2, 524288, 500000, bits=bits))
 
 
 @pytest.mark.parametrize("topk", [12, 20, 24])
@@ -113,22 +135,24 @@ def test_nearly_all_blocks(topk: int) -> None:
     assert_as_good_as_the_reference({**inputs, "topk": topk})
 
 
-def test_whichever_program_is_the_last_the_selection_is_the_same() -> None:
+@pytest.mark.parametrize("bits", [0, 8])
+def test_whichever_program_is_the_last_the_selection_is_the_same(bits: int) -> None:
     """131,072 tokens are four programs a query, of which the last one ranks what all of them wrote. Two inputs in turn:
     what a program reads too early is of the other one."""
-    one = cached_inputs("64:4:128", 16, 1, 131072, 131072)
-    other = {**one, "q": -one["q"].flip(0)}
+    one = cached_inputs("64:4:128", 16, 1, 131072, 131072, bits=bits)
+    other = {**one, **{name: -one[name].flip(0) for name in ("q", "q_index") if name in one}}
     expected = [step(inputs) for inputs in (one, other)]
-    assert_as_good_as_the_reference({name: x[:1] for name, x in one.items()})
+    assert_as_good_as_the_reference({name: x if x is None else x[:1] for name, x in one.items()})
     for _ in range(100):
         for inputs, (out, selection) in zip((one, other), expected, strict=True):
             again, selection_again = step(inputs)
             assert torch.equal(selection, selection_again) and torch.equal(out, again)
 
 
+@pytest.mark.parametrize("bits", [0, 16])
 @pytest.mark.parametrize("fill", [1, 31, 32, 33, 64, 511, 513, 1024, 1025, 1090])
-def test_at_the_borders(fill: int) -> None:
-    assert_as_good_as_the_reference(cached_inputs("32:8:128", 2, 1, 2048, fill))
+def test_at_the_borders(fill: int, bits: int) -> None:
+    assert_as_good_as_the_reference(cached_inputs("32:8:128", 2, 1, 2048, fill, bits=bits))
 
 
 def test_starts_and_own_window_keys() -> None:
@@ -141,9 +165,10 @@ def test_starts_and_own_window_keys() -> None:
     assert_as_good_as_the_reference({**whole, **{name: x[:, -600:].nan_to_num() for name, x in turned.items()}})
 
 
-def test_one_graph_serves_every_fill() -> None:
-    inputs = cached_inputs("64:4:128", 2, 1, 131072, 131072)
-    inputs = {name: x.nan_to_num() if name in TENSORS else x for name, x in inputs.items()}
+@pytest.mark.parametrize("bits", [0, 8])
+def test_one_graph_serves_every_fill(bits: int) -> None:
+    inputs = cached_inputs("64:4:128", 2, 1, 131072, 131072, bits=bits)
+    inputs = {name: x.nan_to_num() if name in TENSORS and x is not None else x for name, x in inputs.items()}
     step(inputs)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -156,8 +181,9 @@ def test_one_graph_serves_every_fill() -> None:
         assert_as_good_as_the_reference(inputs)
 
 
-def test_compiled_into_one_graph() -> None:
-    inputs = cached_inputs("32:8:128", 2, 1, 4096, 4000)
+@pytest.mark.parametrize("bits", [0, 8])
+def test_compiled_into_one_graph(bits: int) -> None:
+    inputs = cached_inputs("32:8:128", 2, 1, 4096, 4000, bits=bits)
     expected = step(inputs)
     for mode in (None, "reduce-overhead"):
         compiled = torch.compile(nsa_attention, fullgraph=True, mode=mode)
@@ -167,8 +193,9 @@ def test_compiled_into_one_graph() -> None:
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_a_step_waits_for_nothing_and_copies_no_cache() -> None:
-    inputs = cached_inputs("32:8:128", 4, 1, 32768, 30000)
+@pytest.mark.parametrize("bits", [0, 16, 8])
+def test_a_step_waits_for_nothing_and_copies_no_cache(bits: int) -> None:
+    inputs = cached_inputs("32:8:128", 4, 1, 32768, 30000, bits=bits)
     step(inputs)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -213,6 +240,7 @@ ANOTHER_MASK = """
 import torch
 from tiny_models import tiny_sparse_model
 from transformers import StaticCache
+from triton_cases import in_float64
 from nsa_hf.releases import CACHE
 model = tiny_sparse_model("cuda")
 cache = StaticCache(model.config, max_cache_len=64)

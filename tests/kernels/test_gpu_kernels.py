@@ -36,6 +36,9 @@ REAL = {
     "index, 64:4:128": Shape(PAPER, 1, 2500, 2500, 4, 16, 128, 128, index=(16, 0, 64), compressed=False),
     "index, 2:2:256": Shape(PAPER, 1, 2100, 2100, 2, 1, 256, 256, index=(1, 0, 128), compressed=False),
     "index and compressed branch, one key": Shape(PAPER, 1, 2100, 2100, 2, 2, 64, 64, index=(1, 1, 24)),
+    "index in 8 bits, 32:8:128": Shape(
+        PAPER, 1, 3001, 3001, 8, 4, 128, 128, index=(4, 0, 32), eight_bits=True, compressed=False
+    ),
     "index, packed": Shape(
         PAPER,
         1,

@@ -13,7 +13,7 @@ from nsa_hf.recipes.benchmarks import common as benchmark_common
 from nsa_hf.recipes.benchmarks import decode as benchmark_decode
 from nsa_hf.recipes.benchmarks.common import Heads
 from nsa_hf.recipes.benchmarks.decode import WrongResult, check, dense, make_cache, make_query, measure_shape, nsa
-from nsa_hf.recipes.benchmarks.figures import COLUMNS
+from nsa_hf.recipes.benchmarks.figures import COLUMNS, SPARSE
 
 HEADS = Heads.parse("6:2:16")
 
@@ -67,6 +67,12 @@ def test_the_check_sees_a_wrong_output_and_a_wrong_selection(monkeypatch: pytest
     assert wrong(lambda out, selection: (selection[0, 0, 0, :1].fill_(99), out[0, 0, :3].zero_())) == []
 
 
+@pytest.mark.parametrize("system", SPARSE)
+def test_every_system_is_right(system: str) -> None:
+    cache, query = make_cache(HEADS, 1600, 2, "cpu", 2), make_query(HEADS, 2, 2, "cpu")
+    assert check(cache, query, "reference", system) == []
+
+
 @pytest.mark.parametrize("queries", [1, 3])
 def test_a_window_of_its_own(queries: int) -> None:
     """With the keys and values of the other branches in it, it is theirs."""
@@ -104,13 +110,13 @@ def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         reader = csv.DictReader(file)
         assert tuple(reader.fieldnames or ()) == COLUMNS
         rows = list(reader)
-    for system in ("nsa", "nsa-independent"):
+    for system in SPARSE:
         ours = [(row["tokens"], row["batch"]) for row in rows if row["system"] == system]
         assert ours == [("64", "2"), ("64", "1"), ("1600", "2"), ("1600", "1")]
     for row in rows:
         assert float(row["median_ms"]) > 0 and row["commit"] == "abc"
         assert (row["times_dense"] != "") == row["system"].startswith("nsa")
-    assert {row["system"] for row in rows} == {"flash", "flash, folded", "nsa", "nsa-independent"}
+    assert {row["system"] for row in rows} == {"flash", "flash, folded", *SPARSE}
     fastest = min(float(row["median_ms"]) for row in rows[:2])
     # the last digits of both are rounded off
     assert float(rows[2]["times_dense"]) == pytest.approx(fastest / float(rows[2]["median_ms"]), abs=0.02)

@@ -9,6 +9,7 @@ import pytest
 from nsa_hf.recipes.benchmarks.common import STAMP, Heads, write_rows
 from nsa_hf.recipes.benchmarks.figures import (
     COLUMNS,
+    bytes_read,
     draw,
     full_batch,
     growth,
@@ -16,11 +17,14 @@ from nsa_hf.recipes.benchmarks.figures import (
     read_curves,
     step_row,
     token_bytes,
-    tokens_read,
 )
 
 LLAMA, PAPER, SMALL = map(Heads.parse, ("32:8:128", "64:4:128", "9:3:64"))
 RATE = 3e12
+
+
+def tokens_read(tokens: int, queries: int = 1, *, once: bool = False) -> float:
+    return bytes_read(PAPER, tokens, "nsa", queries, once=once) / token_bytes(PAPER)
 
 
 def test_the_paper_s_count() -> None:
@@ -41,6 +45,15 @@ def test_what_is_read_once() -> None:
 def test_a_short_text_is_read_once_a_branch() -> None:
     assert tokens_read(40) == 1 + 40 + 40
     assert tokens_read(40, once=True) == 1 + 40
+
+
+def test_an_index_is_read_whole() -> None:
+    attended = (16 * 64 + 512) * 4096
+    # 8 heads of 32 channels: 64 bytes each, or 32 and a scale of 2
+    assert bytes_read(LLAMA, 65536, "nsa-index") == attended + 65536 * 8 * 64
+    assert bytes_read(LLAMA, 65536, "nsa-index8") == attended + 65536 * 8 * 34
+    assert bytes_read(LLAMA, 65536, "nsa-index8", once=True) == attended - 128 * 4096 + 65536 * 8 * 34
+    assert bytes_read(LLAMA, 65536, "flash") == 65536 * 4096
 
 
 def test_full_batches() -> None:
