@@ -410,7 +410,13 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).eval()
     study = Study(model)
-    first, *documents = read_documents(args.documents, tokenizer, args.tokens, args.most, args.bos, device)
+    documents = read_documents(args.documents, tokenizer, args.tokens, args.most, args.bos, device)
+    if len(documents) < 2:
+        parser.error(
+            f"{args.documents} must hold two texts of {args.tokens} tokens or more (the first only calibrates), got "
+            f"{len(documents)}: give longer ones, or fewer --tokens"
+        )
+    first, *documents = documents
     study.calibrate(first)
     make = single_layers if args.single_layers else variants
     questions, chosen = zip(*make(study.head_dim, len(study.full)), strict=True)

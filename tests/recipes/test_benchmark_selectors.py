@@ -47,6 +47,15 @@ def test_a_run_writes_a_row_for_each_variant_and_range(documents, tiny_dense_dir
     assert "2 of 2 documents" in capsys.readouterr().out
 
 
+def test_too_few_long_texts_are_an_error(documents, tiny_dense_dir, tmp_path, monkeypatch, capsys):
+    arguments = [str(tiny_dense_dir), str(documents), "--csv", str(tmp_path / "out.csv"), "--tokens", str(TOKENS)]
+    monkeypatch.setattr(sys, "argv", ["selectors", *arguments, "--most", "0"])
+    with pytest.raises(SystemExit):
+        selectors.main()
+    assert f"two texts of {TOKENS} tokens or more (the first only calibrates), got 1:" in capsys.readouterr().err
+    assert not (tmp_path / "out.csv").exists()
+
+
 @torch.no_grad()
 def test_what_selects_every_block_is_dense():
     study = Study(tiny_dense_model())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -40,7 +41,9 @@ class Sandbox:
     def make(self, *arguments: str) -> tuple[int, str, list[str]]:
         """Exit code, what was printed, and the calls of Python, but for those that only ask."""
         self.log.unlink(missing_ok=True)
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+        # what is given to a `make test` that runs this test is in its environment: `make test VENV=`
+        given = re.findall(r"^([A-Z_]+) \?=", (self.folder / "Makefile").read_text(), flags=re.MULTILINE)
+        environment = {k: x for k, x in os.environ.items() if not k.startswith("MAKE") and k not in given}
         result = subprocess.run(["make", *arguments], cwd=self.folder, env=environment, capture_output=True, text=True)
         calls = self.log.read_text().splitlines() if self.log.exists() else []
         doing = [call for call in calls if call.split()[1] != "-c" and not call.endswith("-m pip --version")]
