@@ -33,25 +33,40 @@ class Operations(TorchDispatchMode):
         return result
 
 
-def large_operations() -> list[str]:
+def large_operations(shape: Shape, name: str) -> list[str]:
+    """The operations of a step whose result is as large as that input or larger; nothing is launched."""
     from triton.runtime.interpreter import InterpretedFunction
 
     from nsa_hf.kernels.gpu.decode import op as triton_decode
 
-    inputs = as_static_cache(make_inputs(replace(STEP, keys=400, batch=2, key_dim=64, value_dim=64)))
-    inputs = {name: x.float() if name in TENSORS else x for name, x in inputs.items()}
-    assert not inputs["k"].is_contiguous()
+    inputs = as_static_cache(make_inputs(shape))
+    inputs = {
+        name: x.float() if isinstance(x, torch.Tensor) and x.dtype == torch.float64 else x for name, x in inputs.items()
+    }
+    assert not inputs[name].is_contiguous()
     with (
         mock.patch("nsa_hf.kernels.gpu.op.decode_op", triton_decode.decode_op._init_fn),
         mock.patch.object(InterpretedFunction, "run"),  # the interpreter copies what a kernel is given
-        Operations(inputs["k"].numel()) as seen,
+        Operations(inputs[name].numel()) as seen,
     ):
         nsa_attention(**inputs, backend="triton")
     return seen.large
 
 
-def test_no_cache_is_copied(process: ProcessPoolExecutor) -> None:
-    assert process.submit(large_operations).result() == []
+CACHE = replace(STEP, keys=400, batch=2, key_dim=64, value_dim=64)
+
+
+@pytest.mark.parametrize(
+    ("shape", "name"),
+    [
+        (CACHE, "k"),
+        (replace(CACHE, index=(2, 0, 64), compressed=False), "k_index"),
+        (replace(CACHE, group=1, value_dim=1, index=(1, 0, 64), eight_bits=True, compressed=False), "k_index_scales"),
+    ],
+    ids=["compressed", "index", "index in 8 bits"],
+)
+def test_no_cache_is_copied(process: ProcessPoolExecutor, shape: Shape, name: str) -> None:
+    assert process.submit(large_operations, shape, name).result() == []
 
 
 def compiled() -> list[torch.Tensor]:

@@ -21,21 +21,21 @@ from .scores import GROWING, row_place, strides
 from .splits import split_count
 
 # Programs that a processor holds at a time: each has little in flight.
-RESIDENT = 4
+RESIDENT = 8
 
 
 @triton.jit(do_not_specialize=GROWING)
 def index_maxima_kernel(
     q, k, scales, starts, lengths, maxima, tops, arrived, T, S, HI, HK, HJ, BLOCKS, SPLITS, k_batch, k_token, k_head,
     s_batch, s_token, s_head,
-    C: tl.constexpr, CP: tl.constexpr, BM: tl.constexpr, BJ: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    C: tl.constexpr, CP: tl.constexpr, GP: tl.constexpr, BM: tl.constexpr, BJ: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):
     """One program: a split of one KV head's blocks, for BM of the rows (query t, index head g) at `t * G + g`.
 
-    `maxima [B * Hk, BLOCKS, T * G]` float32, of the blocks before a row's own, -inf for the others up to the last one
-    that any row sees; `tops [B * Hk, SPLITS, T * G]`, each row's largest in the split. `arrived [B, T, Hk]` is set to
-    0.
+    `maxima [B * Hk, BLOCKS, T, GP]` float32, of the blocks before a row's own, -inf for the others up to the last one
+    that any row sees; `tops [B * Hk, SPLITS, T, GP]`, each row's largest in the split. GP is G or more, a power of two,
+    so that the heads of a query are read together. `arrived [B, T, Hk]` is set to 0.
     """
     group = HI // HK
     # programs that read the same keys are neighbours
@@ -55,7 +55,8 @@ def index_maxima_kernel(
     k += batch.to(tl.int64) * k_batch + key_head * k_head + start.to(tl.int64) * k_token
     if scales is not None:
         scales += batch.to(tl.int64) * s_batch + key_head * s_head + start.to(tl.int64) * s_token
-    maxima += pair.to(tl.int64) * BLOCKS * T * group
+    place = r // group * GP + r % group
+    maxima += pair.to(tl.int64) * BLOCKS * T * GP + place[:, None]
     share = ((most + BJ - 1) // BJ + SPLITS - 1) // SPLITS * BJ
     top = tl.full([BM], float("-inf"), tl.float32)
     for first in tl.range(split * share, tl.minimum((split + 1) * share, most), BJ):
@@ -66,11 +67,10 @@ def index_maxima_kernel(
         j = first + tl.arange(0, BJ)
         m = tl.where(j[None, :] < own[:, None], m, float("-inf"))
         top = tl.maximum(top, tl.max(m, 1))
-        place = maxima + j.to(tl.int64)[None, :] * (T * group) + r[:, None]
-        tl.store(place, m, mask=exists[:, None] & (j < most)[None, :])
+        tl.store(maxima + j[None, :] * (T * GP), m, mask=exists[:, None] & (j < most)[None, :])
     wait_for_previous(OVERLAP)
     begin_next(OVERLAP)
-    tl.store(tops + (pair * SPLITS + split).to(tl.int64) * T * group + r, top, mask=exists)
+    tl.store(tops + (pair * SPLITS + split).to(tl.int64) * T * GP + place, top, mask=exists)
     if split == 0:
         tl.store(arrived + (batch * T + r // group) * HK + kv_head, 0, mask=exists & (r % group == 0))
 
@@ -89,7 +89,7 @@ def index_tiles(q_index: Tensor, rows: int) -> dict[str, int]:
     most = max(16, next_power_of_2(rows))
     if q_index.dtype == torch.float32:
         return {"BM": 16, "BN": 32 if wide else 64, "num_warps": 4, "num_stages": 2}
-    return {"BM": min(64, most), "BN": 64 if wide else 128, "num_warps": 4, "num_stages": 3}
+    return {"BM": min(64, most), "BN": 64 if wide else 128, "num_warps": 2 if most <= 16 else 4, "num_stages": 3}
 
 
 def index_maxima(
@@ -110,12 +110,13 @@ def index_maxima(
     width = min(tiles["BN"], max(16, next_power_of_2(sizes.block_size)))
     at_once, row_tiles = tiles.pop("BN") // width, cdiv(rows, tiles["BM"])
     splits = split_count(batch * kv_heads * row_tiles, cdiv(blocks, at_once), q_index.device, RESIDENT)
-    maxima = q_index.new_empty(batch * kv_heads, blocks, rows, dtype=torch.float32)
-    tops = q_index.new_empty(batch * kv_heads, splits, rows, dtype=torch.float32)
+    heads_a_query = next_power_of_2(heads // kv_heads)
+    maxima = q_index.new_empty(batch * kv_heads, blocks, tokens, heads_a_query, dtype=torch.float32)
+    tops = q_index.new_empty(batch * kv_heads, splits, tokens, heads_a_query, dtype=torch.float32)
     index_maxima_kernel[(splits * batch * kv_heads * row_tiles,)](
         q_index, k_index, scales, placement.starts, placement.lengths, maxima, tops, arrived, tokens, keys, heads,
         kv_heads, index_keys, blocks, splits, *strides(k_index), *((0, 0, 0) if scales is None else strides(scales)),
-        C=channels, CP=padded(channels), BJ=at_once, BLOCK=sizes.block_size, WIDTH=width,
+        C=channels, CP=padded(channels), GP=heads_a_query, BJ=at_once, BLOCK=sizes.block_size, WIDTH=width,
         PRECISION=precision(q_index.dtype), **tiles, **in_chain(q_index.device, first),
     )
     return IndexScores(maxima, tops, heads)

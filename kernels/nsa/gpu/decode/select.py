@@ -96,11 +96,12 @@ def index_bits(
     distance = tl.full([BJ], float("inf"), tl.float32)
     for g in tl.range(0, group, GC):
         head = g + tl.arange(0, GC)
-        mask = (split < SPLITS)[:, None] & (head < group)[None, :]
+        real = head < group
+        mask = (split < SPLITS)[:, None] & real[None, :]
         top = tl.max(tl.load(tops + split[:, None] * R + head[None, :], mask=mask, other=float("-inf")), 0)
-        mask = candidate[:, None] & (head < group)[None, :]
-        m = tl.load(maxima + j.to(tl.int64)[:, None] * R + head[None, :], mask=mask, other=float("-inf"))
-        distance = tl.minimum(distance, tl.min(tl.where(mask, top[None, :] - m, float("inf")), 1))
+        mask = candidate[:, None] & real[None, :]
+        m = tl.load(maxima + j[:, None] * R + head[None, :], mask=mask, other=float("-inf"))
+        distance = tl.minimum(distance, tl.min(tl.where(real, top, float("inf"))[None, :] - m, 1))
     bits = 0x7F800000 - tl.minimum(distance.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0x7F800000)
     return tl.where(candidate, bits, -1)
 
@@ -160,7 +161,8 @@ def decode_select_kernel(
     TOPK: tl.constexpr, SLOTSP: tl.constexpr, KP: tl.constexpr, BUNDLE: tl.constexpr,
     BUNDLESP: tl.constexpr, ONCE: tl.constexpr,
     ALONE: tl.constexpr, BJ: tl.constexpr, GC: tl.constexpr, CELL: tl.constexpr, CELLS: tl.constexpr,
-    TILE: tl.constexpr, SPLITSP: tl.constexpr, SCORES: tl.constexpr, INDEX: tl.constexpr, OVERLAP: tl.constexpr,
+    TILE: tl.constexpr, SPLITSP: tl.constexpr, SCORES: tl.constexpr, INDEX: tl.constexpr,
+    GP: tl.constexpr, OVERLAP: tl.constexpr,
 ):
     """One program: BJ blocks, a chunk of what one query of one KV head may choose. Without SCORES no block is ever
     chosen by its importance. With INDEX they are from an index: `sums` are its maxima, of TILES blocks, HQ its heads.
@@ -190,12 +192,14 @@ def decode_select_kernel(
             end = blocks - LOCAL
             needed = (end + BJ - 1) // BJ
             if chunk < needed:
-                pair, row, rows = (batch * HK + kv_head).to(tl.int64), query % T * group, T * group
+                pair = (batch * HK + kv_head).to(tl.int64)
                 if INDEX:
-                    sums += pair * TILES * rows + row
-                    tops += pair * SPLITS * rows + row
+                    rows = T * GP
+                    sums += pair * TILES * rows + query % T * GP
+                    tops += pair * SPLITS * rows + query % T * GP
                     bits = index_bits(sums, tops, group, chunk * BJ, INIT, end, SPLITS, rows, SPLITSP, GC, BJ)
                 else:
+                    row, rows = query % T * group, T * group
                     entry = tl.maximum(relative - (KERNEL - 1), 0) // STRIDE
                     # how many were written
                     cells = tl.where(relative >= KERNEL - 1, entry // RATIO * CELLS + entry % RATIO // CELL + 1, 0)
@@ -266,6 +270,7 @@ def decode_select(
         tokens, keys, heads, kv_heads, batch * tokens * heads, sums.shape[1], chunks,
         KERNEL=sizes.kernel_size, STRIDE=sizes.kernel_stride, BLOCK=sizes.block_size, INIT=sizes.init_blocks,
         LOCAL=sizes.local_blocks, TOPK=sizes.topk, SLOTSP=next_power_of_2(sizes.topk), CELL=cells[0], CELLS=cells[1],
-        TILE=cells[2], SPLITSP=next_power_of_2(splits), SCORES=scores is not None, INDEX=index, **shape,
+        TILE=cells[2], SPLITSP=next_power_of_2(splits), SCORES=scores is not None, INDEX=index,
+        GP=next_power_of_2(heads // kv_heads), **shape,
         **in_chain(selection.device, first),
     )
