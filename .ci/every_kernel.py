@@ -2,6 +2,7 @@
 
     python .ci/every_kernel.py              all of them
     python .ci/every_kernel.py 0/4          of four equal parts the first
+    python .ci/every_kernel.py 0/1 index    those whose names have that in them
 
 Compares nothing: the tests do.
 """
@@ -33,8 +34,11 @@ BOUNDS: dict[str, dict[str, Any]] = {
     "padded, the last queries": {"queries": 300, "starts": (0, 100, 900), "lengths": (TOKENS, 1000, 1190)},
     "own window keys": {"queries": 500, "own_window": 1100},
 }
+ONE_HEAD: dict[str, Any] = {"kv_heads": 1, "queries": TOKENS, "keys": TOKENS}
 SHORT = {
-    name: replace(shape, **{"kv_heads": 1, "queries": TOKENS, "keys": TOKENS} | BOUNDS.get(name, {}))
+    name: replace(
+        shape, **{"kv_heads": 1, "queries": TOKENS, "keys": TOKENS} | BOUNDS.get(name.removeprefix("index, "), {})
+    )
     for name, shape in REAL.items()
 }
 
@@ -47,9 +51,9 @@ def train(name: str, dtype: torch.dtype) -> bool:
     return bool(out.isfinite().all())
 
 
-def decode(heads: str, batch: int, queries: int, fill: int) -> bool:
-    """One step; beyond 32,768 tokens several programs share the blocks of a query."""
-    return bool(step(cached_inputs(heads, batch, queries, max(4096, fill), fill))[0].isfinite().all())
+def decode(heads: str, batch: int, queries: int, fill: int, bits: int = 0) -> bool:
+    """One step; beyond 32,768 tokens several programs share the blocks of a query. `bits`: of an index's keys."""
+    return bool(step(cached_inputs(heads, batch, queries, max(4096, fill), fill, bits=bits))[0].isfinite().all())
 
 
 def cases() -> dict[str, Callable[[], bool]]:
@@ -62,6 +66,9 @@ def cases() -> dict[str, Callable[[], bool]]:
         for batch, queries, fill in ((1, 1, 4001), (3, 1, 4096), (2, 5, 3000), (1, 1, 20)):
             name = f"decode {heads}, batch {batch}, {queries} queries, {fill} tokens"
             found[name] = partial(decode, heads, batch, queries, fill)
+        for batch, queries, fill, bits in ((1, 1, 4001, 16), (3, 1, 4096, 8), (2, 5, 3000, 8)):
+            name = f"decode {heads}, index in {bits} bits, batch {batch}, {queries} queries, {fill} tokens"
+            found[name] = partial(decode, heads, batch, queries, fill, bits)
     found["decode 9:3:64, 140,000 tokens"] = partial(decode, "9:3:64", 1, 1, 140_000)
     return found
 
@@ -70,7 +77,8 @@ def main() -> None:
     part, parts = map(int, (sys.argv[1] if len(sys.argv) > 1 else "0/1").split("/"))
     if not 0 <= part < parts:
         sys.exit(f"error: a part is 0/N to N-1/N, got {sys.argv[1]}")
-    for name, case in list(cases().items())[part::parts]:
+    wanted = [(name, case) for name, case in cases().items() if all(word in name for word in sys.argv[2:])]
+    for name, case in wanted[part::parts]:
         finite = case()
         torch.cuda.synchronize()
         print(f"{name}: {'finite' if finite else 'NOT FINITE'}", flush=True)

@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from attention_inputs import TENSORS, Shape, make_inputs
+from attention_inputs import Shape, make_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_cases import STEP, as_static_cache
 

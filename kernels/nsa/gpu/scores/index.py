@@ -72,7 +72,7 @@ def best_of_document(
     q, k, base, row_own, own, mine, exists, maxima, sections, k_token, N,
     C: tl.constexpr, CP: tl.constexpr, BT: tl.constexpr, GP: tl.constexpr, BJ: tl.constexpr, BLOCK: tl.constexpr,
     WIDTH: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, CHOSEN: tl.constexpr, KP: tl.constexpr,
-    BC: tl.constexpr, SP: tl.constexpr, SECTION: tl.constexpr, PRECISION: tl.constexpr,
+    BC: tl.constexpr, SP: tl.constexpr, SECTION: tl.constexpr, UNROLL: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """The chosen blocks of the queries `mine` of one document, `[BT, KP]`, rising; behind them, LAST."""
     LAST: tl.constexpr = 0x7FFFFFFF
@@ -84,7 +84,7 @@ def best_of_document(
     top = tl.full([ROWS], NONE, tl.float32)
     # blocks that are past for every query
     all_past = tl.minimum(least, most) // BJ * BJ
-    for first in tl.range(0, all_past, BJ):
+    for first in tl.range(0, all_past, BJ, loop_unroll_factor=UNROLL):
         m = block_maxima(
             q, k, None, base + first * BLOCK, BJ, k_token, 0, C, CP, ROWS, BJ, BLOCK, WIDTH, False, PRECISION
         )
@@ -144,7 +144,7 @@ def index_select_kernel(
     C: tl.constexpr, CP: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr, BLOCK: tl.constexpr,
     WIDTH: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, CHOSEN: tl.constexpr, KP: tl.constexpr,
     TOPK: tl.constexpr, TOPKP: tl.constexpr, BC: tl.constexpr, SP: tl.constexpr, SECTION: tl.constexpr,
-    PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    UNROLL: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """The selected blocks of BT tokens of one KV head, one such tile after another."""
     LAST: tl.constexpr = 0x7FFFFFFF
@@ -182,14 +182,16 @@ def index_select_kernel(
                 mine = document == current
                 of_document = best_of_document(
                     queries, keys, current, row_own, own, mine, exists & (row_document == current), maxima, sections,
-                    HJ * C, N, C, CP, BT, GP, BJ, BLOCK, WIDTH, INIT, LOCAL, CHOSEN, KP, BC, SP, SECTION, PRECISION,
+                    HJ * C, N, C, CP, BT, GP, BJ, BLOCK, WIDTH, INIT, LOCAL, CHOSEN, KP, BC, SP, SECTION, UNROLL,
+                    PRECISION,
                 )
                 chosen = tl.where(mine[:, None], of_document, chosen)
                 current = tl.min(tl.where(document > current, document, LAST))
         else:
             chosen = best_of_document(
                 queries, keys, tl.min(document), row_own, own, own >= 0, exists, maxima, sections,
-                HJ * C, N, C, CP, BT, GP, BJ, BLOCK, WIDTH, INIT, LOCAL, CHOSEN, KP, BC, SP, SECTION, PRECISION,
+                HJ * C, N, C, CP, BT, GP, BJ, BLOCK, WIDTH, INIT, LOCAL, CHOSEN, KP, BC, SP, SECTION, UNROLL,
+                PRECISION,
             )
         free = tl.minimum(tl.maximum(own + 1 - INIT - LOCAL, 0), CHOSEN)
         place = selection + (((batch * T + token).to(tl.int64) * HK + kv_head) * SLOTS)[:, None]
@@ -203,14 +205,21 @@ def index_select_kernel(
         tl.debug_barrier()
 
 
-def index_tiles(q_index: Tensor) -> dict[str, int]:
-    """Rows (heads of some queries) and columns (tokens) of a program at a time."""
+def index_tiles(q_index: Tensor, group: int) -> dict[str, int]:
+    """Rows (heads of some queries) and columns (tokens) of a program, steps at once, and programs a processor.
+
+    Args:
+        group: index heads of a KV head, as a power of two.
+    """
     row, small = padded(q_index.shape[-1]) * q_index.element_size(), shared_memory(q_index.device) < SMALL_SHARED_MEMORY
     if q_index.dtype == torch.float32:
-        return {"rows": 32, "columns": 32, "num_warps": 4, "num_stages": 1}
+        return {"rows": 32, "columns": 32, "unroll": 1, "resident": 2, "num_warps": 4, "num_stages": 1}
     if row > 256 or (row > 128 and small):
-        return {"rows": 64, "columns": 64, "num_warps": 4, "num_stages": 2}
-    return {"rows": 128, "columns": 128, "num_warps": 4, "num_stages": 3}
+        return {"rows": 64, "columns": 64, "unroll": 1, "resident": 2, "num_warps": 4, "num_stages": 2}
+    if group < 4 or row > 64 or small:
+        return {"rows": 128, "columns": 128, "unroll": 1, "resident": 2, "num_warps": 4, "num_stages": 3}
+    # products of one step while another's are compared: 4 % faster
+    return {"rows": 128, "columns": 64, "unroll": 2, "resident": 3, "num_warps": 4, "num_stages": 3}
 
 
 class IndexInputs(NamedTuple):
@@ -243,11 +252,12 @@ def select_by_index(inputs: IndexInputs, layout: Layout, sizes: Sizes) -> Tensor
     blocks = count_blocks(keys, sizes)
     chosen = 0 if sizes.topk >= blocks else sizes.topk - sizes.init_blocks - sizes.local_blocks
     selection, topk = new_selection(q_index, kv_heads, keys, sizes)
-    tiles, group = index_tiles(q_index), next_power_of_2(heads // kv_heads)
+    group = next_power_of_2(heads // kv_heads)
+    tiles = index_tiles(q_index, group)
     width = min(tiles["columns"], max(16, next_power_of_2(sizes.block_size)))
     bt = max(1, tiles["rows"] // group)
     count = cdiv(tokens, bt) * batch * kv_heads
-    programs = min(count, 2 * processors(q_index.device))
+    programs = min(count, tiles["resident"] * processors(q_index.device))
     section = max(16, next_power_of_2(cdiv(blocks, MOST_SECTIONS)))
     sections = cdiv(blocks, section)
     # of each program its own: the heads' maxima of a tile's blocks, and the best score of each section
@@ -259,7 +269,7 @@ def select_by_index(inputs: IndexInputs, layout: Layout, sizes: Sizes) -> Tensor
         BJ=tiles["columns"] // width, BLOCK=sizes.block_size, WIDTH=width, INIT=sizes.init_blocks,
         LOCAL=sizes.local_blocks, CHOSEN=chosen, KP=max(2, next_power_of_2(chosen)), TOPK=topk,
         TOPKP=next_power_of_2(topk), BC=max(64, section), SP=max(2, next_power_of_2(sections)), SECTION=section,
-        PACKED=layout.packed, PRECISION=precision(q_index.dtype), num_warps=tiles["num_warps"],
+        UNROLL=tiles["unroll"], PACKED=layout.packed, PRECISION=precision(q_index.dtype), num_warps=tiles["num_warps"],
         num_stages=tiles["num_stages"],
     )
     return selection
