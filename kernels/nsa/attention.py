@@ -70,8 +70,8 @@ def nsa_attention(
             score is the `max over g of (s[g, j] - max over j' of s[g, j'])`. Forced blocks, number and ties are as
             ever. Nothing of it has a gradient.
         k_index: `[B, S, Hj, c]`, Hj = Hk, or 1: one key for all. In q's dtype, or int8 with `k_index_scales`.
-        k_index_scales: `[B, S, Hj]` bfloat16, with an int8 `k_index`: the keys are `k_index * k_index_scales`, see
-            `quantize_index_keys`.
+        k_index_scales: `[B, S, Hj]` bfloat16, powers of two, with an int8 `k_index`: the keys are the products of both,
+            as `quantize_index_keys` gives them.
         index_scale: a positive factor of the index's logits. Blocks are chosen the same whatever it is.
         scale: of the logits, positive; None = `1 / sqrt(Dk)`.
         cu_seqlens: int32 `[documents + 1]`, borders of packed documents; B = 1, T = S.

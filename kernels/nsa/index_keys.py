@@ -1,6 +1,7 @@
-"""The keys of an index in 8 bits: a quarter to a half of what a step of decoding reads of them otherwise.
+"""The keys of an index in 8 bits: half of what a step of decoding reads of them otherwise.
 
-Each token and head has a scale of its own, so that a cache quantises a token when it comes, and never again.
+Each token and head has a scale of its own, so that a cache quantises a token when it comes, and never again. Scales are
+powers of two: a key in 8 bits is then exact in float16 and bfloat16, and prefill and decoding choose by the same ones.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ def quantize_index_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
     """Keys `[..., c]` as `codes * scales`, to within half a scale.
 
     Returns:
-        `codes [..., c]` int8 within -127 .. 127, and `scales [...]` bfloat16: the largest magnitude of a token and head
-        divided by 127. A key that is not finite has a scale that is not.
+        `codes [..., c]` int8 within -127 .. 127, and `scales [...]` bfloat16: of each token and head the smallest power
+        of two with which its largest magnitude fits; NaN for a key that is not finite.
     """
-    scales = (keys.detach().abs().amax(-1).float() / LARGEST).to(torch.bfloat16)
-    steps = torch.where(scales == 0, 1.0, scales.float())[..., None]
-    codes = (keys.detach().float() / steps).round().clamp(-LARGEST, LARGEST)
-    return codes.to(torch.int8), scales
+    keys = keys.detach().float()
+    largest = keys.abs().amax(-1)
+    # up to the next power of two: its exponent's bits alone
+    bits = ((largest / LARGEST).view(torch.int32) + 0x7FFFFF) & 0x7F800000
+    scales = torch.where(largest.isfinite(), bits.view(torch.float32), float("nan"))
+    codes = (keys / torch.where(scales == 0, 1.0, scales)[..., None]).round()
+    return codes.to(torch.int8), scales.to(torch.bfloat16)
 
 
 def dequantize_index_keys(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The keys `[..., c]` that `codes [..., c]` and `scales [...]` stand for, rounded to `dtype`."""
-    wide = dtype if dtype == torch.float64 else torch.float32
-    return (codes.to(wide) * scales.to(wide)[..., None]).to(dtype)
+    """The keys `[..., c]` that `codes [..., c]` and `scales [...]` stand for; exact in every `dtype`."""
+    return (codes.float() * scales.float()[..., None]).to(dtype)

@@ -19,6 +19,8 @@ from torch.nn.attention import SDPBackend
 # The columns that say which run, machine and versions a row comes from.
 STAMP = ("run_id", "gpu", "torch", "triton", "commit")
 Times = tuple[float, float, float]  # median, 20th and 80th percentile in milliseconds
+# Channels of the index, where blocks are chosen by one: the first ones of each head.
+INDEX_CHANNELS = 32
 # PyTorch's fused attentions
 DENSE_KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,

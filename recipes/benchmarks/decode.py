@@ -36,6 +36,7 @@ from nsa_hf.kernels import n_blocks, nsa_attention, quantize_index_keys
 
 from .common import (
     DENSE_KERNELS,
+    INDEX_CHANNELS,
     Heads,
     Times,
     card_rates,
@@ -50,7 +51,6 @@ from .figures import (
     COLUMNS,
     FULL,
     INDEX_BYTES,
-    INDEX_CHANNELS,
     SIZES,
     SPARSE,
     bytes_read,

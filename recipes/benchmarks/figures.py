@@ -8,7 +8,7 @@ from typing import Any
 
 from nsa_hf.kernels import Sizes, n_blocks
 
-from .common import STAMP, Heads, Times, lengths_below, make_axes, save_figure
+from .common import INDEX_CHANNELS, STAMP, Heads, Times, lengths_below, make_axes, save_figure
 
 COLUMNS = (
     *STAMP,
@@ -31,9 +31,8 @@ COLUMNS = (
 )
 SIZES = Sizes()
 # The sparse systems: one set of keys and values for all branches; a window that has its own; blocks chosen by an index
-# of so many channels, and no compressed branch, with index keys in 16 and in 8 bits.
+# and no compressed branch, with the index's keys in 16 and in 8 bits.
 SPARSE = ("nsa", "nsa-independent", "nsa-index", "nsa-index8")
-INDEX_CHANNELS = 32
 # Bytes of the index's key of one token and head, with the scale of 8 bits.
 INDEX_BYTES = {"nsa-index": 2 * INDEX_CHANNELS, "nsa-index8": INDEX_CHANNELS + 2}
 # The batches that are drawn beside that of 1, by the GiB that their keys and values take.

@@ -3,6 +3,7 @@
     python -m nsa_hf.recipes.benchmarks.operation                                     every shape, 4k to 128k
     python -m nsa_hf.recipes.benchmarks.operation --configs 9:3:64 --tokens 8192      one shape
 
+System `nsa` is the paper's; `nsa-index` chooses blocks by 32 channels of queries and keys, and has no compressed branch.
 Forward and backward are compared with the float64 reference first; a configuration that is wrong is not timed and the
 exit code is 1. Rows are appended to a CSV, one for each (config, tokens, inputs, system, part), so that a run that was
 cut off leaves what it measured. `flops` and `bytes` are what the part has to do at least. At the start of the run the
@@ -25,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nsa_hf.kernels import nsa_attention
 
 from .common import (
+    INDEX_CHANNELS,
     STAMP,
     Cost,
     Heads,
@@ -44,6 +46,7 @@ from .common import (
 )
 from .parts import SIZES, Inputs, Stages, make_inputs
 
+SPARSE = ("nsa", "nsa-index")
 CONFIGS = ("64:4:128", "32:8:128", "16:8:128", "64:4:192/128", "9:3:64")
 TOKENS = (4096, 8192, 16384, 32768, 65536, 131072)
 COLUMNS = (
@@ -66,7 +69,22 @@ COLUMNS = (
 )
 
 
-def check(heads: Heads, tokens: int = 1536) -> list[str]:
+def sparse(system: str, x: Inputs, backend: str = "triton") -> tuple[Callable[[], Tensor], dict[str, Tensor]]:
+    """The forward pass of one of SPARSE, and its inputs that have gradients, by name."""
+    index = {f"{name}_index": getattr(x, name)[..., :INDEX_CHANNELS].contiguous() for name in "qk"}
+    names = ("q", "k", "v", "k_cmp", "v_cmp", "gates") if system == "nsa" else ("q", "k", "v", "gates")
+    leaves = {name: getattr(x, name).detach().requires_grad_() for name in names}
+    inputs = leaves if system == "nsa" else leaves | index | {"k_cmp": None, "v_cmp": None}
+
+    def forward() -> Tensor:
+        out = nsa_attention(**inputs, backend=backend)  # type: ignore[arg-type]
+        assert isinstance(out, Tensor)
+        return out
+
+    return forward, leaves
+
+
+def check(heads: Heads, tokens: int = 1536, systems: Sequence[str] = SPARSE) -> list[str]:
     """Compares forward and backward of the kernels with the float64 reference.
 
     bf16 has 8 bits: a rounding is at most 2^-9 = .002 of a number, and a result passes through a few of them
@@ -74,24 +92,25 @@ def check(heads: Heads, tokens: int = 1536) -> list[str]:
 
     Args:
         tokens: a multiple of 16, as the lengths that are timed are, so that the very same kernels run.
+        systems: those of SPARSE among them are compared.
 
     Returns:
         A line for each tensor that is wrong.
     """
-    inputs = make_inputs(heads, tokens, "random", seed=1)
-    results = {}
-    for backend, dtype in (("triton", torch.bfloat16), ("reference", torch.float64)):
-        leaves = [x.to(dtype).requires_grad_() for x in inputs[:6]]
-        out = nsa_attention(*leaves, backend=backend)
-        assert isinstance(out, Tensor)
-        results[backend] = [out, *torch.autograd.grad(out, leaves, inputs.dout.to(dtype))]
-    wrong = []
-    names = ("output", *(f"gradient of {name}" for name in Inputs._fields[:6]))
-    for name, result, truth in zip(names, results["triton"], (x.detach() for x in results["reference"]), strict=True):
-        error = relative_error(result, truth)
-        # `not <=`: NaN is wrong too
-        if not error <= 0.01:
-            wrong.append(f"{heads.name}: {name} is off by {error:.4f} of its norm")
+    inputs, wrong = make_inputs(heads, tokens, "random", seed=1), []
+    for system in (one for one in systems if one in SPARSE):
+        results = {}
+        for backend, dtype in (("triton", torch.bfloat16), ("reference", torch.float64)):
+            forward, leaves = sparse(system, Inputs(*(x.to(dtype) for x in inputs)), backend)
+            out = forward()
+            gradients = torch.autograd.grad(out, list(leaves.values()), inputs.dout.to(dtype))
+            results[backend] = [out.detach(), *gradients]
+        names = ("output", *(f"gradient of {name}" for name in leaves))
+        for name, result, truth in zip(names, results["triton"], results["reference"], strict=True):
+            error = relative_error(result, truth)
+            # `not <=`: NaN is wrong too
+            if not error <= 0.01:
+                wrong.append(f"{heads.name}, {system}: {name} is off by {error:.4f} of its norm")
     return wrong
 
 
@@ -127,6 +146,12 @@ def costs(heads: Heads, tokens: int) -> dict[str, Cost]:
     # five products instead of two in each branch, no scores
     branches = sum(parts[name].flops for name in ("attention", "selection", "window"))
     parts["backward"] = Cost(2.5 * branches, 2 * (rows * width + kv))
+    near_flops = parts["selection"].flops + parts["window"].flops
+    index_bytes = rows * INDEX_CHANNELS + 2.0 * tokens * heads.kv_heads * INDEX_CHANNELS
+    index = Cost(tokens * tokens * heads.query_heads * INDEX_CHANNELS, index_bytes)
+    parts["index scores + top-k"] = index
+    parts["index forward"] = Cost(index.flops + near_flops, rows * width + kv + index_bytes)
+    parts["index backward"] = Cost(2.5 * near_flops, 2 * (rows * width + kv))
     dense = tokens * tokens / 2 * pair
     parts["dense forward"] = Cost(dense, attention)
     parts["dense backward"] = Cost(2.5 * dense, 2 * attention)
@@ -135,15 +160,9 @@ def costs(heads: Heads, tokens: int) -> dict[str, Cost]:
 
 def whole(system: str, x: Inputs) -> tuple[Callable[[], Tensor], list[Tensor]]:
     """A system's forward pass, and the tensors whose gradients its backward pass gives."""
-    if system == "nsa":
-        leaves = [tensor.detach().requires_grad_() for tensor in x[:6]]
-
-        def nsa() -> Tensor:
-            out = nsa_attention(*leaves, backend="triton")
-            assert isinstance(out, Tensor)
-            return out
-
-        return nsa, leaves
+    if system in SPARSE:
+        forward, by_name = sparse(system, x)
+        return forward, list(by_name.values())
     backend = SDPBackend.FLASH_ATTENTION if system == "fa2" else SDPBackend.CUDNN_ATTENTION
     q, k, v = (tensor.transpose(1, 2) for tensor in x[:3])
     if system == "fa2" and q.shape[-1] != v.shape[-1]:
@@ -163,7 +182,7 @@ def measure_system(system: str, x: Inputs) -> Iterator[tuple[str, Times, float]]
     forward, leaves = whole(system, x)
     peak_forward = peak_mib(forward)
     out = forward()
-    dout = x.dout if system == "nsa" else x.dout.transpose(1, 2)
+    dout = x.dout if system in SPARSE else x.dout.transpose(1, 2)
     if out.shape[-1] != dout.shape[-1]:
         dout = torch.nn.functional.pad(dout, (0, out.shape[-1] - dout.shape[-1]))
     with torch.no_grad():
@@ -199,7 +218,11 @@ def draw(path: Path) -> Path | None:
             lengths = sorted({n for p, c, s, n in times if p == part and c == config and s == "nsa"})
             lengths = [n for n in lengths if (part, config, "fa2", n) in times]
             ratio = [times[part, config, "fa2", n] / times[part, config, "nsa", n] for n in lengths]
-            axis.plot([n // 1024 for n in lengths], ratio, marker="o", label=config)
+            line = axis.plot([n // 1024 for n in lengths], ratio, marker="o", label=config)[0]
+            indexed = [n for n in lengths if (part, config, "nsa-index", n) in times]
+            ratio = [times[part, config, "fa2", n] / times[part, config, "nsa-index", n] for n in indexed]
+            label = f"{config}, by an index" if indexed else None
+            axis.plot([n // 1024 for n in indexed], ratio, ":", color=line.get_color(), label=label)
         axis.axhline(1, color="grey", linewidth=0.8)
         axis.set(title=part, yscale="log")
         lengths_below(axis, (key[3] for key in times))
@@ -252,7 +275,7 @@ class Recorder:
         row |= {"median_ms": median, "p20_ms": low, "p80_ms": high, "peak_mib": "" if peak is None else round(peak)}
         row |= achieved(cost, times[0], self.flops, self.moved) if cost else {}
         print(
-            f"{case.config:13} {case.tokens:7} {case.inputs:9} {system:5} {part:32} {median:>9} ms"
+            f"{case.config:13} {case.tokens:7} {case.inputs:9} {system:9} {part:32} {median:>9} ms"
             + (f"  floor {row['floor_ms']:>8}" if cost else ""),
             "" if peak is None else f"  peak {peak:.0f} MiB",
             flush=True,
@@ -271,31 +294,33 @@ def measure_case(recorder: Recorder, heads: Heads, case: Case, systems: Sequence
     time for all inputs, and are measured with random ones.
 
     Args:
-        systems: of nsa, fa2, cudnn.
-        with_parts: the stages of `nsa` too.
+        systems: of nsa, nsa-index, fa2, cudnn.
+        with_parts: the stages of the sparse ones too.
     """
     least = costs(heads, case.tokens)
     x = make_inputs(heads, case.tokens, case.inputs)
     for system in systems:
-        if system != "nsa" and case.inputs != "random":
+        if system not in SPARSE and case.inputs != "random":
             continue
-        prefix = "" if system == "nsa" else "dense "
+        prefix = {"nsa": "", "nsa-index": "index "}.get(system, "dense ")
         try:
             rows = [
                 recorder.row(case, system, part, times, peak, least[prefix + part])
                 for part, times, peak in measure_system(system, x)
             ]
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            if system == "nsa":
+            if system in SPARSE:
                 raise
             print(f"{case.config} {case.tokens} {system}: not measured, {str(error).splitlines()[0]}", flush=True)
             continue
         recorder.write(rows)
-    if with_parts and "nsa" in systems:
-        stages = Stages(x)
-        for parts in (stages.forward, stages.backward):
-            for part, call in parts().items():
-                recorder.write([recorder.row(case, "nsa", part, measure(call, 60), cost=least.get(part))])
+    if not with_parts or not {*SPARSE} & {*systems}:
+        return
+    stages = Stages(x)
+    parts = [("nsa", stages.forward), ("nsa", stages.backward), ("nsa-index", stages.index)]
+    for system, parts_of in parts:
+        for part, call in parts_of().items() if system in systems else ():
+            recorder.write([recorder.row(case, system, part, measure(call, 60), cost=least.get(part))])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -304,7 +329,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--configs", default=",".join(CONFIGS), help="Hq:Hk:D or Hq:Hk:Dk/Dv, separated by commas")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="lengths, separated by commas")
     parser.add_argument("--inputs", default="random,realistic", help="random, realistic or both")
-    parser.add_argument("--systems", default="nsa,fa2,cudnn", help="which of nsa, fa2, cudnn")
+    parser.add_argument("--systems", default="nsa,nsa-index,fa2,cudnn", help="which of nsa, nsa-index, fa2, cudnn")
     parser.add_argument("--no-parts", action="store_true", help="only whole passes")
     options = parser.parse_args(arguments)
     if no_gpu():
@@ -313,7 +338,7 @@ def main(arguments: list[str] | None = None) -> int:
     systems = options.systems.split(",")
     failed = False
     for heads in map(Heads.parse, options.configs.split(",")):
-        if wrong := check(heads):
+        if wrong := check(heads, systems=systems):
             failed = True
             print("\n".join(["error: not timed, since it is wrong:", *wrong]), file=sys.stderr, flush=True)
             continue

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nsa_hf.kernels import MeanCompressor, Placement, Sizes, compress
 
-from .common import Heads
+from .common import INDEX_CHANNELS, Heads
 
 SIZES = Sizes()
 Parts = dict[str, Callable[[], object]]
@@ -113,6 +113,14 @@ class Stages:
             "window": lambda: interval_forward(x.q, x.k, x.v, *layout.window, scale),
             "combination": lambda: combine(*saved[:3], x.gates, layout.relative),
         }
+
+    def index(self) -> Parts:
+        """What an index has in the place of the compressed branch and its scores."""
+        from nsa_hf.kernels.gpu.scores.index import IndexInputs, select_by_index
+
+        q_index, k_index = (x[..., :INDEX_CHANNELS].contiguous() for x in (self.x.q, self.x.k))
+        scored = IndexInputs(q_index, k_index, self.x.k.shape[2])
+        return {"index scores + top-k": lambda: select_by_index(scored, self.layout, SIZES)}
 
     def backward(self) -> Parts:
         """The stages of the backward pass by name."""

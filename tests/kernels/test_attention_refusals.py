@@ -17,6 +17,8 @@ from nsa_hf.kernels import nsa_attention
 PLAIN = Shape(batch=2)  # l 4, d 2, l' 4, topk 4, init 1, local 2, window 5; 30 tokens, 14 blocks, 4 heads on 2
 ONE_ROW = Shape()
 LAST = Shape(queries=6)
+INDEX = Shape(index=(2, 0, 3))  # with the compressed branch
+EIGHT_BITS = Shape(index=(2, 0, 3), eight_bits=True, compressed=False)
 Change = Callable[[Inputs], dict[str, Any]]
 
 
@@ -156,6 +158,42 @@ REFUSED: dict[str, tuple[Shape, Change, type[Exception], str]] = {
         TypeError,
         r"k_win.*float64.*float32",
     ),
+    # an index
+    "an index's queries alone": (INDEX, give(k_index=None), ValueError, r"q_index and k_index go together"),
+    "an index's keys alone": (INDEX, give(q_index=None), ValueError, r"q_index and k_index go together"),
+    "scales alone": (PLAIN, give(k_index_scales=torch.ones(2, 30, 2)), ValueError, r"q_index and k_index go together"),
+    "q_index of another dtype": (INDEX, to("q_index", torch.float32), TypeError, r"q_index.*float64.*float32"),
+    "k_index of another dtype": (INDEX, to("k_index", torch.float32), TypeError, r"k_index.*float64.*float32"),
+    "q_index of fewer queries": (INDEX, cut("q_index", 1, 29), ValueError, r"q_index.*\[1, 30\].*1, 29"),
+    "k_index of fewer keys": (INDEX, cut("k_index", 1, 29), ValueError, r"k_index.*\[1, 30\].*1, 29"),
+    "q_index of fewer channels": (INDEX, cut("q_index", 3, 2), ValueError, r"as many channels.*2 and 3"),
+    "an index without channels": (
+        INDEX,
+        lambda x: {name: x[name][..., :0] for name in ("q_index", "k_index")},
+        ValueError,
+        r"q_index.*1 \.\. 256",
+    ),
+    "q_index heads do not divide": (INDEX, cut("q_index", 2, 3), ValueError, r"q_index.*multiple.*2 KV heads.*3"),
+    "k_index of three heads": (
+        INDEX,
+        lambda x: {"k_index": x["q_index"][:, :, :3]},
+        ValueError,
+        r"k_index.*2 KV heads, or one.*3",
+    ),
+    "no compressed keys and no index": (PLAIN, give(k_cmp=None, v_cmp=None), ValueError, r"k_cmp.*index"),
+    "int8 keys without scales": (EIGHT_BITS, give(k_index_scales=None), ValueError, r"int8.*k_index_scales"),
+    "scales of keys in 64 bits": (
+        INDEX,
+        give(k_index_scales=torch.ones(1, 30, 2, dtype=torch.bfloat16)),
+        TypeError,
+        r"k_index_scales.*int8.*float64",
+    ),
+    "scales in float32": (EIGHT_BITS, to("k_index_scales", torch.float32), TypeError, r"bfloat16.*float32"),
+    "scales of fewer keys": (EIGHT_BITS, cut("k_index_scales", 1, 29), ValueError, r"1, 30, 2.*1, 29, 2"),
+    **{
+        f"index_scale is {scale!r}": (INDEX, give(index_scale=scale), ValueError, r"index_scale.*positive.*finite")
+        for scale in (0.0, -1.0, float("nan"))
+    },
     # compressed blocks
     "a block too few": (
         PLAIN,
