@@ -3,7 +3,7 @@
     python -m nsa_hf.recipes.benchmarks.operation                                     every shape, 4k to 128k
     python -m nsa_hf.recipes.benchmarks.operation --configs 9:3:64 --tokens 8192      one shape
 
-System `nsa` is the paper's; `nsa-index` chooses blocks by 32 channels of queries and keys, and has no compressed branch.
+System `nsa` is the paper's; `nsa-index` chooses blocks by 32 channels of a head, and has no compressed branch.
 Forward and backward are compared with the float64 reference first; a configuration that is wrong is not timed and the
 exit code is 1. Rows are appended to a CSV, one for each (config, tokens, inputs, system, part), so that a run that was
 cut off leaves what it measured. `flops` and `bytes` are what the part has to do at least. At the start of the run the
