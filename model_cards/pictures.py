@@ -188,6 +188,32 @@ def gate_lines(inspection: Result) -> Figure:
     return figure
 
 
+def layer_bars(measured: Result) -> Figure:
+    """The KL with one layer sparse, for every layer; those that are worth being left dense in another color.
+
+    Args:
+        measured: of a plan, see `nsa_hf.conversion.plan`.
+    """
+    rows, worth = measured["by_layer"], measured["dense_layers"]["layers"]
+    figure = Figure(figsize=(max(4.5, 1.5 + 0.2 * len(rows)), 3.2), layout="constrained")
+    axes = figure.subplots()
+    colors = [ORANGE if row["layer"] in worth else BLUE for row in rows]
+    axes.bar([row["layer"] for row in rows], [row["kl"] for row in rows], 0.75, color=colors)
+    tokens = max(text["tokens"] for text in measured["documents"])
+    positions = f"positions {measured['exact_up_to']:,} to {tokens:,}"
+    style(axes, f"KL to dense with one layer sparse, {positions}", "layer", "nats a token")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if worth:
+        axes.bar([], [], color=ORANGE, label="worth leaving dense")
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    return figure
+
+
+def draw_layers(path: Path, measured: Result) -> None:
+    """Draws `layer_bars` into a file."""
+    layer_bars(measured).savefig(path, dpi=DPI, facecolor="white", metadata={"Software": None})
+
+
 def percent_label(value: float) -> str:
     """A difference in percent with two or three digits, "0" for a tiny one, nothing where nothing was measured."""
     if np.isnan(value):

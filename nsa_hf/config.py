@@ -66,6 +66,15 @@ class NsaConfigMixin(NsaFields, SavedConfig):
         config.check_kinds()
         return config
 
+    def with_fields(self, **nsa_fields: Any) -> Self:
+        """The same config with other `nsa_*` fields; channels that were found are found again.
+
+        Raises:
+            NsaError: a field breaks a rule, or the family's rotation is none of which channels can be found.
+        """
+        fields: dict[str, Any] = {**self.to_dict(), "nsa_selector_channels": None, **nsa_fields}  # type: ignore[attr-defined]
+        return type(self)(**fields)
+
     def to_dense_config(self) -> PreTrainedConfig:
         """The dense config of this one: the same without the `nsa_*` fields."""
         fields: dict[str, Any] = self.to_dict()  # type: ignore[attr-defined]
