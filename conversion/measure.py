@@ -347,7 +347,7 @@ def render_measured(measured: dict[str, Any]) -> RenderableType:
     texts = ", ".join(f"{escape(text['name'])} ({text['tokens']:,} tokens)" for text in measured["documents"])
     advice, first = measured["dense_layers"], measured["conversions"][0]
     beyond = [row["from"] for row in first["by_position"] if row["from"] >= measured["exact_up_to"]]
-    costs = Table(title=f"Rise of perplexity over dense, and KL: nothing trained, {texts}")
+    costs = Table(title="Rise of perplexity, and KL to dense")
     costs.add_column("blocks chosen by")
     for row in first["by_position"][-len(beyond) :]:
         costs.add_column(f"{row['from']:,} -\n{row['to']:,}", justify="right", no_wrap=True)
@@ -367,12 +367,13 @@ def render_measured(measured: dict[str, Any]) -> RenderableType:
     for row in measured["by_layer"]:
         bar = "█" * round(30 * row["share"] / most) if most else ""
         by_layer.add_row(str(row["layer"]), f"{row['kl']:.5f}", f"{row['share']:.1%}", bar)
-    worth = Table(title="Layers worth leaving dense", show_header=False)
-    worth.add_row("Which", advice["why"])
-    worth.add_row("Rule", advice["rule"])
+    facts = Table(title="Measured, nothing trained", show_header=False)
+    facts.add_row("On", texts)
+    facts.add_row("Worth leaving dense", advice["why"])
+    facts.add_row("By the rule", advice["rule"])
     if advice["layers"]:
-        worth.add_row("To do so", f"--nsa-dense-layers {','.join(map(str, advice['option']))}")
-    return Group(costs, by_layer, worth)
+        facts.add_row("To do so", f"--nsa-dense-layers {','.join(map(str, advice['option']))}")
+    return Group(facts, costs, by_layer)
 
 
 def _percent(share: float | None) -> str:

@@ -188,6 +188,10 @@ def verify(
     length: Annotated[int, typer.Option(help="Tokens of every text.")] = 2048,
     documents: Annotated[int, typer.Option(help="Held-out texts read.")] = 2,
     text: Annotated[list[Path] | None, typer.Option(help="A text file to read instead; may be repeated.")] = None,
+    compare_selectors: Annotated[
+        bool,
+        typer.Option("--compare-selectors", help="Measure the same weights with the other choice of blocks as well."),
+    ] = False,
     device: Device = None,
     revision: Revision = None,
     allow_pickle: AllowPickle = False,
@@ -210,6 +214,7 @@ def verify(
         length=length,
         documents=len(texts) if texts else documents,
         texts=texts,
+        compare_selectors=compare_selectors,
         device=pick_device(device),
         revision=revision,
         allow_pickle=allow_pickle,
