@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 Result = dict[str, Any]  # as a command wrote it, see card.RESULTS
 Pictures = dict[str, Callable[[], Figure] | None]  # by file name, how each is drawn; None for what was not measured
@@ -202,7 +203,7 @@ def layer_bars(measured: Result) -> Figure:
     tokens = max(text["tokens"] for text in measured["documents"])
     positions = f"positions {measured['exact_up_to']:,} to {tokens:,}"
     style(axes, f"KL to dense with one layer sparse, {positions}", "layer", "nats a token")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if worth:
         axes.bar([], [], color=ORANGE, label="worth leaving dense")
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
