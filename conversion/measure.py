@@ -366,7 +366,7 @@ def render_measured(measured: dict[str, Any]) -> RenderableType:
     most = max(row["share"] for row in measured["by_layer"])
     for row in measured["by_layer"]:
         bar = "█" * round(30 * row["share"] / most) if most else ""
-        by_layer.add_row(str(row["layer"]), f"{row['kl']:.5f}", f"{row['share']:.1%}", bar)
+        by_layer.add_row(str(row["layer"]), f"{row['kl']:.1e}", f"{row['share']:.1%}", bar)
     facts = Table(title="Measured, nothing trained", show_header=False)
     facts.add_row("On", texts)
     facts.add_row("Worth leaving dense", advice["why"])
