@@ -42,6 +42,7 @@ from nsa_hf.from_dense import on_same_weights
 
 from .compare.metrics import Accumulator, position_edges
 from .compare.models import compare_models, final_states
+from .compare.resumed import resumable
 from .compare.selectors import other_selector, selector_name
 from .compare.texts import provenance
 from .compare.tokens import Window, has_tokenizer, longest_windows
@@ -114,11 +115,11 @@ def measure_conversion(
     if scaling:
         dense = scale_model(dense, scaling)
     dense = dense.float().to(how.device)
-    with _progress(how.progress, windows, len(configs) + len(sparse_layers) + 1) as advance:
+    with _progress(how.progress, windows, len(configs) + len(sparse_layers) + 2) as advance:
         study = Study(dense, config, windows, advance)
         del dense
         conversions = [study.conversion(one) for one in configs]
-        by_layer = {layer: study.kl_of_layer(layer, sparse_layers) for layer in sparse_layers}
+        by_layer = study.kl_by_layer(sparse_layers)
     advice = dense_layers_worth_leaving(config, layers, by_layer)
     if advice["layers"]:
         with _progress(how.progress, windows, 1) as study.advance:
@@ -241,16 +242,26 @@ class Study:
             "by_position": [{**row, "rise": rise(row)} for row in finite(compared)],
         }
 
-    def kl_of_layer(self, layer: int, sparse_layers: Sequence[int]) -> float:
-        """KL to dense in nats a token, beyond the exact range, when one layer alone is sparse: at some positions."""
-        with self.model.dense_attention([other for other in sparse_layers if other != layer]):
-            states = self.states(self.model)
+    def kl_by_layer(self, layers: Sequence[int]) -> dict[int, float]:
+        """KL to dense in nats a token with one of these layers sparse at a time, at positions beyond the exact range.
+
+        Up to a sparse layer all is as in the dense model, and not computed again.
+        """
         positions = slice(self.exact, None, self.step)
-        read = [(name, ids[:, positions]) for name, ids in self.windows]
-        dense, sparse = ([x[:, positions] for x in one] for one in (self.dense_states, states))
-        edges = [0, max(ids.shape[1] for _, ids in read)]
-        (row,) = finite(compare_models(self.model, dense, self.model, sparse, read, edges, is_text=False))
-        return max(0.0, float(row["kl"]))
+        places = range(self.dense_states[0].shape[1])[positions]
+        compared = {layer: Accumulator([0, len(places)]) for layer in layers}
+        for window, dense in zip(self.windows, self.dense_states, strict=True):
+            begin_at = resumable(self.model, window)
+            self.advance()
+            read = [(window[0], window[1][:, positions])]
+            for layer in layers:
+                with self.model.dense_attention([other for other in layers if other != layer]), begin_at(layer):
+                    (states,) = final_states(self.model, [window])
+                both = ([dense[:, positions]], self.model, [states[:, positions]])
+                one = compare_models(self.model, *both, read, compared[layer].edges, is_text=False)
+                compared[layer].merge(one)
+                self.advance()
+        return {layer: max(0.0, finite(one)[0]["kl"]) for layer, one in compared.items()}
 
 
 def sparse_model(weights: PreTrainedModel, config: Any) -> Any:

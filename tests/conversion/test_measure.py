@@ -144,16 +144,17 @@ LAYERS = [{"layer": n, "becomes": "nsa", "keeps": None} for n in range(40)]
     [
         ({}, "channels", []),
         ({7: 3.9}, "channels", []),  # not above the others by enough
-        ({7: 4.1}, "channels", [7]),
+        ({7: 5.0}, "channels", []),  # its share does not pay
+        ({7: 6.0}, "channels", [7]),
         ({7: 9.0}, "compressed", []),  # whose other layers read less, so that a dense one costs more
         ({7: 30.0}, "compressed", [7]),
         ({7: 40.0, 3: 40.0, 9: 1.5}, "channels", [3, 7]),
     ],
 )
 def test_layers_worth_leaving_dense(large, selector, worth):
-    config = nsa_hf.nsa_config_from_dense(
-        tiny_dense("llama", num_hidden_layers=40).config, nsa_selector=selector, nsa_dense_layers=[1]
-    )
+    compression = "none" if selector == "channels" else "mlp"
+    fields = {"nsa_selector": selector, "nsa_compression": compression, "nsa_dense_layers": [1]}
+    config = nsa_hf.nsa_config_from_dense(tiny_dense("llama", num_hidden_layers=40).config, **fields)
     layers = [{**row, "becomes": "dense" if row["layer"] == 1 else "nsa"} for row in LAYERS]
     by_layer = {n: 1e-3 * large.get(n, 1.0) for n in range(40) if n != 1}
     advice = dense_layers_worth_leaving(config, layers, by_layer)
