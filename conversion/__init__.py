@@ -4,7 +4,8 @@
 # are the functions, whichever module is imported first.
 from .convert import convert
 from .export import export_dense, render_export
+from .measure import Measuring
 from .plan import plan, render_plan
 from .verify import render_verify, verify
 
-__all__ = ["convert", "export_dense", "plan", "render_export", "render_plan", "render_verify", "verify"]
+__all__ = ["Measuring", "convert", "export_dense", "plan", "render_export", "render_plan", "render_verify", "verify"]

@@ -3,7 +3,8 @@
     from nsa_hf.conversion import plan
     plan("path/to/llama", topk=16)["kv_cache"]
 
-Needs the config only: no weights are loaded (of a local safetensors folder the headers are checked).
+Needs the config only: no weights are loaded (of a local safetensors folder the headers are checked), unless it is to
+measure as well (measure.py).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from nsa_hf.fields import NSA_FIELDS
 
 from .costs import kv_cache, pays_from, scoring_of
 from .files.loading import reading, transformers_progress
+from .measure import Measuring, measure_conversion, render_measured
 from .options import dtype_name, nsa_options, parse_dtype, target_config
 from .sources import open_source
 from .sources.folder import SafetensorsSource
@@ -36,6 +38,7 @@ def plan(
     *,
     dtype: str | torch.dtype | None = None,
     lengths: Sequence[int] = LENGTHS,
+    measure: Measuring | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
@@ -46,6 +49,7 @@ def plan(
     Args:
         src, dtype, revision, allow_pickle, trust_remote_code, options: as `convert` takes them.
         lengths: tokens at which to count the cache's bytes.
+        measure: also measure, on these texts, what the conversion costs; the weights are loaded for it.
 
     Returns:
         A JSON-able dict:
@@ -60,12 +64,19 @@ def plan(
           (`dense_read_bytes`, `nsa_read_bytes`, and their ratio `read_less`).
         - `pays_from`: tokens from which attention takes fewer FLOPs, None if never: `one_token` (for the token at that
           length), `whole_text` (for all tokens up to it), and `formula`.
+        - `measured`: None unless `measure` is given. `documents`: name and tokens of each text; `conversions`: the
+          conversion itself, that with half as many channels and that with the other selector, each with its rows
+          `by_position` (see compare/metrics.py) and in these the `rise` of perplexity, a share; `without_channels`: why
+          none chooses by channels; `by_layer`: the KL beyond the exact range with one layer sparse and its `share` of
+          their sum; `dense_layers`: the `layers` worth leaving dense, the `rule` and `why`, their `kl_share`, at
+          `length` the bytes read for a token (`read_bytes`, `read_bytes_then`), all that are dense then (`option`) and
+          what is left (`by_position`; None without such layers).
 
     Raises:
         NsaError: the source or an option is not as it must be.
     """
     with transformers_progress(False):
-        source = open_source(src, revision, False, allow_pickle, trust_remote_code)
+        source = open_source(src, revision, measure is not None, allow_pickle, trust_remote_code)
         with reading(source.folder / "config.json"):
             config = target_config(source.config, options, parse_dtype(dtype))
             expected = converted_tensors(config)
@@ -74,6 +85,11 @@ def plan(
     dense, added = (sum(map(_numel, shapes.values())) for shapes in (expected.dense, expected.added))
     itemsize = config.dtype.itemsize
     layers = [_layer(config, expected, index) for index in range(config.num_hidden_layers)]
+    scaling = nsa_options(options).get("rope_scaling")
+    measured = None
+    if measure is not None:
+        with transformers_progress(measure.progress):
+            measured = measure_conversion(source, config, layers, measure, scaling)
     return {
         "source": {
             "name": str(src),
@@ -85,13 +101,14 @@ def plan(
         "dtype": dtype_name(config.dtype),
         "options": {name: getattr(config, name) for name in NSA_FIELDS},
         "exact_up_to": config.nsa_sizes.exact_tokens,
-        "rope_scaling": nsa_options(options).get("rope_scaling"),
+        "rope_scaling": scaling,
         "training": training_hindrance(config),
         "layers": layers,
         "parameters": {"dense": dense, "added": added, "added_share": added / dense},
         "bytes": {"dense": dense * itemsize, "nsa": (dense + added) * itemsize},
         "kv_cache": [kv_cache(config, layers, length) for length in lengths],
         "pays_from": pays_from(config.nsa_sizes, scoring_of(config)),
+        "measured": measured,
     }
 
 
@@ -153,7 +170,8 @@ def render_plan(plan: dict[str, Any]) -> RenderableType:
     for row in plan["kv_cache"]:
         sizes = (_bytes(row[key]) for key in ("dense_bytes", "nsa_bytes", "dense_read_bytes", "nsa_read_bytes"))
         cache.add_row(f"{row['length']:,}", *sizes, f"{row['read_less']:.2f}")
-    return Group(facts, layers, cache)
+    measured = [render_measured(plan["measured"])] if plan.get("measured") else []
+    return Group(facts, layers, cache, *measured)
 
 
 def _exactness(plan: dict[str, Any]) -> str:

@@ -25,11 +25,13 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedConfig
 
-from nsa_hf.errors import NsaError, check_path
+from nsa_hf.errors import NotPlain, NsaError, check_path
+from nsa_hf.from_dense import on_same_weights
 
 from . import manifest as manifests
 from .compare.metrics import Accumulator, Bucket, position_edges
 from .compare.models import compare_models, drop_decoder, final_states
+from .compare.selectors import other_selector, selector_name
 from .compare.texts import held_out_texts, provenance
 from .compare.tokens import Window, has_tokenizer, token_windows
 from .compare.weights import compare_tensors, matches_manifest
@@ -60,6 +62,7 @@ def verify(
     length: int = 2048,
     documents: int = 2,
     texts: Sequence[tuple[str, str]] | None = None,
+    compare_selectors: bool = False,
     device: str | torch.device = "cpu",
     revision: str | None = None,
     allow_pickle: bool = False,
@@ -74,6 +77,8 @@ def verify(
         length: tokens of each text; not more than the model's max_position_embeddings are taken.
         documents: how many of the texts.
         texts: (name, text) pairs; None takes files of Python's standard library that training leaves out.
+        compare_selectors: also measure the same weights with the other way to choose blocks, see
+            `compare.selectors.other_selector`.
         device: where both models run.
         revision, allow_pickle: as for `convert`.
         trust_remote_code: run the code that the source brings, as its dense model, and that of the tokenizer.
@@ -83,10 +88,12 @@ def verify(
         The result, JSON-able. `exact` is True or False, or None where it does not apply: a trained model that is as
         recorded, or one without a manifest that is not its source. `why` says what it rests on or what failed;
         `tensors`, `exact_range`, `by_position` hold the figures (see metrics.py for the rows). Without a manifest
-        `trained`, `source_matches_manifest` and `tensors["unlike_manifest"]` are None.
+        `trained`, `source_matches_manifest` and `tensors["unlike_manifest"]` are None. `other_selector` is None unless
+        `compare_selectors`: its `name`, the model's own in `instead_of`, and rows `by_position` as the model's.
 
     Raises:
-        NsaError: the source or the checkpoint is not as it must be, or the texts are too short.
+        NsaError: the source or the checkpoint is not as it must be, the texts are too short, or a comparison of
+            selectors was asked for where the family has no channels to choose by.
     """
     began = time.perf_counter()
     check_whole_number("length", length, 2, 1 << 24)
@@ -97,6 +104,10 @@ def verify(
         source = open_source(src, revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
         checkpoint = SafetensorsCheckpoint(out)
         config = read_config(out)
+        try:
+            configs = [config, *([other_selector(config)] if compare_selectors else [])]
+        except NotPlain as reason:
+            raise NsaError(f"selectors cannot be compared: {reason}") from reason
         length = min(length, getattr(config, "max_position_embeddings", None) or length)
         texts = list(held_out_texts() if texts is None else texts)
         windows = token_windows(out, texts, length, documents, config.vocab_size, trust_remote_code)
@@ -105,7 +116,7 @@ def verify(
         source_matches = matches_manifest(source, manifest)
         changed_files = [] if manifest is None else manifests.changed_files(manifest, out)
         scaling = scaling_of(manifest, source.config, config)
-        comparison = compare_with_source(source, out, config, scaling, windows, device, progress)
+        comparison, *others = compare_with_source(source, out, configs, scaling, windows, device, progress)
     exact_range = comparison.between(0, min(config.nsa_sizes.exact_tokens, length))
     exact, why = judge(manifest, tensors, exact_range, changed_files)
     if exact and manifest is None and scaling:
@@ -135,6 +146,13 @@ def verify(
             "tie": TIE,
         },
         "by_position": comparison.as_dict(),
+        "other_selector": {
+            "name": selector_name(configs[1]),
+            "instead_of": selector_name(config),
+            "by_position": others[0].as_dict(),
+        }
+        if others
+        else None,
         "versions": manifests.versions(),
         "seconds": round(time.perf_counter() - began, 1),
     }
@@ -180,23 +198,27 @@ def weights_dtype(config: PreTrainedConfig) -> torch.dtype:
 def compare_with_source(
     source: Source,
     out: Path,
-    config: PreTrainedConfig,
+    configs: Sequence[PreTrainedConfig],
     scaling: dict[str, Any] | None,
     windows: Sequence[Window],
     device: str | torch.device,
     progress: bool,
-) -> Accumulator:
+) -> list[Accumulator]:
     """Compares the converted model's logits with the dense model's, in float32, one model in memory at a time.
 
     Args:
         source: the dense model.
         out: the converted model's folder.
-        config: the converted model's config.
+        configs: the converted model's config, and others that its weights are run with as well.
         scaling: RoPE scaling that the dense model gets, as the converted one has it.
         windows: the texts, all of one length.
         device: where both models run.
         progress: show bars on standard error.
+
+    Returns:
+        The comparison with each config.
     """
+    config, *others = configs
     windows = [(name, ids.to(device)) for name, ids in windows]
     dense = source.load_model(weights_dtype(config))
     if scaling:
@@ -206,10 +228,15 @@ def compare_with_source(
     drop_decoder(dense)
     with reading(out):
         sparse = load_whole(out, dtype=weights_dtype(config)).float().to(device)
-    sparse_states = final_states(sparse, windows, progress="NSA model" if progress else None)
-    drop_decoder(sparse)
+    models = [sparse, *(on_same_weights(type(sparse), other, sparse) for other in others)]
+    states = [final_states(model, windows, progress="NSA model" if progress else None) for model in models]
+    for model in models:
+        drop_decoder(model)
     edges = position_edges(windows[0][1].shape[1], [config.nsa_sizes.exact_tokens])
-    return compare_models(dense, dense_states, sparse, sparse_states, windows, edges, is_text=has_tokenizer(out))
+    return [
+        compare_models(dense, dense_states, model, of_model, windows, edges, is_text=has_tokenizer(out))
+        for model, of_model in zip(models, states, strict=True)
+    ]
 
 
 def judge(
@@ -282,7 +309,22 @@ def render_verify(result: dict[str, Any]) -> RenderableType:
             _number(row["max_abs_diff"], ".1e"),
         )
         table.add_row(f"{row['from']:,} - {row['to']:,}", f"{row['tokens']:,}", *cells)
-    return Group(facts, table)
+    return Group(facts, table, *([compared_selectors(result)] if result.get("other_selector") else []))
+
+
+def compared_selectors(result: dict[str, Any]) -> Table:
+    """The model beside the same weights with the other selector, as a table."""
+    other = result["other_selector"]
+    table = Table(title="The same weights, blocks chosen otherwise")
+    table.add_column("positions", justify="right", no_wrap=True)
+    names = (other["instead_of"], other["name"])
+    for column in (*(f"{name}\nppl" for name in names), *(f"{name}\nKL" for name in names)):
+        table.add_column(column, justify="right")
+    for own, row in zip(result["by_position"], other["by_position"], strict=True):
+        ppl = (_number(one["ppl"], ".3f") for one in (own, row))
+        kl = (_number(one["kl"], "z.5f") for one in (own, row))
+        table.add_row(f"{row['from']:,} - {row['to']:,}", *ppl, *kl)
+    return table
 
 
 def _number(value: float | None, form: str) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 Result = dict[str, Any]  # as a command wrote it, see card.RESULTS
 Pictures = dict[str, Callable[[], Figure] | None]  # by file name, how each is drawn; None for what was not measured
@@ -186,6 +187,32 @@ def gate_lines(inspection: Result) -> Figure:
     panels[0].axhline(1, color=MUTED, linewidth=0.9)
     panels[1].legend(frameon=False, fontsize=8, labelcolor=INK)
     return figure
+
+
+def layer_bars(measured: Result) -> Figure:
+    """The KL with one layer sparse, for every layer; those that are worth being left dense in another color.
+
+    Args:
+        measured: of a plan, see `nsa_hf.conversion.plan`.
+    """
+    rows, worth = measured["by_layer"], measured["dense_layers"]["layers"]
+    figure = Figure(figsize=(max(4.5, 1.5 + 0.2 * len(rows)), 3.2), layout="constrained")
+    axes = figure.subplots()
+    colors = [ORANGE if row["layer"] in worth else BLUE for row in rows]
+    axes.bar([row["layer"] for row in rows], [row["kl"] for row in rows], 0.75, color=colors)
+    tokens = max(text["tokens"] for text in measured["documents"])
+    positions = f"positions {measured['exact_up_to']:,} to {tokens:,}"
+    style(axes, f"KL to dense with one layer sparse, {positions}", "layer", "nats a token")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if worth:
+        axes.bar([], [], color=ORANGE, label="worth leaving dense")
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    return figure
+
+
+def draw_layers(path: Path, measured: Result) -> None:
+    """Draws `layer_bars` into a file."""
+    layer_bars(measured).savefig(path, dpi=DPI, facecolor="white", metadata={"Software": None})
 
 
 def percent_label(value: float) -> str:

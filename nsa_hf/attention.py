@@ -150,7 +150,7 @@ class NsaAttentionMixin:
             sizes, device = self.model_config.nsa_sizes, hidden_states.device
             entries = self.nsa.compress_k is not None
             cache_layer = adopt_layer(cache, self.layer_idx, sizes, device, independent, entries)
-        if independent and self.nsa is not None and (cache_layer is not None or not mode.dense):
+        if independent and self.nsa is not None and (cache_layer is not None or not mode.runs_dense(self.layer_idx)):
             branches = [self.branch_states(branch, hidden_states, arguments) for branch in BRANCHES]
         return super().forward(
             **arguments,
@@ -226,12 +226,12 @@ def nsa_attention_forward(
         entries, window = extend_cache_layer(module, nsa_cache_layer, compressed, window, segments, mode)
     query, key, value = same_dtype(query, key, value)
     weights = None
-    if mode.weights and (module.window is not None or nsa is None or mode.dense):
+    if mode.weights and (module.window is not None or nsa is None or mode.runs_dense(module.layer_idx)):
         weights = dense_weights(query, key, scaling, module.window, segments, nsa_static)
     if module.window is not None:
         window_of_layer = (module.window, segments, nsa_static)
         return sliding_attention(module, query, key, value, scaling, dropout, *window_of_layer), weights
-    if nsa is None or mode.dense:
+    if nsa is None or mode.runs_dense(module.layer_idx):
         return dense_attention(module, query, key, value, scaling, dropout, segments), weights
     if dropout:
         raise NsaError(f"sparse attention has no attention dropout, got {dropout}: set config.attention_dropout = 0")
@@ -262,7 +262,7 @@ def extend_cache_layer(
     if segments.cu_seqlens is not None:
         cache_layer.packed = True
         return None, window
-    if mode.dense and cache_layer.catches_up:
+    if mode.runs_dense(module.layer_idx) and cache_layer.catches_up:
         cache_layer.note_starts(segments.starts)
         return None, window
     nsa, config = module.nsa, module.model_config

@@ -66,6 +66,15 @@ class NsaConfigMixin(NsaFields, SavedConfig):
         config.check_kinds()
         return config
 
+    def with_fields(self, **nsa_fields: Any) -> Self:
+        """The same config with other `nsa_*` fields; channels that were found are found again.
+
+        Raises:
+            NsaError: a field breaks a rule, or the family's rotation is none of which channels can be found.
+        """
+        fields: dict[str, Any] = {**self.to_dict(), "nsa_selector_channels": None, **nsa_fields}  # type: ignore[attr-defined]
+        return type(self)(**fields)
+
     def to_dense_config(self) -> PreTrainedConfig:
         """The dense config of this one: the same without the `nsa_*` fields."""
         fields: dict[str, Any] = self.to_dict()  # type: ignore[attr-defined]
@@ -161,8 +170,12 @@ class NsaConfigMixin(NsaFields, SavedConfig):
             slides = "sliding_window: " if "sliding_attention" in kinds else ""
             raise NotPlain(f"{slides}no layer has full attention ({', '.join(sorted(set(kinds)))}): nothing to convert")
 
-    def checked_layers(self, layers: list[int]) -> list[int]:
+    def checked_layers(self, layers: list[int], name: str = "nsa_dense_layers") -> list[int]:
         """The numbers of layers in ascending order, each once; negative ones count from the end.
+
+        Args:
+            layers: the numbers.
+            name: what they were given as, for the message.
 
         Raises:
             NsaError: there is no such layer.
@@ -171,7 +184,7 @@ class NsaConfigMixin(NsaFields, SavedConfig):
         if not isinstance(layers, list | tuple | set) or not all(
             isinstance(layer, int) and -count <= layer < count for layer in layers
         ):
-            raise NsaError(f"nsa_dense_layers must be layers within {-count} .. {count - 1}, got {layers!r}")
+            raise NsaError(f"{name} must be layers within {-count} .. {count - 1}, got {layers!r}")
         return sorted({layer % count for layer in layers})
 
     @classmethod

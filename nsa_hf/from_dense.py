@@ -53,19 +53,9 @@ class FromDenseMixin:
         cls.check_source(dense)
         config: Any = cls.config_class.from_dense_config(dense.config, **fields)
         config.dtype = dense.dtype
-        with torch.device("meta"):
-            model: Any = cls(config)  # type: ignore[call-arg]
-        new = {
-            name: value.to(dense.device, dense.dtype) for name, value in initial_nsa_state(type(model), config, seed)
-        }
-        old = {name: value.clone() if in_memory else value for name, value in dense.state_dict().items()}
-        twins = {name: dense_twin(name) for name in model.state_dict() if name not in new}
-        copies = {name: old[twin].clone() for name, twin in twins.items() if twin is not None}
-        model.load_state_dict({**old, **new, **copies}, assign=True)
-        model.tie_weights()
-        take_buffers(model, dense)
+        model: Any = on_same_weights(cls, config, dense, seed=seed, copied=in_memory)
         model.generation_config = dense.generation_config
-        return model.train(dense.training)
+        return model
 
     @classmethod
     def check_source(cls, dense: PreTrainedModel) -> None:
@@ -83,6 +73,33 @@ class FromDenseMixin:
         expected = family.sparse_name(family.causal_lm)
         if cls.__name__ != expected:
             raise NsaError(f"{cls.__name__}.from_dense was given a {family.model_type} model: use {expected}")
+
+
+def on_same_weights(
+    model_class: type[Any], config: PreTrainedConfig, model: PreTrainedModel, *, seed: int = 0, copied: bool = False
+) -> Any:
+    """A sparse model on the weights of another model, which share their memory unless they are copied.
+
+    Args:
+        model_class: of the new model.
+        config: of the new model.
+        model: a dense one, or a sparse one that has all parameters of the new one.
+        seed: of new parameters' random part.
+        copied: the new model has copies, so that either can be changed.
+    """
+    with torch.device("meta"):
+        new_model: Any = model_class(config)
+    state = {name: value.clone() if copied else value for name, value in model.state_dict().items()}
+    for name in new_model.state_dict().keys() - state.keys():
+        if (twin := dense_twin(name)) is not None:
+            state[name] = state[twin].clone()
+    for name, value in initial_nsa_state(model_class, config, seed):
+        if name not in state:
+            state[name] = value.to(model.device, model.dtype)
+    new_model.load_state_dict(state, assign=True)
+    new_model.tie_weights()
+    take_buffers(new_model, model)
+    return new_model.train(model.training)
 
 
 def initial_nsa_state(

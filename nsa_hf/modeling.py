@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -152,14 +152,26 @@ class NsaPreTrainedMixin(FromDenseMixin, SavedByImport, NsaGenerationMixin):
         return (module.nsa_contexts for module in self.modules() if isinstance(module, NsaModelMixin))
 
     @contextmanager
-    def dense_attention(self) -> Iterator[None]:
+    def dense_attention(self, layers: Iterable[int] | None = None) -> Iterator[None]:
         """Runs the same weights dense inside the block: for verification, as a teacher, for evaluation beside.
 
         What this thread runs inside it is dense, and stays so when a backward pass computes it again behind it. The
         gates and compressors are not used. A cache filled here can be continued sparse, and the other way round.
+
+        Args:
+            layers: these layers only, negative ones counted from the end; None: all.
+
+        Raises:
+            NsaError: there is no such layer.
         """
-        with appended(None, [contexts.dense for contexts in self.open_contexts()]):
-            yield
+        contexts = list(self.open_contexts())
+        if layers is None:
+            with appended(None, [context.dense for context in contexts]):
+                yield
+        else:
+            chosen = frozenset(self.config.checked_layers(list(layers), "layers"))
+            with appended(chosen, [context.dense_layers for context in contexts]):
+                yield
 
     @contextmanager
     def record_selection(self) -> Iterator[dict[int, Tensor]]:
@@ -256,6 +268,7 @@ class NsaModelMixin(NsaPreTrainedMixin):
             gate_blend=config.nsa_gate_blend,
             weights=bool(config.output_attentions if weights is None else weights),
             dense=len(contexts.dense) > 0,
+            dense_layers=tuple(contexts.dense_layers),
             recorded=Recorded() if contexts.records else None,
         )
 

@@ -38,6 +38,7 @@ class Mode:
         gate_blend: the share of the paper's gates, with `nsa_gate="blend"`.
         weights: whether attention weights are asked for (`output_attentions`).
         dense: whether the sparse layers run dense.
+        dense_layers: collections of layers that run dense even if the others do not.
         recorded: where the selections go; None while nobody records them.
     """
 
@@ -46,7 +47,12 @@ class Mode:
     gate_blend: float
     weights: bool
     dense: bool
+    dense_layers: tuple[frozenset[int], ...]
     recorded: Recorded | None
+
+    def runs_dense(self, layer: int) -> bool:
+        """Whether a sparse layer runs dense."""
+        return self.dense or any(layer in layers for layers in self.dense_layers)
 
 
 class PerThread(threading.local):
@@ -60,18 +66,20 @@ class OpenContexts(PerThread):
     """The `with model.dense_attention()` and `with model.record_selection()` that a thread is inside of.
 
     Attributes:
-        dense: an entry for each `dense_attention()`.
+        dense: an entry for each `dense_attention()` of all layers.
+        dense_layers: the layers of each `dense_attention(layers)`.
         records: the dict of each `record_selection()`.
     """
 
     def __init__(self) -> None:
         # on the instance: `torch.compile` takes what is on the class for all threads', and does not look again
         self.dense: list[None] = []
+        self.dense_layers: list[frozenset[int]] = []
         self.records: list[dict[int, Tensor]] = []
 
     def of_this_thread(self) -> SimpleNamespace:
         """The lists of this thread, for another thread to use."""
-        return SimpleNamespace(dense=self.dense, records=self.records)
+        return SimpleNamespace(dense=self.dense, dense_layers=self.dense_layers, records=self.records)
 
 
 @contextmanager

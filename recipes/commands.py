@@ -18,6 +18,7 @@ from nsa_hf import NsaError, __version__
 from nsa_hf.errors import check_folder
 
 from .exit_codes import FAILED
+from .measuring import measuring, save_plan
 from .nsa_options import options_of, with_nsa_options
 from .terminal import read_text, show
 from .training.config import load_run_config, settings_help
@@ -79,17 +80,32 @@ def plan(
     revision: Revision = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
+    measure: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Measure on it: stdlib, a text file, a folder, a .jsonl or .parquet."),
+    ] = None,
+    measure_tokens: Annotated[int, typer.Option(help="Tokens of every text; fewer where none has so many.")] = 4096,
+    measure_documents: Annotated[int, typer.Option(help="Texts read at most.")] = 2,
+    device: Device = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Keep what was measured there: plan.json and layers.png.")
+    ] = None,
     as_json: Json = False,
     **nsa: Any,
 ) -> None:
     """Show what a conversion would do.
 
-    Per layer what becomes of it and why, the parameters added, KV-cache bytes, from which length it pays.
+    Per layer what becomes of it and why, the parameters added, KV-cache bytes, from which length it pays. With
+    --measure also what it costs in quality, nothing trained: perplexity and KL by position, and layer by layer.
     """
     from nsa_hf.conversion import plan, render_plan
 
-    trusted: dict[str, Any] = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-    show(plan(src, dtype=dtype, revision=revision, **trusted, **options_of(nsa)), render_plan, as_json)
+    options = {**options_of(nsa), "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    texts = measuring(measure, measure_tokens, measure_documents, device, save)
+    planned = plan(src, dtype=dtype, revision=revision, measure=texts, **options)
+    if save is not None:
+        save_plan(save, planned)
+    show(planned, render_plan, as_json)
 
 
 @app.command()
@@ -172,6 +188,10 @@ def verify(
     length: Annotated[int, typer.Option(help="Tokens of every text.")] = 2048,
     documents: Annotated[int, typer.Option(help="Held-out texts read.")] = 2,
     text: Annotated[list[Path] | None, typer.Option(help="A text file to read instead; may be repeated.")] = None,
+    compare_selectors: Annotated[
+        bool,
+        typer.Option("--compare-selectors", help="Measure the same weights with the other choice of blocks as well."),
+    ] = False,
     device: Device = None,
     revision: Revision = None,
     allow_pickle: AllowPickle = False,
@@ -194,6 +214,7 @@ def verify(
         length=length,
         documents=len(texts) if texts else documents,
         texts=texts,
+        compare_selectors=compare_selectors,
         device=pick_device(device),
         revision=revision,
         allow_pickle=allow_pickle,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -47,23 +47,55 @@ def token_windows(
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randint(vocabulary, (documents, 1, length), generator=generator)
         return [(f"random tokens {index}", ids) for index, ids in enumerate(drawn)]
-    with reading(folder):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    windows: list[Window] = []
-    longest = 0
-    for name, text in texts:
-        if len(windows) == documents:
-            break
-        ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :length]
-        longest = max(longest, ids.shape[1])
-        if ids.shape[1] == length:
-            check_token_ids(ids, vocabulary)
-            windows.append((name, ids))
-    if len(windows) < documents:
+    windows = longest_windows(folder, texts, length, documents, vocabulary, trust_remote_code)
+    longest = max((ids.shape[1] for _, ids in windows), default=0)
+    found = len(windows) if longest == length else 0
+    if found < documents:
         raise NsaError(
-            f"expected {documents} texts of at least {length} tokens, found {len(windows)} among {len(texts)} (the "
+            f"expected {documents} texts of at least {length} tokens, found {found} among {len(texts)} (the "
             f"longest looked at has {longest}): give longer texts, or a smaller length or number of documents"
         )
+    return windows
+
+
+def longest_windows(
+    folder: Path,
+    texts: Iterable[tuple[str, str]],
+    length: int,
+    documents: int,
+    vocabulary: int,
+    trust_remote_code: bool = False,
+) -> list[Window]:
+    """The first tokens of the first texts that are long enough, as far as there are such; else all of the longest text.
+
+    Args:
+        folder: holds the tokenizer.
+        texts: (name, text) pairs.
+        length: tokens of each window.
+        documents: number of windows at most.
+        vocabulary: ids that the model has an embedding for.
+        trust_remote_code: run the code that the tokenizer brings.
+
+    Raises:
+        NsaError: the tokenizer cannot be read, or is another model's.
+    """
+    with reading(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    encoded = (
+        (name, tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :length]) for name, text in texts
+    )
+    windows: list[Window] = []
+    longest: list[Window] = []
+    for name, ids in encoded:
+        if ids.shape[1] == length:
+            windows.append((name, ids))
+            if len(windows) == documents:
+                break
+        elif not longest or ids.shape[1] > longest[0][1].shape[1]:
+            longest = [(name, ids)]
+    windows = windows or longest
+    for _, ids in windows:
+        check_token_ids(ids, vocabulary)
     return windows
 
 

@@ -61,16 +61,33 @@ def load_documents(source: str) -> Dataset:
     if source == STANDARD_LIBRARY:
         return as_dataset(standard_library_texts())
     path = check_path(source)
+    if path.is_file() and path.suffix.lower() in TABLE_FORMATS:
+        return table_documents(path)
+    return as_dataset(named_texts(source))
+
+
+def named_texts(source: str) -> list[tuple[str, str]]:
+    """Name and text of each document, held-out ones of 'stdlib'; needs the package `datasets` for tables only.
+
+    Args:
+        source: as `load_documents` takes it.
+
+    Raises:
+        NsaError: there is no text, or it cannot be read.
+    """
+    if source == STANDARD_LIBRARY:
+        return held_out_texts()
+    path = check_path(source)
     if path.is_dir():
-        return as_dataset(folder_texts(path))
+        return folder_texts(path)
     if not path.is_file():
         raise NsaError(f"no text at {source}: give 'stdlib', a text file, a folder, or a .jsonl or .parquet file")
     suffix = path.suffix.lower()
     if suffix in LINE_SUFFIXES:
-        return as_dataset([(f"{path.name}:{line}", text) for line, text in jsonl_texts(path)])
+        return [(f"{path.name}:{line}", text) for line, text in jsonl_texts(path)]
     if suffix in TABLE_FORMATS:
-        return table_documents(path)
-    return as_dataset([(path.name, read_text(path))])
+        return [(row["name"], row["text"]) for row in table_documents(path)]
+    return [(path.name, read_text(path))]
 
 
 def held_out_documents(source: str, count: int) -> list[tuple[str, str]]:

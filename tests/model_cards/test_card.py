@@ -289,6 +289,19 @@ def test_depth_is_no_traceback(tmp_path):
         render_card(folder)
 
 
+def test_the_other_selector_stands_beside_the_models_own(tmp_path):
+    verify = results.verify()
+    rows = [{**row, "ppl": row["ppl"] + 1, "kl": 2 * row["kl"]} for row in verify["by_position"]]
+    other = {"name": "compressed (mean)", "instead_of": "channels (32)", "by_position": rows}
+    text = card_of(results.write(tmp_path / "with", verify={**verify, "other_selector": other}))
+    assert "compressed (mean) in the place of channels (32):" in text
+    assert "| 1,024–2,048 | 7.375 | 8.375 | 3.12e-02 | 6.25e-02 |" in text
+    folder = results.write(tmp_path / "without", verify=verify)
+    without = card_of(folder)  # written before there was a comparison
+    assert "in the place of" not in without
+    assert card_of(results.write(folder, verify={**verify, "other_selector": None})) == without
+
+
 def test_made_twice_it_is_the_same(tmp_path):
     folder = results.write(tmp_path, verify=results.verify(), training=results.training())
     first = card_of(folder), {path.name: path.read_bytes() for path in folder.glob("*.png")}

@@ -4,8 +4,10 @@ import pytest
 from matplotlib.image import imread
 
 from nsa_hf.model_cards.pictures import (
+    draw_layers,
     draw_pictures,
     gate_lines,
+    layer_bars,
     percent_label,
     perplexity_by_position,
     selection_maps,
@@ -38,6 +40,23 @@ def test_the_curve_shows_the_measured_values():
     assert left.lines[0].get_ydata() == pytest.approx([row["ce"] for row in training["curve"]])
     assert right.lines[0].get_ydata() == pytest.approx([row["kl"] for row in training["curve"]])
     assert [line.get_ydata()[0] for line in right.lines[1:]] == [0.0315, 0.0161]
+
+
+def test_layers_are_bars_and_those_worth_leaving_dense_stand_out(tmp_path):
+    rows = [{"layer": layer, "kl": 0.01 * layer, "share": 0.1} for layer in (1, 3, 5)]
+    measured = {
+        "by_layer": rows,
+        "dense_layers": {"layers": [5]},
+        "documents": [{"name": "a", "tokens": 4096}],
+        "exact_up_to": 1024,
+    }
+    (axes,) = layer_bars(measured).axes
+    assert [bar.get_height() for bar in axes.patches] == [0.01, 0.03, 0.05]
+    assert [bar.get_x() + bar.get_width() / 2 for bar in axes.patches] == pytest.approx([1, 3, 5])
+    assert len({bar.get_facecolor() for bar in axes.patches}) == 2
+    assert "positions 1,024 to 4,096" in axes.get_title(loc="left")
+    draw_layers(tmp_path / "layers.png", measured)
+    assert imread(tmp_path / "layers.png").shape[0] > 300
 
 
 def test_differences_are_percent_of_dense():

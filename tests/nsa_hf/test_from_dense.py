@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_families import EXACT, SIZES, tiny_dense, tokens
+from tiny_families import EXACT, SIZES, sparse_of, tiny_dense, tokens
 from transformers import AutoModelForCausalLM
 
 import nsa_hf
 from nsa_hf import NsaError
 from nsa_hf.conversion import convert
+from nsa_hf.from_dense import on_same_weights
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "qwen3_moe"])
@@ -28,6 +29,21 @@ def test_the_same_as_a_conversion_on_disk(model_type, branch_kv, tmp_path):
     model.train()(tokens(), labels=tokens()).loss.backward()
     model.save_pretrained(tmp_path / "again")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "again").lm_head.weight.shape == model.lm_head.weight.shape
+
+
+@torch.no_grad()
+def test_models_on_the_same_weights_are_those_weights():
+    model = sparse_of(tiny_dense("qwen3", tie_word_embeddings=True), random=True).train()
+    channels = model.config.with_fields(nsa_selector="channels")
+    assert model.config.nsa_selector_channels is None and channels.dtype == model.config.dtype
+    again = on_same_weights(type(model), channels.with_fields(nsa_selector="compressed"), model)
+    other = on_same_weights(type(model), channels, model)
+    x = tokens()
+    assert torch.equal(again(x).logits, model(x).logits) and not torch.equal(other(x).logits, model(x).logits)
+    assert again.training and again.lm_head.weight is again.model.embed_tokens.weight
+    for parameter in model.parameters():
+        parameter.mul_(1.1)
+    assert torch.equal(again(x).logits, model(x).logits)
 
 
 def test_a_model_that_is_given_keeps_its_own_parameters():

@@ -114,6 +114,24 @@ def test_other_threads_run_as_they_would(branch_kv):
         assert torch.equal(logits(model, x), dense), "it ended in the other thread only"
 
 
+@pytest.mark.parametrize("branch_kv", ["shared", "independent"])
+def test_some_layers_run_dense(branch_kv):
+    model, x = tiny(nsa_branch_kv=branch_kv), tokens()
+    for layers in ([0], [-1], [0, 1]):
+        other = type(model)(type(model.config)(**{**model.config.to_dict(), "nsa_dense_layers": layers})).eval()
+        left_out = other.load_state_dict(model.state_dict(), strict=False).unexpected_keys
+        assert left_out and all(".nsa." in name for name in left_out)
+        with model.dense_attention(layers):
+            assert torch.equal(logits(model, x), logits(other, x))
+            with model.record_selection() as record:
+                assert not torch.equal(in_a_thread(logits, model, x), logits(model, x)), "this thread's"
+            assert record.keys() == {0, 1} - {layer % 2 for layer in layers}
+    with model.dense_attention([0]), model.dense_attention([1]):
+        assert torch.equal(logits(model, x), dense_logits(model, x))
+    with pytest.raises(NsaError, match=r"^layers must be layers within -2 .. 1, got \[2\]"), model.dense_attention([2]):
+        pass
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_threads_in_one_layer_keep_their_arguments_apart(family):
     model, texts = tiny(family), [tokens(1), tokens(2)[:, :40]]
@@ -184,6 +202,8 @@ def test_compiled_code_looks_at_what_is_open_in_its_thread():
         torch.testing.assert_close(dense_logits(compiled, x), dense)
         with model.dense_attention():
             torch.testing.assert_close(in_a_thread(logits, compiled, x), sparse)
+    with model.dense_attention([0]):
+        torch.testing.assert_close(logits(compiled, x), dense)
     with model.record_selection() as record:
         torch.testing.assert_close(logits(compiled, x), sparse)
     assert record.keys() == {0} and record[0].shape == (2, 60, 2, 3)

@@ -117,8 +117,34 @@ def test_plan_convert_verify(tiny_dense_dir, tmp_path, capsys):
     text = write_texts(tmp_path / "texts") / "0.txt"
     assert run(["verify", str(tiny_dense_dir), str(out), "--length", "128", "--text", str(text)]) == 0
     assert "0.txt" in capsys.readouterr().out
-    assert json.loads((out / "verify.json").read_text())["exact"] is True
+    verified = json.loads((out / "verify.json").read_text())
+    assert verified["exact"] is True and verified["other_selector"] is None
+    command = ["verify", str(tiny_dense_dir), str(out), "--length", "128", "--text", str(text)]
+    assert run([*command, "--compare-selectors"]) == 0
+    assert "channels (4)" in capsys.readouterr().out
     fails(capsys, ["convert", tiny_dense_dir, out], "--overwrite")
+
+
+def test_plan_measures_and_keeps_it(tiny_dense_dir, tmp_path, capsys):
+    sizes = ["--nsa-kernel-size", "8", "--nsa-kernel-stride", "4", "--nsa-block-size", "16", "--nsa-topk", "4"]
+    command = ["plan", str(tiny_dense_dir), *sizes, "--device", "cpu", "--measure-tokens", "150"]
+    saved = tmp_path / "kept" / "here"
+    texts = write_texts(tmp_path / "texts")
+    assert run([*command, "--measure", str(texts), "--measure-documents", "1", "--save", str(saved), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["measured"]["documents"] == [{"name": "0.txt", "tokens": 150}]
+    assert json.loads((saved / "plan.json").read_text()) == plan
+    assert (saved / "layers.png").read_bytes().startswith(b"\x89PNG")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("short", "long " * 50, "longer " * 50)))
+    assert run([*command, "--measure", str(rows)]) == 0
+    shown = capsys.readouterr().out
+    assert "rows.jsonl:1 (150 tokens)" in shown and "KL with one layer sparse" in shown
+    fails(capsys, [*command, "--save", saved], "give --measure TEXT too")
+    fails(capsys, [*command, "--measure", rows, "--save", rows], "is a file: expected a folder")
+    fails(capsys, [*command, "--measure", tmp_path / "none"], "no text at")
+    (tmp_path / "short.txt").write_text("short")
+    fails(capsys, [*command, "--measure", tmp_path / "short.txt"], "the longest of 1 has 5")
 
 
 def test_a_conversion_that_is_not_exact_exits_with_1(tiny_dense_dir, tiny_sizes, tmp_path, capsys):

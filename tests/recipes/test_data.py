@@ -1,5 +1,6 @@
 import json
 import os
+import sys
 
 import pytest
 from tiny_models import byte_tokenizer
@@ -13,6 +14,7 @@ from nsa_hf.recipes.training.data import (
     held_out_documents,
     held_out_windows,
     load_documents,
+    named_texts,
     training_windows,
 )
 
@@ -51,6 +53,20 @@ def test_training_and_held_out_text_are_apart():
     held_out = held_out_documents("stdlib", 3)
     assert [name for name, _ in held_out] == list(HELD_OUT[:3])
     assert not trained_on & {text for _, text in held_out}
+
+
+def test_texts_without_tables_need_no_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.jsonl").write_text('{"text": "two"}\n{"text": "three"}\n')
+    assert named_texts(str(tmp_path / "a.txt")) == named_texts(str(tmp_path)) == [("a.txt", "one")]
+    assert named_texts(str(tmp_path / "b.jsonl")) == [("b.jsonl:0", "two"), ("b.jsonl:1", "three")]
+    assert [name for name, _ in named_texts("stdlib")] == list(HELD_OUT)
+    (tmp_path / "c.csv").write_text("text\nfour\n")
+    with pytest.raises(NsaError, match="datasets"):
+        named_texts(str(tmp_path / "c.csv"))
+    monkeypatch.undo()
+    assert named_texts(str(tmp_path / "c.csv")) == [("c.csv:0", "four")]
 
 
 def test_windows_are_whole_within_one_document_and_repeatable(tokenizer):

@@ -21,7 +21,16 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from nsa_hf.attention import NsaAttentionMixin
-from nsa_hf.conversion import convert, export_dense, plan, render_export, render_plan, render_verify, verify
+from nsa_hf.conversion import (
+    Measuring,
+    convert,
+    export_dense,
+    plan,
+    render_export,
+    render_plan,
+    render_verify,
+    verify,
+)
 from nsa_hf.discovery import causal_model_types, find_family
 from nsa_hf.errors import NotPlain, NsaError
 from nsa_hf.kernels import MeanCompressor, n_blocks
@@ -84,11 +93,14 @@ def test_every_command(model_type, texts, tmp_path, monkeypatch):
         return
     text = ("0.txt", (texts / "0.txt").read_text())
 
-    assert render_plan(plan(src, **SIZES))
+    said = plan(src, measure=Measuring([text], LENGTH), **SIZES)
+    assert render_plan(said)
     convert(src, out, **SIZES)
-    result = verify(src, out, length=LENGTH, documents=1, texts=[text])
+    channels = said["measured"]["without_channels"] is None
+    result = verify(src, out, length=LENGTH, documents=1, texts=[text], compare_selectors=channels)
     assert result["exact"] is True, result["why"]
     assert render_verify(result)
+    check_measured(said["measured"], result)
     rows = evaluate(out, text=str(texts), documents=1, length=LENGTH)["rows"]
     assert render_rows(rows, model_type) and rows[0]["kl"] < 1e-6 < rows[-1]["kl"]
     assert render_inspection(inspect_model(out, text, LENGTH))
@@ -100,6 +112,22 @@ def test_every_command(model_type, texts, tmp_path, monkeypatch):
     for folder in (out, trained):
         report = export_dense(folder, folder / "dense")
         assert render_export(report) and report["trained"] is (folder is trained)
+
+
+def check_measured(measured: dict, verified: dict) -> None:
+    """What was measured in memory is what the converted model then is, with either selector."""
+    rows = [
+        verified["by_position"],
+        *([verified["other_selector"]["by_position"]] if verified["other_selector"] else []),
+    ]
+    assert len(rows) == len(measured["conversions"])
+    for (*_, expected), one in zip(rows, measured["conversions"], strict=True):
+        row = one["by_position"][-1]
+        assert expected["kl"] > 1e-6
+        assert {name: row[name] for name in ("kl", "ppl")} == pytest.approx(
+            {name: expected[name] for name in ("kl", "ppl")}, rel=1e-3
+        )
+    assert all(row["kl"] > 1e-9 for row in measured["by_layer"])
 
 
 def check_generation(out: Path, text: str) -> None:

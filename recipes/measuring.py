@@ -1,0 +1,55 @@
+"""What `nsa-hf plan --measure` reads, and what `--save` keeps of it."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nsa_hf.errors import NsaError, check_path
+
+if TYPE_CHECKING:
+    from nsa_hf.conversion import Measuring
+
+
+def measuring(text: str | None, tokens: int, documents: int, device: str | None, save: Path | None) -> Measuring | None:
+    """What a plan measures on; None where nothing was asked for.
+
+    Args:
+        text: where the texts come from, see `training.data.named_texts`.
+        tokens: of each text.
+        documents: texts at most.
+        device: where to run; None: a GPU if there is one.
+        save: the folder for `save_plan`.
+
+    Raises:
+        NsaError: the texts or the device are not there, or what was measured could not be saved.
+    """
+    if save is not None:
+        if text is None:
+            raise NsaError("--save keeps what --measure measured: give --measure TEXT too")
+        # said now, not after the measuring
+        if find_spec("matplotlib") is None:
+            raise NsaError("--save draws a picture, which needs matplotlib: pip install 'nsa-hf[eval]'")
+        if check_path(save).exists() and not check_path(save).is_dir():
+            raise NsaError(f"--save {save} is a file: expected a folder, there or not")
+    if text is None:
+        return None
+    from nsa_hf.conversion import Measuring
+
+    from .load import pick_device
+    from .training.data import named_texts
+
+    return Measuring(named_texts(text), tokens, documents, pick_device(device), progress=sys.stderr.isatty())
+
+
+def save_plan(folder: Path, plan: dict[str, Any]) -> None:
+    """Writes a plan that was measured to plan.json in a folder, and its picture to layers.png."""
+    from nsa_hf.conversion.files.staging import write_json
+    from nsa_hf.model_cards.pictures import draw_layers
+
+    folder = check_path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "plan.json", plan)
+    draw_layers(folder / "layers.png", plan["measured"])
