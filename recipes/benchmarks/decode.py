@@ -80,7 +80,7 @@ class Cache(NamedTuple):
         keys, values: `[B, Hk, S, D]`.
         k_cmp, v_cmp: the compressed entries, `[B, N, Hk, D]`.
         k_win, v_win: the window's, `[B, Hk, w + T - 1, D]` for T queries.
-        index: the index's keys, `[B, Hk, S, c]`; the same as `codes` int8 and `scales [B, Hk, S]`.
+        index_keys: of the index, `[B, Hk, S, c]`; the same as `codes` int8 and `scales [B, Hk, S]`.
         lengths: tokens of each row, int32 `[B]`.
     """
 
@@ -90,7 +90,7 @@ class Cache(NamedTuple):
     v_cmp: Tensor
     k_win: Tensor
     v_win: Tensor
-    index: Tensor
+    index_keys: Tensor
     codes: Tensor
     scales: Tensor
     lengths: Tensor
@@ -150,7 +150,7 @@ def nsa(cache: Cache, query: Query, backend: str, system: str = "nsa", **options
         options |= {"lengths": cache.lengths}
     if system in INDEX_BYTES:
         entries = (None, None)
-        index = cache.index if system == "nsa-index" else cache.codes
+        index = cache.index_keys if system == "nsa-index" else cache.codes
         options |= {"q_index": query.q_index, "k_index": index.transpose(1, 2)}
     if system == "nsa-index8":
         options |= {"k_index_scales": cache.scales.transpose(1, 2)}

@@ -77,7 +77,7 @@ def sparse(system: str, x: Inputs, backend: str = "triton") -> tuple[Callable[[]
     inputs = leaves if system == "nsa" else leaves | index | {"k_cmp": None, "v_cmp": None}
 
     def forward() -> Tensor:
-        out = nsa_attention(**inputs, backend=backend)  # type: ignore[arg-type]
+        out = nsa_attention(**inputs, backend=backend)
         assert isinstance(out, Tensor)
         return out
 

@@ -239,9 +239,9 @@ def triton_attention(
     starts, lengths, cu_seqlens = placement.starts, placement.lengths, placement.cu_seqlens
     inputs = [q, k, v, k_cmp, v_cmp, gates, k_win, v_win]
     if takes_decode(inputs, q.shape[1], placement):
-        tensors = map(last_contiguous, (*inputs, q_index, k_index))
+        past = map(last_contiguous, (*inputs, q_index, k_index))
         rows = map(last_contiguous, (starts, lengths))
-        return decode_op(*tensors, k_index_scales, *rows, numbers, float(scale))
+        return decode_op(*past, k_index_scales, *rows, numbers, float(scale))
     if k_index is not None and k_index_scales is not None:
         k_index = dequantize_index_keys(k_index, k_index_scales, q.dtype)
     index = tuple(None if x is None else x.detach() for x in (q_index, k_index))

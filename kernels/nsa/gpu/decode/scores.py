@@ -196,11 +196,18 @@ class CompressedScores(NamedTuple):
 
 
 class CompressedShape(NamedTuple):
-    """How the compressed branch is cut: `compressed_tiles`, `cell_shape` and cells of a tile, tiles, and splits."""
+    """How the compressed branch is cut.
 
-    tiles: dict[str, int]
+    Attributes:
+        tile: `compressed_tiles`.
+        cells: entries of a cell, cells of a block, cells of a tile.
+        tiles: how many of them a row has at most.
+        splits: programs that share them.
+    """
+
+    tile: dict[str, int]
     cells: tuple[int, int, int]
-    count: int
+    tiles: int
     splits: int
 
 
@@ -208,11 +215,11 @@ def compressed_shape(q: Tensor, v_cmp: Tensor, blocks: int, sizes: Sizes) -> Com
     """How the compressed branch of `q [B, T, Hq, Dk]` is cut, where a row has at most so many blocks."""
     (batch, tokens, heads, _), kv_heads = q.shape, v_cmp.shape[2]
     rows = tokens * (heads // kv_heads)
-    tiles = compressed_tiles(q, v_cmp, rows)
-    cell, cells = cell_shape(sizes, tiles["BN"])
-    count = cdiv(blocks * cells, tiles["BN"] // cell)
-    splits = split_count(batch * kv_heads * cdiv(rows, tiles["BM"]), count, q.device)
-    return CompressedShape(tiles, (cell, cells, tiles["BN"] // cell), count, splits)
+    tile = compressed_tiles(q, v_cmp, rows)
+    cell, cells = cell_shape(sizes, tile["BN"])
+    tiles = cdiv(blocks * cells, tile["BN"] // cell)
+    splits = split_count(batch * kv_heads * cdiv(rows, tile["BM"]), tiles, q.device)
+    return CompressedShape(tile, (cell, cells, tile["BN"] // cell), tiles, splits)
 
 
 def compressed_partials(
@@ -227,19 +234,19 @@ def compressed_partials(
     """
     batch, tokens, heads, key_dim = q.shape
     kv_heads, value_dim = k_cmp.shape[2], v_cmp.shape[3]
-    (tiles, cells, count, splits), rows = shape, tokens * (heads // kv_heads)
+    (tile, cells, tiles, splits), rows = shape, tokens * (heads // kv_heads)
     sums = carried = tops = partial_lse
     if chooses:
         # float32 for 16-bit inputs too: in float16 blocks that nearly tie change places, in 24 bits it is slower
         sums, carried, tops = (
-            partial_lse.new_empty(batch * kv_heads, count, *more) for more in ((rows, cells[2]), (rows,), (rows,))
+            partial_lse.new_empty(batch * kv_heads, tiles, *more) for more in ((rows, cells[2]), (rows,), (rows,))
         )
-    programs = splits * batch * kv_heads * cdiv(rows, tiles["BM"])
+    programs = splits * batch * kv_heads * cdiv(rows, tile["BM"])
     compressed_kernel[(programs,)](
         q, k_cmp, v_cmp, placement.starts, placement.lengths, partial, partial_lse, sums, carried, tops, arrived,
         scale_log2, tokens, keys, heads, kv_heads, batch * tokens * heads, sums.shape[1], splits, *strides(k_cmp),
         *strides(v_cmp), DK=key_dim, DKP=padded(key_dim), DV=value_dim, DVP=padded(value_dim), KERNEL=sizes.kernel_size,
         STRIDE=sizes.kernel_stride, BLOCK=sizes.block_size, CELL=cells[0], CELLS=cells[1], SCORES=chooses,
-        PRECISION=precision(q.dtype), **tiles, **in_chain(q.device, first=True),
+        PRECISION=precision(q.dtype), **tile, **in_chain(q.device, first=True),
     )
     return CompressedScores(sums, carried, tops, partial_lse, splits, cells) if chooses else None
