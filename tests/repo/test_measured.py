@@ -137,6 +137,39 @@ def ratio_a_row(ends: list[Row], column: str) -> float:
     return last / first
 
 
+def index_operation() -> str:
+    """Whole passes where blocks are chosen by an index, and what choosing them takes."""
+    lines: list[list[object]] = []
+    for shape in SHAPES[:4]:
+        for tokens in (SHORTEST, 65536):
+            rows = rows_of("operation-index-h100-2026-11-26", config=shape, tokens=tokens, inputs="random")
+            times = {(row["system"], row["part"]): float(row["median_ms"]) for row in rows}
+            line = [shape, f"{tokens:,}", f"{times['nsa-index', 'index scores + top-k']:.2f}"]
+            for part in ("forward", "backward"):
+                ours = times["nsa-index", part]
+                line += [f"{ours:.2f}", *(cut(times[other, part] / ours) for other in ("fa2", "cudnn"))]
+            lines.append(line)
+    passes = ", ".join(f"{part} ms, times FA-2, times cuDNN" for part in ("forward", "backward"))
+    return table(f"shape, tokens, choosing ms, {passes}", lines)
+
+
+def index_decoding() -> str:
+    """Steps where blocks are chosen by an index, whose keys have 16 or 8 bits."""
+    lines: list[list[object]] = []
+    for shape in (*DECODED, "9:3:64"):
+        for tokens in (SHORTEST, 65536, LONGEST):
+            line: list[object] = [shape, f"{tokens:,}"]
+            for batch in (full_batch(shape, tokens, 4), 1):
+                for system in ("nsa-index", "nsa-index8"):
+                    row = the_row(
+                        "decode-index-h100-2026-11-26", config=shape, tokens=tokens, batch=batch, system=system
+                    )
+                    line += [f"{float(row['median_ms']):.3f}", row["times_dense"]]
+            lines.append(line)
+    columns = [f"{bits} bits{rows} ms, times" for rows in ("", " one row") for bits in (16, 8)]
+    return table(f"shape, tokens, {', '.join(columns)}", lines)
+
+
 def first_token() -> str:
     """A whole model's time to the first token."""
     lines: list[list[object]] = []
@@ -164,6 +197,8 @@ TABLES = {
     "decoding by length": decoding_by_length,
     "decoding, 32 GiB": decoding_full,
     "growth": growth,
+    "index, operation": index_operation,
+    "index, decoding": index_decoding,
     "first token": first_token,
     "steps of a whole model": whole_model_steps,
 }
