@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from nsa_hf.kernels import Placement, ZeroLinear, build_compressor, compress, nsa_attention, reference_attention
+from nsa_hf.kernels import Placement, ZeroLinear, build_compressor, nsa_attention, reference_attention
 
 from .branches import BRANCHES, KeysAndValues, attention_of_branch, branch_modules
 from .cache.adopt import CACHE_LOST, adopt_layer, adopt_window_layer, check_lengths
 from .cache.dynamic import NsaDynamicLayer
 from .cache.static import NsaStaticLayer
 from .config import NsaConfigMixin
+from .entries import Compressors
 from .errors import NsaError
 from .features import head_sizes, layer_window
 from .modes import Mode
@@ -74,6 +75,12 @@ class NsaModules(nn.Module):
         self.compress_k = None if kind == "none" else build_compressor(kind, size, head_dim, width)
         self.compress_v = None if kind == "none" else build_compressor(kind, size, value_dim, width)
         self.gate = Gate(config.hidden_size, config.nsa_gate_dim, heads)  # type: ignore[attr-defined]
+
+    def compressors(self, config: NsaConfigMixin) -> Compressors | None:
+        """What makes the layer's entries; None without a compressed branch."""
+        if self.compress_k is None or self.compress_v is None:
+            return None
+        return Compressors(self.compress_k, self.compress_v, config.nsa_kernel_stride)
 
 
 class NsaAttentionMixin:
@@ -235,8 +242,9 @@ def nsa_attention_forward(
         return dense_attention(module, query, key, value, scaling, dropout, segments), weights
     if dropout:
         raise NsaError(f"sparse attention has no attention dropout, got {dropout}: set config.attention_dropout = 0")
-    if entries is None and nsa.compress_k is not None:
-        entries = compressed_entries(module, compressed, value.dtype, segments)
+    compressors = nsa.compressors(module.model_config)
+    if entries is None and compressors is not None:
+        entries = compressors.entries(*compressed, value.dtype, segments)
     gates = gate_values(nsa.gate(nsa_hidden_states), module.model_config.nsa_gate, mode.gate_blend)
     return sparse_attention(module, query, key, value, scaling, entries, window, gates, segments, mode)
 
@@ -267,33 +275,14 @@ def extend_cache_layer(
         return None, window
     nsa, config = module.nsa, module.model_config
     assert nsa is not None
-    if nsa.compress_k is None or nsa.compress_v is None:
+    compressors = nsa.compressors(config)
+    if compressors is None:
         cache_layer.note_starts(segments.starts)
         return None, window
-    compressors = (nsa.compress_k, nsa.compress_v)
-    entries = cache_layer.extend(*compressed, *compressors, config.nsa_kernel_stride, segments.starts)
+    entries = cache_layer.extend(*compressed, compressors, segments.starts)
     if window is not None:
         window = cache_layer.extend_window(*window, config.nsa_window_size)
     return entries, window
-
-
-def compressed_entries(
-    module: NsaAttentionMixin, compressed: tuple[Tensor, Tensor], dtype: torch.dtype, segments: Segments
-) -> list[Tensor]:
-    """Compressed keys and values `[B, N, Hk, D]` of key and value `[B, Hk, S, D]`, where no cache holds them."""
-    nsa = module.nsa
-    assert nsa is not None and nsa.compress_k is not None and nsa.compress_v is not None
-    stride = module.model_config.nsa_kernel_stride
-    return [
-        compress(
-            states.to(dtype).transpose(1, 2),
-            compressor,
-            stride,
-            starts=segments.starts,
-            cu_seqlens=segments.cu_seqlens,
-        )
-        for states, compressor in zip(compressed, (nsa.compress_k, nsa.compress_v), strict=True)
-    ]
 
 
 def sparse_attention(

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from nsa_hf.kernels import MeanCompressor, n_blocks
+from nsa_hf.kernels import n_blocks
 
+from ..entries import Compressors
 from ..errors import NsaError
 from .dynamic import NsaDynamicLayer
 
@@ -60,18 +61,12 @@ class NsaIndependentLayer(NsaDynamicLayer):
         self.record_past = True
 
     def extend(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        compress_k: MeanCompressor,
-        compress_v: MeanCompressor,
-        kernel_stride: int,
-        starts: Tensor | None,
+        self, keys: Tensor, values: Tensor, compressors: Compressors, starts: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """As `NsaDynamicLayer.extend`, of the new tokens' keys and values `[B, Hk, T, D]` of the compressed branch."""
         self.padded = starts is not None
         pending = self.joined(PENDING, keys, values)
-        entries = self.extend_from(self.pending_from, *pending, compress_k, compress_v, kernel_stride, starts)
+        entries = self.extend_from(self.pending_from, *pending, compressors, starts)
         for name, states in zip(PENDING, pending, strict=True):
             setattr(self, name, states)
         if not self.record_past:

@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicLayer
 
 from nsa_hf.kernels import MeanCompressor, compress, compress_blocks, n_blocks
 
+from ..entries import Compressors
 from ..errors import NsaError
 
 COMPRESSED = ("compressed_keys", "compressed_values")
@@ -60,50 +61,36 @@ class NsaDynamicLayer(DynamicLayer):
         return super().update(key_states, value_states, *args, **kwargs)
 
     def extend(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        compress_k: MeanCompressor,
-        compress_v: MeanCompressor,
-        kernel_stride: int,
-        starts: Tensor | None,
+        self, keys: Tensor, values: Tensor, compressors: Compressors, starts: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Adds the entries whose tokens have come since the last time.
 
         Args:
             keys, values: `[B, Hk, S, D]`, what `update` gave: all tokens held.
-            compress_k, compress_v: the layer's compressors.
-            kernel_stride: tokens between two blocks' starts [d].
+            compressors: the layer's.
             starts: int32 `[B]`, first real position of each row, the same for the cache's whole life; None = 0.
 
         Returns:
             The compressed keys and values `[B, N, Hk, D]` of all tokens held.
         """
-        return self.extend_from(0, keys, values, compress_k, compress_v, kernel_stride, starts)
+        return self.extend_from(0, keys, values, compressors, starts)
 
     def extend_from(
-        self,
-        base: int,
-        keys: Tensor,
-        values: Tensor,
-        compress_k: MeanCompressor,
-        compress_v: MeanCompressor,
-        kernel_stride: int,
-        starts: Tensor | None,
+        self, base: int, keys: Tensor, values: Tensor, compressors: Compressors, starts: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """As `extend`, of keys and values whose first token is token `base` of the text."""
-        self.entry_sizes = (compress_k.kernel_size, kernel_stride)
+        self.entry_sizes, stride = compressors.sizes, compressors.stride
         self.note_starts(starts)
         entries = []
-        for name, states, compressor in zip(COMPRESSED, (keys, values), (compress_k, compress_v), strict=True):
+        for name, states, compressor in zip(COMPRESSED, (keys, values), compressors[:2], strict=True):
             before, x = getattr(self, name), states.transpose(1, 2)
             if before is None:
                 # no entries yet; in training, such that gradients (zeros) reach the compressor
-                before = compress(x[:, :0], compressor, kernel_stride).to(x.dtype)
+                before = compress(x[:, :0], compressor, stride).to(x.dtype)
             if starts is None:
-                after = self.extend_full(before, base, x, compressor, kernel_stride)
+                after = self.extend_full(before, base, x, compressor, stride)
             else:
-                after = self.extend_padded(before, base, x, compressor, kernel_stride, starts)
+                after = self.extend_padded(before, base, x, compressor, stride, starts)
             setattr(self, name, after)
             entries.append(after)
         self.compressed_length = base + keys.shape[-2]

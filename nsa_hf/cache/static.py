@@ -7,8 +7,9 @@ from torch import Tensor
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 from transformers.utils import is_torchdynamo_compiling
 
-from nsa_hf.kernels import MeanCompressor, compress_blocks, n_blocks
+from nsa_hf.kernels import compress_blocks, n_blocks
 
+from ..entries import Compressors
 from ..errors import NsaError
 
 
@@ -97,20 +98,13 @@ class NsaStaticLayer(StaticLayer):
             self.starts, self.knows_starts = starts, True
 
     def extend(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        compress_k: MeanCompressor,
-        compress_v: MeanCompressor,
-        kernel_stride: int,
-        starts: Tensor | None,
+        self, keys: Tensor, values: Tensor, compressors: Compressors, starts: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Writes the entries that the last tokens completed; called after every `update`.
 
         Args:
             keys, values: `[B, Hk, max_cache_len, D]`, what `update` gave.
-            compress_k, compress_v: the layer's compressors.
-            kernel_stride: tokens between two blocks' starts [d].
+            compressors: the layer's.
             starts: int32 `[B]`, first real position of each row, the same for the cache's whole life; None = 0.
 
         Returns:
@@ -124,6 +118,7 @@ class NsaStaticLayer(StaticLayer):
         entries = self.compressed_keys.shape[1]
         if entries == 0:
             return self.compressed_keys, self.compressed_values
+        size, stride = compressors.sizes
         length = self.cumulative_length
         start = length.new_zeros(1) if starts is None else starts.to(length.dtype)
         if self.behind:
@@ -131,19 +126,19 @@ class NsaStaticLayer(StaticLayer):
             self.behind = False
         else:
             # as many as these tokens can complete; each row has its own
-            places = min(entries, -(-self.new_tokens // kernel_stride))
-            before = length - self.new_tokens - start - self.kernel_size
-            done = (before.div(kernel_stride, rounding_mode="floor") + 1).clamp(min=0)
+            places = min(entries, -(-self.new_tokens // stride))
+            before = length - self.new_tokens - start - size
+            done = (before.div(stride, rounding_mode="floor") + 1).clamp(min=0)
         # [B, places], or [1, places] where all rows agree
         entry = done[:, None] + torch.arange(places, device=length.device)
-        first = start[:, None] + entry * kernel_stride
-        complete = first + self.kernel_size <= length
+        first = start[:, None] + entry * stride
+        complete = first + size <= length
         batch = keys.shape[0]
         entry, first, complete = (x.expand(batch, -1) for x in (entry, first, complete))
         # An entry that is not complete writes back what stands at its place. No other entry of its row is written
         # there: their places are neighbours, and at most `entries`.
         place, row = entry % entries, torch.arange(batch, device=length.device)[:, None]
-        pairs = ((self.compressed_keys, keys, compress_k), (self.compressed_values, values, compress_v))
+        pairs = ((self.compressed_keys, keys, compressors.keys), (self.compressed_values, values, compressors.values))
         for buffer, states, compressor in pairs:
             new = compress_blocks(states.transpose(1, 2), compressor, first, complete).to(buffer.dtype)
             buffer.index_put_((row, place), torch.where(complete[..., None, None], new, buffer[row, place]))

@@ -7,6 +7,7 @@ import torch
 
 from nsa_hf import NsaError
 from nsa_hf.cache.dynamic import NsaDynamicLayer
+from nsa_hf.entries import Compressors
 from nsa_hf.kernels import build_compressor, compress, n_blocks
 
 SIZE, STRIDE, HEADS, DIM = 8, 4, 2, 6
@@ -30,7 +31,7 @@ def compressors():
     parts = [build_compressor("mlp", SIZE, DIM, 5) for _ in range(2)]
     for compressor in parts:
         torch.nn.init.normal_(compressor.down.weight)
-    return [Counting(compressor).requires_grad_(False) for compressor in parts]
+    return Compressors(*(Counting(compressor).requires_grad_(False) for compressor in parts), STRIDE)
 
 
 def states(batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,7 +39,7 @@ def states(batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def whole(layer: NsaDynamicLayer, compressors, starts=None):
-    pairs = zip((layer.keys, layer.values), compressors, strict=True)
+    pairs = zip((layer.keys, layer.values), compressors[:2], strict=True)
     return [compress(x.transpose(1, 2), compressor.inner, STRIDE, starts=starts) for x, compressor in pairs]
 
 
@@ -48,11 +49,11 @@ def test_extended_by_any_steps_equals_one_pass(steps, compressors):
     layer = NsaDynamicLayer()
     for step in steps:
         layer.update(*states(2, step))
-        entries = layer.extend(layer.keys, layer.values, *compressors, STRIDE, None)
+        entries = layer.extend(layer.keys, layer.values, compressors, None)
         assert entries[0].shape[1] == n_blocks(layer.get_seq_length(), SIZE, STRIDE)
     for got, expected in zip(entries, whole(layer, compressors), strict=True):
         torch.testing.assert_close(got, expected)
-    assert compressors[0].blocks == n_blocks(50, SIZE, STRIDE), "each block is compressed once"
+    assert compressors.keys.blocks == n_blocks(50, SIZE, STRIDE), "each block is compressed once"
 
 
 @pytest.mark.parametrize("steps", [[50], [1] * 50, [7, 1, 1, 8, 3, 30]])
@@ -62,7 +63,7 @@ def test_padded_rows_complete_their_blocks_at_their_own_tokens(steps, compressor
     layer = NsaDynamicLayer()
     for step in steps:
         layer.update(*states(4, step))
-        entries = layer.extend(layer.keys, layer.values, *compressors, STRIDE, starts)
+        entries = layer.extend(layer.keys, layer.values, compressors, starts)
     for got, expected in zip(entries, whole(layer, compressors, starts), strict=True):
         for row, start in enumerate(starts.tolist()):
             complete = n_blocks(50 - start, SIZE, STRIDE)
@@ -73,11 +74,11 @@ def test_tokens_that_came_another_way_are_caught_up_with(compressors):
     torch.manual_seed(1)
     layer = NsaDynamicLayer()
     layer.update(*states(1, 20))
-    layer.extend(layer.keys, layer.values, *compressors, STRIDE, None)
+    layer.extend(layer.keys, layer.values, compressors, None)
     layer.update(*states(1, 20))  # a dense forward: nothing is extended
     layer.update(*states(1, 1))
     torch.testing.assert_close(
-        layer.extend(layer.keys, layer.values, *compressors, STRIDE, None)[1], whole(layer, compressors)[1]
+        layer.extend(layer.keys, layer.values, compressors, None)[1], whole(layer, compressors)[1]
     )
 
 
@@ -88,11 +89,11 @@ def test_crop_keeps_only_blocks_still_complete(removed, starts, compressors):
     starts = None if starts is None else torch.tensor(starts, dtype=torch.int32)
     layer = NsaDynamicLayer()
     layer.update(*states(2, 41))
-    layer.extend(layer.keys, layer.values, *compressors, STRIDE, starts)
+    layer.extend(layer.keys, layer.values, compressors, starts)
     layer.crop(-removed)
     assert layer.compressed_keys.shape[1] == n_blocks(41 - removed, SIZE, STRIDE)
     layer.update(*states(2, removed + 6))
-    entries = layer.extend(layer.keys, layer.values, *compressors, STRIDE, starts)
+    entries = layer.extend(layer.keys, layer.values, compressors, starts)
     for got, expected in zip(entries, whole(layer, compressors, starts), strict=True):
         for row in range(2):
             complete = n_blocks(47 - (0 if starts is None else int(starts[row])), SIZE, STRIDE)
@@ -111,11 +112,11 @@ def test_changes_of_the_batch_cover_the_compressed_entries(change, compressors):
     torch.manual_seed(1)
     layer = NsaDynamicLayer()
     layer.update(*states(3, 30))
-    layer.extend(layer.keys, layer.values, *compressors, STRIDE, None)
+    layer.extend(layer.keys, layer.values, compressors, None)
     change(layer)
     layer.update(*states(layer.keys.shape[0], 5))
     for got, expected in zip(
-        layer.extend(layer.keys, layer.values, *compressors, STRIDE, None), whole(layer, compressors), strict=True
+        layer.extend(layer.keys, layer.values, compressors, None), whole(layer, compressors), strict=True
     ):
         torch.testing.assert_close(got, expected)
 
@@ -123,7 +124,7 @@ def test_changes_of_the_batch_cover_the_compressed_entries(change, compressors):
 def test_reset_forgets_everything(compressors):
     layer = NsaDynamicLayer()
     layer.update(*states(1, 30))
-    layer.extend(layer.keys, layer.values, *compressors, STRIDE, None)
+    layer.extend(layer.keys, layer.values, compressors, None)
     layer.reset()
     assert layer.compressed_keys is None and layer.compressed_values is None and layer.compressed_length == 0
 
@@ -150,9 +151,9 @@ def test_an_offloaded_layer_moves_its_compressed_entries_too(compressors, monkey
         held = layer.update(*given)
         layer.offload()
         moved.clear()
-        got = layer.extend(*held, *compressors, STRIDE, None)
+        got = layer.extend(*held, compressors, None)
         assert moved == [("cpu", got[0].shape), ("cpu", got[1].shape)]
-        same = expected.extend(*expected.update(*given), *compressors, STRIDE, None)
+        same = expected.extend(*expected.update(*given), compressors, None)
         assert all(torch.equal(*pair) for pair in zip(got, same, strict=True))
 
 

@@ -12,6 +12,7 @@ from transformers import CompileConfig, StaticCache
 
 from nsa_hf import NsaError, nsa_config_from_dense
 from nsa_hf.cache.static import NsaStaticLayer
+from nsa_hf.entries import Compressors
 from nsa_hf.families import family_of
 from nsa_hf.kernels import build_compressor, compress, n_blocks
 from nsa_hf.releases import CACHE
@@ -25,20 +26,20 @@ def compressors():
     parts = [build_compressor("mlp", SIZE, DIM, 5) for _ in range(2)]
     for compressor in parts:
         torch.nn.init.normal_(compressor.down.weight)
-    return [compressor.requires_grad_(False) for compressor in parts]
+    return Compressors(*(compressor.requires_grad_(False) for compressor in parts), STRIDE)
 
 
 def filled(layer: NsaStaticLayer, compressors, steps, starts=None, batch: int = 2) -> NsaStaticLayer:
     for step in steps:
         keys = layer.update(torch.randn(batch, HEADS, step, DIM), torch.randn(batch, HEADS, step, DIM))
-        layer.extend(*keys, *compressors, STRIDE, starts)
+        layer.extend(*keys, compressors, starts)
     return layer
 
 
 def assert_entries_of_one_pass(layer: NsaStaticLayer, compressors, starts=None) -> None:
     length = int(layer.get_seq_length())
     pairs = ((layer.keys, layer.compressed_keys), (layer.values, layer.compressed_values))
-    for (states, entries), compressor in zip(pairs, compressors, strict=True):
+    for (states, entries), compressor in zip(pairs, compressors[:2], strict=True):
         bounds = None if starts is None else starts.clamp(max=length)
         expected = compress(states[:, :, :length].transpose(1, 2), compressor, STRIDE, starts=bounds)
         for row in range(states.shape[0]):
@@ -75,7 +76,7 @@ def test_extended_by_any_steps_equals_one_pass(steps, starts, compressors):
 
 def test_a_step_compresses_only_what_it_may_complete(compressors):
     layer, places = NsaStaticLayer(ROOM, SIZE, STRIDE), []
-    compressors[0].register_forward_hook(lambda module, args, output: places.append(args[0].shape[1]))
+    compressors.keys.register_forward_hook(lambda module, args, output: places.append(args[0].shape[1]))
     filled(layer, compressors, [20, 1, 5, 1])
     assert places == [5, 1, 2, 1]
 
