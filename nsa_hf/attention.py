@@ -17,11 +17,13 @@ from nsa_hf.kernels import Placement, ZeroLinear, build_compressor, nsa_attentio
 from .branches import BRANCHES, KeysAndValues, attention_of_branch, branch_modules
 from .cache.adopt import CACHE_LOST, adopt_layer, adopt_window_layer, check_lengths
 from .cache.dynamic import NsaDynamicLayer
+from .cache.extras import Extras
 from .cache.static import NsaStaticLayer
 from .config import NsaConfigMixin
 from .entries import Compressors
 from .errors import NsaError
 from .features import head_sizes, layer_window
+from .index import Index, IndexKeys, index_of_layer
 from .modes import Mode
 from .releases import by_name, cache_among
 from .segments import Segments
@@ -95,7 +97,7 @@ class NsaAttentionMixin:
         masks_slide: whether the family's decoder makes masks of a sliding window.
         window: the layer's own sliding window in tokens, or None for full attention.
         nsa: the new modules, or None in a layer that stays dense.
-        index_channels: runs `[first, end)` of the channels by which blocks are chosen; empty: by compressed keys.
+        nsa_index: the channels by which a sparse layer chooses blocks; None: by compressed keys.
     """
 
     layer_idx: int
@@ -121,21 +123,22 @@ class NsaAttentionMixin:
             self, self.call_arguments, config, getattr(self, "layer_idx", None), self.masks_slide
         )
         self.nsa: NsaModules | None = None
-        self.index_channels: list[tuple[int, int]] = []
+        self.nsa_index: Index | None = None
         if config.is_nsa_layer(self.layer_idx):
-            self.nsa = NsaModules(config, *head_sizes(self, config))
-            if config.nsa_selector == "channels":
-                assert config.nsa_selector_channels is not None
-                channels, (_, size, _) = config.nsa_selector_channels[self.layer_idx], head_sizes(self, config)
-                if channels and max(channels) >= size:
-                    raise NsaError(
-                        f"nsa_selector_channels: layer {self.layer_idx}'s channels must be within 0 .. {size - 1}, got "
-                        f"{max(channels)}"
-                    )
-                self.index_channels = runs_of(channels)
+            heads, head_size, value_size = head_sizes(self, config)
+            self.nsa = NsaModules(config, heads, head_size, value_size)
+            self.nsa_index = index_of_layer(config, self.layer_idx, head_size)
             for branch in BRANCHES if config.nsa_branch_kv == "independent" else ():
                 setattr(self.nsa, branch, branch_modules(self))
                 attention_of_branch(self, branch)  # made now: a compiled forward cannot make it
+
+    def extras(self) -> Extras | None:
+        """What a sparse layer's cache holds beside keys and values; None of a layer that stays dense."""
+        if self.nsa is None:
+            return None
+        compressors = self.nsa.compressors(self.model_config)
+        independent = self.model_config.nsa_branch_kv == "independent"
+        return Extras(None if compressors is None else compressors.sizes, self.nsa_index, independent)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the family's, with `nsa_segments` and `nsa_mode` among its further arguments."""
@@ -153,10 +156,8 @@ class NsaAttentionMixin:
                 static = (window_layer.get_seq_length(), window_layer.get_mask_sizes(hidden_states.shape[1])[1])
         elif segments.past or segments.lengths is not None:
             raise NsaError(CACHE_LOST)
-        if cache is not None and self.nsa is not None:
-            sizes, device = self.model_config.nsa_sizes, hidden_states.device
-            entries = self.nsa.compress_k is not None
-            cache_layer = adopt_layer(cache, self.layer_idx, sizes, device, independent, entries)
+        if cache is not None and (extras := self.extras()) is not None:
+            cache_layer = adopt_layer(cache, self.layer_idx, extras, hidden_states.device)
         if independent and self.nsa is not None and (cache_layer is not None or not mode.runs_dense(self.layer_idx)):
             branches = [self.branch_states(branch, hidden_states, arguments) for branch in BRANCHES]
         return super().forward(
@@ -226,11 +227,14 @@ def nsa_attention_forward(
         raise KeysAndValues(key, value)
     nsa, segments, mode = module.nsa, nsa_segments, nsa_mode
     compressed, window = nsa_branches or ((key, value), None)
-    entries: Sequence[Tensor] | None = None
+    entries, index_keys = None, None
     if nsa_cache_layer is None and nsa is not None and key.shape[2] != query.shape[2]:
         raise NsaError(CACHE_LOST)
     if nsa_cache_layer is not None:
-        entries, window = extend_cache_layer(module, nsa_cache_layer, compressed, window, segments, mode)
+        entries, window, index_keys = extend_cache_layer(
+            module, nsa_cache_layer, key, compressed, window, segments, mode
+        )
+    key_as_cached = key
     query, key, value = same_dtype(query, key, value)
     weights = None
     if mode.weights and (module.window is not None or nsa is None or mode.runs_dense(module.layer_idx)):
@@ -245,44 +249,48 @@ def nsa_attention_forward(
     compressors = nsa.compressors(module.model_config)
     if entries is None and compressors is not None:
         entries = compressors.entries(*compressed, value.dtype, segments)
+    if index_keys is None and module.nsa_index is not None:
+        index_keys = module.nsa_index.keys(key_as_cached)
     gates = gate_values(nsa.gate(nsa_hidden_states), module.model_config.nsa_gate, mode.gate_blend)
-    return sparse_attention(module, query, key, value, scaling, entries, window, gates, segments, mode)
+    return sparse_attention(module, query, key, value, scaling, entries, index_keys, window, gates, segments, mode)
 
 
 def extend_cache_layer(
     module: NsaAttentionMixin,
     cache_layer: NsaDynamicLayer | NsaStaticLayer,
+    key: Tensor,
     compressed: tuple[Tensor, Tensor],
     window: tuple[Tensor, Tensor] | None,
     segments: Segments,
     mode: Mode,
-) -> tuple[Sequence[Tensor] | None, tuple[Tensor, Tensor] | None]:
-    """Brings the compressed entries of a sparse layer's cache up to date, and its window with independent keys.
+) -> tuple[Sequence[Tensor] | None, tuple[Tensor, Tensor] | None, IndexKeys | None]:
+    """Brings what a sparse layer's cache holds beside keys and values up to date.
 
     Args:
+        key: of all tokens held, `[B, Hk, S, D]`.
         compressed: key and value of the compressed branch, `[B, Hk, S or T, D]`.
         window: those of the window branch, `[B, Hk, T, D]`; None where it shares the selected branch's.
 
     Returns:
-        The compressed keys and values `[B, N, Hk, D]` (None: they were not brought up to date), and the keys and values
-        that the new tokens' windows see.
+        The compressed keys and values `[B, N, Hk, D]`, the keys and values that the new tokens' windows see, and the
+        index's keys; of the first and the last None where there are none, or they were not brought up to date.
     """
     if segments.cu_seqlens is not None:
         cache_layer.packed = True
-        return None, window
+        return None, window, None
+    cache_layer.note_starts(segments.starts)
     if mode.runs_dense(module.layer_idx) and cache_layer.catches_up:
-        cache_layer.note_starts(segments.starts)
-        return None, window
+        return None, window, None
     nsa, config = module.nsa, module.model_config
     assert nsa is not None
-    compressors = nsa.compressors(config)
-    if compressors is None:
-        cache_layer.note_starts(segments.starts)
-        return None, window
-    entries = cache_layer.extend(*compressed, compressors, segments.starts)
+    entries, index_keys, compressors = None, None, nsa.compressors(config)
+    if compressors is not None:
+        entries = cache_layer.extend(*compressed, compressors, segments.starts)
     if window is not None:
         window = cache_layer.extend_window(*window, config.nsa_window_size)
-    return entries, window
+    if module.nsa_index is not None:
+        index_keys = cache_layer.extend_index(key, module.nsa_index)
+    return entries, window, index_keys
 
 
 def sparse_attention(
@@ -292,6 +300,7 @@ def sparse_attention(
     value: Tensor,
     scaling: float | None,
     entries: Sequence[Tensor] | None,
+    index_keys: IndexKeys | None,
     window: tuple[Tensor, Tensor] | None,
     gates: Tensor,
     segments: Segments,
@@ -302,6 +311,7 @@ def sparse_attention(
     Args:
         query, key, value: `[B, H, T or S, D]`.
         entries: compressed keys and values, `[B, N, Hk, D]`; None where there is no compressed branch.
+        index_keys: of all S tokens; None where blocks are scored by the compressed keys.
         window: key and value of the window branch, `[B, Hk, Sw, D]`; None where it shares the selected branch's.
         gates: `[B, T, Hq, 3]`.
 
@@ -315,9 +325,8 @@ def sparse_attention(
     sizes = mode.sizes.within(key.shape[2])
     places: dict[str, Any] = {"starts": segments.starts, "lengths": segments.lengths, "cu_seqlens": segments.cu_seqlens}
     more: dict[str, Any] = {"k_win": k_win, "v_win": v_win}
-    if module.index_channels:
-        index = (torch.cat([x[..., a:b] for a, b in module.index_channels], dim=-1) for x in (query, key))
-        more |= dict(zip(("q_index", "k_index"), (x.detach().transpose(1, 2) for x in index), strict=True))
+    if module.nsa_index is not None and index_keys is not None:
+        more |= module.nsa_index.arguments(query, index_keys)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     weights = None
     if mode.weights:
@@ -329,17 +338,6 @@ def sparse_attention(
     if mode.recorded is not None:
         mode.recorded.selections[module.layer_idx] = selection
     return out, weights
-
-
-def runs_of(channels: list[int]) -> list[tuple[int, int]]:
-    """Ascending numbers as runs `[first, end)`."""
-    runs: list[tuple[int, int]] = []
-    for channel in channels:
-        if runs and runs[-1][1] == channel:
-            runs[-1] = (runs[-1][0], channel + 1)
-        else:
-            runs.append((channel, channel + 1))
-    return runs
 
 
 def same_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,6 +18,8 @@ from .remote_code import SavedConfig
 
 CHOICES = {name: member.metadata["choices"] for name, member in NSA_FIELDS.items() if member.metadata["choices"]}
 NOT_YET = {"nsa_rope_order": "pre"}
+# What a saved config means that lacks these fields, whatever the default of new ones: nothing else was there.
+LACKING = {"nsa_selector": "compressed", "nsa_selector_bits": 16}
 # Fields that name a config's own classes and files: not copied from a dense config to a sparse one, or back.
 OWN_TO_A_CONFIG = ("model_type", "architectures", "transformers_version", "auto_map")
 
@@ -74,6 +76,11 @@ class NsaConfigMixin(NsaFields, SavedConfig):
         """
         fields: dict[str, Any] = {**self.to_dict(), "nsa_selector_channels": None, **nsa_fields}  # type: ignore[attr-defined]
         return type(self)(**fields)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As Transformers', of a saved config, which may be of an older format."""
+        return super().from_dict({**LACKING, **config_dict}, **kwargs)  # type: ignore[misc]
 
     def to_dense_config(self) -> PreTrainedConfig:
         """The dense config of this one: the same without the `nsa_*` fields."""
@@ -143,6 +150,11 @@ class NsaConfigMixin(NsaFields, SavedConfig):
                         f"nsa_compression='none' needs {name}={wanted!r}, got {getattr(self, name)!r}: "
                         "choose another compression, or that"
                     )
+        if not isinstance(self.nsa_selector_bits, int) or self.nsa_selector_bits not in (16, 8):
+            raise NsaError(
+                "nsa_selector_bits must be 16 (the index's keys as the model's) or 8 (with a scale for each token and "
+                f"head), got {self.nsa_selector_bits!r}"
+            )
         count, channels = self.nsa_selector_dim, self.nsa_selector_channels
         if count is not None and not (isinstance(count, int) and 1 <= count <= 256):
             raise NsaError(

@@ -46,6 +46,9 @@ class NsaFields:
     nsa_selector_channels: list[list[int]] | None = option(
         None, "with nsa_selector=channels: each layer's, found in the family's own attention if none are given"
     )
+    nsa_selector_bits: int = option(
+        16, "with nsa_selector=channels: bits of the index's keys, 16 (as the model's) or 8"
+    )
     nsa_compression: str = option(
         "mlp",
         "how a block becomes one key and one value: mean, linear or mlp; none is no compressed branch, with "

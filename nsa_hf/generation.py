@@ -49,11 +49,10 @@ class NsaGenerationMixin:
         cache = model_kwargs.get(CACHE)
         if cache is not None:
             # before anything is compiled: a chunked prefill is
-            independent = self.config.nsa_branch_kv == "independent"
-            for layer in range(self.config.num_hidden_layers):
-                adopt_window_layer(cache, layer)
-                if self.config.is_nsa_layer(layer):
-                    adopt_layer(cache, layer, self.config.nsa_sizes, self.device, independent)
+            for attention in self.attention_layers():
+                adopt_window_layer(cache, attention.layer_idx)
+                if (extras := attention.extras()) is not None:
+                    adopt_layer(cache, attention.layer_idx, extras, self.device)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
 

@@ -1,12 +1,10 @@
-"""Caches of a user or of `generate()`: their layers are replaced by ours, which hold compressed entries too."""
+"""Caches of a user or of `generate()`: their layers are replaced by ours, which hold entries and an index too."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer, StaticSlidingWindowLayer
-
-from nsa_hf.kernels import Sizes
 
 from ..config import NsaConfigMixin
 from ..errors import NsaError
@@ -15,6 +13,7 @@ from ..segments import Segments
 from ..tested import NEWEST
 from .branches import FILLED_BY_ANOTHER, NsaIndependentLayer
 from .dynamic import NsaDynamicLayer
+from .extras import Extras
 from .static import OFFLOADED_STATIC, NsaStaticLayer, NsaStaticWindowLayer, in_a_graph
 
 OFFLOADED_ON_CPU = "an offloaded cache waits in CPU memory for the GPU, and this model is on the CPU: do without"
@@ -31,27 +30,18 @@ CACHE_LOST = (
 )
 
 
-def adopt_layer(
-    cache: Cache,
-    layer_idx: int,
-    sizes: Sizes,
-    device: torch.device,
-    independent: bool = False,
-    entries: bool = True,
-) -> NsaDynamicLayer | NsaStaticLayer:
+def adopt_layer(cache: Cache, layer_idx: int, extras: Extras, device: torch.device) -> NsaDynamicLayer | NsaStaticLayer:
     """The cache layer of a sparse layer; a plain one is first replaced by ours, with what it holds.
 
     Args:
         cache: dynamic (offloaded or not) or static.
         layer_idx: the layer's number in the model.
-        sizes: the model's; a static layer's buffers are made for them.
+        extras: what the layer's cache is to hold beside keys and values.
         device: where the model is.
-        independent: whether the branches have keys and values of their own.
-        entries: whether the model has a compressed branch.
 
     Raises:
-        NsaError: the cache is of a kind that sparse attention cannot use, or holds what a model of other sizes or
-            branches left there; names it and what to use instead.
+        NsaError: the cache is of a kind that sparse attention cannot use, or holds what another kind of model left
+            there; names it and what to use instead.
     """
     if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
         raise NsaError(UNUSABLE.format(type(cache).__name__))
@@ -64,26 +54,38 @@ def adopt_layer(
             cache.layers.append(DynamicLayer())
     layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
     if type(layer) is DynamicLayer:
-        layer = cache.layers[layer_idx] = (NsaIndependentLayer if independent else NsaDynamicLayer).adopt(layer)
+        layer = cache.layers[layer_idx] = (NsaIndependentLayer if extras.independent else NsaDynamicLayer).adopt(layer)
     if type(layer) is StaticLayer:
-        if independent:
+        if extras.independent:
             raise NsaError(
                 "a model with nsa_branch_kv='independent' does not support the static cache yet: use DynamicCache(), "
                 "which generate() makes by itself when cache_implementation is not set"
             )
-        layer = cache.layers[layer_idx] = NsaStaticLayer.adopt(layer, sizes.kernel_size, sizes.kernel_stride, entries)
-    if isinstance(layer, NsaDynamicLayer) and isinstance(layer, NsaIndependentLayer) is not independent:
+        layer = cache.layers[layer_idx] = NsaStaticLayer.adopt(layer, extras)
+    if isinstance(layer, NsaDynamicLayer) and isinstance(layer, NsaIndependentLayer) is not extras.independent:
         raise NsaError(FILLED_BY_ANOTHER)
     if not isinstance(layer, NsaDynamicLayer | NsaStaticLayer):
         kind = type(cache).__name__ if layer is None else f"{type(cache).__name__} ({type(layer).__name__})"
         raise NsaError(UNUSABLE.format(kind))
-    wanted = (sizes.kernel_size, sizes.kernel_stride)
-    if layer.entry_sizes not in (None, wanted):
-        raise NsaError(
-            f"this cache holds entries of nsa_kernel_size and nsa_kernel_stride {layer.entry_sizes}, and the model's "
-            f"are {wanted}: start with a new cache"
-        )
+    check_extras(layer, extras)
     return layer
+
+
+def check_extras(layer: NsaDynamicLayer | NsaStaticLayer, wanted: Extras) -> None:
+    """Whether a cache layer holds beside keys and values what a model needs, or can catch up with it.
+
+    Raises:
+        NsaError: it holds entries of other sizes or an index of other channels or bits: another model's.
+    """
+    for kind, held, needed in (
+        ("entries of nsa_kernel_size and nsa_kernel_stride", layer.entry_sizes, wanted.entry_sizes),
+        ("an index of", layer.index, wanted.index),
+    ):
+        if held != needed and (held is not None or isinstance(layer, NsaStaticLayer)):
+            raise NsaError(
+                f"this cache holds {kind} {held or 'none'}, and the model's are {needed or 'none'}: start with a new "
+                "cache"
+            )
 
 
 def check_lengths(cache: Cache, layer_idx: int, past: int) -> None:

@@ -1,4 +1,4 @@
-"""The dynamic cache of a sparse layer: all keys and values, and the entries that are complete."""
+"""The dynamic cache of a sparse layer: all keys and values, the entries that are complete, and the index's keys."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ from nsa_hf.kernels import MeanCompressor, compress, compress_blocks, n_blocks
 
 from ..entries import Compressors
 from ..errors import NsaError
-
-COMPRESSED = ("compressed_keys", "compressed_values")
+from ..index import Index, IndexKeys
+from .extras import COMPRESSED, INDEX
 
 
 class NsaDynamicLayer(DynamicLayer):
-    """A `DynamicLayer` that also holds the compressed entries of its keys and values, `[B, N, Hk, D]`.
+    """A `DynamicLayer` that also holds the compressed entries of its keys and values, and the index's keys.
+
+    Of these it has what the model has. Tokens that came without them are caught up with when they are asked for.
 
     Attributes:
         compressed_keys, compressed_values: the entries of the first `compressed_length` tokens; `extend` adds the rest.
-        entry_sizes: kernel_size and kernel_stride of the entries.
+        entry_sizes: kernel_size and kernel_stride of the entries; None before there are any.
+        index_keys, index_scales: the index's keys of the first tokens; `extend_index` adds the rest.
+        index: what they are of; None before there are any.
         starts: int32 `[B]`, the rows' first real positions when they were compressed; None = 0.
         packed: whether it holds packed documents, so that nothing can be added.
         catches_up: whether `extend` compresses tokens too that came without it, in a dense forward for one.
@@ -29,7 +33,7 @@ class NsaDynamicLayer(DynamicLayer):
     """
 
     catches_up = True
-    EXTRA: tuple[str, ...] = (*COMPRESSED, "starts")
+    EXTRA: tuple[str, ...] = (*COMPRESSED, *INDEX, "starts")
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,6 +41,9 @@ class NsaDynamicLayer(DynamicLayer):
         self.compressed_values: Tensor | None = None
         self.compressed_length = 0
         self.entry_sizes: tuple[int, int] | None = None
+        self.index_keys: Tensor | None = None
+        self.index_scales: Tensor | None = None
+        self.index: Index | None = None
         self.starts: Tensor | None = None
         self.knows_starts = False
         self.packed = False
@@ -127,6 +134,26 @@ class NsaDynamicLayer(DynamicLayer):
         row = torch.arange(x.shape[0], device=x.device)[:, None]
         return after.index_put((row, torch.where(complete, entry, count)), new)[:, :count]
 
+    def extend_index(self, keys: Tensor, index: Index) -> IndexKeys:
+        """Adds the index's keys of the tokens that have come since the last time.
+
+        Args:
+            keys: `[B, Hk, S, D]`, what `update` gave: all tokens held.
+            index: the layer's.
+
+        Returns:
+            The index's keys of all tokens held.
+        """
+        self.index = index
+        done = 0 if self.index_keys is None else self.index_keys.shape[2]
+        extended = []
+        for name, new in zip(INDEX, index.keys(keys[:, :, done:]), strict=True):
+            before = getattr(self, name)
+            extended.append(new if new is None or before is None else torch.cat([before, new], dim=2))
+            setattr(self, name, extended[-1])
+        self.offload_extra(INDEX)
+        return IndexKeys(*extended)
+
     def change_extra(self, change: Callable[[Tensor], Tensor], names: tuple[str, ...] | None = None) -> None:
         """Replaces the tensors of these names (None: all of `EXTRA`) by what `change` makes of them."""
         for name in names or self.EXTRA:
@@ -139,7 +166,7 @@ class NsaDynamicLayer(DynamicLayer):
             self.change_extra(lambda states: states.to("cpu", non_blocking=True), names)
 
     def offload(self) -> None:
-        # an offloaded cache calls this within `update`: `extend`, which comes after it, sends its entries along
+        # an offloaded cache calls this within `update`: `extend`, which comes after it, sends what it adds along
         super().offload()
         self.offloaded = True
 
@@ -150,6 +177,8 @@ class NsaDynamicLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
+        length = self.get_seq_length()
+        self.change_extra(lambda states: states[:, :, :length], INDEX)
         if self.keys is not None and self.entry_sizes is not None:
             self.compressed_length = min(self.compressed_length, self.keys.shape[-2])
             entries = n_blocks(self.compressed_length, *self.entry_sizes)
@@ -160,8 +189,10 @@ class NsaDynamicLayer(DynamicLayer):
         self.keys = self.values = None
         self.is_initialized = False
         super().reset()
-        self.compressed_keys = self.compressed_values = self.starts = None
-        self.compressed_length, self.packed, self.knows_starts, self.entry_sizes = 0, False, False, None
+        for name in self.EXTRA:
+            setattr(self, name, None)
+        self.compressed_length, self.packed, self.knows_starts = 0, False, False
+        self.entry_sizes = self.index = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)

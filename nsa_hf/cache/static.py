@@ -11,6 +11,8 @@ from nsa_hf.kernels import compress_blocks, n_blocks
 
 from ..entries import Compressors
 from ..errors import NsaError
+from ..index import Index, IndexKeys
+from .extras import COMPRESSED, INDEX, Extras
 
 
 def in_a_graph() -> bool:
@@ -19,21 +21,21 @@ def in_a_graph() -> bool:
 
 
 class NsaStaticLayer(StaticLayer):
-    """A `StaticLayer` that also holds the compressed entries of its keys and values, `[B, N, Hk, D]` from the start.
+    """A `StaticLayer` that also holds the compressed entries of its keys and values, and the index's keys.
 
-    `N` is how many entries `max_cache_len` tokens have; those that are not complete in a row are undefined. The number
-    of tokens is a tensor on the device (`cumulative_length`) that is never copied to the host, so that a decoding step
-    is one graph. Every step writes the entries that it completes, and no others.
+    Of these it has what the model has, in buffers as long as they may get: entries `[B, N, Hk, D]`, where `N` is how
+    many `max_cache_len` tokens have, and keys `[B, Hk, max_cache_len, c]`. What is not complete or not there yet is
+    undefined. The number of tokens is a tensor on the device (`cumulative_length`) that is never copied to the host, so
+    that a decoding step is one graph. Every step writes what it completes, and nothing else.
 
     Args:
         max_cache_len: tokens that the buffers hold.
-        kernel_size, kernel_stride: of the entries [l, d].
-        entries: False for a model without a compressed branch: there are no buffers for entries then.
+        extras: what is held beside keys and values.
 
     Attributes:
-        entry_sizes: the same two sizes.
-        new_tokens: how many tokens came last.
-        behind: whether tokens came before those whose entries have not been written.
+        entry_sizes, index: of the extras.
+        new_tokens: how many tokens came last, whose entries and index keys are to be written; `max_cache_len`: all.
+        behind: whether tokens are held whose entries and index keys have not been written.
         starts: int32 `[B]`, the rows' first real positions when they were written outside of a graph; None = 0.
         knows_starts: whether any were.
         catches_up: False, so `extend` runs with every forward, dense ones too: later it would need other shapes.
@@ -43,41 +45,55 @@ class NsaStaticLayer(StaticLayer):
     is_croppable = True
     catches_up = False
 
-    def __init__(self, max_cache_len: int, kernel_size: int, kernel_stride: int, entries: bool = True) -> None:
+    def __init__(self, max_cache_len: int, extras: Extras) -> None:
         super().__init__(max_cache_len)
-        self.entries = entries
-        self.entry_sizes = self.kernel_size, self.kernel_stride = kernel_size, kernel_stride
+        self.entry_sizes, self.index = extras.entry_sizes, extras.index
         self.compressed_keys: Tensor | None = None
         self.compressed_values: Tensor | None = None
+        self.index_keys: Tensor | None = None
+        self.index_scales: Tensor | None = None
         self.new_tokens = 0
         self.behind = False
         self.starts: Tensor | None = None
         self.knows_starts = False
 
     @classmethod
-    def adopt(cls, layer: StaticLayer, kernel_size: int, kernel_stride: int, entries: bool = True) -> NsaStaticLayer:
+    def adopt(cls, layer: StaticLayer, extras: Extras) -> NsaStaticLayer:
         """Takes over a plain layer's buffers and what they hold."""
-        adopted = cls(layer.max_cache_len, kernel_size, kernel_stride, entries)
+        adopted = cls(layer.max_cache_len, extras)
         adopted.__dict__.update(layer.__dict__)
         if layer.is_initialized:
-            adopted.allocate_compressed(layer.keys, layer.values)
+            adopted.allocate_entries(layer.keys, layer.values)
+            adopted.allocate_index(layer.keys)
             adopted.behind = is_torchdynamo_compiling() or bool(layer.cumulative_length > 0)
         return adopted
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
-        self.allocate_compressed(key_states, value_states)
+        self.allocate_entries(key_states, value_states)
+        self.allocate_index(key_states)
 
-    def allocate_compressed(self, keys: Tensor, values: Tensor) -> None:
+    def allocate_entries(self, keys: Tensor, values: Tensor) -> None:
         """Makes the buffers for the entries, where there are any, of keys and values that are `[B, Hk, any, D]`."""
-        if not self.entries:
+        if self.entry_sizes is None:
             return
-        entries = n_blocks(self.max_cache_len, self.kernel_size, self.kernel_stride)
-        for name, states in (("compressed_keys", keys), ("compressed_values", values)):
-            buffer = states.new_zeros(states.shape[0], entries, states.shape[1], states.shape[3])
-            setattr(self, name, buffer)
-            if not is_torchdynamo_compiling():
-                torch._dynamo.mark_static_address(buffer)
+        entries = n_blocks(self.max_cache_len, *self.entry_sizes)
+        for name, states in zip(COMPRESSED, (keys, values), strict=True):
+            self.keep_in_place(name, states.new_zeros(states.shape[0], entries, states.shape[1], states.shape[3]))
+
+    def allocate_index(self, keys: Tensor) -> None:
+        """Makes the buffers for the index's keys, where there is one, of keys that are `[B, Hk, any, D]`."""
+        if self.index is None:
+            return
+        for name, none in zip(INDEX, self.index.keys(keys[:, :, :0]), strict=True):
+            if none is not None:
+                self.keep_in_place(name, none.new_zeros(*none.shape[:2], self.max_cache_len, *none.shape[3:]))
+
+    def keep_in_place(self, name: str, buffer: Tensor) -> None:
+        """Keeps a buffer under this name, and tells `torch.compile` that it will not move."""
+        setattr(self, name, buffer)
+        if not is_torchdynamo_compiling():
+            torch._dynamo.mark_static_address(buffer)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -90,6 +106,8 @@ class NsaStaticLayer(StaticLayer):
                     f"the static cache has room for {self.max_cache_len} tokens, holds {length} and was given "
                     f"{self.new_tokens} more: make it with a larger max_cache_len"
                 )
+        if self.behind:
+            self.new_tokens, self.behind = self.max_cache_len, False
         return super().update(key_states, value_states, *args, **kwargs)
 
     def note_starts(self, starts: Tensor | None) -> None:
@@ -113,7 +131,7 @@ class NsaStaticLayer(StaticLayer):
         assert self.compressed_keys is not None and self.compressed_values is not None
         if self.compressed_keys.shape[2] != keys.shape[1]:
             # a family may repeat its heads behind the cache; this happens with the first tokens only
-            self.allocate_compressed(keys, values)
+            self.allocate_entries(keys, values)
         self.note_starts(starts)
         entries = self.compressed_keys.shape[1]
         if entries == 0:
@@ -121,14 +139,10 @@ class NsaStaticLayer(StaticLayer):
         size, stride = compressors.sizes
         length = self.cumulative_length
         start = length.new_zeros(1) if starts is None else starts.to(length.dtype)
-        if self.behind:
-            places, done = entries, torch.zeros_like(start)
-            self.behind = False
-        else:
-            # as many as these tokens can complete; each row has its own
-            places = min(entries, -(-self.new_tokens // stride))
-            before = length - self.new_tokens - start - size
-            done = (before.div(stride, rounding_mode="floor") + 1).clamp(min=0)
+        # as many as these tokens can complete; each row has its own
+        places = min(entries, -(-self.new_tokens // stride))
+        before = length - self.new_tokens - start - size
+        done = (before.div(stride, rounding_mode="floor") + 1).clamp(min=0)
         # [B, places], or [1, places] where all rows agree
         entry = done[:, None] + torch.arange(places, device=length.device)
         first = start[:, None] + entry * stride
@@ -144,6 +158,26 @@ class NsaStaticLayer(StaticLayer):
             buffer.index_put_((row, place), torch.where(complete[..., None, None], new, buffer[row, place]))
         return self.compressed_keys, self.compressed_values
 
+    def extend_index(self, keys: Tensor, index: Index) -> IndexKeys:
+        """Writes the index's keys of the last tokens; called after every `update`.
+
+        Args:
+            keys: `[B, Hk, max_cache_len, D]`, what `update` gave.
+            index: the layer's, for which the buffers were made.
+
+        Returns:
+            The index's keys of all places: the buffers themselves.
+        """
+        assert self.index_keys is not None and index == self.index
+        if self.index_keys.shape[1] != keys.shape[1]:
+            self.allocate_index(keys)  # as in `extend`
+        first = (self.cumulative_length - self.new_tokens).clamp(min=0)
+        place = first + torch.arange(self.new_tokens, device=keys.device)
+        for name, new in zip(INDEX, index.keys(keys.index_select(2, place)), strict=True):
+            if new is not None:
+                getattr(self, name).index_copy_(2, place, new)
+        return IndexKeys(self.index_keys, self.index_scales)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `-tokens_to_remove` tokens; entries that they completed are written again when complete."""
         if tokens_to_remove > 0:
@@ -154,13 +188,13 @@ class NsaStaticLayer(StaticLayer):
     def reset(self) -> None:
         super().reset()
         self.behind = self.knows_starts = False
-        for buffer in (self.compressed_keys, self.compressed_values):
-            if buffer is not None:
-                buffer.zero_()
+        for name in (*COMPRESSED, *INDEX):
+            if getattr(self, name) is not None:
+                getattr(self, name).zero_()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        for buffer in (self.keys, self.values, self.compressed_keys, self.compressed_values):
-            if buffer is not None:
+        for name in ("keys", "values", *COMPRESSED, *INDEX):
+            if (buffer := getattr(self, name)) is not None:
                 # in place: graphs know the buffers by their addresses
                 buffer.copy_(buffer.index_select(0, beam_idx.to(buffer.device)))
         if self.starts is not None:

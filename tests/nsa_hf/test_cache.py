@@ -11,8 +11,8 @@ from nsa_hf import NsaError
 from nsa_hf.cache.adopt import adopt_layer, static_length
 from nsa_hf.cache.branches import NsaIndependentLayer
 from nsa_hf.cache.dynamic import NsaDynamicLayer
+from nsa_hf.cache.extras import Extras
 from nsa_hf.cache.static import NsaStaticLayer
-from nsa_hf.kernels import Sizes
 from nsa_hf.releases import CACHE
 
 CPU = torch.device("cpu")
@@ -25,9 +25,9 @@ def states(batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_plain_layers_are_adopted_with_what_they_hold(tiny_nsa_model):
     for cache in (DynamicCache(), DynamicCache(config=tiny_nsa_model().config)):
         cache.update(*states(1, 5), 1)
-        layer = adopt_layer(cache, 1, Sizes(), CPU)
+        layer = adopt_layer(cache, 1, Extras((32, 16)), CPU)
         assert isinstance(layer, NsaDynamicLayer) and layer is cache.layers[1] and layer.get_seq_length() == 5
-        assert adopt_layer(cache, 1, Sizes(), CPU) is layer
+        assert adopt_layer(cache, 1, Extras((32, 16)), CPU) is layer
         assert type(cache.layers[0]) is DynamicLayer
 
 
@@ -42,14 +42,14 @@ def test_other_caches_are_refused_by_name(tiny_nsa_model, monkeypatch):
     with pytest.raises(
         NsaError, match=r"cannot use a Cache \(SomeQuantizedLayer\).*Use DynamicCache\(\).*or StaticCache"
     ):
-        adopt_layer(quantized, 0, Sizes(), CPU)
+        adopt_layer(quantized, 0, Extras((32, 16)), CPU)
     with pytest.raises(NsaError, match=r"DynamicCache\(offloading=True\) cannot be used: .* do without"):
-        adopt_layer(DynamicCache(offloading=True), 0, Sizes(), CPU)
+        adopt_layer(DynamicCache(offloading=True), 0, Extras((32, 16)), CPU)
     with pytest.raises(NsaError, match=r"cannot use a EncoderDecoderCache: .*Use DynamicCache"):
-        adopt_layer(EncoderDecoderCache(DynamicCache(), DynamicCache()), 0, Sizes(), CPU)
+        adopt_layer(EncoderDecoderCache(DynamicCache(), DynamicCache()), 0, Extras((32, 16)), CPU)
     offloaded = StaticCache(tiny_nsa_model().config, max_cache_len=8, offloading=True)
     with pytest.raises(NsaError, match=r"does not support an offloaded static cache: use .*'offloaded'"):
-        adopt_layer(offloaded, 0, Sizes(), CPU)
+        adopt_layer(offloaded, 0, Extras((32, 16)), CPU)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
@@ -69,19 +69,19 @@ def test_a_cache_is_of_one_compression_only(kind, tiny_nsa_model):
 def test_a_static_layer_is_adopted_with_room_for_its_entries(tiny_nsa_model):
     cache = StaticCache(tiny_nsa_model().config, max_cache_len=40)
     assert static_length(cache) == (0, 40)
-    layer = adopt_layer(cache, 1, Sizes(8, 4, 16, 4, 1, 1, 24), CPU)
+    layer = adopt_layer(cache, 1, Extras((8, 4)), CPU)
     assert isinstance(layer, NsaStaticLayer) and layer is cache.layers[1]
     layer.update(*states(3, 5))
     assert layer.compressed_keys.shape == (3, 9, 2, 6) and static_length(cache) == (0, 40)
-    adopt_layer(cache, 0, Sizes(8, 4, 16, 4, 1, 1, 24), CPU).update(*states(3, 5))
+    adopt_layer(cache, 0, Extras((8, 4)), CPU).update(*states(3, 5))
     assert isinstance(static_length(cache)[0], torch.Tensor) and int(static_length(cache)[0]) == 5
 
 
 def test_keys_and_values_per_branch_have_their_own_layer():
     cache = DynamicCache()
-    assert isinstance(adopt_layer(cache, 0, Sizes(), CPU, independent=True), NsaIndependentLayer)
+    assert isinstance(adopt_layer(cache, 0, Extras((32, 16), independent=True), CPU), NsaIndependentLayer)
     with pytest.raises(NsaError, match="neither can continue the other's cache"):
-        adopt_layer(cache, 0, Sizes(), CPU)
+        adopt_layer(cache, 0, Extras((32, 16)), CPU)
 
 
 def test_a_dynamic_cache_is_not_static(tiny_nsa_model):

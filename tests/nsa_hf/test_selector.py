@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from tiny_families import EXACT, ROUNDING, SIZES, sparse_of, tiny_config, tiny_dense, tokens
@@ -11,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticC
 import nsa_hf
 from nsa_hf import NsaError
 from nsa_hf.conversion import convert, export_dense, plan, verify
+from nsa_hf.index import Index, IndexKeys
+from nsa_hf.kernels import dequantize_index_keys, quantize_index_keys
 from nsa_hf.releases import CACHE
 
 COMPRESSIONS = ["none", "mean", "mlp"]
@@ -24,10 +28,11 @@ def tiny_model(compression: str, **fields: object) -> nsa_hf.NsaLlamaForCausalLM
     return model
 
 
-@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("compression, bits", [("none", 16), ("none", 8), ("mean", 16), ("mlp", 8)])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_a_cache_gives_what_one_pass_gives(compression, kind):
-    model, x = tiny_model(compression), torch.randint(3, 256, (2, 130), generator=torch.Generator().manual_seed(1))
+def test_a_cache_gives_what_one_pass_gives(compression, bits, kind):
+    model = tiny_model(compression, nsa_selector_bits=bits)
+    x = torch.randint(3, 256, (2, 130), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(x)
     mask[1, :30] = 0
     with torch.no_grad():
@@ -41,8 +46,10 @@ def test_a_cache_gives_what_one_pass_gives(compression, kind):
     assert (expected[1, 30:] - alone[0]).abs().max() < 2e-5
 
 
-def test_generation_with_every_cache_and_after_a_crop():
-    model, x = tiny_model("none"), torch.randint(3, 256, (2, 90), generator=torch.Generator().manual_seed(2))
+@pytest.mark.parametrize("bits", [16, 8])
+def test_generation_with_every_cache_and_after_a_crop(bits):
+    model = tiny_model("none", nsa_selector_bits=bits)
+    x = torch.randint(3, 256, (2, 90), generator=torch.Generator().manual_seed(2))
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     expected = model.generate(x, use_cache=False, **options)
     for kind in (None, "static"):
@@ -56,17 +63,17 @@ def test_generation_with_every_cache_and_after_a_crop():
         assert (again - model(x).logits[:, 70:]).abs().max() < 2e-5
 
 
-def test_a_static_cache_has_no_buffers_for_entries_that_there_are_not():
+@pytest.mark.parametrize("bits", [16, 8])
+def test_a_static_cache_has_no_buffers_for_what_there_is_not(bits):
     x = torch.randint(3, 256, (1, 20))
-    for compression, buffers in (("none", 2), ("mean", 4)):
-        model = tiny_model(compression)
+    for compression, entries in (("none", set()), ("mean", {"compressed_keys", "compressed_values"})):
+        model = tiny_model(compression, nsa_selector_bits=bits)
         cache = StaticCache(model.config, max_cache_len=64)
         with torch.no_grad():
             model(x, **{CACHE: cache})
-        held = [
-            value for value in vars(cache.layers[0]).values() if isinstance(value, torch.Tensor) and value.dim() == 4
-        ]
-        assert len(held) == buffers
+        held = {name for name, value in vars(cache.layers[0]).items() if isinstance(value, torch.Tensor)}
+        index = {"index_keys", "index_scales"} if bits == 8 else {"index_keys"}
+        assert held == {"keys", "values", "cumulative_length"} | index | entries
 
 
 def test_another_mask_than_before_is_refused():
@@ -145,6 +152,9 @@ def test_converted_verified_and_back(tiny_dense_dir, tmp_path):
         ),
         ({"nsa_selector": "channels", "nsa_selector_dim": 0}, "nsa_selector_dim must be an int within 1 .. 256"),
         ({"nsa_selector": "channels", "nsa_selector_dim": 9}, "a head has 8 channels, and 9 of them were asked for"),
+        ({"nsa_selector_bits": 4}, "nsa_selector_bits must be 16 .* or 8 .*, got 4"),
+        ({"nsa_selector_bits": 8.0}, "nsa_selector_bits must be 16 .* or 8 .*, got 8.0"),
+        ({"nsa_selector": "channels", "nsa_selector_channels": [[1], []]}, "must be within 0 .. 7, got none"),
         ({"nsa_selector": "channels", "nsa_selector_channels": [[1]]}, "for each of 2 layers, got"),
         ({"nsa_selector": "channels", "nsa_selector_channels": [[1], [99]]}, "channels must be within 0 .. 7, got 99"),
     ],
@@ -159,8 +169,40 @@ def test_a_family_without_rotation_is_refused_where_channels_are_asked_for():
         nsa_hf.nsa_config_from_dense(tiny_config("ctrl"), nsa_selector="channels", **SIZES)
 
 
-def test_configs_of_format_1_load(tmp_path):
-    config = nsa_hf.nsa_config_from_dense(tiny_dense_model().config, **TINY_SIZES)
-    fields = {name: value for name, value in config.to_dict().items() if "selector" not in name}
-    old = type(config)(**{**fields, "nsa_format": 1})
-    assert old.nsa_selector == "compressed" and old.nsa_selector_channels is None
+def test_configs_load_that_lack_fields(tmp_path):
+    """They mean what they meant when they were saved, whatever new ones are by default."""
+    config = nsa_hf.nsa_config_from_dense(tiny_dense_model().config, **TINY_SIZES, nsa_selector="channels")
+    fields = config.to_dict()
+    del fields["nsa_selector_bits"]
+    assert type(config).from_dict(fields).nsa_selector_bits == 16
+    assert type(config).from_dict({**fields, "nsa_selector_bits": 8}).nsa_selector_bits == 8
+    old = {name: value for name, value in fields.items() if "selector" not in name} | {"nsa_format": 1}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    old = AutoConfig.from_pretrained(tmp_path)
+    assert old.nsa_selector == "compressed" and old.nsa_selector_channels is None and old.nsa_selector_bits == 16
+
+
+def test_with_8_bits_blocks_are_chosen_by_the_quantised_keys():
+    """With and without a cache, asked for weights or not: by what the operation makes of them."""
+    x = torch.randint(3, 256, (1, 150), generator=torch.Generator().manual_seed(1))
+    chosen = {}
+    for bits in (16, 8):
+        model = tiny_model("none", nsa_selector_bits=bits)
+        with torch.no_grad(), model.record_selection() as record:
+            model(x, use_cache=False)
+            chosen[bits] = dict(record)
+            for more in ({"use_cache": True}, {"output_attentions": True}, {"output_attentions": True, CACHE: None}):
+                model(x, **more)
+                assert all(torch.equal(record[layer], chosen[bits][layer]) for layer in record), more
+    model = tiny_model("none", nsa_selector_bits=16)
+    nothing_lost = Index.keys
+
+    def rounded(index: Index, keys: torch.Tensor) -> IndexKeys:
+        codes, scales = quantize_index_keys(nothing_lost(index, keys).keys)
+        return IndexKeys(dequantize_index_keys(codes, scales, keys.dtype), None)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad(), model.record_selection() as record:
+        patch.setattr(Index, "keys", rounded)
+        model(x)
+    # the first layer's keys do not depend on what is chosen
+    assert torch.equal(record[0], chosen[8][0]) and not torch.equal(record[0], chosen[16][0])

@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, StaticCache
 
 from nsa_hf import NsaError, nsa_config_from_dense
+from nsa_hf.cache.extras import Extras
 from nsa_hf.cache.static import NsaStaticLayer
 from nsa_hf.entries import Compressors
 from nsa_hf.families import family_of
@@ -18,6 +19,7 @@ from nsa_hf.kernels import build_compressor, compress, n_blocks
 from nsa_hf.releases import CACHE
 
 SIZE, STRIDE, HEADS, DIM, ROOM = 8, 4, 2, 6, 57
+EXTRAS = Extras((SIZE, STRIDE))
 
 
 @pytest.fixture
@@ -69,27 +71,27 @@ def poison(cache) -> None:
 def test_extended_by_any_steps_equals_one_pass(steps, starts, compressors):
     torch.manual_seed(1)
     starts = None if starts is None else torch.tensor(starts, dtype=torch.int32)
-    layer = filled(NsaStaticLayer(ROOM, SIZE, STRIDE), compressors, steps, starts, batch=4)
+    layer = filled(NsaStaticLayer(ROOM, EXTRAS), compressors, steps, starts, batch=4)
     assert layer.compressed_keys.shape == (4, n_blocks(ROOM, SIZE, STRIDE), HEADS, DIM)
     assert_entries_of_one_pass(layer, compressors, starts)
 
 
 def test_a_step_compresses_only_what_it_may_complete(compressors):
-    layer, places = NsaStaticLayer(ROOM, SIZE, STRIDE), []
+    layer, places = NsaStaticLayer(ROOM, EXTRAS), []
     compressors.keys.register_forward_hook(lambda module, args, output: places.append(args[0].shape[1]))
     filled(layer, compressors, [20, 1, 5, 1])
     assert places == [5, 1, 2, 1]
 
 
 def test_a_cache_without_room_for_a_block_has_no_entries(compressors):
-    layer = filled(NsaStaticLayer(SIZE - 1, SIZE, STRIDE), compressors, [SIZE - 1])
+    layer = filled(NsaStaticLayer(SIZE - 1, EXTRAS), compressors, [SIZE - 1])
     assert layer.compressed_keys.shape[1] == 0
 
 
 @pytest.mark.parametrize("removed", [0, 1, 5, 17, 41])
 def test_cropped_and_filled_again(removed, compressors):
     torch.manual_seed(1)
-    layer = filled(NsaStaticLayer(ROOM, SIZE, STRIDE), compressors, [41])
+    layer = filled(NsaStaticLayer(ROOM, EXTRAS), compressors, [41])
     layer.crop(-removed)
     assert int(layer.get_seq_length()) == 41 - removed
     filled(layer, compressors, [1, 5, removed + 3])
@@ -100,7 +102,7 @@ def test_cropped_and_filled_again(removed, compressors):
 
 def test_reordered_and_reset_in_place(compressors):
     torch.manual_seed(1)
-    layer = filled(NsaStaticLayer(ROOM, SIZE, STRIDE), compressors, [30], batch=3)
+    layer = filled(NsaStaticLayer(ROOM, EXTRAS), compressors, [30], batch=3)
     before, where = layer.compressed_values.clone(), addresses(layer)
     layer.reorder_cache(torch.tensor([2, 0, 0]))
     assert torch.equal(layer.compressed_values, before[[2, 0, 0]])
@@ -114,7 +116,7 @@ def test_reordered_and_reset_in_place(compressors):
 
 def test_more_tokens_than_there_is_room_for_are_refused(compressors):
     with pytest.raises(NsaError, match="room for 57 tokens, holds 50 and was given 8 more: make it with a larger"):
-        filled(NsaStaticLayer(ROOM, SIZE, STRIDE), compressors, [50, 8])
+        filled(NsaStaticLayer(ROOM, EXTRAS), compressors, [50, 8])
 
 
 def test_a_plain_layer_is_adopted_with_what_it_holds(tiny_nsa_model):
