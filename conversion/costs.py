@@ -17,7 +17,7 @@ class Scoring:
 
     Attributes:
         entries: whether the compressed entries.
-        index_share: of every past token's key and value, the part that an index reads.
+        index_share: of the work with every past token's key and value, the part that an index is.
     """
 
     entries: bool = True
@@ -29,10 +29,21 @@ PAPER = Scoring()
 
 def scoring_of(config: PreTrainedConfig) -> Scoring:
     """What the queries of a converted model read to score blocks, and in the compressed branch."""
-    share = 0.0
-    if config.nsa_selector == "channels":
-        share = (config.nsa_selector_dim or 0) / (2 * head_size(config))
+    share = index_channels(config) / (2 * head_size(config))
     return Scoring(config.nsa_compression != "none", share)
+
+
+def index_channels(config: PreTrainedConfig) -> int:
+    """How many channels of a head an index reads; 0 where there is none."""
+    return config.nsa_selector_dim or 0 if config.nsa_selector == "channels" else 0
+
+
+def index_bytes(config: PreTrainedConfig) -> int:
+    """Bytes of the index's key of one token and head, in 8 bits with its scale."""
+    channels = index_channels(config)
+    if channels and config.nsa_selector_bits == 8:
+        return channels + 2
+    return channels * config.dtype.itemsize
 
 
 def head_size(config: PreTrainedConfig) -> int:
@@ -68,27 +79,28 @@ def kv_cache(config: PreTrainedConfig, layers: Iterable[dict[str, Any]], length:
     Returns:
         See `kv_cache` in what `plan` returns.
     """
-    sizes = config.nsa_sizes
-    heads = config.num_attention_heads
-    scoring, head_dim = scoring_of(config), head_size(config)
-    # of one key and value in one layer
-    key_value_bytes = 2 * (getattr(config, "num_key_value_heads", None) or heads) * head_dim * config.dtype.itemsize
+    sizes, entries_alone = config.nsa_sizes, Scoring(config.nsa_compression != "none")
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    # of one token in one layer
+    key_value_bytes = 2 * heads * head_size(config) * config.dtype.itemsize
     layers = list(layers)
     sparse_layers = sum(layer["becomes"] == "nsa" for layer in layers)
-    entries = n_blocks(length, sizes.kernel_size, sizes.kernel_stride) if scoring.entries else 0
+    index = sparse_layers * length * heads * index_bytes(config)
+    entries = n_blocks(length, sizes.kernel_size, sizes.kernel_stride) if entries_alone.entries else 0
     added = sparse_layers * entries
     if config.nsa_branch_kv == "independent":
         # the tokens that the next entry will need, and the window's
         added += sparse_layers * (length - entries * sizes.kernel_stride + min(length, sizes.window_size))
     dense = sum(length if layer["keeps"] is None else min(length, layer["keeps"]) for layer in layers)
-    read = round(dense + sparse_layers * (read_tokens(sizes, length, scoring) - length))
+    read = dense + sparse_layers * (int(read_tokens(sizes, length, entries_alone)) - length)
+    read_bytes = read * key_value_bytes + index
     return {
         "length": length,
         "dense_bytes": dense * key_value_bytes,
-        "nsa_bytes": (dense + added) * key_value_bytes,
+        "nsa_bytes": (dense + added) * key_value_bytes + index,
         "dense_read_bytes": dense * key_value_bytes,
-        "nsa_read_bytes": read * key_value_bytes,
-        "read_less": dense / read,
+        "nsa_read_bytes": read_bytes,
+        "read_less": dense * key_value_bytes / read_bytes,
     }
 
 

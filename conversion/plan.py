@@ -60,8 +60,8 @@ def plan(
           `keeps` the most tokens that its cache holds (None: all).
         - `parameters`: `dense`, `added`, `added_share`; `bytes`: of the weights, `dense` and `nsa`.
         - `kv_cache`: for each length, of one sequence in the model's dtype over all layers: bytes kept (`dense_bytes`,
-          `nsa_bytes`: full keys and values plus the compressed entries) and bytes read for one more token
-          (`dense_read_bytes`, `nsa_read_bytes`, and their ratio `read_less`).
+          `nsa_bytes`: full keys and values plus the compressed entries and an index's keys) and bytes read for one more
+          token (`dense_read_bytes`, `nsa_read_bytes`, and their ratio `read_less`).
         - `pays_from`: tokens from which attention takes fewer FLOPs, None if never: `one_token` (for the token at that
           length), `whole_text` (for all tokens up to it), and `formula`.
         - `measured`: None unless `measure` is given. `documents`: name and tokens of each text; `conversions`: the

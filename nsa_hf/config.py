@@ -41,9 +41,9 @@ class NsaConfigMixin(NsaFields, SavedConfig):
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.check_nsa()
         if self.nsa_selector == "channels" and self.nsa_selector_channels is None:
-            channels = slowest_channels(self.to_dense_config(), self.nsa_selector_dim)
-            self.nsa_selector_channels = channels
-            self.nsa_selector_dim = max(map(len, channels))
+            self.nsa_selector_channels = slowest_channels(self.to_dense_config(), self.nsa_selector_dim)
+        if self.nsa_selector_channels is not None:
+            self.nsa_selector_dim = max(map(len, self.nsa_selector_channels))
 
     @classmethod
     def from_dense_config(cls, dense_config: PreTrainedConfig, **nsa_fields: Any) -> Self:

@@ -20,6 +20,11 @@ class IndexKeys(NamedTuple):
     keys: Tensor
     scales: Tensor | None
 
+    def then(self, more: IndexKeys) -> IndexKeys:
+        """These tokens' keys, and behind them those of `more`."""
+        scales = None if self.scales is None or more.scales is None else torch.cat([self.scales, more.scales], dim=2)
+        return IndexKeys(torch.cat([self.keys, more.keys], dim=2), scales)
+
 
 @dataclass(frozen=True)
 class Index:

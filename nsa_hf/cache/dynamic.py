@@ -145,14 +145,14 @@ class NsaDynamicLayer(DynamicLayer):
             The index's keys of all tokens held.
         """
         self.index = index
-        done = 0 if self.index_keys is None else self.index_keys.shape[2]
-        extended = []
-        for name, new in zip(INDEX, index.keys(keys[:, :, done:]), strict=True):
-            before = getattr(self, name)
-            extended.append(new if new is None or before is None else torch.cat([before, new], dim=2))
-            setattr(self, name, extended[-1])
+        if self.index_keys is None:
+            held = index.keys(keys)
+        else:
+            new = index.keys(keys[:, :, self.index_keys.shape[2] :])
+            held = IndexKeys(self.index_keys, self.index_scales).then(new)
+        self.index_keys, self.index_scales = held
         self.offload_extra(INDEX)
-        return IndexKeys(*extended)
+        return held
 
     def change_extra(self, change: Callable[[Tensor], Tensor], names: tuple[str, ...] | None = None) -> None:
         """Replaces the tensors of these names (None: all of `EXTRA`) by what `change` makes of them."""

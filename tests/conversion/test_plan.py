@@ -11,7 +11,8 @@ import torch
 from packaging.version import Version
 from rich.console import Console
 from tiny_families import tiny_config
-from tiny_models import tiny_dense_model
+from tiny_models import SELECTORS, tiny_dense_model
+from transformers import StaticCache
 
 import nsa_hf
 from nsa_hf.conversion import convert, plan, render_plan
@@ -53,17 +54,25 @@ def test_it_counts_what_a_conversion_writes(tiny_dense_dir, tiny_sizes, tmp_path
     assert description["options"]["nsa_compression"] == "linear"
 
 
-@pytest.mark.parametrize("branch_kv", ["shared", "independent"])
-def test_cache_bytes_are_those_of_a_cache_that_was_filled(branch_kv, tiny_dense_dir, tiny_sizes, tiny_nsa_model):
-    """Keys, values, compressed entries and what the branches keep besides, that the model really keeps."""
-    model = tiny_nsa_model(nsa_dense_layers=[1], nsa_branch_kv=branch_kv)
-    options = {**tiny_sizes, "dense_layers": [1], "branch_kv": branch_kv}
-    row = plan(tiny_dense_dir, **options, lengths=[99])["kv_cache"][0]
+SHARED = [*SELECTORS.values(), {"nsa_selector": "channels", "nsa_selector_bits": 8}]
+OF_EACH_BRANCH = [{"nsa_branch_kv": "independent"}, {"nsa_branch_kv": "independent", "nsa_selector": "channels"}]
+
+
+@pytest.mark.parametrize(
+    "kind, options",
+    [*(("dynamic", options) for options in [*SHARED, *OF_EACH_BRANCH]), *(("static", options) for options in SHARED)],
+    ids=str,
+)
+def test_cache_bytes_are_those_of_a_cache_that_was_filled(options, kind, tiny_dense_dir, tiny_sizes, tiny_nsa_model):
+    """Keys, values, compressed entries, the index's keys, and what the branches keep besides."""
+    model = tiny_nsa_model(nsa_dense_layers=[1], **options)
+    row = plan(tiny_dense_dir, **tiny_sizes, **options, dense_layers=[1], lengths=[99])["kv_cache"][0]
+    cache = StaticCache(model.config, max_cache_len=99) if kind == "static" else None
     with torch.no_grad():
-        cache = model(torch.arange(99)[None], use_cache=True)[CACHE]
+        cache = model(torch.arange(99)[None], use_cache=True, **{CACHE: cache})[CACHE]
 
     def nbytes(of) -> int:
-        return sum(x.nbytes for x in vars(of).values() if isinstance(x, torch.Tensor))
+        return sum(x.nbytes for x in vars(of).values() if isinstance(x, torch.Tensor) and x.dim())
 
     layer_bytes = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
     assert row["dense_bytes"] == sum(layer_bytes)
@@ -85,18 +94,17 @@ def test_read_bytes_of_a_model(tiny_dense_dir):
     assert row["read_less"] == pytest.approx(3 * 65536 / (65536 + 2 * 5631))
 
 
-@pytest.mark.parametrize("compression", ["none", "mlp"])
-def test_bytes_of_a_model_that_chooses_by_channels(tiny_dense_dir, tiny_sizes, compression):
-    options = {**tiny_sizes, "selector": "channels", "compression": compression}
-    model = nsa_hf.NsaLlamaForCausalLM.from_dense(tiny_dense_dir, **options)
-    row = plan(tiny_dense_dir, **options, lengths=[99])["kv_cache"][0]
-    with torch.no_grad():
-        cache = model(torch.arange(99)[None], use_cache=True)[CACHE]
-    held = [x.nbytes for layer in cache.layers for x in vars(layer).values() if isinstance(x, torch.Tensor)]
-    assert row["nsa_bytes"] == sum(held)
-    # 4 of 8 channels of the keys; 64 selected tokens, 24 in the window, 23 entries
-    read = 0.25 * 99 + 64 + 24 + (0 if compression == "none" else 23)
-    assert row["nsa_read_bytes"] == round(3 * read) * 2 * 2 * 8 * 4
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("compression, bits", [("none", 16), ("mlp", 16), ("none", 8), ("mlp", 8)])
+def test_read_bytes_of_a_model_that_chooses_by_channels(tiny_dense_dir, tiny_sizes, compression, bits, dtype):
+    options = {**tiny_sizes, "selector": "channels", "compression": compression, "selector_bits": bits}
+    row = plan(tiny_dense_dir, **options, dtype=dtype, lengths=[99])["kv_cache"][0]
+    size = 4 if dtype == "float32" else 2
+    # 64 selected tokens, 24 in the window, 23 entries: K and V of 8 numbers; 4 of 8 channels of all 99 keys
+    read = (64 + 24 + (0 if compression == "none" else 23)) * 2 * 8 * size
+    read += 99 * (4 + 2 if bits == 8 else 4 * size)
+    assert row["nsa_read_bytes"] == 3 * 2 * read  # layers and heads
+    assert row["read_less"] == row["dense_read_bytes"] / row["nsa_read_bytes"]
 
 
 @pytest.mark.parametrize("scoring", [PAPER, Scoring(False, 0.25), Scoring(True, 0.125)], ids=str)

@@ -14,6 +14,12 @@ TINY_SIZES = {
     "nsa_local_blocks": 1,
     "nsa_window_size": 24,
 }
+# The ways of choosing blocks for which everything that has to do with caches is tested.
+SELECTORS = {
+    "compressed": {},
+    "channels": {"nsa_selector": "channels", "nsa_compression": "none"},
+    "channels-8": {"nsa_selector": "channels", "nsa_compression": "none", "nsa_selector_bits": 8},
+}
 TINY_LLAMA = {
     "vocab_size": 256,
     "hidden_size": 48,

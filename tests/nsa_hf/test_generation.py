@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from generation_steps import BORDERS, GREEDY, LENGTH, in_steps, left_padded, relative, tokens
-from tiny_models import TINY_SIZES, tiny_dense_model
+from tiny_models import SELECTORS, TINY_SIZES, tiny_dense_model
 from transformers import DynamicCache, StaticCache
 
 from nsa_hf import NsaError
@@ -14,6 +14,12 @@ from nsa_hf.releases import CACHE
 
 # Where the texts of samples and beams start, and by how much they grow: together across every border.
 SAMPLED, NEW = (5, 18, 60, 70), 16
+
+
+@pytest.fixture(params=SELECTORS)
+def tiny_nsa_model(tiny_nsa_model, request):
+    """For every way of choosing blocks."""
+    return lambda **fields: tiny_nsa_model(**{**SELECTORS[request.param], **fields})
 
 
 @pytest.mark.parametrize("compression", ["mean", "linear", "mlp"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from generation_steps import BORDERS, GREEDY, LENGTH, in_steps, left_padded, relative, tokens
 from tiny_families import VOCABULARY, tiny_dense
-from tiny_models import TINY_SIZES, randomize_nsa
+from tiny_models import SELECTORS, TINY_SIZES, randomize_nsa
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, StaticCache
 
@@ -20,6 +20,12 @@ from nsa_hf.releases import CACHE
 
 SIZE, STRIDE, HEADS, DIM, ROOM = 8, 4, 2, 6, 57
 EXTRAS = Extras((SIZE, STRIDE))
+
+
+@pytest.fixture(params=SELECTORS)
+def tiny_nsa_model(tiny_nsa_model, request):
+    """For every way of choosing blocks."""
+    return lambda **fields: tiny_nsa_model(**{**SELECTORS[request.param], **fields})
 
 
 @pytest.fixture
