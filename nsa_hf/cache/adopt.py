@@ -82,10 +82,9 @@ def check_extras(layer: NsaDynamicLayer | NsaStaticLayer, wanted: Extras) -> Non
         ("an index of", layer.index, wanted.index),
     ):
         if held != needed and (held is not None or isinstance(layer, NsaStaticLayer)):
-            raise NsaError(
-                f"this cache holds {kind} {held or 'none'}, and the model's are {needed or 'none'}: start with a new "
-                "cache"
-            )
+            holds = f"has no room for {kind}" if held is None else f"holds {kind} {held}, and the model needs"
+            needs = "none" if needed is None else str(needed)
+            raise NsaError(f"this cache {holds} {needs}: start with a new cache")
 
 
 def check_lengths(cache: Cache, layer_idx: int, past: int) -> None:

@@ -17,9 +17,12 @@ SIZE, STRIDE, WINDOW = (TINY_SIZES[f"nsa_{name}"] for name in ("kernel_size", "k
 TINY_HEADS, HEAD_DIM = 2, 8
 
 
-@pytest.fixture
-def model(tiny_nsa_model):
-    return tiny_nsa_model(nsa_branch_kv="independent")
+CHANNELS = {"nsa_selector": "channels", "nsa_selector_bits": 8}
+
+
+@pytest.fixture(params=[{}, CHANNELS], ids=["compressed", "channels"])
+def model(tiny_nsa_model, request):
+    return tiny_nsa_model(nsa_branch_kv="independent", **request.param)
 
 
 def held_bytes(layer: NsaIndependentLayer) -> int:
@@ -37,8 +40,11 @@ def test_the_bytes_are_those_of_the_specification(steps, model):
     unfinished = length - entries * STRIDE
     tokens_kept = length + entries + unfinished + min(length, WINDOW)
     assert unfinished < SIZE
-    # keys and values, two rows, float32
-    assert [held_bytes(layer) for layer in cache.layers] == [2 * 2 * tokens_kept * TINY_HEADS * HEAD_DIM * 4] * 3
+    # keys and values, two rows, float32; the index's keys of half the channels, a byte each, and their scales
+    expected = 2 * 2 * tokens_kept * TINY_HEADS * HEAD_DIM * 4
+    if model.config.nsa_selector == "channels":
+        expected += 2 * length * TINY_HEADS * (HEAD_DIM // 2 + 2)
+    assert [held_bytes(layer) for layer in cache.layers] == [expected] * 3
 
 
 @pytest.mark.parametrize("prefill", [*BORDERS, 120])

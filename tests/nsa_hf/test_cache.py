@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import SELECTORS
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -13,6 +14,7 @@ from nsa_hf.cache.branches import NsaIndependentLayer
 from nsa_hf.cache.dynamic import NsaDynamicLayer
 from nsa_hf.cache.extras import Extras
 from nsa_hf.cache.static import NsaStaticLayer
+from nsa_hf.index import Index
 from nsa_hf.releases import CACHE
 
 CPU = torch.device("cpu")
@@ -59,19 +61,59 @@ def test_a_cache_is_of_one_compression_only(kind, tiny_nsa_model):
     with torch.no_grad():
         model(x, **{CACHE: cache})
         other = tiny_nsa_model(nsa_kernel_size=4, nsa_kernel_stride=4)
-        with pytest.raises(NsaError, match=r"kernel_stride \(8, 4\), and the model's are \(4, 4\): start with a new"):
+        with pytest.raises(NsaError, match=r"kernel_stride \(8, 4\), and the model needs \(4, 4\): start with a new"):
             other(x[:, :1], **{CACHE: cache})
         if kind == "dynamic":
             cache.reset()
             assert torch.equal(other(x, **{CACHE: cache}).logits, other(x).logits)
 
 
-def test_a_static_layer_is_adopted_with_room_for_its_entries(tiny_nsa_model):
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize(
+    "other, said",
+    [
+        ({"nsa_selector_bits": 16}, "an index of channels 2-3, 6-7 in 8 bits, .* channels 2-3, 6-7 in 16 bits"),
+        ({"nsa_selector_channels": [[0, 1, 4]] * 3}, "channels 2-3, 6-7 in 8 bits, .* channels 0-1, 4 in 8 bits"),
+        ({"nsa_selector": "compressed"}, "an index of channels 2-3, 6-7 in 8 bits, and the model needs none"),
+        ({"nsa_compression": "none"}, r"nsa_kernel_stride \(8, 4\), and the model needs none"),
+    ],
+)
+def test_a_cache_is_of_one_index_only(other, said, kind, tiny_nsa_model):
+    fields = {"nsa_selector": "channels", "nsa_selector_bits": 8}
+    model, x = tiny_nsa_model(**fields), torch.arange(60)[None]
+    cache = DynamicCache() if kind == "dynamic" else StaticCache(model.config, max_cache_len=80)
+    other = tiny_nsa_model(**{**fields, **other})
+    with torch.no_grad():
+        model(x, **{CACHE: cache})
+        with pytest.raises(NsaError, match=f"this cache holds .*{said}: start with a new cache"):
+            other(x[:, :1], **{CACHE: cache})
+        if kind == "dynamic":
+            cache.reset()
+            assert torch.equal(other(x, **{CACHE: cache}).logits, other(x).logits)
+
+
+def test_an_index_is_caught_up_with_where_a_model_without_one_began(tiny_nsa_model):
+    """Keys are keys: a dynamic cache makes of them what is missing. The buffers of a static one are made at once."""
+    x = torch.randint(3, 250, (1, 90), generator=torch.Generator().manual_seed(0))
+    first, second = tiny_nsa_model(), tiny_nsa_model(nsa_selector="channels", nsa_selector_bits=8)
+    cache, static = DynamicCache(), StaticCache(first.config, max_cache_len=99)
+    with torch.no_grad():
+        first(x[:, :60], **{CACHE: cache})
+        second(x[:, 60:], **{CACHE: cache})
+        layer = cache.layers[1]
+        assert torch.equal(layer.index_keys, layer.index.keys(layer.keys).keys)
+        first(x[:, :60], **{CACHE: static})
+        with pytest.raises(NsaError, match="this cache has no room for an index of channels 2-3"):
+            second(x[:, 60:], **{CACHE: static})
+
+
+def test_a_static_layer_is_adopted_with_room_for_its_entries_and_its_index(tiny_nsa_model):
     cache = StaticCache(tiny_nsa_model().config, max_cache_len=40)
     assert static_length(cache) == (0, 40)
-    layer = adopt_layer(cache, 1, Extras((8, 4)), CPU)
+    layer = adopt_layer(cache, 1, Extras((8, 4), Index(((2, 5),), 8)), CPU)
     assert isinstance(layer, NsaStaticLayer) and layer is cache.layers[1]
     layer.update(*states(3, 5))
+    assert layer.index_keys.shape == (3, 2, 40, 3) and layer.index_scales.shape == (3, 2, 40)
     assert layer.compressed_keys.shape == (3, 9, 2, 6) and static_length(cache) == (0, 40)
     adopt_layer(cache, 0, Extras((8, 4)), CPU).update(*states(3, 5))
     assert isinstance(static_length(cache)[0], torch.Tensor) and int(static_length(cache)[0]) == 5
@@ -90,9 +132,11 @@ def test_a_dynamic_cache_is_not_static(tiny_nsa_model):
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static", "independent"])
-def test_rows_begin_where_they_began(kind, tiny_nsa_model):
+@pytest.mark.parametrize("selector", ["compressed", "channels", "channels-8"])
+def test_rows_begin_where_they_began(selector, kind, tiny_nsa_model):
     """Entries are of blocks counted from a row's first token: with another mask they would be of no row's blocks."""
-    model = tiny_nsa_model(nsa_compression="mlp", nsa_branch_kv="independent" if kind == "independent" else "shared")
+    independent = {"nsa_branch_kv": "independent", "nsa_compression": "mlp"} if kind == "independent" else {}
+    model = tiny_nsa_model(**{**SELECTORS[selector], **independent})
     x = torch.randint(3, 250, (3, 90), generator=torch.Generator().manual_seed(0))
     mask = (torch.arange(90) >= torch.tensor([[0], [37], [9]])).long()
     moved = mask.clone()
@@ -128,8 +172,9 @@ def test_rows_begin_where_they_began(kind, tiny_nsa_model):
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_dense_forwards_note_where_rows_begin(kind, tiny_nsa_model):
-    model, x = tiny_nsa_model(nsa_compression="mlp"), torch.arange(3, 123).view(2, 60)
+@pytest.mark.parametrize("selector", ["compressed", "channels"])
+def test_dense_forwards_note_where_rows_begin(selector, kind, tiny_nsa_model):
+    model, x = tiny_nsa_model(**SELECTORS[selector]), torch.arange(3, 123).view(2, 60)
     mask = (torch.arange(60) >= torch.tensor([[0], [9]])).long()
     cache = StaticCache(model.config, max_cache_len=70) if kind == "static" else DynamicCache()
     with torch.no_grad():

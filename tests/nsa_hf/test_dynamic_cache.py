@@ -1,16 +1,21 @@
-"""The cache: compressed entries are extended, never recomputed, and follow what happens to keys and values."""
+"""The cache: entries and index keys are extended, never recomputed, and follow what happens to keys and values."""
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from transformers.cache_utils import DynamicLayer
 
 from nsa_hf import NsaError
 from nsa_hf.cache.dynamic import NsaDynamicLayer
 from nsa_hf.entries import Compressors
+from nsa_hf.index import Index
 from nsa_hf.kernels import build_compressor, compress, n_blocks
 
 SIZE, STRIDE, HEADS, DIM = 8, 4, 2, 6
+INDEXES = [Index(((1, 3), (5, 6)), bits) for bits in (16, 8)]
 
 
 class Counting(torch.nn.Module):
@@ -121,6 +126,58 @@ def test_changes_of_the_batch_cover_the_compressed_entries(change, compressors):
         torch.testing.assert_close(got, expected)
 
 
+def indexed(layer: NsaDynamicLayer, index: Index, *steps: int, batch: int = 2) -> NsaDynamicLayer:
+    """The layer with as many more tokens."""
+    for step in steps:
+        layer.extend_index(layer.update(*states(batch, step))[0], index)
+    return layer
+
+
+def assert_index_of_one_pass(layer: NsaDynamicLayer, index: Index) -> None:
+    expected = index.keys(layer.keys)
+    assert layer.index_keys.dtype == (torch.int8 if index.bits == 8 else layer.keys.dtype)
+    assert torch.equal(layer.index_keys, expected.keys)
+    assert layer.index_scales is expected.scales is None or torch.equal(layer.index_scales, expected.scales)
+
+
+@pytest.mark.parametrize("index", INDEXES, ids=str)
+def test_the_index_by_any_steps_is_that_of_one_pass(index):
+    torch.manual_seed(1)
+    assert_index_of_one_pass(indexed(NsaDynamicLayer(), index, 7, 1, 1, 30, 8), index)
+    # in memory of its own, not a part of the keys
+    layer = indexed(NsaDynamicLayer(), Index(((0, 4),)), 20)
+    assert layer.index_keys.untyped_storage().nbytes() == layer.index_keys.nbytes
+    plain = DynamicLayer()
+    plain.update(*states(2, 20))
+    layer = NsaDynamicLayer.adopt(plain)
+    layer.update(*states(2, 3))  # a dense forward: nothing is extended
+    assert_index_of_one_pass(indexed(layer, index, 1), index)
+
+
+@pytest.mark.parametrize("index", INDEXES, ids=str)
+def test_the_index_follows_what_happens_to_the_keys(index):
+    torch.manual_seed(1)
+    layer = indexed(NsaDynamicLayer(), index, 30, batch=3)
+    for change, rows in (
+        (lambda: layer.crop(-11), 3),
+        (lambda: layer.reorder_cache(torch.tensor([2, 0, 0])), 3),
+        (lambda: layer.batch_repeat_interleave(2), 6),
+        (lambda: layer.batch_select_indices(torch.tensor([5, 1])), 2),
+    ):
+        change()
+        assert_index_of_one_pass(layer, index)
+        assert_index_of_one_pass(indexed(layer, index, 4, batch=rows), index)
+    layer.update(*states(2, 9))
+    layer.crop(-2)  # tokens that the index has not yet
+    copied = copy.deepcopy(layer)
+    for one in (layer, copied):
+        assert_index_of_one_pass(indexed(one, index, 5), index)
+    copied.reset()
+    assert copied.index is copied.index_keys is copied.index_scales is None
+    assert_index_of_one_pass(indexed(copied, index, 12), index)
+    assert_index_of_one_pass(indexed(layer, index, 5), index)
+
+
 def test_reset_forgets_everything(compressors):
     layer = NsaDynamicLayer()
     layer.update(*states(1, 30))
@@ -129,7 +186,8 @@ def test_reset_forgets_everything(compressors):
     assert layer.compressed_keys is None and layer.compressed_values is None and layer.compressed_length == 0
 
 
-def test_an_offloaded_layer_moves_its_compressed_entries_too(compressors, monkeypatch):
+@pytest.mark.parametrize("index", INDEXES, ids=str)
+def test_an_offloaded_layer_moves_its_entries_and_its_index_too(index, compressors, monkeypatch):
     torch.manual_seed(1)
     layer, moved = NsaDynamicLayer(), []
     expected = NsaDynamicLayer()
@@ -145,16 +203,18 @@ def test_an_offloaded_layer_moves_its_compressed_entries_too(compressors, monkey
         given = states(2, step)
         moved.clear()
         layer.prefetch()
-        held = [x.shape for x in (layer.compressed_keys, layer.compressed_values) if x is not None]
+        held = [getattr(layer, name).shape for name in layer.EXTRA if getattr(layer, name) is not None]
         assert all((layer.device, shape) in moved for shape in held)
         # as an offloaded `Cache.update` does: the layer is sent away before its entries are extended
         held = layer.update(*given)
         layer.offload()
         moved.clear()
-        got = layer.extend(*held, compressors, None)
-        assert moved == [("cpu", got[0].shape), ("cpu", got[1].shape)]
-        same = expected.extend(*expected.update(*given), compressors, None)
-        assert all(torch.equal(*pair) for pair in zip(got, same, strict=True))
+        got = (*layer.extend(*held, compressors, None), *layer.extend_index(held[0], index))
+        got = [states for states in got if states is not None]
+        assert moved == [("cpu", states.shape) for states in got] and len(got) == (4 if index.bits == 8 else 3)
+        held = expected.update(*given)
+        same = (*expected.extend(*held, compressors, None), *expected.extend_index(held[0], index))
+        assert all(torch.equal(*pair) for pair in zip(got, filter(torch.is_tensor, same), strict=True))
 
 
 def test_a_packed_cache_cannot_be_continued():

@@ -16,13 +16,17 @@ from nsa_hf.releases import CACHE
 SAMPLED, NEW = (5, 18, 60, 70), 16
 
 
-@pytest.fixture(params=SELECTORS)
+@pytest.fixture(params=["compressed", "channels"])
 def tiny_nsa_model(tiny_nsa_model, request):
     """For every way of choosing blocks."""
     return lambda **fields: tiny_nsa_model(**{**SELECTORS[request.param], **fields})
 
 
-@pytest.mark.parametrize("compression", ["mean", "linear", "mlp"])
+@pytest.mark.parametrize(
+    "tiny_nsa_model, compression",
+    [*(("compressed", kind) for kind in ("mean", "linear", "mlp")), ("channels", "none"), ("channels-8", "mean")],
+    indirect=["tiny_nsa_model"],
+)
 @pytest.mark.parametrize("gate", ["residual", "sigmoid"])
 def test_token_by_token_equals_one_pass(compression, gate, tiny_nsa_model):
     model, x = tiny_nsa_model(nsa_compression=compression, nsa_gate=gate), tokens()
@@ -67,8 +71,9 @@ def test_a_dense_prefill_can_be_continued_sparse(tiny_nsa_model):
         layer = cache.layers[0]
         fresh = DynamicCache()
         model(x, **{CACHE: fresh})
-        # the first layer's keys do not depend on attention, so its compressed entries are those of a sparse pass
-        torch.testing.assert_close(layer.compressed_keys, fresh.layers[0].compressed_keys)
+        # the first layer's keys do not depend on attention, so what is made of them is that of a sparse pass
+        for name in NsaDynamicLayer.EXTRA:
+            torch.testing.assert_close(getattr(layer, name), getattr(fresh.layers[0], name))
 
 
 def rescored(model, sequences, prompt: int) -> torch.Tensor:
@@ -105,7 +110,11 @@ def test_greedy_of_a_left_padded_batch_is_that_of_each_row_alone(starts, tiny_ns
     ],
 )
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("prompt", SAMPLED)
+@pytest.mark.parametrize(
+    "tiny_nsa_model, prompt",
+    [*(("compressed", prompt) for prompt in SAMPLED), ("channels", 60), ("channels-8", 70)],
+    indirect=["tiny_nsa_model"],
+)
 def test_sampling_and_beams_with_the_cache_equal_those_without(options, padded, prompt, tiny_nsa_model):
     model, x = tiny_nsa_model(), tokens(2, prompt)
     mask = (
@@ -183,7 +192,8 @@ def test_several_rejected_drafts_are_cropped_at_once(prompt, assistant, tiny_nsa
     crop = NsaDynamicLayer.crop
 
     def lengths(layer: NsaDynamicLayer) -> torch.Tensor:
-        return torch.tensor([layer.get_seq_length(), layer.compressed_keys.shape[1]])
+        held = layer.index_keys.shape[2] if layer.compressed_keys is None else layer.compressed_keys.shape[1]
+        return torch.tensor([layer.get_seq_length(), held])
 
     def spy(layer: NsaDynamicLayer, *args) -> None:
         before = lengths(layer)
@@ -193,11 +203,11 @@ def test_several_rejected_drafts_are_cropped_at_once(prompt, assistant, tiny_nsa
     monkeypatch.setattr(NsaDynamicLayer, "crop", spy)
     options = {"max_new_tokens": 24, "attention_mask": torch.ones_like(x), **GREEDY}
     assisted = model.generate(x, assistant_model=helper, **options)
-    # of the model and, where it is sparse, the assistant: every layer lost several tokens, and compressed entries
+    # of the model and, where it is sparse, the assistant: every layer lost several tokens, and entries or index keys
     assert len(dropped) == model.config.num_hidden_layers * (1 if assistant == "dense" else 2)
     for crops in dropped.values():
         assert max(lost for lost, _ in crops) >= 2
-        assert max(entries for _, entries in crops) >= 1
+        assert max(held for _, held in crops) >= 1
     assert torch.equal(assisted, model.generate(x, use_cache=False, **options))
 
 
@@ -237,7 +247,8 @@ def test_a_conversation_continues_from_its_cache(tiny_nsa_model):
 def test_a_conversation_of_two_padded_rows_continued_twice_equals_passes_without_a_cache(
     kind, prompt, starts, tiny_nsa_model
 ):
-    model, words = tiny_nsa_model(nsa_branch_kv="independent" if kind == "independent" else "shared"), tokens(2)
+    fields = {"nsa_branch_kv": "independent", "nsa_compression": "mlp"} if kind == "independent" else {}
+    model, words = tiny_nsa_model(**fields), tokens(2)
     cache = StaticCache(model.config, max_cache_len=LENGTH) if kind == "static" else DynamicCache()
     text, written = words[:, :prompt], []
     for turn in (12, 9, 0):

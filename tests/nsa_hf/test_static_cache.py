@@ -11,18 +11,20 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, StaticCache
 
 from nsa_hf import NsaError, nsa_config_from_dense
-from nsa_hf.cache.extras import Extras
+from nsa_hf.cache.extras import COMPRESSED, INDEX, Extras
 from nsa_hf.cache.static import NsaStaticLayer
 from nsa_hf.entries import Compressors
 from nsa_hf.families import family_of
+from nsa_hf.index import Index
 from nsa_hf.kernels import build_compressor, compress, n_blocks
 from nsa_hf.releases import CACHE
 
 SIZE, STRIDE, HEADS, DIM, ROOM = 8, 4, 2, 6, 57
-EXTRAS = Extras((SIZE, STRIDE))
+EXTRAS = Extras((SIZE, STRIDE), Index(((1, 3), (5, 6)), 8))
+BUFFERS = ("keys", "values", *COMPRESSED, *INDEX)
 
 
-@pytest.fixture(params=SELECTORS)
+@pytest.fixture(params=["compressed", "channels"])
 def tiny_nsa_model(tiny_nsa_model, request):
     """For every way of choosing blocks."""
     return lambda **fields: tiny_nsa_model(**{**SELECTORS[request.param], **fields})
@@ -41,10 +43,11 @@ def filled(layer: NsaStaticLayer, compressors, steps, starts=None, batch: int = 
     for step in steps:
         keys = layer.update(torch.randn(batch, HEADS, step, DIM), torch.randn(batch, HEADS, step, DIM))
         layer.extend(*keys, compressors, starts)
+        layer.extend_index(keys[0], layer.index)
     return layer
 
 
-def assert_entries_of_one_pass(layer: NsaStaticLayer, compressors, starts=None) -> None:
+def assert_as_of_one_pass(layer: NsaStaticLayer, compressors, starts=None) -> None:
     length = int(layer.get_seq_length())
     pairs = ((layer.keys, layer.compressed_keys), (layer.values, layer.compressed_values))
     for (states, entries), compressor in zip(pairs, compressors[:2], strict=True):
@@ -53,23 +56,25 @@ def assert_entries_of_one_pass(layer: NsaStaticLayer, compressors, starts=None) 
         for row in range(states.shape[0]):
             complete = n_blocks(length - (0 if starts is None else int(starts[row])), SIZE, STRIDE)
             torch.testing.assert_close(entries[row, :complete], expected[row, :complete])
+    for name, expected in zip(INDEX, layer.index.keys(layer.keys[:, :, :length]), strict=True):
+        got = getattr(layer, name)
+        assert got is expected is None or torch.equal(got[:, :, :length], expected)
 
 
-def addresses(*layers) -> list[tuple[int, torch.Size]]:
-    return [
-        (buffer.data_ptr(), buffer.shape)
-        for layer in layers
-        for buffer in (layer.keys, layer.values, layer.compressed_keys, layer.compressed_values)
-    ]
+def addresses(*layers) -> list[tuple[str, int, torch.Size]]:
+    held = [(name, getattr(layer, name)) for layer in layers for name in BUFFERS]
+    return [(name, buffer.data_ptr(), buffer.shape) for name, buffer in held if buffer is not None]
 
 
 def poison(cache) -> None:
     """What stands behind the tokens held may be anything."""
     for layer in cache.layers:
         length = int(layer.get_seq_length())
-        layer.keys[:, :, length:] = layer.values[:, :, length:] = float("nan")
         done = n_blocks(length, SIZE, STRIDE)
-        layer.compressed_keys[:, done:] = layer.compressed_values[:, done:] = float("nan")
+        for name in BUFFERS:
+            if (buffer := getattr(layer, name)) is not None:
+                behind = buffer[:, done:] if name in COMPRESSED else buffer[:, :, length:]
+                behind.fill_(float("nan") if buffer.is_floating_point() else 127)
 
 
 @pytest.mark.parametrize("steps", [[50], [1] * 57, [7, 1, 1, 8, 3, 30], [8, 4, 4, 34], [56, 1], [3]])
@@ -79,7 +84,9 @@ def test_extended_by_any_steps_equals_one_pass(steps, starts, compressors):
     starts = None if starts is None else torch.tensor(starts, dtype=torch.int32)
     layer = filled(NsaStaticLayer(ROOM, EXTRAS), compressors, steps, starts, batch=4)
     assert layer.compressed_keys.shape == (4, n_blocks(ROOM, SIZE, STRIDE), HEADS, DIM)
-    assert_entries_of_one_pass(layer, compressors, starts)
+    assert layer.index_keys.shape == (4, HEADS, ROOM, 3) and layer.index_keys.dtype == torch.int8
+    assert layer.index_scales.shape == (4, HEADS, ROOM) and layer.index_scales.dtype == torch.bfloat16
+    assert_as_of_one_pass(layer, compressors, starts)
 
 
 def test_a_step_compresses_only_what_it_may_complete(compressors):
@@ -95,13 +102,14 @@ def test_a_cache_without_room_for_a_block_has_no_entries(compressors):
 
 
 @pytest.mark.parametrize("removed", [0, 1, 5, 17, 41])
-def test_cropped_and_filled_again(removed, compressors):
+@pytest.mark.parametrize("bits", [16, 8])
+def test_cropped_and_filled_again(bits, removed, compressors):
     torch.manual_seed(1)
-    layer = filled(NsaStaticLayer(ROOM, EXTRAS), compressors, [41])
+    layer = filled(NsaStaticLayer(ROOM, Extras((SIZE, STRIDE), Index(((0, 2),), bits))), compressors, [41])
     layer.crop(-removed)
     assert int(layer.get_seq_length()) == 41 - removed
     filled(layer, compressors, [1, 5, removed + 3])
-    assert_entries_of_one_pass(layer, compressors)
+    assert_as_of_one_pass(layer, compressors)
     with pytest.raises(NsaError, match="negative number of tokens to remove, got 3"):
         layer.crop(3)
 
@@ -109,14 +117,14 @@ def test_cropped_and_filled_again(removed, compressors):
 def test_reordered_and_reset_in_place(compressors):
     torch.manual_seed(1)
     layer = filled(NsaStaticLayer(ROOM, EXTRAS), compressors, [30], batch=3)
-    before, where = layer.compressed_values.clone(), addresses(layer)
+    before, where = {name: getattr(layer, name).clone() for name in BUFFERS}, addresses(layer)
     layer.reorder_cache(torch.tensor([2, 0, 0]))
-    assert torch.equal(layer.compressed_values, before[[2, 0, 0]])
+    assert all(torch.equal(getattr(layer, name), states[[2, 0, 0]]) for name, states in before.items())
     filled(layer, compressors, [9], batch=3)
-    assert_entries_of_one_pass(layer, compressors)
+    assert_as_of_one_pass(layer, compressors)
     layer.reset()
     filled(layer, compressors, [12], batch=3)
-    assert_entries_of_one_pass(layer, compressors)
+    assert_as_of_one_pass(layer, compressors)
     assert addresses(layer) == where
 
 
@@ -190,10 +198,16 @@ class FixedShape:
         return mask
 
 
-@pytest.mark.parametrize("model_type", ["qwen3", "olmo2", "phi3", "gpt_neox", "mixtral", "cohere2", "jetmoe"])
-def test_other_families(model_type):
+@pytest.mark.parametrize(
+    "model_type, selector",
+    [
+        *((family, "compressed") for family in ("qwen3", "olmo2", "phi3", "gpt_neox", "mixtral", "cohere2", "jetmoe")),
+        *((family, "channels-8") for family in ("qwen3", "gpt_neox", "jetmoe")),
+    ],
+)
+def test_other_families(model_type, selector):
     dense, x = tiny_dense(model_type), tokens() % VOCABULARY
-    config = nsa_config_from_dense(dense.config, **TINY_SIZES)
+    config = nsa_config_from_dense(dense.config, **TINY_SIZES, **SELECTORS[selector])
     model = family_of(config).causal_lm_class(config).eval()
     model.load_state_dict(dense.state_dict(), strict=False)
     randomize_nsa(model)
@@ -212,11 +226,16 @@ def test_a_dense_prefill_can_be_continued_sparse(tiny_nsa_model):
             model(x[:, :100], **{CACHE: cache})
         model(x[:, 100:], **{CACHE: cache})
         model(x, **{CACHE: fresh})
-    # the first layer's keys do not depend on attention, so its compressed entries are those of a sparse pass
-    torch.testing.assert_close(cache.layers[0].compressed_keys, fresh.layers[0].compressed_keys)
+    # the first layer's keys do not depend on attention, so what is made of them is that of a sparse pass
+    for name in BUFFERS:
+        torch.testing.assert_close(getattr(cache.layers[0], name), getattr(fresh.layers[0], name))
 
 
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    "tiny_nsa_model, padded",
+    [("compressed", False), ("compressed", True), ("channels", False), ("channels-8", True)],
+    indirect=["tiny_nsa_model"],
+)
 def test_the_decoding_step_is_one_graph_for_all_steps(padded, tiny_nsa_model):
     model, x = tiny_nsa_model(), tokens()
     starts = [0, 37] if padded else [0, 0]
@@ -304,6 +323,7 @@ def test_packed_documents_and_wrong_masks_are_refused(tiny_nsa_model):
             pass_with(attention_mask=mask)
 
 
+@pytest.mark.parametrize("tiny_nsa_model", ["compressed"], indirect=True)
 @pytest.mark.parametrize("hole", [5, 20])
 def test_a_compiled_step_stops_at_a_mask_with_holes(hole, tiny_nsa_model):
     """It cannot look at the mask before, as a step on a GPU cannot without waiting."""
