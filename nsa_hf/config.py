@@ -119,6 +119,8 @@ class NsaConfigMixin(NsaFields, SavedConfig):
                 f"nsa_format is {self.nsa_format!r}, and this nsa_hf reads formats up to {NSA_FORMAT}: "
                 "the checkpoint was written by a newer one, so update with `pip install -U nsa-hf`"
             )
+        # what is saved again has all fields of this format
+        self.nsa_format = NSA_FORMAT
         try:
             self.nsa_sizes.check("nsa_")
         except (TypeError, ValueError) as error:
