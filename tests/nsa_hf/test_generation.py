@@ -16,9 +16,13 @@ from nsa_hf.releases import CACHE
 SAMPLED, NEW = (5, 18, 60, 70), 16
 
 
+# With an index in 8 bits too; other tests without.
+EVERY_SELECTOR = pytest.mark.parametrize("tiny_nsa_model", SELECTORS, indirect=True)
+
+
 @pytest.fixture(params=["compressed", "channels"])
 def tiny_nsa_model(tiny_nsa_model, request):
-    """For every way of choosing blocks."""
+    """As the fixture of this name, for both ways of choosing blocks."""
     return lambda **fields: tiny_nsa_model(**{**SELECTORS[request.param], **fields})
 
 
@@ -43,6 +47,7 @@ def test_prefill_to_every_border_then_token_by_token(prefill, tiny_nsa_model):
         assert relative(stepped, model(x[:, : prefill + 20]).logits) < 1e-5
 
 
+@EVERY_SELECTOR
 @pytest.mark.parametrize("chunk", [3, 16, 40])
 def test_chunked_prefill(chunk, tiny_nsa_model):
     model, x = tiny_nsa_model(nsa_dense_layers=[1]), tokens(1)
@@ -51,6 +56,7 @@ def test_chunked_prefill(chunk, tiny_nsa_model):
         assert relative(in_steps(model, x, steps, DynamicCache()), model(x[:, : sum(steps)]).logits) < 1e-5
 
 
+@EVERY_SELECTOR
 @pytest.mark.parametrize("dense", [False, True])
 def test_left_padded_rows_token_by_token(dense, tiny_nsa_model):
     model, x = tiny_nsa_model(), tokens(3)
@@ -62,6 +68,7 @@ def test_left_padded_rows_token_by_token(dense, tiny_nsa_model):
             assert relative(stepped[row, start:], model(x[row : row + 1, start:]).logits[0]) < 1e-5
 
 
+@EVERY_SELECTOR
 def test_a_dense_prefill_can_be_continued_sparse(tiny_nsa_model):
     model, x, cache = tiny_nsa_model(), tokens(1), DynamicCache()
     with torch.no_grad():
@@ -90,6 +97,7 @@ def test_greedy(prompt, kind, tiny_nsa_model):
     assert torch.equal(out[:, prompt:], rescored(model, out, prompt))
 
 
+@EVERY_SELECTOR
 @pytest.mark.parametrize("starts", [[0, 50, 100], [3, 0, 149]])
 def test_greedy_of_a_left_padded_batch_is_that_of_each_row_alone(starts, tiny_nsa_model):
     model, x = tiny_nsa_model(), tokens(3)
@@ -128,6 +136,7 @@ def test_sampling_and_beams_with_the_cache_equal_those_without(options, padded, 
     assert out[0].shape[1] == prompt + NEW, "ended before the borders"
 
 
+@EVERY_SELECTOR
 @pytest.mark.parametrize("prompt", [23, 64, 120])
 def test_prompt_lookup_crops_the_cache(prompt, tiny_nsa_model):
     model, x = tiny_nsa_model(), tokens(1, 40).repeat(1, 3)[:, :prompt]
@@ -180,7 +189,11 @@ def test_rows_padded_on_the_right_are_not_continued(kind, tiny_nsa_model):
         model.generate(x, attention_mask=mask, max_new_tokens=1, cache_implementation=kind, **GREEDY)
 
 
-@pytest.mark.parametrize("prompt", [7, 18, 62, 100])
+@pytest.mark.parametrize(
+    "tiny_nsa_model, prompt",
+    [*(("compressed", prompt) for prompt in (7, 18, 62, 100)), ("channels", 62), ("channels-8", 100)],
+    indirect=["tiny_nsa_model"],
+)
 @pytest.mark.parametrize("assistant", ["dense", "sparse"])
 def test_several_rejected_drafts_are_cropped_at_once(prompt, assistant, tiny_nsa_model, monkeypatch):
     model, x = tiny_nsa_model(), tokens(1, prompt)
@@ -211,6 +224,7 @@ def test_several_rejected_drafts_are_cropped_at_once(prompt, assistant, tiny_nsa
     assert torch.equal(assisted, model.generate(x, use_cache=False, **options))
 
 
+@EVERY_SELECTOR
 @pytest.mark.parametrize("prompt", [6, 63, 90])
 def test_rows_repeated_and_selected_go_on_as_themselves(prompt, tiny_nsa_model):
     """What contrastive search does to a cache, with several samples."""
@@ -226,6 +240,7 @@ def test_rows_repeated_and_selected_go_on_as_themselves(prompt, tiny_nsa_model):
         assert relative(stepped, model(whole).logits[:, prompt + 1 :]) < 1e-5
 
 
+@EVERY_SELECTOR
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_generate_with_chunked_prefill(chunk, tiny_nsa_model):
     model, x = tiny_nsa_model(), tokens(2, 90)
@@ -233,6 +248,7 @@ def test_generate_with_chunked_prefill(chunk, tiny_nsa_model):
     assert torch.equal(model.generate(x, prefill_chunk_size=chunk, **options), model.generate(x, **options))
 
 
+@EVERY_SELECTOR
 def test_a_conversation_continues_from_its_cache(tiny_nsa_model):
     model, x, cache = tiny_nsa_model(), tokens(1, 80), DynamicCache()
     options = {"max_new_tokens": 10, **GREEDY}

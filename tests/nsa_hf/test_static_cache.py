@@ -24,9 +24,13 @@ EXTRAS = Extras((SIZE, STRIDE), Index(((1, 3), (5, 6)), 8))
 BUFFERS = ("keys", "values", *COMPRESSED, *INDEX)
 
 
+# With an index in 8 bits too; other tests without.
+EVERY_SELECTOR = pytest.mark.parametrize("tiny_nsa_model", SELECTORS, indirect=True)
+
+
 @pytest.fixture(params=["compressed", "channels"])
 def tiny_nsa_model(tiny_nsa_model, request):
-    """For every way of choosing blocks."""
+    """As the fixture of this name, for both ways of choosing blocks."""
     return lambda **fields: tiny_nsa_model(**{**SELECTORS[request.param], **fields})
 
 
@@ -133,6 +137,7 @@ def test_more_tokens_than_there_is_room_for_are_refused(compressors):
         filled(NsaStaticLayer(ROOM, EXTRAS), compressors, [50, 8])
 
 
+@EVERY_SELECTOR
 def test_a_plain_layer_is_adopted_with_what_it_holds(tiny_nsa_model):
     model, x = tiny_nsa_model(), tokens()
     cache = StaticCache(model.config, max_cache_len=170)
@@ -161,6 +166,7 @@ def test_prefill_to_every_border_then_token_by_token(prefill, tiny_nsa_model):
     assert addresses(*cache.layers) == where
 
 
+@EVERY_SELECTOR
 @pytest.mark.parametrize("fields", [{"nsa_dense_layers": [1]}, {"nsa_compression": "mean", "nsa_gate": "sigmoid"}])
 @pytest.mark.parametrize("chunk", [3, 16, 40])
 def test_chunked_prefill(chunk, fields, tiny_nsa_model):
@@ -171,6 +177,7 @@ def test_chunked_prefill(chunk, fields, tiny_nsa_model):
         assert relative(stepped, model(x[:, : sum(steps)]).logits) < 1e-5
 
 
+@EVERY_SELECTOR
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("fixed_mask", [False, True])
 def test_left_padded_rows(dense, fixed_mask, tiny_nsa_model):
@@ -218,6 +225,7 @@ def test_other_families(model_type, selector):
         assert relative(stepped[1, 31:], model(x[1:, 31:110]).logits[0]) < 1e-5
 
 
+@EVERY_SELECTOR
 def test_a_dense_prefill_can_be_continued_sparse(tiny_nsa_model):
     model, x = tiny_nsa_model(), tokens(1)
     cache, fresh = (StaticCache(model.config, max_cache_len=LENGTH) for _ in range(2))
@@ -289,6 +297,7 @@ def test_generate_compiles_one_graph(tiny_nsa_model):
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@EVERY_SELECTOR
 def test_a_conversation_continues_from_its_static_cache(tiny_nsa_model):
     model, x = tiny_nsa_model(), tokens(1, 80)
     cache = StaticCache(model.config, max_cache_len=120)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny_models import tiny_sparse_model
+from tiny_models import SELECTORS, tiny_sparse_model
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 from triton_cases import interpreter
@@ -47,7 +47,8 @@ def padded_and_static(model: nsa_hf.NsaLlamaForCausalLM, x: Tensor) -> dict[str,
 
 
 def own_keys_and_cached(model: nsa_hf.NsaLlamaForCausalLM, x: Tensor) -> dict[str, Tensor]:
-    return padded_and_cached(tiny_sparse_model(x.device.type, nsa_branch_kv="independent"), x)
+    fields = {"nsa_selector": model.config.nsa_selector, "nsa_selector_bits": model.config.nsa_selector_bits}
+    return padded_and_cached(tiny_sparse_model(x.device.type, nsa_branch_kv="independent", **fields), x)
 
 
 def gradients(model: nsa_hf.NsaLlamaForCausalLM, x: Tensor) -> dict[str, Tensor]:
@@ -56,7 +57,7 @@ def gradients(model: nsa_hf.NsaLlamaForCausalLM, x: Tensor) -> dict[str, Tensor]
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def largest_difference(run: Callable[..., dict[str, Tensor]], device: str) -> float:
+def largest_difference(run: Callable[..., dict[str, Tensor]], device: str, selector: str) -> float:
     """Of the kernels' results from the reference's, as a part of each result's norm."""
     x = torch.randint(3, 256, (2, TOKENS), generator=torch.Generator().manual_seed(3)).to(device)
     runs = []
@@ -64,7 +65,7 @@ def largest_difference(run: Callable[..., dict[str, Tensor]], device: str) -> fl
         nsa_hf.attention.IMPLEMENTATIONS["nsa"] = backend
         try:
             with torch.no_grad():
-                runs.append(run(tiny_sparse_model(device), x))
+                runs.append(run(tiny_sparse_model(device, **SELECTORS[selector]), x))
         finally:
             nsa_hf.attention.IMPLEMENTATIONS["nsa"] = "auto"
     differences = [
@@ -76,32 +77,38 @@ def largest_difference(run: Callable[..., dict[str, Tensor]], device: str) -> fl
 RUNS = [rows, packed, padded_and_cached, padded_and_static, gradients]
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_interpreted(run: Callable[..., dict[str, Tensor]]) -> None:
+INTERPRETED = [*((run, "compressed") for run in RUNS), (padded_and_static, "channels-8")]
+
+
+@pytest.mark.parametrize("run, selector", INTERPRETED)
+def test_interpreted(run: Callable[..., dict[str, Tensor]], selector: str) -> None:
     with interpreter() as pool:
-        assert pool.submit(largest_difference, run, "cpu").result() < 1e-5
+        assert pool.submit(largest_difference, run, "cpu", selector).result() < 1e-5
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("selector", SELECTORS)
 @pytest.mark.parametrize("run", [*RUNS, own_keys_and_cached])
-def test_on_a_gpu(run: Callable[..., dict[str, Tensor]]) -> None:
+def test_on_a_gpu(run: Callable[..., dict[str, Tensor]], selector: str) -> None:
     # the model's own matrix products round differently there, so a selection may differ at a tie: none does here
-    assert largest_difference(run, "cuda") < 1e-4
+    assert largest_difference(run, "cuda", selector) < 1e-4
 
 
 @pytest.mark.gpu
-def test_generation_on_a_gpu_is_that_on_the_cpu() -> None:
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_generation_on_a_gpu_is_that_on_the_cpu(selector: str) -> None:
     x = torch.randint(3, 256, (2, TOKENS), generator=torch.Generator().manual_seed(5))
     mask = torch.ones_like(x)
     mask[1, :30] = 0
     options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
-    expected = tiny_sparse_model("cpu").generate(x, attention_mask=mask, **options)
+    expected = tiny_sparse_model("cpu", **SELECTORS[selector]).generate(x, attention_mask=mask, **options)
     # "static" is compiled by Transformers, into CUDA graphs
     for kind in (None, "static", "offloaded"):
-        model = tiny_sparse_model("cuda")
+        model = tiny_sparse_model("cuda", **SELECTORS[selector])
         generated = model.generate(x.cuda(), attention_mask=mask.cuda(), cache_implementation=kind, **options)
         assert torch.equal(generated.cpu(), expected), kind
-    independent = [tiny_sparse_model(device, nsa_branch_kv="independent") for device in ("cpu", "cuda")]
+    fields = {**SELECTORS[selector], "nsa_compression": "mlp", "nsa_branch_kv": "independent"}
+    independent = [tiny_sparse_model(device, **fields) for device in ("cpu", "cuda")]
     expected = independent[0].generate(x, attention_mask=mask, **options)
     for kind in (None, "offloaded"):
         generated = independent[1].generate(x.cuda(), attention_mask=mask.cuda(), cache_implementation=kind, **options)
@@ -109,23 +116,25 @@ def test_generation_on_a_gpu_is_that_on_the_cpu() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("selector", ["compressed", "channels"])
+@pytest.mark.parametrize("selector", SELECTORS)
 def test_generation_from_a_long_padded_text(selector: str) -> None:
     """Transformers compiles the steps over a static cache; a mask of so many tokens is reduced in a loop."""
     x = torch.randint(3, 256, (2, 1500), generator=torch.Generator().manual_seed(7)).cuda()
     mask = torch.ones_like(x)
     mask[1, :300] = 0
-    model = tiny_sparse_model("cuda", nsa_selector=selector)
+    model = tiny_sparse_model("cuda", **SELECTORS[selector])
     options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "attention_mask": mask}
     expected = model.generate(x, **options)
     assert torch.equal(model.generate(x, cache_implementation="static", **options), expected)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("selector", SELECTORS)
 @pytest.mark.parametrize("padding", [None, 7])
-def test_a_static_decoding_step_waits_for_nothing(padding: int | None) -> None:
+def test_a_static_decoding_step_waits_for_nothing(padding: int | None, selector: str) -> None:
     """No value is read off the device, and the step can be captured as a CUDA graph by hand."""
-    model, x = tiny_sparse_model("cuda"), torch.randint(3, 256, (2, TOKENS), device="cuda")
+    model = tiny_sparse_model("cuda", **SELECTORS[selector])
+    x = torch.randint(3, 256, (2, TOKENS), device="cuda")
     room = TOKENS + 20
     cache, eager = (StaticCache(model.config, max_cache_len=room) for _ in range(2))
     mask = None
