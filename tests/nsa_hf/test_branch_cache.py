@@ -48,7 +48,7 @@ def test_the_bytes_are_those_of_the_specification(steps, model):
 
 
 @pytest.mark.parametrize("prefill", [*BORDERS, 120])
-@pytest.mark.parametrize("recording", [False, True])
+@pytest.mark.parametrize("model, recording", [({}, False), ({}, True), (CHANNELS, True)], indirect=["model"])
 def test_token_by_token_equals_one_pass(prefill, recording, model):
     x, cache = tokens(), DynamicCache(config=model.config)
     with torch.no_grad():
@@ -179,7 +179,9 @@ def test_generate_equals_generation_without_a_cache(options, model):
     assert torch.equal(out[0], out[1])
 
 
-@pytest.mark.parametrize("prompt", [7, 62, 100])
+@pytest.mark.parametrize(
+    "model, prompt", [*(({}, prompt) for prompt in (7, 62, 100)), (CHANNELS, 62)], indirect=["model"]
+)
 @pytest.mark.parametrize("assistant", ["dense", "itself", "lookup"])
 def test_assisted_decoding_gives_the_same_tokens(prompt, assistant, model, tiny_nsa_model):
     x = tokens(1, 40).repeat(1, 3)[:, :prompt]
