@@ -87,7 +87,6 @@ class NsaDynamicLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         """As `extend`, of keys and values whose first token is token `base` of the text."""
         self.entry_sizes, stride = compressors.sizes, compressors.stride
-        self.note_starts(starts)
         entries = []
         for name, states, compressor in zip(COMPRESSED, (keys, values), compressors[:2], strict=True):
             before, x = getattr(self, name), states.transpose(1, 2)

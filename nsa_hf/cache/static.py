@@ -132,7 +132,6 @@ class NsaStaticLayer(StaticLayer):
         if self.compressed_keys.shape[2] != keys.shape[1]:
             # a family may repeat its heads behind the cache; this happens with the first tokens only
             self.allocate_entries(keys, values)
-        self.note_starts(starts)
         entries = self.compressed_keys.shape[1]
         if entries == 0:
             return self.compressed_keys, self.compressed_values
