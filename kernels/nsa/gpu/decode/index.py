@@ -17,6 +17,7 @@ from ...placement import Placement
 from ...sizes import Sizes
 from ..common import begin_next, cdiv, in_chain, load_tile, next_power_of_2, padded, precision, wait_for_previous
 from ..scores.index import block_maxima
+from ..scores.selection import count_blocks
 from .scores import GROWING, row_place, strides
 from .splits import split_count
 
@@ -105,7 +106,7 @@ def index_maxima(
         first: whether this launch is the chain's first.
     """
     (batch, tokens, heads, channels), (keys, index_keys) = q_index.shape, k_index.shape[1:3]
-    blocks, rows = (keys - 1) // sizes.block_size + 1, tokens * (heads // kv_heads)
+    blocks, rows = count_blocks(keys, sizes), tokens * (heads // kv_heads)
     tiles = index_tiles(q_index, rows)
     width = min(tiles["BN"], max(16, next_power_of_2(sizes.block_size)))
     at_once, row_tiles = tiles.pop("BN") // width, cdiv(rows, tiles["BM"])

@@ -17,6 +17,7 @@ from torch import Tensor
 from ...placement import Placement
 from ...sizes import Sizes
 from ..common import begin_next, cdiv, in_chain, next_power_of_2, wait_for_previous
+from ..scores.selection import count_blocks
 from .index import IndexScores
 from .scores import GROWING, CompressedScores, row_place
 
@@ -254,7 +255,7 @@ def decode_select(
         first: whether this launch is the chain's first.
     """
     batch, tokens, kv_heads, _ = selection.shape
-    blocks, index = (keys - 1) // sizes.block_size + 1, isinstance(scores, IndexScores)
+    blocks, index = count_blocks(keys, sizes), isinstance(scores, IndexScores)
     chunks = 1 if scores is None else cdiv(blocks, shape["BJ"])
     importance = torch.empty(*arrived.shape, chunks, shape["BJ"], dtype=torch.int32, device=arrived.device)
     sums = carried = tops = lse = arrived

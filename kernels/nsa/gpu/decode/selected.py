@@ -22,6 +22,7 @@ from ..common import (
     shared_memory,
     wait_for_previous,
 )
+from ..scores.selection import count_blocks
 from .scores import GROWING, row_place, softmax_step, store_partial, strides
 
 
@@ -169,7 +170,7 @@ def selected_tiles(q: Tensor, v: Tensor, group: int, sizes: Sizes) -> dict[str, 
 
 def most_tiles(sizes: Sizes, places: int, keys: int, shared: bool) -> int:
     """Tiles of at most `places` tokens that a query may have."""
-    tiles_a_block, blocks = -(-sizes.block_size // places), (keys - 1) // sizes.block_size + 1
+    tiles_a_block, blocks = -(-sizes.block_size // places), count_blocks(keys, sizes)
     window = min(sizes.window_size, keys)
     if not shared:
         return min(sizes.topk, blocks) * tiles_a_block + (window - 1) // places + 1
