@@ -3,18 +3,24 @@
 Tokens that are far apart are compared by what does not turn between them. Which channels those are is seen by looking:
 the family's own attention is given the same hidden states at two positions, and the queries that come out are compared.
 So it holds for every order of channels, partial rotation, scaling, and for layers that do not rotate at all.
+
+It costs little: the model that is looked at is made of nothing at first, and gets numbers only where one is used before
+the last look. A layer is left as soon as its queries were seen, and one without attention is not entered.
 """
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
-from .discovery import find_family
-from .errors import NotPlain
+from .discovery import DenseFamily, find_family, source_of
+from .errors import NotPlain, NsaError
 
 PROBE = "nsa-rotation-probe"
 # Two, so that the queries of one take every value although norms before them take a degree of freedom away.
@@ -31,6 +37,13 @@ SMALL = {
     "multi_query": True,
     "pad_token_id": 0,
     "attention_dropout": 0.0,
+    # of state-space layers, whose sizes must fit the model's
+    "mamba_d_ssm": 8,
+    "mamba_n_heads": 2,
+    "mamba_n_groups": 1,
+    "mamba_d_head": "auto",
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 1,
 }
 # Positions from one look to the next: the near one tells the fast channels apart, the far one the slow ones.
 NEAR, FAR = 1, 64
@@ -56,7 +69,7 @@ def slowest_channels(config: PreTrainedConfig, count: int | None) -> list[list[i
     """
     try:
         rotations = rotations_of(config)
-    except NotPlain:
+    except NsaError:
         raise
     except Exception as error:
         raise NotPlain(f"how {config.model_type} turns its channels could not be looked at: {error}") from error
@@ -100,19 +113,21 @@ def rotations_of(config: PreTrainedConfig) -> dict[int, tuple[Tensor, Tensor]]:
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, dim = small_model(config)
-        hidden = torch.randn(4 * dim, 1, HEADS * dim, dtype=torch.float64)
+        hidden = torch.randn(2 * dim, 1, HEADS * dim, dtype=torch.float64)
         start, near, far = (queries_at(model, hidden, position) for position in (0, NEAR, FAR))
 
-    def rotation(layer: int, queries: dict[int, Tensor]) -> Tensor:
-        return torch.linalg.lstsq(start[layer].double(), queries[layer].double()).solution.mT
+    def rotations(layer: int) -> tuple[Tensor, Tensor]:
+        turned = torch.cat((near[layer], far[layer]), dim=1).double()
+        by_near, by_far = torch.linalg.lstsq(start[layer].double(), turned).solution.mT.chunk(2)
+        return by_near.clone(), by_far.clone()
 
-    return {layer: (rotation(layer, near), rotation(layer, far)) for layer in start}
+    return {layer: rotations(layer) for layer in start}
 
 
 def small_model(config: PreTrainedConfig) -> tuple[PreTrainedModel, int]:
-    """A family's decoder in float64 with few and narrow heads, as many layers and the same rotation; and a head's size.
+    """A family's decoder with few and narrow heads, as many layers and the same rotation; and a head's size.
 
-    Its parameters are random, those of norms too: at their initial values a norm hides something.
+    In its layers nothing has numbers yet, and they are left early.
     """
     family, fields = find_family(config.model_type), config.to_dict()
     dim = getattr(config, "head_dim", None) or getattr(config, "kv_channels", None)
@@ -124,10 +139,65 @@ def small_model(config: PreTrainedConfig) -> tuple[PreTrainedModel, int]:
     small = family.config(**fields)
     small._attn_implementation = PROBE
     small._experts_implementation = "eager"
-    model: Any = family.model(small).double().eval()
-    for parameter in model.parameters():
-        parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    with torch.device("meta"):
+        model: Any = family.model(small).double().eval()
+    (layers,) = (
+        module
+        for module in model.children()
+        if isinstance(module, nn.ModuleList) and any(type(layer) in family.layers for layer in module)
+    )
+    give_numbers(model, model, recurse=False)
+    for module in model.children():
+        if module is not layers:
+            give_numbers(module, model)
+    for layer in layers:
+        give_numbers(layer, model, recurse=False)
+        for module in layer.children():
+            module.register_forward_pre_hook(lambda module, given: give_numbers(module, model))
+        leave_early(layer, family)
     return model, dim
+
+
+def give_numbers(module: nn.Module, model: Any, recurse: bool = True) -> None:
+    """Gives a module without numbers the model's initial ones, and its parameters random ones on top.
+
+    On top of those of norms too: at their initial values a norm hides something.
+
+    Args:
+        module: of the model, or itself; nothing is done where it has numbers.
+        model: knows how its modules are initialised.
+        recurse: all that is inside the module, too.
+    """
+    if not any(tensor.is_meta for tensor in (*module.parameters(recurse), *module.buffers(recurse))):
+        return
+    module.to_empty(device="cpu", recurse=recurse)
+    for tensor in (*module.parameters(recurse), *module.buffers(recurse)):
+        if tensor.is_floating_point():
+            tensor.fill_(torch.nan)  # what nobody initialises shows
+    for part in module.modules() if recurse else [module]:
+        model._init_weights(part)
+    for parameter in module.parameters(recurse):
+        parameter.nan_to_num_(0.0).add_(torch.randn_like(parameter), alpha=0.1)
+
+
+class Seen(Exception):
+    """A layer's queries have been seen."""
+
+
+def leave_early(layer: Any, family: DenseFamily) -> None:
+    """Makes a layer give its hidden states back as soon as its queries were seen, or at once where it has none."""
+    forward: Callable[..., Any] = layer.forward
+    attends = any(type(module) in family.layers.values() for module in layer.modules())
+    returned = [node.value for node in ast.walk(source_of(type(layer).forward)) if isinstance(node, ast.Return)]
+    further = max((len(value.elts) - 1 for value in returned if isinstance(value, ast.Tuple)), default=None)
+
+    def look(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if attends:
+            with suppress(Seen):
+                forward(hidden_states, *args, **kwargs)
+        return hidden_states if further is None else (hidden_states, *[None] * further)
+
+    layer.forward = look
 
 
 def queries_at(model: PreTrainedModel, hidden: Tensor, position: int) -> dict[int, Tensor]:
@@ -147,10 +217,9 @@ def queries_at(model: PreTrainedModel, hidden: Tensor, position: int) -> dict[in
 
 
 def record(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    """In the place of attention to one token: its value. The first head's queries, `[B, D]`, stay with the module."""
+    """In the place of attention: the first head's queries, `[B, D]`, stay with the module, and its layer is left."""
     module.probed_queries = query[:, 0, 0]
-    groups = query.shape[1] // value.shape[1]
-    return value.repeat_interleave(groups, 1).transpose(1, 2).contiguous(), None
+    raise Seen
 
 
 AttentionInterface.register(PROBE, record)

@@ -17,6 +17,7 @@ import ast
 import inspect
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -39,6 +40,9 @@ CHECKED_ARGUMENTS = {"sliding_window", "softcap", "s_aux", "is_causal"}
 
 # Configs inside a config that describe no model.
 OWN_SETTINGS = {"attn_config", "ffn_config"}
+
+# Python 3.11 miscounts its own depth where two threads parse at once ("AST constructor recursion depth mismatch").
+PARSING = threading.Lock()
 
 # Names in an attention's `__init__` and among its forward's arguments, and the features that they are signs of.
 NOT_PLAIN = {
@@ -98,14 +102,14 @@ class DenseFamily:
         attention = self.layers[layer].__name__
         attributes = [
             target.attr
-            for node in ast.walk(_source(layer.__init__))
+            for node in ast.walk(source_of(layer.__init__))
             if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)
             for target in node.targets
             if isinstance(target, ast.Attribute) and ast.unparse(node.value.func) == attention
         ]
         called_with_kwargs = [
             node.func.attr
-            for node in ast.walk(_source(layer.forward))
+            for node in ast.walk(source_of(layer.forward))
             if isinstance(node, ast.Call)
             and isinstance(node.func, ast.Attribute)
             and any(keyword.arg is None for keyword in node.keywords)
@@ -201,7 +205,7 @@ def attention_arguments(attention: type[nn.Module]) -> dict[str, ast.expr]:
     Raises:
         NotPlain: it calls that function not exactly once, or with another mask than the one it was given.
     """
-    function = _source(attention.forward)
+    function = source_of(attention.forward)
     calls = list(_attention_calls(function))
     if len(calls) != 1:
         raise NotPlain(f"{attention.__name__} has {len(calls)} attentions in one layer (differential attention)")
@@ -266,8 +270,10 @@ def _load(model_type: str, name: str) -> Any:
     return getattr(module, name, None) or getattr(transformers, name)
 
 
-def _source(function: Callable[..., Any]) -> ast.FunctionDef:
-    return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function)))).body[0]  # type: ignore[return-value]
+def source_of(function: Callable[..., Any]) -> ast.FunctionDef:
+    """A function's source, parsed."""
+    with PARSING:
+        return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function)))).body[0]  # type: ignore[return-value]
 
 
 def _attention_calls(function: ast.FunctionDef) -> Iterator[ast.Call]:

@@ -9,7 +9,7 @@ import torch
 from tiny_families import tiny_config
 from transformers import LlamaConfig
 
-from nsa_hf.channels import slowest_channels, slowest_of
+from nsa_hf.channels import HEADS, queries_at, slowest_channels, slowest_of, small_model
 from nsa_hf.errors import NotPlain
 
 HALVES, NEIGHBOURS, FIRST_HALF, UNTURNED = [2, 3, 6, 7], [4, 5, 6, 7], [2, 3, 4, 5], [0, 1, 2, 3]
@@ -70,6 +70,31 @@ def test_a_large_model_costs_little_and_scaling_keeps_the_order(rope):
     assert slowest_channels(config, 32) == [expected, expected]
     assert slowest_channels(config, 1) == [[63], [63]]
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "expected", "never_made"),
+    [
+        ("qwen3_next", [[], FIRST_HALF], ("linear_attn", "experts")),
+        ("nemotron_h", [[], [], UNTURNED, []], ("in_proj", "experts")),
+        ("bamba", [[], NEIGHBOURS], ("mamba",)),
+        ("granitemoehybrid", [[], UNTURNED], ("mamba", "experts")),
+        ("mixtral", [HALVES, HALVES], ("experts", "gate")),
+        # its state-space part comes before its attention, in the same layer
+        ("falcon_h1", [HALVES, HALVES], ("feed_forward",)),
+    ],
+)
+def test_only_what_leads_to_queries_is_made_and_run(model_type, expected, never_made):
+    config = tiny_config(model_type)
+    assert slowest_channels(config, 4) == expected
+    with torch.no_grad():
+        model, dim = small_model(config)
+        found = queries_at(model, torch.randn(3, 1, HEADS * dim, dtype=torch.float64), 5)
+    assert [layer in found for layer in range(config.num_hidden_layers)] == [bool(channels) for channels in expected]
+    made = [name for name, parameter in model.named_parameters() if not parameter.is_meta]
+    named = [name for name, _ in model.named_parameters()]
+    for part in never_made:
+        assert any(part in name for name in named) and not any(part in name for name in made)
 
 
 def test_where_a_model_is_built_does_not_matter():
