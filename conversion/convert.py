@@ -26,6 +26,7 @@ from nsa_hf.errors import NsaError, check_path
 from nsa_hf.families import initial_nsa_state
 
 from . import manifest
+from .choices import Record, records
 from .files.hashes import HASH
 from .files.loading import reading, transformers_progress
 from .files.pieces import TensorInfo, pieces_of
@@ -67,7 +68,8 @@ def convert(
         trust_remote_code: accept a source whose folder brings its own code; the result runs Transformers' own.
         progress: show bars on standard error.
         options: `nsa_*` fields, with or without the prefix: `topk=4`, `nsa_gate="blend"`; and `rope_scaling="yarn:4"`
-            for texts longer than the source was trained on (see rope.py).
+            for texts longer than the source was trained on (see rope.py). How blocks are scored, and whether there is
+            a compressed branch, is chosen as recommended where it is not given (see nsa_hf/recommend.py).
 
     Returns:
         `out`: config.json, safetensors (with an index if there are several), manifest.json, and tokenizer, chat
@@ -92,13 +94,13 @@ def convert(
         source = open_source(src, revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
         check_output(out, overwrite, keep=(source.folder,))
         with reading(source.folder / "config.json"):
-            config = target_config(source.config, options, target_dtype)
+            config, choices = target_config(source.config, options, target_dtype)
             expected = converted_tensors(config).as_stored(source.table)
         carried = expected.check(source.table, str(src))
         refuse_integers(source, carried)
         table = {name: _in_dtype(source.table[name], target_dtype) for name in carried}
         table |= {name: TensorInfo(shape, config.dtype) for name, shape in expected.added.items()}
-        job = Job(source, config, expected, table, requested)
+        job = Job(source, config, records(choices, config), expected, table, requested)
         with resumable_folder(out, job.identity(), overwrite) as stage:
             finished = ConversionProgress(stage)
             hashes = _write_weights(stage, job, finished, progress)
@@ -113,6 +115,7 @@ class Job:
     Attributes:
         source: the dense model.
         config: the converted model's.
+        choices: what was chosen for it, for the record (see choices.py).
         expected: the converted model's tensors, under the names that the source uses.
         table: shape and dtype of every tensor that is written, by name, in the order of the manifest.
         requested: what the user asked for, for the record: the options, `dtype`, `max_shard_size` and `seed`.
@@ -120,6 +123,7 @@ class Job:
 
     source: Source
     config: PreTrainedConfig
+    choices: Mapping[str, Record]
     expected: ConvertedTensors
     table: Mapping[str, TensorInfo]
     requested: Mapping[str, Any]
@@ -207,7 +211,8 @@ def _write_other_files(stage: Stage, job: Job, hashes: Mapping[str, str], source
     left_out = {name: record for name, record in read_otherwise.items() if name not in job.table}
     identity = {**job.source.identity(), "left_out": left_out}
     files = manifest.describe_files(stage.folder)
-    manifest.write(stage.folder, manifest.build(identity, job.config, job.requested, tensors, companions, files))
+    record = manifest.build(identity, job.config, job.requested, job.choices, tensors, companions, files)
+    manifest.write(stage.folder, record)
 
 
 @contextmanager

@@ -110,6 +110,7 @@ def build(
     source: Mapping[str, Any],
     config: PreTrainedConfig,
     options: Mapping[str, Any],
+    choices: Mapping[str, Mapping[str, Any]],
     tensors: Mapping[str, Mapping[str, Any]],
     companions: list[str],
     files: Mapping[str, Mapping[str, Any]],
@@ -120,6 +121,7 @@ def build(
         source: `Source.identity()`, and as `left_out` the records of its tensors that are not carried.
         config: the NSA config that was written.
         options: what the user asked for.
+        choices: what was chosen, and why (see choices.py).
         tensors: the record of every tensor written, by name; where it was cast, `source` in it is the record of what
             was read.
         companions: names of the tokenizer's and other files written beside.
@@ -134,6 +136,7 @@ def build(
         "model_type": config.model_type,
         "shape": shape_of(config),
         "options": dict(options),
+        "choices": dict(choices),
         "versions": versions(),
         "companions": companions,
         "files": dict(files),
@@ -240,7 +243,7 @@ def check(manifest: Any) -> None:
     """
     needed: Types = {"trained": bool, "exact_up_to": (int, NoneType), "source": dict, "tensors": dict}
     further: Types = {"model_type": str, "options": dict, "versions": dict, "companions": list, "files": dict}
-    check_fields(manifest, needed, further)
+    check_fields(manifest, needed, {**further, "choices": dict})
     source = manifest["source"]
     about: Types = {
         "kind": str,
@@ -263,6 +266,9 @@ def check(manifest: Any) -> None:
     check_fields(manifest.get("options", {}), {}, {"rope_scaling": dict}, "options.")
     if scaling := manifest.get("options", {}).get("rope_scaling"):
         parse_rope_scaling(scaling)
+    for name, choice in manifest.get("choices", {}).items():
+        fields: Types = {"what": str, "which": str, "why": str, "options": dict, "given": bool}
+        check_fields(choice, fields, {"hint": str, "cost": dict}, f"choices {name}: ")
     for name in manifest.get("companions", []):
         if not isinstance(name, str):
             raise ValueError(f"companions must hold names, got {name!r:.40}")

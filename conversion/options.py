@@ -10,8 +10,9 @@ import torch
 from transformers import PreTrainedConfig
 
 from nsa_hf.errors import NsaError
-from nsa_hf.families import nsa_config_from_dense
+from nsa_hf.families import chosen_config
 from nsa_hf.fields import FOUND_FIELDS, NSA_FIELDS, full_name
+from nsa_hf.recommend import Choice
 
 from .rope import parse_rope_scaling, scaled_config
 
@@ -27,8 +28,8 @@ DTYPE_NAMES = {
 
 def target_config(
     dense: PreTrainedConfig, options: Mapping[str, Any], dtype: torch.dtype | None = None
-) -> PreTrainedConfig:
-    """The converted model's config.
+) -> tuple[PreTrainedConfig, dict[str, Choice]]:
+    """The converted model's config, and what was chosen for it and why (see nsa_hf/recommend.py).
 
     Args:
         dense: the source's config, its dtype set.
@@ -41,9 +42,9 @@ def target_config(
     """
     named = nsa_options(options)
     scaling = named.pop("rope_scaling", None)
-    config = nsa_config_from_dense(dense if scaling is None else scaled_config(dense, scaling), **named)
+    config, choices = chosen_config(dense if scaling is None else scaled_config(dense, scaling), named)
     config.dtype = dtype or dense.dtype
-    return config
+    return config, choices
 
 
 def nsa_options(options: Mapping[str, Any]) -> dict[str, Any]:

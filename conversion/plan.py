@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig
 
 from nsa_hf.fields import NSA_FIELDS
 
+from .choices import records
 from .costs import kv_cache, pays_from, scoring_of
 from .files.loading import reading, transformers_progress
 from .measure import Measuring, measure_conversion, render_measured
@@ -55,6 +56,7 @@ def plan(
         A JSON-able dict:
         - `source`: name, kind, model_type, dtype; `options`: every `nsa_*` field; `exact_up_to`: tokens;
           `rope_scaling`: None, or what both the source and the result then have.
+        - `choices`: what was chosen, given or recommended, with the reason and the cost (see choices.py).
         - `training`: None, or why `nsa-hf train` will refuse the result.
         - `layers`: per layer `becomes` (nsa, dense, or other: sliding, linear, ...), `why`, `parameters_added`, and in
           `keeps` the most tokens that its cache holds (None: all).
@@ -78,7 +80,7 @@ def plan(
     with transformers_progress(False):
         source = open_source(src, revision, measure is not None, allow_pickle, trust_remote_code)
         with reading(source.folder / "config.json"):
-            config = target_config(source.config, options, parse_dtype(dtype))
+            config, choices = target_config(source.config, options, parse_dtype(dtype))
             expected = converted_tensors(config)
         if isinstance(source, SafetensorsSource) and source.has_weights:
             expected.as_stored(source.table).check(source.table, str(src))
@@ -102,6 +104,7 @@ def plan(
         "options": {name: getattr(config, name) for name in NSA_FIELDS},
         "exact_up_to": config.nsa_sizes.exact_tokens,
         "rope_scaling": scaling,
+        "choices": records(choices, config),
         "training": training_hindrance(config),
         "layers": layers,
         "parameters": {"dense": dense, "added": added, "added_share": added / dense},
@@ -171,7 +174,22 @@ def render_plan(plan: dict[str, Any]) -> RenderableType:
         sizes = (_bytes(row[key]) for key in ("dense_bytes", "nsa_bytes", "dense_read_bytes", "nsa_read_bytes"))
         cache.add_row(f"{row['length']:,}", *sizes, f"{row['read_less']:.2f}")
     measured = [render_measured(plan["measured"])] if plan.get("measured") else []
-    return Group(facts, layers, cache, *measured)
+    return Group(facts, choices_table(plan["choices"]), layers, cache, *measured)
+
+
+def choices_table(choices: dict[str, Any]) -> Table:
+    """What was chosen, why, and what it costs."""
+    (length,) = {record["cost"]["length"] for record in choices.values()}
+    table = Table(title="Chosen", show_lines=True)
+    table.add_column("what")
+    table.add_column("why")
+    table.add_column(f"at {length:,} tokens")
+    for record in choices.values():
+        kept, read = (_bytes(record["cost"][key]) for key in ("kept_bytes", "read_bytes"))
+        why = "; ".join(filter(None, (record["why"], record["hint"])))
+        cost = f"keeps {kept},\nreads {read} per token"
+        table.add_row(f"{record['what']}\n{record['which']}", escape(why), cost)
+    return table
 
 
 def _exactness(plan: dict[str, Any]) -> str:

@@ -175,8 +175,9 @@ def gate_lines(inspection: Result) -> Figure:
     branches = inspection["branches"]
     figure = Figure(figsize=(9, 3), layout="constrained")
     panels = figure.subplots(1, 2)
-    colors = dict(zip(branches, (ORANGE, BLUE, GREEN), strict=True))
-    for axes, names in zip(panels, ([branches[1]], [branches[0], branches[2]]), strict=True):
+    colors = {"compressed": ORANGE, "selected": BLUE, "window": GREEN}
+    others = [branch for branch in branches if branch != "selected"]
+    for axes, names in zip(panels, (["selected"], others), strict=True):
         for name in names:
             values = gates[:, branches.index(name)]
             axes.plot(layers, values, color=colors[name], linewidth=1.6, marker="o", markersize=3.5, label=name)

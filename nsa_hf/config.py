@@ -5,6 +5,7 @@ The fields themselves: fields.py.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from transformers import PreTrainedConfig
@@ -14,6 +15,7 @@ from nsa_hf.kernels import Sizes
 from .channels import slowest_channels
 from .errors import NotPlain, NsaError
 from .fields import NSA_FIELDS, NSA_FORMAT, NsaFields
+from .recommend import Choice, chosen_fields, recommend
 from .remote_code import SavedConfig
 
 CHOICES = {name: member.metadata["choices"] for name, member in NSA_FIELDS.items() if member.metadata["choices"]}
@@ -47,11 +49,21 @@ class NsaConfigMixin(NsaFields, SavedConfig):
 
     @classmethod
     def from_dense_config(cls, dense_config: PreTrainedConfig, **nsa_fields: Any) -> Self:
-        """The sparse config of a dense one of the same family.
+        """The sparse config of a dense one of the same family: see `chosen_from_dense`."""
+        return cls.chosen_from_dense(dense_config, nsa_fields)[0]
+
+    @classmethod
+    def chosen_from_dense(
+        cls, dense_config: PreTrainedConfig, nsa_fields: Mapping[str, Any]
+    ) -> tuple[Self, dict[str, Choice]]:
+        """The sparse config of a dense one of the same family, and what was chosen for it.
 
         Args:
             dense_config: of `dense_class`.
-            nsa_fields: `nsa_*` fields that differ from their defaults.
+            nsa_fields: `nsa_*` fields; what is not given is chosen as recommended, see recommend.py.
+
+        Returns:
+            The config, and the choices by name.
 
         Raises:
             NsaError: a field is unknown or breaks a rule, or no layer has full attention.
@@ -64,9 +76,10 @@ class NsaConfigMixin(NsaFields, SavedConfig):
             # such a window hides nothing, and caches would be cut to it
             fields["sliding_window"] = None
         fields["architectures"] = [cls.causal_lm_name]
-        config = cls(**fields, **nsa_fields)
+        choices = recommend(dense_config, nsa_fields)
+        config = cls(**fields, **{**nsa_fields, **chosen_fields(choices)})
         config.check_kinds()
-        return config
+        return config, choices
 
     def with_fields(self, **nsa_fields: Any) -> Self:
         """The same config with other `nsa_*` fields; channels that were found are found again.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -31,6 +31,7 @@ from .discovery import DenseFamily, attention_arguments, families_by_class_name,
 from .errors import NotPlain
 from .modeling import NsaModelMixin, NsaPreTrainedMixin
 from .passing import PassesArguments, ReceivesArguments
+from .recommend import Choice
 from .registration import PREFIX
 from .releases import note_what_is_recorded, positional_names
 
@@ -224,17 +225,22 @@ def nsa_config_from_dense(dense_config: PreTrainedConfig, **nsa_fields: Any) -> 
 
     Args:
         dense_config: of a supported family.
-        nsa_fields: `nsa_*` fields that differ from their defaults.
+        nsa_fields: `nsa_*` fields; what is not given is chosen as recommended, see recommend.py.
 
     Raises:
         NsaError: the family or a feature of it is not supported, a field is unknown, or a field breaks a rule.
     """
+    return chosen_config(dense_config, nsa_fields)[0]
+
+
+def chosen_config(dense_config: PreTrainedConfig, nsa_fields: Mapping[str, Any]) -> tuple[Any, dict[str, Choice]]:
+    """As `nsa_config_from_dense`, with what was chosen and why."""
     model_type = dense_config.model_type
     try:
         family = define_family(model_type)
     except NotPlain as reason:
         raise NotPlain(f"the family {model_type!r} cannot be converted: {reason}") from None
-    return family.config_class.from_dense_config(dense_config, **nsa_fields)
+    return family.config_class.chosen_from_dense(dense_config, nsa_fields)
 
 
 def initial_nsa_state(config: PreTrainedConfig, seed: int = 0) -> Iterator[tuple[str, Tensor]]:

@@ -36,7 +36,8 @@ class FromDenseMixin:
         Args:
             source: a dense model, or what `AutoModelForCausalLM.from_pretrained` takes (a folder, a Hub id).
             seed: of the new parameters' random part, which changes no output before training.
-            options: `nsa_*` fields, with or without the prefix (`topk=32`); others go to `from_pretrained`.
+            options: `nsa_*` fields, with or without the prefix (`topk=32`), chosen as recommended (recommend.py) where
+                they are not given; others go to `from_pretrained`.
 
         Raises:
             NsaError: the model is of another family or cannot be converted, or an option breaks a rule.

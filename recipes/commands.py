@@ -95,8 +95,9 @@ def plan(
 ) -> None:
     """Show what a conversion would do.
 
-    Per layer what becomes of it and why, the parameters added, KV-cache bytes, from which length it pays. With
-    --measure also what it costs in quality, nothing trained: perplexity and KL by position, and layer by layer.
+    What is recommended, why and at what cost; per layer what becomes of it, the parameters added, KV-cache bytes; from
+    which length it pays. With --measure also what it costs in quality, nothing trained: perplexity and KL by position,
+    and layer by layer.
     """
     from nsa_hf.conversion import plan, render_plan
 
@@ -127,10 +128,12 @@ def convert(
 ) -> None:
     """Make an NSA checkpoint of a dense one.
 
-    Every weight is carried bit for bit; with the defaults the result is the dense model up to 1,024 tokens. When it was
+    Every weight is carried bit for bit; with the defaults the result is the dense model up to 1,024 tokens. What is not
+    given is chosen as `nsa-hf plan` recommends, and said; --nsa-selector compressed is the paper's way. When it was
     stopped, the same command goes on where it was.
     """
-    from nsa_hf.conversion import convert
+    from nsa_hf.conversion import convert, manifest
+    from nsa_hf.conversion.choices import lines_of
     from nsa_hf.conversion.sources import hub
 
     if push_to_hub:
@@ -157,6 +160,7 @@ def convert(
     except KeyboardInterrupt:
         print("stopped: the same command goes on where it was", file=sys.stderr)
         raise
+    print(*lines_of(manifest.read(path)["choices"]), sep="\n")
     print(f"converted model: {path}\nnext: nsa-hf verify {src} {path}")
     if push_to_hub:
         render_card(path)

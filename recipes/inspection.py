@@ -44,8 +44,8 @@ def inspect_model(
 
     Returns:
         The result, also written to `out`/inspect.json. `map[layer][head]` is a square matrix: of the queries of query
-        block i (rows), the share that select key block j (columns). `gates[layer]` has the mean of each branch's gate
-        over tokens and heads, `distance[layer]` how many blocks back the selections lie that are not forced.
+        block i (rows), the share that select key block j (columns). `gates[layer]` has the mean gate of each of
+        `branches` over tokens and heads, `distance[layer]` how many blocks back the selections lie that are not forced.
 
     Raises:
         NsaError: the folder or the text is wrong.
@@ -60,6 +60,7 @@ def inspect_model(
     config = model.config
     layers = sorted(selection)
     blocks = -(-length // config.nsa_block_size)
+    branches = [0, 1, 2] if config.nsa_compression != "none" else [1, 2]
     maps = {layer: selection_map(selection[layer][0], blocks, config.nsa_block_size) for layer in layers}
     result = {
         "format": 1,
@@ -70,8 +71,8 @@ def inspect_model(
         "forced": {"init": config.nsa_init_blocks, "local": config.nsa_local_blocks},
         "blocks_per_bin": -(-blocks // MAP_BINS),
         "layers": layers,
-        "branches": list(BRANCHES),
-        "gates": [[round(value, 5) for value in gates[layer]] for layer in layers],
+        "branches": [BRANCHES[branch] for branch in branches],
+        "gates": [[round(gates[layer][branch], 5) for branch in branches] for layer in layers],
         "distance": [by_distance(selection[layer][0], config) for layer in layers],
         "map": [[rounded(pool(head, MAP_BINS)) for head in maps[layer]] for layer in layers],
         **machine(),

@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from nsa_hf.errors import NsaError
-from nsa_hf.fields import FOUND_FIELDS, NSA_FIELDS, NsaFields, full_name
+from nsa_hf.fields import FOUND_FIELDS, NSA_FIELDS, RECOMMENDED_FIELDS, NsaFields, full_name
 
 NSA_OPTIONS = {name: member for name, member in NSA_FIELDS.items() if name not in FOUND_FIELDS}
 ROPE_SCALING = typer.Option(
@@ -42,7 +42,8 @@ def with_nsa_options(command: Callable[..., None]) -> Callable[..., None]:
     options = []
     for name, field in NSA_OPTIONS.items():
         long = "--" + name.replace("_", "-")
-        text = f"{field.metadata['help']} [default: {field.default}]"
+        default = "as recommended, see plan" if name in RECOMMENDED_FIELDS else field.default
+        text = f"{field.metadata['help']} [default: {default}]"
         settings = typer.Option(long, long.replace("--nsa-", "--"), help=text, show_default=False)
         # a list is written as text: 0,1,-1 (see `parse_layers`)
         kind = next((kind for kind in (int, float, str) if kind in (types[name], *get_args(types[name]))), str)

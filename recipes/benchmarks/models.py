@@ -58,11 +58,11 @@ def make_model(shape: Shape, tokens: int, sparse: bool, device: str) -> Any:
 
     Args:
         tokens: the longest text.
-        sparse: converted, with the default options.
+        sparse: converted; blocks are chosen as in the paper.
     """
     config = shape.config(tokens)
     if sparse:
-        config = nsa_config_from_dense(config)
+        config = nsa_config_from_dense(config, nsa_selector="compressed")
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     random = torch.Generator(device).manual_seed(0)

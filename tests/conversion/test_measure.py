@@ -23,11 +23,12 @@ from nsa_hf.errors import NsaError
 
 LENGTH, EXACT = 150, 64
 TEXT = "def f(x):\n    return x + 1\n\n" + "class A:\n    pass\n" * 20
-CHANNELS = {"selector": "channels", "compression": "none"}
+# beside `tiny_sizes`
+CHANNELS = {"nsa_selector": "channels", "nsa_compression": "none"}
 WAYS = {
     "channels (4)": CHANNELS,
-    "channels (2)": {**CHANNELS, "selector_dim": 2},
-    "compressed (mean)": {"compression": "mean"},
+    "channels (2)": {**CHANNELS, "nsa_selector_dim": 2},
+    "compressed (mean)": {"nsa_compression": "mean"},
 }
 
 
@@ -49,13 +50,13 @@ def by_hand(dense_dir, positions: slice, **options) -> tuple[float, float]:
 
 
 def test_each_way_to_choose_blocks_is_measured_as_a_conversion_by_hand(tiny_dense_dir, tiny_sizes):
-    result = measured(tiny_dense_dir, **tiny_sizes, **CHANNELS)
+    result = measured(tiny_dense_dir, **{**tiny_sizes, **CHANNELS})
     assert [one["name"] for one in result["conversions"]] == list(WAYS)
     for one, options in zip(result["conversions"], WAYS.values(), strict=True):
         exact, beyond = one["by_position"]
         assert (exact["from"], exact["to"], beyond["from"], beyond["to"]) == (0, EXACT, EXACT, LENGTH)
         assert exact["max_abs_diff"] < 1e-4
-        kl, rise = by_hand(tiny_dense_dir, slice(EXACT, None), **tiny_sizes, **options)
+        kl, rise = by_hand(tiny_dense_dir, slice(EXACT, None), **{**tiny_sizes, **options})
         assert kl > 1e-3
         assert (beyond["kl"], beyond["rise"]) == pytest.approx((kl, rise), rel=1e-3)
     assert result["documents"] == [{"name": "mine", "tokens": LENGTH}]
@@ -66,12 +67,12 @@ def test_each_way_to_choose_blocks_is_measured_as_a_conversion_by_hand(tiny_dens
 def test_a_layers_kl_is_that_of_a_model_with_no_other_sparse_layer(tiny_dense_dir, tiny_sizes, monkeypatch):
     for step, few in ((1, 1024), (3, 25)):
         monkeypatch.setattr(measure, "POSITIONS", few)
-        rows = measured(tiny_dense_dir, **tiny_sizes, **CHANNELS)["by_layer"]
+        rows = measured(tiny_dense_dir, **{**tiny_sizes, **CHANNELS})["by_layer"]
         assert [row["layer"] for row in rows] == [0, 1, 2]
         for row in rows:
             others = [layer for layer in (0, 1, 2) if layer != row["layer"]]
             positions = slice(EXACT, None, step)
-            kl, _ = by_hand(tiny_dense_dir, positions, **tiny_sizes, **CHANNELS, dense_layers=others)
+            kl, _ = by_hand(tiny_dense_dir, positions, **{**tiny_sizes, **CHANNELS}, dense_layers=others)
             assert kl > 1e-4
             assert row["kl"] == pytest.approx(kl, rel=1e-3)
         assert sum(row["share"] for row in rows) == pytest.approx(1)
@@ -104,7 +105,7 @@ def test_no_weights_of_the_source_are_changed_or_written(tiny_dense_dir, tiny_si
 def test_the_weights_are_in_memory_once(tiny_dense_dir, tiny_sizes):
     source = open_source(tiny_dense_dir)
     dense = source.load_model(torch.float32)
-    config = target_config(source.config, {**tiny_sizes, **CHANNELS})
+    config, _ = target_config(source.config, {**tiny_sizes, **CHANNELS})
     windows = [("mine", torch.arange(100)[None])]
     study = measure.Study(dense, config, windows, lambda: None)
     again = measure.sparse_model(study.model, config.with_fields(nsa_selector_dim=2))
@@ -168,10 +169,10 @@ def test_layers_worth_leaving_dense(large, selector, worth):
 def test_the_advice_is_measured_too_and_shown(tiny_dense_dir, tiny_sizes, monkeypatch):
     monkeypatch.setattr(measure, "STANDS_OUT", 1.1)
     monkeypatch.setattr(measure, "WORTH", 0)
-    result = plan(tiny_dense_dir, measure=Measuring([("mine", TEXT)], LENGTH), **tiny_sizes, **CHANNELS)
+    result = plan(tiny_dense_dir, measure=Measuring([("mine", TEXT)], LENGTH), **{**tiny_sizes, **CHANNELS})
     advice = result["measured"]["dense_layers"]
     assert len(advice["layers"]) == 1
-    kl, rise = by_hand(tiny_dense_dir, slice(EXACT, None), **tiny_sizes, **CHANNELS, dense_layers=advice["option"])
+    kl, rise = by_hand(tiny_dense_dir, slice(EXACT, None), **{**tiny_sizes, **CHANNELS}, dense_layers=advice["option"])
     assert (advice["by_position"][1]["kl"], advice["by_position"][1]["rise"]) == pytest.approx((kl, rise), rel=1e-3)
     console = Console(file=io.StringIO(), width=80)
     console.print(render_plan(result))

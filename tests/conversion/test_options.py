@@ -28,10 +28,10 @@ def test_options_go_with_and_without_prefix():
 
 
 def test_target_config_has_the_options_the_dtype_and_the_dense_fields(dense_config):
-    config = target_config(dense_config, {"topk": 5})
+    config, _ = target_config(dense_config, {"topk": 5})
     assert (config.model_type, config.nsa_topk, config.dtype) == ("nsa_llama", 5, torch.bfloat16)
     assert (config.hidden_size, config.num_key_value_heads, config.tie_word_embeddings) == (48, 2, True)
-    assert target_config(dense_config, {}, torch.float16).dtype == torch.float16
+    assert target_config(dense_config, {}, torch.float16)[0].dtype == torch.float16
     with pytest.raises(NsaError, match="nsa_topk"):
         target_config(dense_config, {"topk": 1})
     with pytest.raises(NsaError, match="already a sparse one"):

@@ -66,7 +66,7 @@ OF_EACH_BRANCH = [{"nsa_branch_kv": "independent"}, {"nsa_branch_kv": "independe
 def test_cache_bytes_are_those_of_a_cache_that_was_filled(options, kind, tiny_dense_dir, tiny_sizes, tiny_nsa_model):
     """Keys, values, compressed entries, the index's keys, and what the branches keep besides."""
     model = tiny_nsa_model(nsa_dense_layers=[1], **options)
-    row = plan(tiny_dense_dir, **tiny_sizes, **options, dense_layers=[1], lengths=[99])["kv_cache"][0]
+    row = plan(tiny_dense_dir, **{**tiny_sizes, **options}, dense_layers=[1], lengths=[99])["kv_cache"][0]
     cache = StaticCache(model.config, max_cache_len=99) if kind == "static" else None
     with torch.no_grad():
         cache = model(torch.arange(99)[None], use_cache=True, **{CACHE: cache})[CACHE]
@@ -87,7 +87,8 @@ def test_read_bytes_by_hand():
 
 
 def test_read_bytes_of_a_model(tiny_dense_dir):
-    row = plan(tiny_dense_dir, dtype="bfloat16", dense_layers=[0], lengths=[65536])["kv_cache"][0]
+    options = {"dtype": "bfloat16", "selector": "compressed", "dense_layers": [0]}
+    row = plan(tiny_dense_dir, **options, lengths=[65536])["kv_cache"][0]
     entry = 2 * 2 * 8 * 2  # K and V, two heads of 8, two bytes
     assert row["dense_read_bytes"] == row["dense_bytes"] == 3 * 65536 * entry
     assert row["nsa_read_bytes"] == (65536 + 2 * 5631) * entry
@@ -97,7 +98,7 @@ def test_read_bytes_of_a_model(tiny_dense_dir):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("compression, bits", [("none", 16), ("mlp", 16), ("none", 8), ("mlp", 8)])
 def test_read_bytes_of_a_model_that_chooses_by_channels(tiny_dense_dir, tiny_sizes, compression, bits, dtype):
-    options = {**tiny_sizes, "selector": "channels", "compression": compression, "selector_bits": bits}
+    options = {**tiny_sizes, "nsa_selector": "channels", "compression": compression, "selector_bits": bits}
     row = plan(tiny_dense_dir, **options, dtype=dtype, lengths=[99])["kv_cache"][0]
     size = 4 if dtype == "float32" else 2
     # 64 selected tokens, 24 in the window, 23 entries: K and V of 8 numbers; 4 of 8 channels of all 99 keys
@@ -182,7 +183,7 @@ def test_every_name_of_attention_dropout_is_known(family):
 
 
 def test_it_is_json_and_renders(tiny_dense_dir):
-    description = plan(tiny_dense_dir, dense_layers=[1], dtype="bfloat16")
+    description = plan(tiny_dense_dir, selector="compressed", dense_layers=[1], dtype="bfloat16")
     assert description["training"] is None
     assert json.loads(json.dumps(description, allow_nan=False)) == description
     console = Console(file=io.StringIO(), width=100)

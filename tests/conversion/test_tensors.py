@@ -26,7 +26,7 @@ def table_of(config: LlamaConfig) -> dict[str, TensorInfo]:
 @pytest.mark.parametrize("tied", [True, False])
 def test_dense_names_and_shapes_are_those_of_the_dense_class(dense_config, tiny_sizes, tied):
     dense_config.tie_word_embeddings = tied
-    tensors = converted_tensors(target_config(dense_config, {**tiny_sizes, "dense_layers": [-1]}))
+    tensors = converted_tensors(target_config(dense_config, {**tiny_sizes, "dense_layers": [-1]})[0])
     table = table_of(dense_config)
     assert tensors.dense == {name: info.shape for name, info in table.items()}
     assert ("lm_head.weight" in tensors.dense) is not tied
@@ -37,7 +37,7 @@ def test_dense_names_and_shapes_are_those_of_the_dense_class(dense_config, tiny_
 
 
 def test_check_keeps_the_source_s_order_and_passes_over_copies_and_ignored(dense_config):
-    tensors = converted_tensors(target_config(dense_config, {}))
+    tensors = converted_tensors(target_config(dense_config, {})[0])
     table = dict(reversed(table_of(dense_config).items()))
     extra = {
         "lm_head.weight": table["model.embed_tokens.weight"],
@@ -65,4 +65,4 @@ def test_what_does_not_fit_is_named(dense_config, change, message):
     table = table_of(dense_config)
     change(table)
     with pytest.raises(NsaError, match=message):
-        converted_tensors(target_config(dense_config, {})).check(table, "src")
+        converted_tensors(target_config(dense_config, {})[0]).check(table, "src")

@@ -424,9 +424,9 @@ def test_the_other_selector_is_measured_as_the_model_converted_with_it(
     own, others, names, tiny_dense_dir, tiny_sizes, tmp_path
 ):
     """Also of weights that were trained: they are the same in both, and the model's own figures stay as they are."""
-    out = convert(tiny_dense_dir, tmp_path / "own", **tiny_sizes, **own)
+    out = convert(tiny_dense_dir, tmp_path / "own", **{**tiny_sizes, **own})
     kept = {name: value for name, value in own.items() if name in ("nsa_branch_kv", "nsa_dense_layers")}
-    other = convert(tiny_dense_dir, tmp_path / "other", **tiny_sizes, **{**kept, **others})
+    other = convert(tiny_dense_dir, tmp_path / "other", **{**tiny_sizes, **kept, **others})
     trained = load_file(out / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
     for name in (name for name in trained if ".nsa.compress" in name):

@@ -37,6 +37,26 @@ def test_only_a_conversion(tmp_path):
     assert "`nsa_topk` 16" in text
 
 
+def test_what_the_conversion_chose(tmp_path):
+    choice = {"what": "blocks are scored by", "which": "channels, 32 of each head", "why": "near | to <dense>"}
+    record = {
+        **results.manifest(),
+        "choices": {"selector": {**choice, "options": {}, "given": False, "hint": "of others"}},
+    }
+    config = {**results.config(), "nsa_selector": "channels", "nsa_selector_dim": 32, "nsa_compression": "none"}
+    text = card_of(results.write(tmp_path, manifest=record, config=config))
+    assert (
+        "What the conversion chose:\n\n- blocks are scored by: channels, 32 of each head (near \\| to \\<dense\\>)"
+        in text
+    )
+    assert "`nsa_selector` channels, `nsa_selector_dim` 32, `nsa_compression` none" in text
+    assert "Every query reads 16 selected blocks of 64 tokens and a window of\n512." in text
+    # what was measured on other models is no result of this one
+    assert "of others" not in text
+    text = card_of(results.write(tmp_path))
+    assert "What the conversion chose" not in text and "Every query reads compressed blocks, 16 selected blocks" in text
+
+
 def test_the_header_holds_what_is_known(tmp_path):
     header = yaml.safe_load(card_of(results.write(tmp_path)).split("---")[1])
     assert header["license"] == "apache-2.0"

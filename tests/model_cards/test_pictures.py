@@ -93,6 +93,15 @@ def test_gates_by_branch():
     assert [line.get_label() for line in right.lines[:2]] == ["compressed", "window"]
 
 
+def test_gates_without_a_compressed_branch():
+    inspection = results.inspection()
+    inspection |= {"branches": ["selected", "window"], "gates": [row[1:] for row in inspection["gates"]]}
+    left, right = gate_lines(inspection).axes
+    assert left.lines[0].get_ydata().tolist() == [row[0] for row in inspection["gates"]]
+    assert right.lines[0].get_ydata().tolist() == [row[1] for row in inspection["gates"]]
+    assert [line.get_label() for line in right.lines[:1]] == ["window"]
+
+
 def test_labels_of_differences():
     assert [percent_label(v) for v in (12.34, -1.25, 0.123, -0.006, 0.004, float("nan"))] == [
         "+12.3",

@@ -166,12 +166,13 @@ def test_what_is_refused(fields, message):
 
 def test_a_family_without_rotation_is_refused_where_channels_are_asked_for():
     with pytest.raises(NsaError, match="is not turned together with one other channel"):
-        nsa_hf.nsa_config_from_dense(tiny_config("ctrl"), nsa_selector="channels", **SIZES)
+        nsa_hf.nsa_config_from_dense(tiny_config("ctrl"), **{**SIZES, "nsa_selector": "channels"})
 
 
 def test_configs_load_that_lack_fields(tmp_path):
     """They mean what they meant when they were saved, whatever new ones are by default."""
-    config = nsa_hf.nsa_config_from_dense(tiny_dense_model().config, **TINY_SIZES, nsa_selector="channels")
+    options = {**TINY_SIZES, "nsa_selector": "channels"}
+    config = nsa_hf.nsa_config_from_dense(tiny_dense_model().config, **options)
     fields = config.to_dict()
     del fields["nsa_selector_bits"]
     assert type(config).from_dict(fields).nsa_selector_bits == 16

@@ -214,7 +214,7 @@ class FixedShape:
 )
 def test_other_families(model_type, selector):
     dense, x = tiny_dense(model_type), tokens() % VOCABULARY
-    config = nsa_config_from_dense(dense.config, **TINY_SIZES, **SELECTORS[selector])
+    config = nsa_config_from_dense(dense.config, **{**TINY_SIZES, **SELECTORS[selector]})
     model = family_of(config).causal_lm_class(config).eval()
     model.load_state_dict(dense.state_dict(), strict=False)
     randomize_nsa(model)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -42,6 +43,8 @@ from nsa_hf.recipes.training.evaluate import evaluate, render_rows
 from nsa_hf.recipes.training.loop import train
 
 LENGTH, PROMPT, NEW = 60, 30, 8
+# Sizes alone: what scores blocks is chosen as recommended.
+RECOMMENDED = {name: size for name, size in SIZES.items() if not re.search("selector|kernel|compression", name)}
 ONE_OF_EACH_KIND = {
     "llama": "plain",
     "qwen3_moe": "experts",
@@ -95,6 +98,10 @@ def test_every_command(model_type, texts, tmp_path, monkeypatch):
 
     said = plan(src, measure=Measuring([text], LENGTH), **SIZES)
     assert render_plan(said)
+    chosen = convert(src, tmp_path / "chosen", **RECOMMENDED)
+    assert verify(src, chosen, length=LENGTH, documents=1, texts=[text])["exact"] is True
+    config = json.loads((chosen / "config.json").read_text())
+    assert config["nsa_selector"] == ("compressed" if model_type == "ctrl" else "channels")
     convert(src, out, **SIZES)
     channels = said["measured"]["without_channels"] is None
     result = verify(src, out, length=LENGTH, documents=1, texts=[text], compare_selectors=channels)

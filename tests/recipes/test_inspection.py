@@ -38,6 +38,17 @@ def test_what_is_written(nsa_dir):
         assert distance["from_blocks"] == [1, 2, 4, 8]
 
 
+def test_a_branch_that_is_not_there_has_no_gate(tiny_dense_dir, tmp_path):
+    out = converted(tiny_dense_dir, tmp_path / "out", {"topk": 4, "block_size": 16, "local_blocks": 1})
+    result = inspect_model(out, ("mine.txt", "some words and " * 40), 200)
+    assert result["branches"] == ["selected", "window"]
+    assert result["gates"] == [[1.0, 0.0]] * 3
+    console = Console(record=True, width=200)
+    console.print(render_inspection(result))
+    text = console.export_text()
+    assert "window" in text and "compressed" not in text
+
+
 def test_a_map_counts_by_hand():
     selection = torch.tensor([[[0, -1]], [[0, -1]], [[0, 1]], [[1, -1]], [[0, 2]]])
     expected = torch.tensor([[1.0, 0, 0], [0.5, 1.0, 0], [1.0, 0, 1.0]])
