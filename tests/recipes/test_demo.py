@@ -56,7 +56,10 @@ def test_the_whole_path_and_nothing_twice(tiny_source, run_file, tmp_path, capsy
     assert f"$ nsa-hf convert '{work / 'source'}' '{work / 'nsa'}'" in first
     assert "GiB of memory at most" in first
     nsa, trained = work / "nsa", work / "trained"
-    assert json.loads((nsa / "verify.json").read_text())["exact"] is True
+    proof = json.loads((nsa / "verify.json").read_text())
+    assert proof["exact"] is True
+    assert [row["from"] for row in proof["by_position"]] == [0, 512, 1024, 2048]
+    assert "blocks are scored by: channels, 4 of each head" in first
     assert json.loads((trained / "verify.json").read_text())["exact"] is None
     assert json.loads((trained / "generate-long.json").read_text())["prompt_tokens"] == 1500
     assert json.loads((trained / "generate-chat.json").read_text())["chat"] is True
