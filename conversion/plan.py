@@ -92,6 +92,9 @@ def plan(
     if measure is not None:
         with transformers_progress(measure.progress):
             measured = measure_conversion(source, config, layers, measure, scaling)
+    said = records(choices, config)
+    if measured is not None and not choices["dense_layers"].given:
+        said["dense_layers"] |= {"why": measured["dense_layers"]["why"], "hint": ""}
     return {
         "source": {
             "name": str(src),
@@ -104,7 +107,7 @@ def plan(
         "options": {name: getattr(config, name) for name in NSA_FIELDS},
         "exact_up_to": config.nsa_sizes.exact_tokens,
         "rope_scaling": scaling,
-        "choices": records(choices, config),
+        "choices": said,
         "training": training_hindrance(config),
         "layers": layers,
         "parameters": {"dense": dense, "added": added, "added_share": added / dense},

@@ -75,7 +75,7 @@ NSA_FIELDS = {member.name: member for member in fields(NsaFields)}
 # Those that a conversion finds out itself.
 FOUND_FIELDS = ("nsa_format", "nsa_selector_channels")
 # Those that a conversion chooses where they are not given (recommend.py); a config that lacks them has the defaults.
-RECOMMENDED_FIELDS = ("nsa_selector", "nsa_compression")
+RECOMMENDED_FIELDS = ("nsa_selector", "nsa_selector_bits", "nsa_compression")
 
 
 def full_name(option: str) -> str:

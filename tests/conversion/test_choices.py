@@ -36,7 +36,7 @@ def test_the_plan_the_manifest_and_the_config_say_the_same(converted, tiny_dense
     assert options == {
         "nsa_selector": "channels",
         "nsa_selector_dim": 4,
-        "nsa_selector_bits": 16,
+        "nsa_selector_bits": 8,
         "nsa_compression": "none",
         "nsa_topk": 16,
         "nsa_block_size": 64,
@@ -57,17 +57,20 @@ def test_the_result_is_exact_and_has_no_compressor(converted, tiny_dense_dir):
 def test_lines_say_what_and_why(converted):
     lines = list(lines_of(manifest.read(converted)["choices"]))
     assert lines == [
-        "blocks are scored by: channels, 4 of each head (starts much nearer to the dense model than compressed keys)",
+        "blocks are scored by: channels, 4 of each head in 8 bits (starts much nearer to the dense model than compressed "
+        "keys)",
         "compressed branch: none (blocks are chosen without it: nothing to keep, read and train)",
         "selected blocks: 16 of 64 tokens (the paper's)",
         "layers left dense: none (leaving the first ones dense gains little)",
     ]
 
 
-def test_8_bits_are_told(tiny_dense_dir):
-    record = plan(tiny_dense_dir, selector_bits=8)["choices"]["selector"]
-    assert record["which"] == "channels, 4 of each head in 8 bits"
-    assert record["why"] == "nsa_selector_bits=8 is for blocks that an index scores"
+def test_16_bits_where_they_are_asked_for(tiny_dense_dir):
+    record = plan(tiny_dense_dir, selector_bits=16)["choices"]["selector"]
+    assert record["which"] == "channels, 4 of each head"
+    assert record["why"] == "nsa_selector_bits=16 is for blocks that an index scores"
+    asked = plan(tiny_dense_dir, selector="channels", selector_dim=2)["choices"]["selector"]
+    assert asked["which"] == "channels, 2 of each head in 8 bits"
 
 
 def test_costs_by_hand(tiny_dense_dir):
@@ -76,11 +79,11 @@ def test_costs_by_hand(tiny_dense_dir):
         assert {record["cost"]["length"] for record in choices.values()} == {LENGTH}
         return {name: record["cost"] for name, record in choices.items()}
 
-    channels = costs(dense_layers=[0])
+    channels = costs(dense_layers=[0], selector_bits=16)
     # two sparse layers; an index is half of the keys, a quarter of keys and values
     assert channels["selector"]["read_bytes"] == channels["selector"]["kept_bytes"] == 2 * LENGTH * KEY_VALUE // 4
     # half of a head's 8 channels, a byte each and a scale of two
-    assert costs(selector_bits=8)["selector"]["kept_bytes"] == 3 * LENGTH * 2 * (4 + 2)
+    assert costs()["selector"]["kept_bytes"] == 3 * LENGTH * 2 * (4 + 2)
     assert channels["compression"]["kept_bytes"] == channels["compression"]["read_bytes"] == 0
     assert channels["blocks"]["read_bytes"] == 2 * 1024 * KEY_VALUE
     assert channels["dense_layers"]["read_bytes"] == LENGTH * KEY_VALUE
@@ -91,7 +94,7 @@ def test_costs_by_hand(tiny_dense_dir):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"selector_bits": 8}, {"selector": "compressed"}, {"selector_dim": 2}, {"dense_layers": [1]}]
+    "options", [{}, {"selector_bits": 16}, {"selector": "compressed"}, {"selector_dim": 2}, {"dense_layers": [1]}]
 )
 def test_costs_of_choices_are_those_of_the_cache(options, tiny_dense_dir):
     said = plan(tiny_dense_dir, **options, lengths=[LENGTH])
@@ -148,7 +151,7 @@ def test_a_plan_shows_choices_reasons_and_costs(tiny_dense_dir):
     text = " ".join(console.file.getvalue().replace("│", " ").split())
     for part in ("compressed branch", "belongs to the paper's way", "channels, 4 of each head", "16 of 64 tokens"):
         assert part in text
-    assert "reads 6.29 MB per token" in text and "SmolLM2-135M" in text
+    assert "reads 2.36 MB per token" in text and "SmolLM2-135M" in text
 
 
 def test_a_manifest_without_choices_loads(converted, tmp_path):
