@@ -56,9 +56,9 @@ def test_the_result_is_exact_and_has_no_compressor(converted, tiny_dense_dir):
 
 def test_lines_say_what_and_why(converted):
     lines = list(lines_of(manifest.read(converted)["choices"]))
+    nearer = "starts much nearer to the dense model than compressed keys"
     assert lines == [
-        "blocks are scored by: channels, 4 of each head in 8 bits (starts much nearer to the dense model than compressed "
-        "keys)",
+        f"blocks are scored by: channels, 4 of each head in 8 bits ({nearer})",
         "compressed branch: none (blocks are chosen without it: nothing to keep, read and train)",
         "selected blocks: 16 of 64 tokens (the paper's)",
         "layers left dense: none (leaving the first ones dense gains little)",
