@@ -286,23 +286,25 @@ class Study:
         self.variant = variant
         return self.model.model(ids, use_cache=False).last_hidden_state[0]
 
-    def compare(self, ids: Tensor, dense: Tensor, sparse: Tensor) -> Losses:
-        """What a variant costs on a text, a mean for each of RANGES.
 
-        Args:
-            ids: int64 [1, T].
-            dense, sparse: what `hidden` gave, [T, D].
-        """
-        kl, rise = [], []
-        for start in range(0, len(dense) - 1, LOGITS):
-            part = slice(start, min(start + LOGITS, len(dense) - 1))
-            p, q = (self.model.lm_head(x[part]).log_softmax(-1) for x in (dense, sparse))
-            target = ids[0, part.start + 1 : part.stop + 1, None]
-            kl.append((p.exp() * (p - q)).sum(-1))
-            rise.append((p - q).gather(1, target)[:, 0])
-        kls, rises = torch.cat(kl).double(), torch.cat(rise).double()
-        ranges = [slice(*positions) for positions in RANGES if positions[0] < len(kls)]
-        return [(float(kls[positions].mean()), float(rises[positions].mean())) for positions in ranges]
+def losses(model: Any, ids: Tensor, dense: Tensor, sparse: Tensor) -> Losses:
+    """What a sparse model costs on a text, a mean for each of RANGES.
+
+    Args:
+        model: whose `lm_head` both have.
+        ids: int64 [1, T].
+        dense, sparse: the last hidden states of each, [T, D].
+    """
+    kl, rise = [], []
+    for start in range(0, len(dense) - 1, LOGITS):
+        part = slice(start, min(start + LOGITS, len(dense) - 1))
+        p, q = (model.lm_head(x[part]).float().log_softmax(-1) for x in (dense, sparse))
+        target = ids[0, part.start + 1 : part.stop + 1, None]
+        kl.append((p.exp() * (p - q)).sum(-1))
+        rise.append((p - q).gather(1, target)[:, 0])
+    kls, rises = torch.cat(kl).double(), torch.cat(rise).double()
+    ranges = [slice(*positions) for positions in RANGES if positions[0] < len(kls)]
+    return [(float(kls[positions].mean()), float(rises[positions].mean())) for positions in ranges]
 
 
 def rounded_keys(k: Tensor, variant: Variant) -> Tensor:
@@ -358,7 +360,7 @@ def compare_variants(
             break
         dense = study.hidden(ids, None)
         for result, variant in zip(results, chosen, strict=True):
-            result.append(study.compare(ids, dense, study.hidden(ids, variant)))
+            result.append(losses(study.model, ids, dense, study.hidden(ids, variant)))
         print(f"{done + 1} of {len(documents)} documents, {time.perf_counter() - begin:.0f} s", flush=True)
     return results
 
