@@ -51,6 +51,7 @@ ONE_OF_EACH_KIND = {
     "llama": "plain",
     "qwen3_moe": "experts",
     "phi3": "fused projections",
+    "exaone": "checkpoints with other names of layers' parts than the model's",
     "gemma3_text": "sliding layers, RoPE of two kinds",
     "lfm2": "convolutions",
     "granitemoehybrid": "Mamba layers, logits scaled",
