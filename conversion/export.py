@@ -11,6 +11,7 @@ branches they learned to use, and the report says what was measured of that. A f
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,8 @@ def export_dense(
         config = read_config(src)
         checkpoint = SafetensorsCheckpoint(src)
         expected = converted_tensors(config).as_stored(checkpoint.table)
-        dense = {name: info for name, info in checkpoint.table.items() if name not in expected.added}
+        added = set(map(place_of, expected.added))
+        dense = {name: info for name, info in checkpoint.table.items() if place_of(name) not in added}
         table = {name: dense[name] for name in expected.check(dense, str(src))}
         for copy, original in expected.tied.items():
             if copy in dense and not same_bits(checkpoint.read(copy), checkpoint.read(original)):
@@ -102,6 +104,15 @@ def export_dense(
                     copy_file(src, name, stage)
             write_json(stage / RESULT, report)
     return report
+
+
+def place_of(name: str) -> tuple[str, ...]:
+    """Where a tensor is, by its name: the same whether a layer's parts have the model's names or the checkpoints'.
+
+    What Transformers saves of a trained model has a family's old names, where there are such, in front of `.nsa.` too.
+    """
+    family, nsa, own = name.partition(".nsa.")
+    return (*re.findall(r"\d+", family), own) if nsa else (name,)
 
 
 def _report(src: Path, manifest: dict[str, Any] | None, model_type: str, hashes: dict[str, str]) -> dict[str, Any]:

@@ -150,7 +150,7 @@ def test_plan_measures_and_keeps_it(tiny_dense_dir, tmp_path, capsys):
 def test_convert_says_what_it_chose_and_help_that_it_does(tiny_dense_dir, tmp_path, capsys):
     assert run(["convert", str(tiny_dense_dir), str(tmp_path / "out")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("blocks are scored by: channels, 4 of each head (starts much nearer")
+    assert lines[0].startswith("blocks are scored by: channels, 4 of each head in 8 bits (starts much nearer")
     assert [line.partition(":")[0] for line in lines[1:4]] == [
         "compressed branch",
         "selected blocks",
@@ -158,7 +158,7 @@ def test_convert_says_what_it_chose_and_help_that_it_does(tiny_dense_dir, tmp_pa
     ]
     assert run(["card", str(tmp_path / "out")]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "\n- blocks are scored by: channels, 4 of each head (starts much nearer" in card
+    assert "\n- blocks are scored by: channels, 4 of each head in 8 bits (starts much nearer" in card
     assert "Every query reads 16 selected blocks of 64 tokens" in card and "`nsa_selector` channels" in card
     parameters = {parameter.name: parameter for parameter in COMMANDS["convert"].params}
     for name in ("nsa_selector", "nsa_compression"):
