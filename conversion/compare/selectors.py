@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from nsa_hf.recommend import BITS
+
 
 def other_selector(config: Any) -> Any:
     """A sparse model's config with the other selector; every parameter of such a model is one of the first's.
 
     Args:
         config: with `channels` it becomes `compressed`, by entries that are means where there was no compressed branch;
-            with `compressed` it becomes `channels`, half of each head's.
+            with `compressed` it becomes `channels` as recommended, half of each head's.
 
     Raises:
         NotPlain: no channels can be found in the family's attention.
     """
     if config.nsa_selector == "compressed":
-        return config.with_fields(nsa_selector="channels", nsa_selector_dim=None)
+        return config.with_fields(nsa_selector="channels", nsa_selector_dim=None, nsa_selector_bits=BITS)
     compression = "mean" if config.nsa_compression == "none" else config.nsa_compression
     return config.with_fields(nsa_selector="compressed", nsa_selector_dim=None, nsa_compression=compression)
 
