@@ -82,13 +82,15 @@ class NsaConfigMixin(NsaFields, SavedConfig):
         return config, choices
 
     def with_fields(self, **nsa_fields: Any) -> Self:
-        """The same config with other `nsa_*` fields; channels that were found are found again.
+        """The same config with other `nsa_*` fields; channels that were found are found again, or left with the index.
 
         Raises:
             NsaError: a field breaks a rule, or the family's rotation is none of which channels can be found.
         """
-        fields: dict[str, Any] = {**self.to_dict(), "nsa_selector_channels": None, **nsa_fields}  # type: ignore[attr-defined]
-        return type(self)(**fields)
+        index: dict[str, Any] = {"nsa_selector_channels": None}
+        if nsa_fields.get("nsa_selector") == "compressed":
+            index |= {"nsa_selector_dim": None, "nsa_selector_bits": 16}
+        return type(self)(**{**self.to_dict(), **index, **nsa_fields})  # type: ignore[attr-defined]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -185,6 +187,16 @@ class NsaConfigMixin(NsaFields, SavedConfig):
                 raise NsaError(
                     f"nsa_selector_channels must be a list of channels for each of {layers} layers, got {channels!r}"
                 )
+        if self.nsa_selector == "compressed":
+            for name, unused in (
+                ("nsa_selector_dim", None),
+                ("nsa_selector_channels", None),
+                ("nsa_selector_bits", 16),
+            ):
+                if getattr(self, name) != unused:
+                    raise NsaError(
+                        f"{name} is of an index, and nsa_selector is 'compressed': leave it out, or choose 'channels'"
+                    )
 
     def check_kinds(self) -> None:
         """Checks that some layer can be made sparse, by the kinds of the layers.

@@ -20,7 +20,7 @@ def other_selector(config: Any) -> Any:
     if config.nsa_selector == "compressed":
         return config.with_fields(nsa_selector="channels", nsa_selector_dim=None, nsa_selector_bits=BITS)
     compression = "mean" if config.nsa_compression == "none" else config.nsa_compression
-    return config.with_fields(nsa_selector="compressed", nsa_selector_dim=None, nsa_compression=compression)
+    return config.with_fields(nsa_selector="compressed", nsa_compression=compression)
 
 
 def selector_name(config: Any) -> str:

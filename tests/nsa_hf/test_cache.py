@@ -68,13 +68,16 @@ def test_a_cache_is_of_one_compression_only(kind, tiny_nsa_model):
             assert torch.equal(other(x, **{CACHE: cache}).logits, other(x).logits)
 
 
+COMPRESSED = {"nsa_selector": "compressed", "nsa_selector_bits": 16}
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize(
     "other, said",
     [
         ({"nsa_selector_bits": 16}, "an index of channels 2-3, 6-7 in 8 bits, .* channels 2-3, 6-7 in 16 bits"),
         ({"nsa_selector_channels": [[0, 1, 4]] * 3}, "channels 2-3, 6-7 in 8 bits, .* channels 0-1, 4 in 8 bits"),
-        ({"nsa_selector": "compressed"}, "an index of channels 2-3, 6-7 in 8 bits, and the model needs none"),
+        (COMPRESSED, "an index of channels 2-3, 6-7 in 8 bits, and the model needs none"),
         ({"nsa_compression": "none"}, r"nsa_kernel_stride \(8, 4\), and the model needs none"),
     ],
 )

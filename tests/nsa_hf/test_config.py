@@ -39,6 +39,9 @@ def test_every_choice_is_named_in_its_help():
     "fields, message",
     [
         ({"nsa_kernel_stride": 24}, "nsa_kernel_stride must divide nsa_kernel_size, got 24 and 32"),
+        ({"nsa_selector_dim": 8}, "nsa_selector_dim is of an index, and nsa_selector is 'compressed': leave it out"),
+        ({"nsa_selector_bits": 8}, "nsa_selector_bits is of an index"),
+        ({"nsa_selector_channels": [[0, 1]] * 32}, "nsa_selector_channels is of an index"),
         (
             {"nsa_kernel_size": 48, "nsa_kernel_stride": 24},
             "nsa_kernel_stride must divide nsa_block_size, got 24 and 64",
