@@ -77,26 +77,19 @@ def test_compiles_ahead(
 
 
 @pytest.mark.parametrize(
-    ("card", "group", "queries", "dims", "dtype", "bits"),
+    ("card", "step", "keys"),
     [
-        (90, 4, 1, (128, 128), torch.bfloat16, torch.int8),
-        (86, 16, 16, (192, 128), torch.bfloat16, torch.bfloat16),
-        (80, 3, 1, (64, 64), torch.float16, torch.int8),
-        pytest.param(86, 1, 1, (256, 256), torch.float32, torch.float32, marks=pytest.mark.slow),
-        pytest.param(100, 16, 4, (128, 128), torch.bfloat16, torch.int8, marks=pytest.mark.slow),
+        (90, (4, 1, (128, 128), torch.bfloat16), torch.int8),
+        (86, (16, 16, (192, 128), torch.bfloat16), torch.bfloat16),
+        (80, (3, 1, (64, 64), torch.float16), torch.int8),
+        pytest.param(86, (1, 1, (256, 256), torch.float32), torch.float32, marks=pytest.mark.slow),
+        pytest.param(100, (16, 4, (128, 128), torch.bfloat16), torch.int8, marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_an_index_compiles_ahead(
-    monkeypatch: pytest.MonkeyPatch,
-    card: int,
-    group: int,
-    queries: int,
-    dims: tuple[int, int],
-    dtype: torch.dtype,
-    bits: torch.dtype,
-) -> None:
-    found = compile_step(monkeypatch, card, group, queries, dims, dtype, index=bits)
+def test_an_index_compiles_ahead(monkeypatch: pytest.MonkeyPatch, card: int, step: tuple, keys: torch.dtype) -> None:
+    """`step`: group, queries, dims and dtype, as above; `keys`: of the index."""
+    found = compile_step(monkeypatch, card, *step, index=keys)
     assert set(found) == KERNELS - {"compressed_kernel"} | {"index_maxima_kernel"}
     assert all(shared <= SHARED_MEMORY[card] * 1024 for shared in found.values()), found
 

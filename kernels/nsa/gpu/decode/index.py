@@ -18,7 +18,7 @@ from ...sizes import Sizes
 from ..common import begin_next, cdiv, in_chain, load_tile, next_power_of_2, padded, precision, wait_for_previous
 from ..scores.index import block_maxima
 from ..scores.selection import count_blocks
-from .scores import GROWING, row_place, strides
+from .scores import GROWING, row_place, rows_of_split, strides
 from .splits import split_count
 
 # Programs that a processor holds at a time: each has little in flight.
@@ -39,18 +39,12 @@ def index_maxima_kernel(
     so that the heads of a query are read together. `arrived [B, T, Hk]` is set to 0.
     """
     group = HI // HK
-    # programs that read the same keys are neighbours
-    row_tiles = (T * group + BM - 1) // BM
-    split, pair = tl.program_id(0) // row_tiles % SPLITS, tl.program_id(0) // row_tiles // SPLITS
-    batch, kv_head = pair // HK, pair % HK
-    r = tl.program_id(0) % row_tiles * BM + tl.arange(0, BM)
-    exists = r < T * group
+    split, pair, batch, kv_head, r, exists, row = rows_of_split(T, HI, HK, SPLITS, BM)
     start, first_query = row_place(starts, lengths, batch, T, S)
     relative = first_query + r // group
     seeing = exists & (relative >= 0)
     own = tl.where(seeing, relative // BLOCK, 0)
     most = tl.max(own)
-    row = (batch * T + r // group).to(tl.int64) * HI + kv_head * group + r % group
     queries = load_tile(q, row, C, seeing, C, CP)
     key_head = (kv_head * HJ // HK).to(tl.int64)
     k += batch.to(tl.int64) * k_batch + key_head * k_head + start.to(tl.int64) * k_token

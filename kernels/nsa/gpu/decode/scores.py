@@ -49,6 +49,25 @@ def row_place(starts, lengths, batch, T, S):
 
 
 @triton.jit
+def rows_of_split(T, heads, HK, SPLITS, BM: tl.constexpr):
+    """What a program is for: a split, the row of the batch, the KV head, and BM of its rows (query t, head g).
+
+    Programs that read the same past are neighbours.
+
+    Returns:
+        split; `pair`, batch * HK + KV head; both of these; `r [BM]`, the rows at `t * G + g`; which of them exist; and `row [BM]` int64, where
+        each stands in `[B, T, heads]`.
+    """
+    group = heads // HK
+    row_tiles = (T * group + BM - 1) // BM
+    split, pair = tl.program_id(0) // row_tiles % SPLITS, tl.program_id(0) // row_tiles // SPLITS
+    batch, kv_head = pair // HK, pair % HK
+    r = tl.program_id(0) % row_tiles * BM + tl.arange(0, BM)
+    row = (batch * T + r // group).to(tl.int64) * heads + kv_head * group + r % group
+    return split, pair, batch, kv_head, r, r < T * group, row
+
+
+@triton.jit
 def softmax_step(top, total, logits):
     """`online_softmax_update` with `total [M, N]`, summed at the end only: each sum over N waits for all warps."""
     new = tl.maximum(top, tl.max(logits, 1))
@@ -89,13 +108,7 @@ def compressed_kernel(
     REACH: tl.constexpr = KERNEL // STRIDE
     TILE: tl.constexpr = BN // CELL
     group = HQ // HK
-    # programs that read the same entries are neighbours
-    row_tiles = (T * group + BM - 1) // BM
-    split, pair = tl.program_id(0) // row_tiles % SPLITS, tl.program_id(0) // row_tiles // SPLITS
-    batch, kv_head = pair // HK, pair % HK
-    r = tl.program_id(0) % row_tiles * BM + tl.arange(0, BM)
-    exists = r < T * group
-    row = (batch * T + r // group).to(tl.int64) * HQ + kv_head * group + r % group
+    split, pair, batch, kv_head, r, exists, row = rows_of_split(T, HQ, HK, SPLITS, BM)
     if split == 0:
         tl.store(arrived + (batch * T + r // group) * HK + kv_head, 0, mask=exists & (r % group == 0))
     _, first_query = row_place(starts, lengths, batch, T, S)
