@@ -36,10 +36,7 @@ BOUNDS: dict[str, dict[str, Any]] = {
 }
 ONE_HEAD: dict[str, Any] = {"kv_heads": 1, "queries": TOKENS, "keys": TOKENS}
 SHORT = {
-    name: replace(
-        shape, **{"kv_heads": 1, "queries": TOKENS, "keys": TOKENS} | BOUNDS.get(name.removeprefix("index, "), {})
-    )
-    for name, shape in REAL.items()
+    name: replace(shape, **ONE_HEAD | BOUNDS.get(name.removeprefix("index, "), {})) for name, shape in REAL.items()
 }
 
 

@@ -33,8 +33,8 @@ def records(choices: Mapping[str, Choice], config: PreTrainedConfig) -> dict[str
 
     Returns:
         By name: `what` and `which`, in words; `options`, the fields as they are in the config, without the list of
-        channels; `given`, whether the user gave them; `why`; `hint`, what was measured on other models; `cost`, see
-        `costs_of`.
+        channels; `given`, whether the user gave any of them; `why`; `hint`, what was measured on other models; `cost`,
+        see `costs_of`.
     """
     costs = costs_of(config)
     made = {}

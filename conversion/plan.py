@@ -94,7 +94,10 @@ def plan(
             measured = measure_conversion(source, config, layers, measure, scaling)
     said = records(choices, config)
     if measured is not None and not choices["dense_layers"].given:
-        said["dense_layers"] |= {"why": measured["dense_layers"]["why"], "hint": ""}
+        advice = measured["dense_layers"]
+        option = ",".join(map(str, advice["option"]))
+        worth = f"worth it, as measured: --nsa-dense-layers {option}: " if advice["layers"] else "as measured, "
+        said["dense_layers"] |= {"why": worth + advice["why"], "hint": ""}
     return {
         "source": {
             "name": str(src),
@@ -198,6 +201,8 @@ def choices_table(choices: dict[str, Any]) -> Table:
 def _exactness(plan: dict[str, Any]) -> str:
     if plan["options"]["nsa_gate"] == "sigmoid":
         return "nowhere: nsa_gate=sigmoid starts with the paper's gates, for training from scratch"
+    if plan["options"]["nsa_gate"] == "blend" and plan["options"]["nsa_gate_blend"] > 0:
+        return f"nowhere: nsa_gate_blend={plan['options']['nsa_gate_blend']:g} mixes in the paper's gates"
     scaling = plan["rope_scaling"]
     alike = f", with its RoPE scaled alike ({scaling['rope_type']}, factor {scaling['factor']:g})" if scaling else ""
     return _tokens(plan["exact_up_to"]) + alike

@@ -11,6 +11,7 @@ the last look. A layer is left as soon as its queries were seen, and one without
 from __future__ import annotations
 
 import ast
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -49,6 +50,8 @@ SMALL = {
 NEAR, FAR = 1, 64
 # Rounding: some families turn in float32 whatever they are given.
 NOTHING = 1e-6
+# The random state is the process's: two threads that looked at once would lose it.
+ONE_AT_A_TIME = threading.Lock()
 
 
 def slowest_channels(config: PreTrainedConfig, count: int | None) -> list[list[int]]:
@@ -109,9 +112,9 @@ def off_diagonal(rotation: Tensor) -> Tensor:
 @torch.no_grad()
 def rotations_of(config: PreTrainedConfig) -> dict[int, tuple[Tensor, Tensor]]:
     """How each layer's attention turns a query by NEAR and by FAR positions, float64 `[D, D]` each."""
-    # whatever device or thread a model is being built on or in
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    # whatever device or thread a model is being built on or in; a GPU's random state is not touched
+    with ONE_AT_A_TIME, torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
         model, dim = small_model(config)
         hidden = torch.randn(2 * dim, 1, HEADS * dim, dtype=torch.float64)
         start, near, far = (queries_at(model, hidden, position) for position in (0, NEAR, FAR))

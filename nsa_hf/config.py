@@ -82,12 +82,14 @@ class NsaConfigMixin(NsaFields, SavedConfig):
         return config, choices
 
     def with_fields(self, **nsa_fields: Any) -> Self:
-        """The same config with other `nsa_*` fields; channels that were found are found again, or left with the index.
+        """The same config with other `nsa_*` fields. With another selector or number of channels, these are found anew.
 
         Raises:
             NsaError: a field breaks a rule, or the family's rotation is none of which channels can be found.
         """
-        index: dict[str, Any] = {"nsa_selector_channels": None}
+        index: dict[str, Any] = {}
+        if {"nsa_selector", "nsa_selector_dim"} & nsa_fields.keys():
+            index["nsa_selector_channels"] = None
         if nsa_fields.get("nsa_selector") == "compressed":
             index |= {"nsa_selector_dim": None, "nsa_selector_bits": 16}
         return type(self)(**{**self.to_dict(), **index, **nsa_fields})  # type: ignore[attr-defined]
@@ -186,6 +188,15 @@ class NsaConfigMixin(NsaFields, SavedConfig):
             ):
                 raise NsaError(
                     f"nsa_selector_channels must be a list of channels for each of {layers} layers, got {channels!r}"
+                )
+            longest = max(map(len, channels), default=0)
+            if any(layer != sorted(set(layer)) for layer in channels) or longest > 256:
+                raise NsaError(
+                    f"nsa_selector_channels must be ascending, each once, at most 256 in a layer, got {channels!r}"
+                )
+            if count not in (None, longest):
+                raise NsaError(
+                    f"nsa_selector_dim is {count}, and nsa_selector_channels has {longest} channels: give one of them"
                 )
         if self.nsa_selector == "compressed":
             for name, unused in (

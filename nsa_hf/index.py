@@ -55,7 +55,7 @@ class Index:
         """What the operation takes, by name, of a layer's queries `[B, Hq, T, D]` and of the index's keys."""
         keys, scales = held
         return {
-            "q_index": self.cut(query).transpose(1, 2),
+            "q_index": self.cut(query.transpose(1, 2)),
             "k_index": (keys if scales is not None else keys.to(query.dtype)).transpose(1, 2),
             "k_index_scales": None if scales is None else scales.transpose(1, 2),
         }

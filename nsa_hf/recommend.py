@@ -63,7 +63,7 @@ class Choice:
 
     Attributes:
         fields: the `nsa_*` fields that it sets, by name.
-        given: whether the user gave all of it.
+        given: whether the user gave any of it; the rest is as it is otherwise.
         why: the reason, one line.
         hint: what was measured of it on other models, one line; empty where nothing was.
     """
@@ -158,7 +158,7 @@ def blocks_choice(given: Options) -> Choice:
     fields = {name: given.get(name, NSA_FIELDS[name].default) for name in names}
     if any(name in given for name in names):
         return Choice(fields, True, ASKED)
-    hint = "half as many again leave about half of what SmolLM2-135M and Gemma 3 270M lose"
+    hint = "by an earlier way of scoring, half as many again halved the KL of SmolLM2-135M and Gemma 3 270M"
     return Choice(fields, False, "the paper's", hint)
 
 

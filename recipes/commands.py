@@ -84,8 +84,10 @@ def plan(
         str | None,
         typer.Option(metavar="TEXT", help="Measure on it: stdlib, a text file, a folder, a .jsonl or .parquet."),
     ] = None,
-    measure_tokens: Annotated[int, typer.Option(help="Tokens of every text; fewer where none has so many.")] = 4096,
-    measure_documents: Annotated[int, typer.Option(help="Texts read at most.")] = 2,
+    measure_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of every text (4096); fewer where none has so many.")
+    ] = None,
+    measure_documents: Annotated[int | None, typer.Option(help="Texts read at most (2).")] = None,
     device: Device = None,
     save: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Keep what was measured there: plan.json and layers.png.")

@@ -13,22 +13,25 @@ if TYPE_CHECKING:
     from nsa_hf.conversion import Measuring
 
 
-def measuring(text: str | None, tokens: int, documents: int, device: str | None, save: Path | None) -> Measuring | None:
+def measuring(
+    text: str | None, tokens: int | None, documents: int | None, device: str | None, save: Path | None
+) -> Measuring | None:
     """What a plan measures on; None where nothing was asked for.
 
     Args:
         text: where the texts come from, see `training.data.named_texts`.
-        tokens: of each text.
-        documents: texts at most.
+        tokens: of each text; None: 4,096.
+        documents: texts at most; None: 2.
         device: where to run; None: a GPU if there is one.
         save: the folder for `save_plan`.
 
     Raises:
         NsaError: the texts or the device are not there, or what was measured could not be saved.
     """
+    options = {"--measure-tokens": tokens, "--measure-documents": documents, "--device": device, "--save": save}
+    if text is None and (names := [name for name, value in options.items() if value is not None]):
+        raise NsaError(f"{', '.join(names)}: of what --measure measures, so give --measure TEXT too")
     if save is not None:
-        if text is None:
-            raise NsaError("--save keeps what --measure measured: give --measure TEXT too")
         # said now, not after the measuring
         if find_spec("matplotlib") is None:
             raise NsaError("--save draws a picture, which needs matplotlib: pip install 'nsa-hf[eval]'")
@@ -41,6 +44,7 @@ def measuring(text: str | None, tokens: int, documents: int, device: str | None,
     from .load import pick_device
     from .training.data import named_texts
 
+    tokens, documents = 4096 if tokens is None else tokens, 2 if documents is None else documents
     return Measuring(named_texts(text), tokens, documents, pick_device(device), progress=sys.stderr.isatty())
 
 

@@ -54,8 +54,9 @@ def resumable(model: Any, window: Window) -> BeginAt:
     finally:
         for hook in hooks:
             hook.remove()
-    for _ in range(2):  # twice, since a layer may write into what it is given
-        with beginning_at(layers, len(layers) - 1, outputs):
+    # the last one twice, since a layer may write into what it is given
+    for first in (*range(1, len(layers)), len(layers) - 1):
+        with beginning_at(layers, first, outputs):
             if not torch.equal(dense(), whole):
                 return lambda layer: nullcontext()
     return lambda layer: beginning_at(layers, layer, outputs)

@@ -1,7 +1,8 @@
 """The keys of an index in 8 bits: half of what a step of decoding reads of them otherwise.
 
 Each token and head has a scale of its own, so that a cache quantises a token when it comes, and never again. Scales are
-powers of two: a key in 8 bits is then exact in float16 and bfloat16, and prefill and decoding choose by the same ones.
+powers of two: a key in 8 bits is then exact in bfloat16 and, up to its largest number, in float16, and prefill and
+decoding choose by the same ones.
 """
 
 from __future__ import annotations
@@ -29,5 +30,7 @@ def quantize_index_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_index_keys(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The keys `[..., c]` that `codes [..., c]` and `scales [...]` stand for; exact in every `dtype`."""
-    return (codes.float() * scales.float()[..., None]).to(dtype)
+    """The keys `[..., c]` that `codes [..., c]` and `scales [...]` stand for; exact where `dtype` can hold them."""
+    # of float16's largest numbers the nearest code may stand for one that is larger
+    most = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    return (codes.float() * scales.float()[..., None]).clamp(-most, most).to(dtype)

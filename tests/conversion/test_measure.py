@@ -178,7 +178,9 @@ def test_the_advice_is_measured_too_and_shown(tiny_dense_dir, tiny_sizes, monkey
     monkeypatch.setattr(measure, "WORTH", 0)
     result = plan(tiny_dense_dir, measure=Measuring([("mine", TEXT)], LENGTH), **{**tiny_sizes, **CHANNELS})
     advice = result["measured"]["dense_layers"]
-    assert result["choices"]["dense_layers"]["why"] == advice["why"]
+    option = ",".join(map(str, advice["option"]))
+    why = f"worth it, as measured: --nsa-dense-layers {option}: {advice['why']}"
+    assert result["choices"]["dense_layers"]["why"] == why
     assert len(advice["layers"]) == 1
     kl, rise = by_hand(tiny_dense_dir, slice(EXACT, None), **{**tiny_sizes, **CHANNELS}, dense_layers=advice["option"])
     assert (advice["by_position"][1]["kl"], advice["by_position"][1]["rise"]) == pytest.approx((kl, rise), rel=1e-3)

@@ -108,6 +108,16 @@ def test_an_index(heads: str, batch: int, queries: int, fill: int, bits: int) ->
     assert_as_good_as_the_reference(cached_inputs(heads, batch, queries, capacity, fill, bits=bits))
 
 
+@pytest.mark.parametrize("queries", [1, 3, 16])
+def test_an_index_and_a_compressed_branch(queries: int) -> None:
+    """In one chain of launches, with queries that are a view, as a model has them."""
+    inputs = cached_inputs("32:8:128", 2, queries, 8192, 8000)
+    indexed = cached_inputs("32:8:128", 2, queries, 8192, 8000, bits=8)
+    inputs |= {name: x for name, x in indexed.items() if "index" in name}
+    inputs["q_index"] = inputs["q_index"].transpose(1, 2).contiguous().transpose(1, 2)
+    assert_as_good_as_the_reference(inputs)
+
+
 @pytest.mark.parametrize("bits", [0, 8])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("heads", ["32:8:128", "64:4:192/128", "8:8:256"])
@@ -240,7 +250,6 @@ ANOTHER_MASK = """
 import torch
 from tiny_models import tiny_sparse_model
 from transformers import StaticCache
-from triton_cases import in_float64
 from nsa_hf.releases import CACHE
 model = tiny_sparse_model("cuda")
 cache = StaticCache(model.config, max_cache_len=64)

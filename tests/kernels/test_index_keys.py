@@ -37,3 +37,8 @@ def test_zeros_and_what_is_not_finite() -> None:
     codes, scales = quantize_index_keys(torch.tensor([[0.0, 0.0], [1.0, float("nan")], [float("inf"), 1.0]]))
     assert not codes[0].any() and scales[0] == 0
     assert scales[1:].isnan().all()
+
+
+def test_float16_has_no_infinity_of_its_largest_numbers() -> None:
+    codes, scales = quantize_index_keys(torch.tensor([[65504.0, 1.0]], dtype=torch.float16))
+    assert dequantize_index_keys(codes, scales, torch.float16)[0, 0] == 65504

@@ -35,12 +35,20 @@ def test_every_choice_is_named_in_its_help():
         assert all(value in nsa_hf.NSA_FIELDS[name].metadata["help"] for value in values)
 
 
+CHANNELS = {"nsa_selector": "channels"}
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
         ({"nsa_kernel_stride": 24}, "nsa_kernel_stride must divide nsa_kernel_size, got 24 and 32"),
         ({"nsa_selector_dim": 8}, "nsa_selector_dim is of an index, and nsa_selector is 'compressed': leave it out"),
         ({"nsa_selector_bits": 8}, "nsa_selector_bits is of an index"),
+        (CHANNELS | {"nsa_selector_channels": [[1, 0]] * 32}, "nsa_selector_channels must be ascending, each once"),
+        (
+            CHANNELS | {"nsa_selector_channels": [[0, 1]] * 32, "nsa_selector_dim": 4},
+            "has 2 channels: give one of them",
+        ),
         ({"nsa_selector_channels": [[0, 1]] * 32}, "nsa_selector_channels is of an index"),
         (
             {"nsa_kernel_size": 48, "nsa_kernel_stride": 24},
@@ -106,3 +114,10 @@ def test_from_dense_refuses_what_it_cannot_convert():
         nsa_config_from_dense(NsaLlamaConfig())
     with pytest.raises(NsaError, match=r"'gpt2' cannot be converted: gpt2 has cross-attention"):
         nsa_config_from_dense(AutoConfig.for_model("gpt2"))
+
+
+def test_channels_that_were_given_stay_with_other_fields():
+    config = NsaLlamaConfig(num_hidden_layers=2, **CHANNELS, nsa_selector_channels=[[0, 1]] * 2)
+    assert config.with_fields(nsa_topk=5).nsa_selector_channels == [[0, 1]] * 2
+    assert config.with_fields(nsa_selector_dim=4).nsa_selector_dim == 4
+    assert config.with_fields(nsa_selector="compressed").nsa_selector_channels is None

@@ -1,5 +1,7 @@
 """Decoding: few queries a row over a long past, without gradients, in four launches (eqs. 5 and 7 to 12).
 
+With both a compressed branch and an index there are five.
+
     compressed   splits of the compressed branch, scores of blocks     scores
     or index     the largest products with the keys of each block      index
     selection    scores of all splits and heads, top-k                 select
@@ -110,6 +112,7 @@ def decode_op(
     scoring_heads = heads if q_index is None else q_index.shape[2]
     check_limits(scoring_heads // kv_heads, keys, sizes)
     q, gates = q.contiguous(), gates.contiguous()
+    q_index = None if q_index is None else q_index.contiguous()  # here: nothing is launched within the chain
     blocks, chosen = count_blocks(keys, sizes), sizes.topk - sizes.init_blocks - sizes.local_blocks
     chooses = sizes.topk < blocks and chosen > 0
 
@@ -132,8 +135,7 @@ def decode_op(
         scores = compressed_partials(q, k_cmp, v_cmp, placement, keys, sizes, scale_log2, *cut)
     if chooses and q_index is not None:
         assert k_index is not None
-        index = (q_index.contiguous(), k_index, k_index_scales)
-        scores = index_maxima(*index, kv_heads, placement, sizes, arrived, cmp == 0)
+        scores = index_maxima(q_index, k_index, k_index_scales, kv_heads, placement, sizes, arrived, cmp == 0)
     tile = scores.cells[2] if isinstance(scores, CompressedScores) else 1
     shape = select_shape(scoring_heads // kv_heads, chosen if chooses else 0, blocks, tile)
     first = cmp == 0 and scores is None

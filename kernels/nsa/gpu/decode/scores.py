@@ -55,8 +55,8 @@ def rows_of_split(T, heads, HK, SPLITS, BM: tl.constexpr):
     Programs that read the same past are neighbours.
 
     Returns:
-        split; `pair`, batch * HK + KV head; both of these; `r [BM]`, the rows at `t * G + g`; which of them exist; and `row [BM]` int64, where
-        each stands in `[B, T, heads]`.
+        The split; `pair`, batch * HK + KV head, and both of these; `r [BM]`, the rows at `t * G + g`; which of them
+        exist; and `row [BM]` int64, where each stands in `[B, T, heads]`.
     """
     group = heads // HK
     row_tiles = (T * group + BM - 1) // BM
