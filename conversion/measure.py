@@ -129,7 +129,7 @@ def measure_conversion(
     return {
         "texts": provenance([(name, text) for name, text in texts if name in read]),
         "documents": [{"name": name, "tokens": ids.shape[1]} for name, ids in windows],
-        "exact_up_to": config.nsa_sizes.exact_tokens,
+        "exact_up_to": config.nsa_exact_tokens,
         "device": str(how.device),
         "computed_in": "float32",
         "conversions": conversions,
@@ -146,7 +146,7 @@ def measured_windows(source: Source, config: Any, texts: Sequence[tuple[str, str
     Raises:
         NsaError: the source has no tokenizer, or no text goes beyond the exact range.
     """
-    exact = config.nsa_sizes.exact_tokens
+    exact = config.nsa_exact_tokens
     longest = getattr(config, "max_position_embeddings", None)
     length = min(how.tokens, longest or how.tokens)
     if length <= exact:
@@ -208,7 +208,7 @@ class Study:
     def __init__(self, dense: PreTrainedModel, config: Any, windows: Sequence[Window], advance: Callable[[], None]):
         self.config, self.model = config, sparse_model(dense, config)
         self.windows, self.advance = windows, advance
-        self.exact = config.nsa_sizes.exact_tokens
+        self.exact = config.nsa_exact_tokens
         self.step = max(1, (max(ids.shape[1] for _, ids in windows) - self.exact) // POSITIONS)
         with self.model.dense_attention():
             self.dense_states = self.states(self.model)

@@ -20,8 +20,6 @@ from .remote_code import SavedConfig
 
 CHOICES = {name: member.metadata["choices"] for name, member in NSA_FIELDS.items() if member.metadata["choices"]}
 NOT_YET = {"nsa_rope_order": "pre"}
-# What a saved config means that lacks these fields, whatever the default of new ones: nothing else was there.
-LACKING = {"nsa_selector": "compressed", "nsa_selector_bits": 16}
 # Fields that name a config's own classes and files: not copied from a dense config to a sparse one, or back.
 OWN_TO_A_CONFIG = ("model_type", "architectures", "transformers_version", "auto_map")
 
@@ -94,11 +92,6 @@ class NsaConfigMixin(NsaFields, SavedConfig):
             index |= {"nsa_selector_dim": None, "nsa_selector_bits": 16}
         return type(self)(**{**self.to_dict(), **index, **nsa_fields})  # type: ignore[attr-defined]
 
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As Transformers', of a saved config, which may be of an older format."""
-        return super().from_dict({**LACKING, **config_dict}, **kwargs)  # type: ignore[misc]
-
     def to_dense_config(self) -> PreTrainedConfig:
         """The dense config of this one: the same without the `nsa_*` fields."""
         fields: dict[str, Any] = self.to_dict()  # type: ignore[attr-defined]
@@ -118,6 +111,12 @@ class NsaConfigMixin(NsaFields, SavedConfig):
             local_blocks=self.nsa_local_blocks,
             window_size=self.nsa_window_size,
         )
+
+    @property
+    def nsa_exact_tokens(self) -> int:
+        """The tokens up to which a converted model is the dense one: none where its gates do not start dense."""
+        paper = self.nsa_gate == "sigmoid" or (self.nsa_gate == "blend" and self.nsa_gate_blend > 0)
+        return 0 if paper else self.nsa_sizes.exact_tokens
 
     def is_nsa_layer(self, layer: int) -> bool:
         """Whether layer `layer` (counted from 0) has sparse attention: full attention, and not among the dense ones."""

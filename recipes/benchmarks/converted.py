@@ -4,7 +4,7 @@
 
 MODEL is a dense folder; DOCUMENTS.json a list of {"name", "text"}, of which the first is left out, as in selectors.py.
 The model is converted in memory: as recommended, but for what `--option` says. For each range of positions: KL to the
-dense model and the rise of perplexity over it, with standard errors over documents, paired.
+dense model and the rise of perplexity over it, as there, with standard errors over documents, paired.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nsa_hf
+from nsa_hf.conversion.compare.models import final_states
 
 from .selectors import MEASURED, RAN, losses, measured_columns, read_documents
 
@@ -83,10 +84,10 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"{args.documents} must hold a text of {args.tokens} tokens or more behind its first")
     results, begin = [], time.perf_counter()
     for done, ids in enumerate(documents, 1):
-        sparse_states = model.model(ids, use_cache=False).last_hidden_state[0]
+        (sparse,) = final_states(model, [("", ids)])
         with model.dense_attention():
-            dense_states = model.model(ids, use_cache=False).last_hidden_state[0]
-        results.append(losses(model, ids, dense_states, sparse_states))
+            (states,) = final_states(model, [("", ids)])
+        results.append(losses(model, ids, states[0], sparse[0]))
         print(f"{done} of {len(documents)} documents, {time.perf_counter() - begin:.0f} s", flush=True)
 
     ran = [args.tokens, torch.cuda.get_device_name() if device == "cuda" else "cpu", torch.__version__]

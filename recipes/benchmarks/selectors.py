@@ -4,8 +4,9 @@
 
 MODEL is a dense folder; DOCUMENTS.json a list of {"name", "text"}, none of them used to choose anything; the first only
 calibrates. Every layer with full attention attends to its selected blocks alone (no compressed branch, no window).
-Everything is float32, so that the difference to dense is the choice of blocks alone. For each variant and range
-of positions: KL to the dense model and the rise of perplexity over it, with standard errors over documents, paired.
+Everything is float32, so that the difference to dense is the choice of blocks alone. For each variant and range of
+positions: KL to the dense model and the rise of perplexity over it (100 times the mean difference of the loss), with
+standard errors over documents, paired.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer
+
+from nsa_hf.conversion.compare.models import head_of
 
 RANGES = ((0, 1024), (1024, 2048), (2048, 4096), (4096, 8192), (8192, 16384), (16384, 32768))
 ASKED = (
@@ -291,17 +294,18 @@ def losses(model: Any, ids: Tensor, dense: Tensor, sparse: Tensor) -> Losses:
     """What a sparse model costs on a text, a mean for each of RANGES.
 
     Args:
-        model: whose `lm_head` both have.
+        model: whose head both have.
         ids: int64 [1, T].
         dense, sparse: the last hidden states of each, [T, D].
     """
     kl, rise = [], []
-    for start in range(0, len(dense) - 1, LOGITS):
-        part = slice(start, min(start + LOGITS, len(dense) - 1))
-        p, q = (model.lm_head(x[part]).float().log_softmax(-1) for x in (dense, sparse))
-        target = ids[0, part.start + 1 : part.stop + 1, None]
-        kl.append((p.exp() * (p - q)).sum(-1))
-        rise.append((p - q).gather(1, target)[:, 0])
+    with head_of(model) as head:
+        for start in range(0, len(dense) - 1, LOGITS):
+            part = slice(start, min(start + LOGITS, len(dense) - 1))
+            p, q = (head(x[None, part]).float().log_softmax(-1) for x in (dense, sparse))
+            target = ids[0, part.start + 1 : part.stop + 1, None]
+            kl.append((p.exp() * (p - q)).sum(-1))
+            rise.append((p - q).gather(1, target)[:, 0])
     kls, rises = torch.cat(kl).double(), torch.cat(rise).double()
     ranges = [slice(*positions) for positions in RANGES if positions[0] < len(kls)]
     return [(float(kls[positions].mean()), float(rises[positions].mean())) for positions in ranges]

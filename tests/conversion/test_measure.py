@@ -232,3 +232,13 @@ def test_a_family_without_channels_is_measured_without_them(tiny_dense_dir, tiny
     result = measured(tiny_dense_dir, **tiny_sizes)
     assert [one["name"] for one in result["conversions"]] == ["compressed (mlp)"]
     assert result["without_channels"] == "channel 0 turns alone"
+
+
+@pytest.mark.parametrize("gate", [{"gate": "sigmoid"}, {"gate": "blend", "gate_blend": 0.5}])
+def test_gates_that_do_not_start_dense_are_measured_from_the_first_token(gate, tiny_dense_dir, tiny_sizes):
+    result = measured(tiny_dense_dir, **tiny_sizes, **gate)
+    first = result["conversions"][0]["by_position"][0]
+    assert (result["exact_up_to"], first["from"]) == (0, 0) and first["kl"] > 1e-3
+    console = Console(file=io.StringIO(), width=120)
+    console.print(render_plan(plan(tiny_dense_dir, **tiny_sizes, **gate)))
+    assert "nowhere: nsa_gate" in console.file.getvalue()
