@@ -52,6 +52,8 @@ class Mode:
 
     def runs_dense(self, layer: int) -> bool:
         """Whether a sparse layer runs dense."""
+        if not self.dense_layers:  # no number is looked at: compiled layers, all of them alike, are one
+            return self.dense
         return self.dense or any(layer in layers for layers in self.dense_layers)
 
 
