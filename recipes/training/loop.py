@@ -186,7 +186,13 @@ def prepare(config: RunConfig, accelerator: Any, texts: Texts) -> Prepared:
     student = load_student(config, accelerator.device)
     rows = texts.windows.select_columns("input_ids").with_format("torch")
     model, optimizer, loader = accelerator.prepare(
-        LossModel(student, teacher if config.kl_weight else None, config.loss_chunk),
+        LossModel(
+            student,
+            teacher if config.kl_weight else None,
+            ce_weight=config.ce_weight,
+            kl_weight=config.kl_weight,
+            chunk=config.loss_chunk,
+        ),
         make_optimizer(student, config),
         torch.utils.data.DataLoader(rows, config.batch_size),
     )
@@ -276,13 +282,13 @@ def take_step(
     sums = torch.zeros(2, device=accelerator.device)
     for _ in range(config.accumulate):
         with accelerator.accumulate(model):
-            ce, kl = model(next(batches)["input_ids"])
-            accelerator.backward(config.ce_weight * ce + config.kl_weight * kl)
+            losses = model(next(batches)["input_ids"])
+            accelerator.backward(losses.total)
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-        sums += torch.stack((ce, kl)).detach() / config.accumulate
+        sums += torch.stack((losses.ce, losses.kl)) / config.accumulate
     ce, kl = accelerator.reduce(sums, "mean").tolist()
     return ce, kl, float(norm)
 

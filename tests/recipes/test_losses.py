@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from nsa_hf.recipes.training.losses import IGNORED, chunked_losses, loss_sums, output_logits
+from nsa_hf.recipes.training.losses import IGNORED, LossModel, chunked_losses, loss_sums, output_logits
 
 
 def example(batch=2, tokens=13, width=8, vocabulary=31):
@@ -38,18 +38,18 @@ def test_chunks_equal_the_whole_loss_and_its_gradient(chunk):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         if chunked:
             head, teacher_head = (lambda x, w=w: x @ w.T), (lambda x: x @ teacher_weight.T)
-            nll, kl = chunked_losses(
-                h, head, labels, teacher_hidden=teacher_hidden, teacher_head=teacher_head, chunk=chunk
-            )
+            teacher_side = {"teacher_hidden": teacher_hidden, "teacher_head": teacher_head}
+            total, nll, kl = chunked_losses(h, head, labels, parameters=[w], kl_weight=3.0, chunk=chunk, **teacher_side)
         else:
             nll, kl = whole_losses(h, teacher_hidden, w, teacher_weight, labels)
-        (nll + 3 * kl).backward()
-        results.append((nll.detach(), kl.detach(), h.grad, w.grad))
+            total = nll + 3 * kl
+        (2 * total).backward()
+        results.append((total.detach(), nll.detach(), kl.detach(), h.grad, w.grad))
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours.double(), expected.double(), rtol=2e-6, atol=2e-7)
 
 
-def test_chunks_never_hold_all_logits():
+def test_chunks_never_hold_all_logits_and_are_computed_once():
     seen = []
 
     def head(x):
@@ -58,14 +58,45 @@ def test_chunks_never_hold_all_logits():
 
     hidden, _, weight, _, labels = example()
     hidden.requires_grad_()
-    nll, kl = chunked_losses(hidden, head, labels, chunk=5)
-    assert kl == 0
-    saved_in_forward = list(seen)
-    nll.backward()
+    losses = chunked_losses(hidden, head, labels, chunk=5)
+    assert losses.kl == 0
+    losses.total.backward()
     assert max(seen) == 5
-    # once forward, once again in the backward pass
-    assert sum(saved_in_forward) == 26
-    assert sum(seen) == 52
+    assert sum(seen) == 26
+
+
+def test_only_the_total_has_gradients():
+    hidden, _, weight, _, labels = example()
+    losses = chunked_losses(hidden.requires_grad_(), lambda x: x @ weight.T, labels, ce_weight=2.0)
+    assert losses.total.requires_grad
+    assert not losses.ce.requires_grad
+    torch.testing.assert_close(losses.total, 2 * losses.ce)
+
+
+def test_gradients_of_half_precision_survive_by_the_scale_of_the_loss():
+    """As with fp16 autocast: the mean's gradient is below what fp16 can hold, the scaled one is not."""
+    tokens, scale = 4096, 2.0**16
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(1, tokens, 8), torch.randn(31, 8) / 100
+    labels = torch.randint(31, (1, tokens))
+    grads = []
+    for dtype in (torch.float16, torch.float32):
+        h = hidden.to(dtype).requires_grad_()
+        w = weight.to(dtype)
+        (chunked_losses(h, lambda x, w=w: x @ w.T, labels).total * scale).backward()
+        grads.append(h.grad.float())
+    torch.testing.assert_close(*grads, rtol=0.02, atol=0.02 * float(grads[1].abs().mean()))
+
+
+def test_labels_across_the_borders_of_packed_documents_count_nowhere():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=1)).eval()
+    ids = torch.randint(64, (1, 12))
+    position_ids = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
+    losses = LossModel(model, None, ce_weight=1.0, kl_weight=0.0)(ids, position_ids)
+    logits = model(ids, position_ids=position_ids, use_cache=False).logits[0, :-1]
+    counted = torch.tensor([place for place in range(11) if place != 4])
+    torch.testing.assert_close(losses.ce, F.cross_entropy(logits[counted], ids[0, 1:][counted]))
 
 
 def test_the_teacher_gets_no_gradient():
@@ -73,8 +104,8 @@ def test_the_teacher_gets_no_gradient():
     teacher_weight.requires_grad_()
     hidden.requires_grad_()
     teacher = lambda x: x @ teacher_weight.T  # noqa: E731
-    _, kl = chunked_losses(hidden, lambda x: x @ weight.T, labels, teacher_hidden=teacher_hidden, teacher_head=teacher)
-    kl.backward()
+    losses = chunked_losses(hidden, lambda x: x @ weight.T, labels, teacher_hidden=teacher_hidden, teacher_head=teacher)
+    losses.total.backward()
     assert teacher_weight.grad is None
     assert hidden.grad.abs().sum() > 0
 
@@ -83,17 +114,17 @@ def test_kl_of_equal_models_is_zero_and_has_no_gradient():
     hidden, _, weight, _, labels = example()
     hidden.requires_grad_()
     head = lambda x: x @ weight.T  # noqa: E731
-    _, kl = chunked_losses(hidden, head, labels, teacher_hidden=hidden.detach(), teacher_head=head)
-    kl.backward()
-    assert kl.abs() < 1e-6
+    losses = chunked_losses(hidden, head, labels, teacher_hidden=hidden.detach(), teacher_head=head, ce_weight=0.0)
+    losses.total.backward()
+    assert losses.kl.abs() < 1e-6
     assert hidden.grad.abs().max() < 1e-6
 
 
 def test_ignored_labels_alone_give_zero_not_nan():
     hidden, _, weight, _, labels = example()
-    nll, kl = chunked_losses(hidden, lambda x: x @ weight.T, torch.full_like(labels, IGNORED))
-    assert nll == 0
-    assert kl == 0
+    losses = chunked_losses(hidden, lambda x: x @ weight.T, torch.full_like(labels, IGNORED))
+    assert losses.ce == 0
+    assert losses.kl == 0
 
 
 def test_low_precision_logits_are_summed_in_fp32():
