@@ -99,8 +99,12 @@ def deterministic(wanted: bool) -> Iterator[None]:
         wanted: False leaves PyTorch free.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(wanted, warn_only=True)
+    # else every tensor is written once before it is written: nothing here reads what was not
+    torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled

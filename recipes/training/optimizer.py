@@ -31,6 +31,7 @@ def make_optimizer(student: nn.Module, config: RunConfig) -> torch.optim.Optimiz
         ],
         betas=(config.beta1, config.beta2),
         eps=config.adam_eps,
+        fused=all(p.is_cuda for members in groups.values() for p in members),
     )
 
 

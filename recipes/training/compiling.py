@@ -1,0 +1,51 @@
+"""Compiled decoder layers: what lies between matrix products and attention becomes few kernels.
+
+    with room_for_graphs():
+        compile_layers(student)
+        ...
+
+Layers are alike, so that a model is compiled once a kind of layer and not once a layer. What is evaluated between steps
+has other shapes: `uncompiled()` runs it as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+# Graphs of one layer's code: kinds of layers, training or not, teacher and student, lengths. PyTorch's own limit is 8,
+# and beyond it everything runs uncompiled, with a warning that drowns.
+GRAPHS = 64
+
+
+def decoder_layers(model: Any) -> Iterator[nn.Module]:
+    """The layers of a causal language model, those that Transformers keeps whole on one device."""
+    names = set(model._no_split_modules or ())
+    return (
+        module
+        for module in model.modules()
+        if any(base.__name__ in names for base in type(module).__mro__) and not isinstance(module, type(model))
+    )
+
+
+def compile_layers(model: Any) -> None:
+    """Compiles each decoder layer's forward, when it first runs.
+
+    Not the module's call: hooks of FSDP and others stay outside. Names, weights and saving are as before.
+    """
+    for layer in decoder_layers(model):
+        layer.forward = torch.compile(layer.forward, dynamic=False)
+
+
+def room_for_graphs() -> AbstractContextManager:
+    """Within it PyTorch keeps as many graphs of a layer as training needs."""
+    return torch._dynamo.config.patch(recompile_limit=GRAPHS)  # type: ignore[attr-defined]
+
+
+def uncompiled() -> AbstractContextManager:
+    """Within it compiled layers run as if they were not."""
+    return torch.compiler.set_stance("force_eager")
