@@ -42,8 +42,11 @@ def tiny_run(model: Path, texts: Path, out: Path, **settings: Any) -> RunConfig:
         "length": 128,
         "steps": 4,
         "warmup_steps": 1,
+        "ce_weight": 1.0,
         "lr_nsa": 1e-2,
         "lr_backbone": 1e-3,
+        "mixed_precision": "no",
+        "batch_size": 1,
         "save_every": 2,
         "loss_chunk": 50,
     }

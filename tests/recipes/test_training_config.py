@@ -6,7 +6,7 @@ from string import ascii_lowercase
 import pytest
 
 from nsa_hf.errors import NsaError
-from nsa_hf.recipes.training.config import RunConfig, load_run_config, settings_help
+from nsa_hf.recipes.training.config import RunConfig, load_run_config, make_run_config, settings_help
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_as_dict_builds_the_same_config(run_file):
     ("override", "message"),
     [
         ("stpes=3", "unknown setting 'stpes'; did you mean steps"),
-        ("zzzz=3", "unknown setting 'zzzz'; settings are model"),
+        ("zzzz=3", "unknown setting 'zzzz'; settings: nsa-hf train --help"),
         ("steps=many", "steps must be a whole number, got 'many'"),
         ("steps=1.5", "steps must be a whole number"),
         ("steps=true", "steps must be a whole number, got True"),
@@ -47,7 +47,27 @@ def test_as_dict_builds_the_same_config(run_file):
         ("lr_nsa=-1", "lr_nsa must be finite and at least 0"),
         ("lr_nsa=.nan", "lr_nsa must be finite"),
         ("deterministic=1", "deterministic must be true or false"),
-        ("steps=0", "steps must be finite and at least 1"),
+        ("steps=-1", "steps must be finite and at least 0"),
+        ("steps=0", "steps and tokens are both 0"),
+        ("tokens=1e6", "tokens must be a whole number, got '1e6'"),
+        ("length=1", "length must be finite and at least 2"),
+        ("length=[]", "length must be a whole number or a list like"),
+        ("length=[{length: 1}]", "length must be finite and at least 2"),
+        ("length=[{length: 9, wieght: 1}]", "length, entry 1: unknown 'wieght'; an entry has length and weight"),
+        ("data=[{source: a}, {weight: 1}]", "data, entry 2: expected {source: ..., weight: 1}"),
+        ("data=[{source: a, weight: 0}]", "data, entry 1: weight must be above 0"),
+        ("data=[{source: 3}]", "data, entry 1: source must be text, got 3"),
+        ("trains=q", "trains must be 'all', 'nsa', 'qkvo', 'qk' or 'lora', got 'q'"),
+        ("topk_start=all", "topk_start and topk_steps go together"),
+        ("topk_start=many", "topk_start must be a whole number or 'all'"),
+        ("trackers=[1]", "trackers must be a list of names"),
+        ("decay_share=1.5", "decay_share is a share of the steps"),
+        ("stages={steps: 3}", "stages must be a list, of each stage"),
+        ("stages=[3]", "stages must be a list, of each stage"),
+        ("stages=[{steps: 3}, {stpes: 3}]", "stage 2: unknown setting 'stpes'; did you mean steps"),
+        ("stages=[{steps: 3}, {seed: 3}]", "stage 2: seed is the whole run's: write it beside stages"),
+        ("stages=[{lr_nsa: -1}]", "stage 1: lr_nsa must be finite and at least 0"),
+        ("stages=[{steps: 3, tokens: 3}]", "stage 1: steps=3 and tokens=3 both say how long to train"),
         ("keep=1", "keep must be finite and at least 2"),
         ("steps=1000000000000000000", "steps must be at most 4294967295, got 1000000000000000000"),
         ("length=99999999999", "length must be at most 4294967295"),
@@ -74,19 +94,57 @@ def test_as_dict_builds_the_same_config(run_file):
     ],
 )
 def test_wrong_overrides_are_named(run_file, override, message):
-    with pytest.raises(NsaError, match=message.replace("[", r"\[")) as raised:
+    with pytest.raises(NsaError, match=message.replace("[", r"\[").replace("{", r"\{")) as raised:
         load_run_config(run_file, [override])
     assert len(str(raised.value)) < 500
 
 
 def test_a_run_without_any_loss_is_refused(run_file):
     with pytest.raises(NsaError, match="there is no loss"):
-        load_run_config(run_file, ["ce_weight=0", "kl_weight=0"])
+        load_run_config(run_file, ["kl_weight=0"])
+
+
+def test_a_control_needs_a_loss_of_its_own(run_file):
+    with pytest.raises(NsaError, match="its own teacher, from which there is nothing to learn"):
+        load_run_config(run_file, ["attention=dense"])
+    with pytest.raises(NsaError, match="attention 'dense' with selector_weight"):
+        load_run_config(run_file, ["attention=dense", "ce_weight=1", "selector_weight=1"])
 
 
 def test_a_run_that_trains_nothing_is_refused(run_file):
     with pytest.raises(NsaError, match="both 0: nothing is trained"):
         load_run_config(run_file, ["lr_nsa=0", "lr_backbone=0"])
+
+
+def test_stages_are_what_differs(run_file):
+    stages = "stages=[{trains: nsa, tokens: 5000}, {lr_backbone: 1e-6, length: [{length: 64}, {length: 96, weight: 2}]}]"
+    config = load_run_config(run_file, [stages])
+    first, second = config.of_stages()
+    assert (first.trains, first.tokens, first.steps, first.lr_nsa) == ("nsa", 5000, 0, 1e-3)
+    assert (second.trains, second.tokens, second.steps, second.lr_backbone) == ("all", 0, 7, 1e-6)
+    assert second.length == [{"length": 64, "weight": 1.0}, {"length": 96, "weight": 2.0}]
+    assert (first.longest, second.longest) == (2048, 96)
+    assert RunConfig(**config.as_dict()) == config
+
+
+def test_without_stages_a_run_is_one(run_file):
+    config = load_run_config(run_file)
+    assert config.of_stages() == [config]
+
+
+def test_tokens_take_the_place_of_steps(run_file):
+    config = load_run_config(run_file, ["tokens=300"])
+    assert (config.tokens, config.steps) == (300, 0)
+    assert make_run_config(config.as_dict()) == config
+    with pytest.raises(NsaError, match="both say how long to train"):
+        load_run_config(run_file, ["tokens=300", "steps=2"])
+
+
+def test_a_mixture_of_texts(run_file, monkeypatch):
+    monkeypatch.setenv("HOME", "/of/mine")
+    config = load_run_config(run_file, ["data=[{source: ~/a, weight: 2}, {source: stdlib}]", "trackers=wandb"])
+    assert config.data == [{"source": "/of/mine/a", "weight": 2.0}, {"source": "stdlib", "weight": 1.0}]
+    assert config.trackers == ["wandb"]
 
 
 @pytest.mark.parametrize(
