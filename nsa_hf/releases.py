@@ -71,11 +71,16 @@ def tokens_held(cache: Cache) -> int:
 
 
 def checkpoint_activations(model: Any, every_n_layers: int) -> None:
-    """Gradient checkpointing of every n-th layer.
+    """Gradient checkpointing of every n-th layer; 0 ends it.
 
     Raises:
         NsaError: Transformers has none for this family.
     """
+    if every_n_layers == 0:
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            # 5.23: the method's name
+            getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
+        return
     if not model.supports_gradient_checkpointing:
         raise NsaError(
             f"gradient checkpointing: Transformers has none for {model.config.model_type.removeprefix(PREFIX)} models, "

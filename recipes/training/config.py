@@ -93,7 +93,7 @@ class RunConfig:
     teacher_dtype: str = setting("'float32', 'bfloat16'; 'auto': bfloat16 where mixed_precision is bf16", "auto")
     compile: str = setting("torch.compile of the layers: 'yes', 'no'; 'auto': on a GPU", "auto")
     gradient_checkpointing: int = setting("every how many layers activations are recomputed, to save memory; 0 none", 0)
-    loss_chunk: int = setting("positions whose logits exist at one time", 256)
+    loss_chunk: int = setting("positions whose logits exist at one time; 0: as many as suit the device", 0)
     deterministic: bool = setting("the same weights from the same settings; on a GPU this may cost speed", True)
 
     save_every: int = setting("steps between checkpoints; 0 saves none", 100)
@@ -111,6 +111,10 @@ class RunConfig:
         """The settings of each stage, which are a run's with one stage."""
         return [replace(self, stages=[], **with_one_extent(stage)) for stage in self.stages or [{}]]
 
+    def own_settings(self) -> dict[str, Any]:
+        """Those settings of one stage that may differ from the others'; its length in steps."""
+        return {name: value for name, value in self.as_dict().items() if name not in WHOLE_RUN and name != "tokens"}
+
     @property
     def longest(self) -> int:
         """Tokens of the longest training window of a run with one stage."""
@@ -118,13 +122,14 @@ class RunConfig:
 
 
 # What all stages have in common; every other setting may differ between them.
-WHOLE_RUN = frozenset(
-    ("model", "out", "stages", "held_out", "held_out_documents", "held_out_length", "mixed_precision", "teacher_dtype")
-    + ("compile", "deterministic", "save_every", "keep", "log_every", "trackers", "trust_remote_code", "seed")
-)
+WHOLE_RUN = {
+    *("model", "out", "stages", "held_out", "held_out_documents", "held_out_length", "mixed_precision"),
+    *("teacher_dtype", "compile", "deterministic", "save_every", "keep", "log_every", "trackers"),
+    *("trust_remote_code", "seed"),
+}
 RULES = {
-    **dict.fromkeys(("accumulate", "held_out_documents", "loss_chunk", "log_every", "lora_rank", "selector_rows"), 1),
-    **dict.fromkeys(("steps", "tokens", "batch_size", "held_out_length", "topk_start", "topk_steps"), 0),
+    **dict.fromkeys(("accumulate", "held_out_documents", "log_every", "lora_rank", "selector_rows"), 1),
+    **dict.fromkeys(("steps", "tokens", "batch_size", "held_out_length", "topk_start", "topk_steps", "loss_chunk"), 0),
     **dict.fromkeys(
         ("warmup_steps", "gate_blend_steps", "gradient_checkpointing", "save_every", "seed", "lr_nsa", "lr_backbone"), 0
     ),

@@ -31,11 +31,12 @@ from nsa_hf.conversion.sources import open_source
 from nsa_hf.errors import NsaError
 
 from .config import RunConfig
+from .stages import decisive_settings
 
 RUN, RESULT = "run.json", "training.json"
 FORMAT = 1
 # Settings that may differ when a run goes on: they do not change its weights.
-NOT_IN_FINGERPRINT = {"model", "out", "save_every", "keep", "log_every", "trust_remote_code"}
+NOT_IN_FINGERPRINT = {"model", "out", "save_every", "keep", "log_every", "trackers", "trust_remote_code"}
 # What a fingerprint has hashes of, and what a message says when one has changed.
 CONTENTS = {
     "training_text": "the training text, data={data}, has changed",
@@ -48,14 +49,14 @@ PACKAGES = ("nsa-hf", "torch", "transformers", "accelerate", "datasets")
 
 
 def settings_fingerprint(config: RunConfig) -> dict[str, Any]:
-    """The part of a run's fingerprint that follows from its settings and the model's folder.
+    """The part of a run's fingerprint that follows from its settings, settled, and the model's folder.
 
     Raises:
         NsaError: the folder holds no converted model.
     """
     model = Path(config.model)
     manifest.find(model)
-    settings = {name: value for name, value in config.as_dict().items() if name not in NOT_IN_FINGERPRINT}
+    settings = {name: value for name, value in decisive_settings(config).items() if name not in NOT_IN_FINGERPRINT}
     weights = {file.name: hash_file(file) for file in SafetensorsCheckpoint(model).files}
     return {**settings, "model_config": hash_file(model / "config.json"), "weights": weights}
 
@@ -241,7 +242,7 @@ def save_trained(student: Any, config: RunConfig, fingerprint: dict[str, Any], r
             shutil.copymode(stage / "config.json", weights)
         companions = open_source(model).save_companions(stage)
         write_json(stage / RESULT, record)
-        run = {"steps": config.steps, "fingerprint": fingerprint}
+        run = {"steps": sum(stage.steps for stage in config.of_stages()), "fingerprint": fingerprint}
         manifest.write(stage, manifest.build_trained(stage, model, manifest.find(model), companions, run))
     remove_run_folder(unfinished(config))
 

@@ -21,7 +21,7 @@ def make_optimizer(student: nn.Module, config: RunConfig) -> torch.optim.Optimiz
         if parameter.requires_grad:
             kind = "nsa" if ".nsa." in name else "backbone" if parameter.dim() > 1 else "backbone_vectors"
             groups[kind].append(parameter)
-    rates = {"nsa": config.lr_nsa, "backbone": config.lr_backbone, "backbone_vectors": config.lr_backbone}
+    rates = {"nsa": config.lr_nsa or 0.0, "backbone": config.lr_backbone, "backbone_vectors": config.lr_backbone}
     decays = {"nsa": 0.0, "backbone": config.weight_decay, "backbone_vectors": 0.0}
     return torch.optim.AdamW(
         [
@@ -36,11 +36,18 @@ def make_optimizer(student: nn.Module, config: RunConfig) -> torch.optim.Optimiz
 
 
 def rate_factor(step: int, config: RunConfig) -> float:
-    """The share of the peak rate at `step` (from 0): linear warmup, then a cosine that ends at `min_lr_ratio`."""
+    """The share of the peak rate at `step` (from 0): linear warmup, then down to `min_lr_ratio` at the last step.
+
+    `cosine` falls from the end of the warmup on, `wsd` (warmup, stable, decay) linearly in the last `decay_share`.
+    """
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
-    progress = (step - config.warmup_steps) / max(1, config.steps - 1 - config.warmup_steps)
-    return config.min_lr_ratio + (1 - config.min_lr_ratio) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+    first = config.warmup_steps
+    if config.schedule == "wsd":
+        first = max(first, config.steps - 1 - round(config.decay_share * config.steps))
+    progress = min(1.0, max(0, step - first) / max(1, config.steps - 1 - first))
+    height = 1 - progress if config.schedule == "wsd" else (1 + math.cos(math.pi * progress)) / 2
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * height
 
 
 def set_rates(optimizer: Any, step: int, config: RunConfig) -> dict[str, float]:
@@ -56,4 +63,4 @@ def set_rates(optimizer: Any, step: int, config: RunConfig) -> dict[str, float]:
     factor = rate_factor(step, config)
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor
-    return {"lr_nsa": config.lr_nsa * factor, "lr_backbone": config.lr_backbone * factor}
+    return {"lr_nsa": (config.lr_nsa or 0.0) * factor, "lr_backbone": config.lr_backbone * factor}

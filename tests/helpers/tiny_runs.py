@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -67,3 +68,22 @@ def result_of(folder: Path) -> dict[str, Any]:
 def weights_of(folder: Path) -> dict[str, Tensor]:
     """The tensors of a model in one file."""
     return load_file(folder / "model.safetensors")
+
+
+def stop_at(config: RunConfig, step: int) -> Path:
+    """Runs a run until it has saved the checkpoint of a step, and stops it there; gives the unfinished run's folder."""
+    # imported here, since not every test that makes folders needs them
+    from nsa_hf.recipes.training.checkpoints import Checkpoints
+    from nsa_hf.recipes.training.loop import train
+
+    save = Checkpoints.save
+
+    def save_and_stop(self: Any, accelerator: Any, done: int, state: dict[str, Any]) -> None:
+        save(self, accelerator, done, state)
+        if done == step:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Checkpoints, "save", save_and_stop)
+        train(config)
+    return Path(f"{config.out}.unfinished")

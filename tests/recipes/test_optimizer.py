@@ -41,9 +41,18 @@ def test_the_rates_rise_and_fall():
     assert factors[9] == pytest.approx(0.1)
 
 
+def test_stable_rates_decay_at_the_end():
+    config = run(steps=20, warmup_steps=2, min_lr_ratio=0.0, schedule="wsd", decay_share=0.2)
+    factors = [rate_factor(step, config) for step in range(20)]
+    assert factors[:2] == pytest.approx([1 / 3, 2 / 3])
+    assert factors[2:16] == [1.0] * 14
+    assert factors[15:] == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.0])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (1, 3), (3, 3), (2, 1)])
-def test_short_runs_have_rates_too(steps, warmup):
-    config = run(steps=steps, warmup_steps=warmup)
+def test_short_runs_have_rates_too(steps, warmup, schedule):
+    config = run(steps=steps, warmup_steps=warmup, schedule=schedule)
     assert all(0 < rate_factor(step, config) <= 1 for step in range(steps))
 
 

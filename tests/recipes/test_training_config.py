@@ -117,7 +117,9 @@ def test_a_run_that_trains_nothing_is_refused(run_file):
 
 
 def test_stages_are_what_differs(run_file):
-    stages = "stages=[{trains: nsa, tokens: 5000}, {lr_backbone: 1e-6, length: [{length: 64}, {length: 96, weight: 2}]}]"
+    stages = (
+        "stages=[{trains: nsa, tokens: 5000}, {lr_backbone: 1e-6, length: [{length: 64}, {length: 96, weight: 2}]}]"
+    )
     config = load_run_config(run_file, [stages])
     first, second = config.of_stages()
     assert (first.trains, first.tokens, first.steps, first.lr_nsa) == ("nsa", 5000, 0, 1e-3)

@@ -1,0 +1,83 @@
+"""What a run has come to: the figures of training.json, and a word of warning where it did harm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from .config import RunConfig
+from .held_out import HeldOut, held_out_figures
+from .stages import Stage, tokens_per_step
+from .texts import Texts
+
+
+def as_result(student: Any, stages: Sequence[Stage]) -> AbstractContextManager[None]:
+    """Runs the student as the last stage trains it: sparse, or dense as a control."""
+    return student.dense_attention() if stages[-1].config.attention == "dense" else nullcontext()
+
+
+def measure_result(
+    student: Any, config: RunConfig, stages: Sequence[Stage], texts: Texts, held_out: HeldOut, state: dict[str, Any]
+) -> dict[str, Any]:
+    """What training.json records of a run beside its settings and the machine; runs the trained student once more.
+
+    Args:
+        config: the run's settings, settled.
+        state: of the finished run.
+
+    Raises:
+        NsaError: its logits are not finite.
+    """
+    with as_result(student, stages):
+        after, after_own_dense = held_out.compare_trained(student)
+    length = config.held_out_length
+    figures = held_out_figures(student, texts.held_out_documents, length, state["before"], after, after_own_dense)
+    parameters = {
+        "nsa": sum(p.numel() for name, p in student.named_parameters() if ".nsa." in name),
+        "all": sum(p.numel() for p in student.parameters()),
+    }
+    return {
+        "warning": harm_done(figures, stages),
+        "parameters": parameters,
+        "curve": state["curve"],
+        "held_out": figures,
+    }
+
+
+def stage_records(stages: Sequence[Stage], texts: Texts, processes: int) -> list[dict[str, Any]]:
+    """What training.json records of each stage: its settings, and what it read."""
+    return [
+        {
+            **stage.config.own_settings(),
+            "tokens_per_step": tokens_per_step(stage.config, processes),
+            "documents": len(text.documents),
+            "windows": len(text.windows),
+        }
+        for stage, text in zip(stages, texts.stages, strict=True)
+    ]
+
+
+def harm_done(figures: dict[str, Any], stages: Sequence[Stage]) -> str | None:
+    """A sentence where the held-out KL is higher after the run than before, with the likely reason; else None.
+
+    Args:
+        figures: the run's held-out figures.
+        stages: of the run.
+    """
+    before, after = figures["kl_before"], figures["kl_after"]
+    # a control begins at the teacher, and what it measures is how far it goes from there
+    if stages[-1].config.attention == "dense" or after <= before:
+        return None
+    said = f"worse than before: the held-out KL to the teacher rose from {before:.6f} to {after:.6f}"
+    last = stages[-1].config
+    settings = [stage.config for stage in stages]
+    if not any(stage.kl_weight or stage.layer_weight for stage in settings):
+        return f"{said}; no stage had the teacher in its loss (kl_weight)"
+    if last.ce_weight:
+        return f"{said}; the next-token loss (ce_weight {last.ce_weight:g}) moves the model away from its teacher"
+    open_gates = max(stage.lr_nsa or 0.0 for stage in settings)
+    backbone = max(stage.lr_backbone for stage in settings)
+    steps = stages[-1].end
+    likely = f"the rates are too high (lr_nsa {open_gates:g}, lr_backbone {backbone:g})"
+    return f"{said}; most likely {likely}, or {steps} steps are too few: lower the rates, or train longer"

@@ -1,0 +1,153 @@
+"""The steps of one stage: losses, rates, what changes from step to step, progress and checkpoints."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+
+from nsa_hf.errors import NsaError
+
+from .checkpoints import Checkpoints
+from .optimizer import set_rates
+from .stages import Stage, blend_at, tokens_per_step, topk_at
+
+
+class Prepared(NamedTuple):
+    """What a stage trains and trains with.
+
+    Attributes:
+        accelerator: Accelerate's, of this process.
+        student: the model to train.
+        model: the student with its losses, as Accelerate prepared it.
+        optimizer, loader: as Accelerate prepared them.
+    """
+
+    accelerator: Any
+    student: Any
+    model: Any
+    optimizer: Any
+    loader: Any
+
+
+class Schedule:
+    """What of the model itself changes from step to step: the gates' blend and the number of blocks."""
+
+    def __init__(self, student: Any, stages: Sequence[Stage]):
+        """Notes what the converted model has.
+
+        Args:
+            student: the model to train, before its first step.
+            stages: of the run.
+        """
+        self.student, self.stages = student, stages
+        self.topk, self.block_size = student.config.nsa_topk, student.config.nsa_block_size
+        self.blend = student.config.nsa_gate_blend
+
+    def set(self, stage: Stage, step: int) -> dict[str, Any]:
+        """Sets both for a step of a stage (from 0), which depend on nothing else; gives what the curve notes of it."""
+        config = self.student.config
+        if config.nsa_gate == "blend":
+            self.student.set_gate_blend(blend_at(step, self.stages, stage.number, self.blend))
+        if not stage.config.topk_steps:
+            return {}
+        config.nsa_topk = topk_at(step, stage.config, self.topk, self.block_size)
+        return {"topk": config.nsa_topk}
+
+    def end(self) -> None:
+        """Gives the model its own number of blocks back."""
+        self.student.config.nsa_topk = self.topk
+
+
+def run_steps(
+    prepared: Prepared, stage: Stage, schedule: Schedule, state: dict[str, Any], checkpoints: Checkpoints
+) -> None:
+    """Takes the steps that are left of a stage, prints their progress and saves checkpoints.
+
+    Args:
+        state: of the run: "step", those that are finished, and "curve", to which each step adds its row.
+
+    Raises:
+        NsaError: a loss is not finite, or a checkpoint cannot be written.
+    """
+    accelerator, student, config = prepared.accelerator, prepared.student, stage.config
+    steps = schedule.stages[-1].end
+    begin = state["step"] - stage.first
+    batches = iter(accelerator.skip_first_batches(prepared.loader, begin * config.accumulate))
+    tokens = tokens_per_step(config, accelerator.num_processes)
+    began = time.perf_counter()
+    prepared.model.train()
+    for step in range(begin, config.steps):
+        start = time.perf_counter()
+        rates, changed = set_rates(prepared.optimizer, step, config), schedule.set(stage, step)
+        done = stage.first + step + 1
+        # inside it the backward pass is dense too
+        with student.dense_attention() if config.attention == "dense" else nullcontext():
+            losses, norm = take_step(prepared, config.accumulate, config.max_grad_norm, batches)
+        if not math.isfinite(sum(losses.values()) + norm):
+            shown = ", ".join(f"{name} {value}" for name, value in losses.items())
+            raise NsaError(f"the loss is not finite at step {done} ({shown}): lower the rates")
+        seconds = time.perf_counter() - start
+        row = {"step": done, "stage": stage.number, **losses}
+        row |= {"grad_norm": norm, **rates, **changed, "seconds": seconds, "tokens_per_second": tokens / seconds}
+        state["curve"].append(row)
+        state["step"] = done
+        if done % config.log_every == 0 or done == steps:
+            left = (time.perf_counter() - began) / (step + 1 - begin) * (config.steps - step - 1)
+            accelerator.print(progress_line(row, losses, stage, steps, left), flush=True)
+        # the end of a stage is saved as the beginning of the next
+        if config.save_every and done % config.save_every == 0 and done < stage.end:
+            save(checkpoints, accelerator, state)
+    schedule.end()
+
+
+def save(checkpoints: Checkpoints, accelerator: Any, state: dict[str, Any]) -> None:
+    """Saves a checkpoint of the run's state, see `run_steps`."""
+    checkpoints.save(accelerator, state["step"], {name: value for name, value in state.items() if name != "step"})
+
+
+def take_step(
+    prepared: Prepared, accumulate: int, max_grad_norm: float, batches: Iterator[dict[str, torch.Tensor]]
+) -> tuple[dict[str, float], float]:
+    """One step of the optimizer, over `accumulate` batches.
+
+    Returns:
+        "loss" and its parts by name, means over batches and processes (next token and KL in nats a token); and the
+        gradient's norm before it is clipped.
+    """
+    accelerator, model, optimizer = prepared.accelerator, prepared.model, prepared.optimizer
+    sums: Any = 0
+    for _ in range(accumulate):
+        with accelerator.accumulate(model):
+            losses = model(**next(batches))
+            accelerator.backward(losses.total)
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        sums = sums + torch.stack([part.detach() for part in losses]) / accumulate
+    total, *parts = accelerator.reduce(sums, "mean").tolist()
+    return {"loss": total, **dict(zip(losses._fields[1:], parts, strict=True))}, float(norm)
+
+
+def progress_line(row: dict[str, Any], losses: dict[str, float], stage: Stage, steps: int, left: float) -> str:
+    """A step in one line.
+
+    Args:
+        row: the step's, of the curve.
+        losses: "loss" and its parts.
+        stage: of the step.
+        steps: of the whole run.
+        left: seconds until the stage's end.
+    """
+    minutes, seconds = divmod(round(left), 60)
+    parts = "  ".join(f"{name} {value:.{5 if name == 'kl' else 4}f}" for name, value in losses.items())
+    of_stage = f" of stage {stage.number}" if stage.end < steps or stage.first else ""
+    return (
+        f"step {row['step']}/{steps}  {parts}  |grad| {row['grad_norm']:.2f}  {row['tokens_per_second']:.0f} tokens/s  "
+        f"{minutes}:{seconds:02d} left{of_stage}"
+    )
