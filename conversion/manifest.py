@@ -82,10 +82,11 @@ def tensor_record(info: TensorInfo, origin: str, digest: str, kind: str = HASH) 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
     """`describe_file` of every file in a checkpoint's folder, by its name relative to the folder.
 
-    The manifest itself is left out, and so are the weights, whose tensors have hashes.
+    The manifest itself is left out, and so are the weights, whose tensors have hashes (an adapter's have none).
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
-    return {path.relative_to(folder).as_posix(): describe_file(path) for path in paths if path.suffix != ".safetensors"}
+    beside = (path for path in paths if path.suffix != ".safetensors" or path.parent != folder)
+    return {path.relative_to(folder).as_posix(): describe_file(path, whole=True) for path in beside}
 
 
 def describe_trained(tensor: Tensor, name: str, converted: Mapping[str, Any]) -> dict[str, Any]:
@@ -319,5 +320,5 @@ def changed_files(manifest: Mapping[str, Any], folder: Path) -> list[str]:
     return [
         name
         for name, record in manifest.get("files", {}).items()
-        if not (folder / name).is_file() or describe_file(folder / name) != record
+        if not (folder / name).is_file() or describe_file(folder / name, whole=True) != record
     ]

@@ -44,14 +44,18 @@ def hash_file(path: Path) -> str:
         return hash_parts(iter(lambda: file.read(PIECE), b""))
 
 
-def describe_file(path: Path) -> dict[str, Any]:
+def describe_file(path: Path, *, whole: bool = False) -> dict[str, Any]:
     """What a manifest says of a file: `bytes`, its size, and `sha256` of them.
 
     Of a safetensors file `header_sha256` stands in place of `sha256`: the header says what is where, and the tensors
     have hashes of their own, so that nothing is hashed twice.
+
+    Args:
+        path: of the file.
+        whole: also of a safetensors file `sha256`, where its tensors have no hashes.
     """
     with path.open("rb") as file:
-        if path.suffix != ".safetensors":
+        if whole or path.suffix != ".safetensors":
             return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
         size = file.read(8)
         # a damaged file may say any size

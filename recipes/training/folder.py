@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -216,13 +216,20 @@ def noted_fingerprint(path: Path) -> dict[str, Any]:
         raise NsaError(f"{path} is damaged ({error!r}): remove its folder and run again") from error
 
 
-def save_trained(student: Any, config: RunConfig, fingerprint: dict[str, Any], result: dict[str, Any]) -> None:
+def save_trained(
+    student: Any,
+    config: RunConfig,
+    fingerprint: dict[str, Any],
+    result: dict[str, Any],
+    beside: Callable[[Path], None] | None = None,
+) -> None:
     """Writes the folder of a finished run, whole or not at all, and removes the unfinished one.
 
     Args:
         student: the trained model.
         fingerprint: of the run.
         result: what training.json records beside settings and machine.
+        beside: writes more into the folder.
 
     Raises:
         NsaError: it cannot be written.
@@ -241,6 +248,8 @@ def save_trained(student: Any, config: RunConfig, fingerprint: dict[str, Any], r
         for weights in stage.glob("*.safetensors"):  # which safetensors lets only their owner read
             shutil.copymode(stage / "config.json", weights)
         companions = open_source(model).save_companions(stage)
+        if beside is not None:
+            beside(stage)
         write_json(stage / RESULT, record)
         run = {"steps": sum(stage.steps for stage in config.of_stages()), "fingerprint": fingerprint}
         manifest.write(stage, manifest.build_trained(stage, model, manifest.find(model), companions, run))

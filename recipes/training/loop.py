@@ -38,7 +38,7 @@ from .result import as_result, measure_result, stage_records
 from .stages import Stage, settle_machine, settle_stages, stage_at, stages_of
 from .steps import Prepared, Schedule, run_steps, save
 from .texts import StageText, Texts, read_texts
-from .trained import choose_trained
+from .trained import AdapterFiles, choose_trained, is_all_that_is_trained, merge, trained_modules
 
 
 def train(config: RunConfig) -> Path:
@@ -75,15 +75,15 @@ def run(config: RunConfig) -> Path:
         if folder is None:
             accelerator.print(f"{out} holds this run already, finished: nothing to do")
             return out
-        teacher, student = load_models(config, accelerator, texts)
+        teacher, student = load_models(config, accelerator, stages, texts)
         held_out = HeldOut(texts.held_out_windows, teacher, accelerator.autocast)
         checkpoints = Checkpoints(folder / "checkpoints", config.keep)
-        state = run_stages(accelerator, teacher, student, stages, texts, held_out, checkpoints)
+        state, adapter = run_stages(accelerator, teacher, student, stages, texts, held_out, checkpoints)
         result = measure_result(student, config, stages, texts, held_out, state)
         processes = accelerator.num_processes
         result |= {"stages": stage_records(stages, texts, processes), "processes": processes}
         if accelerator.is_main_process:
-            save_trained(student, config, fingerprint, result)
+            save_trained(student, config, fingerprint, result, beside=None if adapter is None else adapter.save)
             if result["warning"]:
                 print(result["warning"])
             print_figures(result["held_out"], out)
@@ -104,17 +104,24 @@ def check_model(config: RunConfig) -> Any:
     return model
 
 
-def load_models(config: RunConfig, accelerator: Any, texts: Texts) -> tuple[Any, Any]:
+def load_models(config: RunConfig, accelerator: Any, stages: list[Stage], texts: Texts) -> tuple[Any, Any]:
     """The teacher, frozen, and the student, on Accelerate's device.
 
     Raises:
-        NsaError: the model cannot be loaded, or a window has a token that it has no embedding for.
+        NsaError: the model cannot be loaded, a window has a token that it has no embedding for, or it does not have
+            what a stage trains.
     """
     teacher = load_nsa_model(config.model, accelerator.device).requires_grad_(False)
     for stage in texts.stages:
         for ids in stage.windows["input_ids"]:
             check_token_ids(teacher, ids)
-    return teacher, load_nsa_model(config.model, accelerator.device).train()
+    student = load_nsa_model(config.model, accelerator.device).train()
+    for number, stage_config in ((stage.number, stage.config) for stage in stages):
+        try:
+            trained_modules(student, stage_config)
+        except NsaError as error:
+            raise NsaError(f"stage {number}: {error}" if len(stages) > 1 else str(error)) from None
+    return teacher, student
 
 
 def run_stages(
@@ -125,12 +132,12 @@ def run_stages(
     texts: Texts,
     held_out: HeldOut,
     checkpoints: Checkpoints,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], AdapterFiles | None]:
     """Runs the stages that are left, from the last checkpoint on if there is one.
 
     Returns:
         The state of the finished run: "step", "curve" (a row for each step), "before" (the held-out rows before
-        training).
+        training); and the adapter, where that is the whole difference to the converted model.
 
     Raises:
         NsaError: a checkpoint cannot be read or written, or is none of a run with so many steps.
@@ -141,8 +148,9 @@ def run_stages(
     if begin is None:
         raise NsaError(f"{latest} says that {step_of(latest)} of {stages[-1].end} steps are done: remove it")
     state: dict[str, Any] = {}
+    files: AdapterFiles | None = None
     for stage in stages[begin.number - 1 :]:
-        prepared = prepare(accelerator, teacher, student, stage, texts.stages[stage.number - 1])
+        adapter, prepared = prepare(accelerator, teacher, student, stage, texts.stages[stage.number - 1])
         if state:
             save(checkpoints, accelerator, state)
         elif latest is None:
@@ -154,19 +162,25 @@ def run_stages(
             state = checkpoints.restore(accelerator, latest)
             accelerator.print(f"going on from {latest}")
         run_steps(prepared, stage, schedule, state, checkpoints)
-    return state
+        files = merge(adapter) if adapter is not None else None
+    return state, files if len(stages) == 1 and is_all_that_is_trained(stages[0].config) else None
 
 
-def prepare(accelerator: Any, teacher: Any, student: Any, stage: Stage, text: StageText) -> Prepared:
+def prepare(accelerator: Any, teacher: Any, student: Any, stage: Stage, text: StageText) -> tuple[Any, Prepared]:
     """Makes what a stage begins with: what is trained of the student, its losses, an optimizer and the text.
+
+    Returns:
+        The adapter (see trained.py) or None; and the rest.
 
     Raises:
         NsaError: the model does not have what is to be trained.
     """
     config = stage.config
+    if config.trains == "lora" and getattr(accelerator, "is_fsdp2", False):
+        raise NsaError("trains 'lora' does not work with FSDP2 yet: an adapter needs little memory, use DDP")
     accelerator.free_memory()  # of the stage before
     accelerator.gradient_accumulation_steps = config.accumulate
-    choose_trained(student, config)
+    adapter = choose_trained(student, config)
     rows = text.windows.select_columns("input_ids").with_format("torch")
     model, optimizer, loader = accelerator.prepare(
         LossModel(
@@ -179,4 +193,4 @@ def prepare(accelerator: Any, teacher: Any, student: Any, stage: Stage, text: St
         make_optimizer(student, config),
         torch.utils.data.DataLoader(rows, config.batch_size),
     )
-    return Prepared(accelerator, student, model, optimizer, loader)
+    return adapter, Prepared(accelerator, student, model, optimizer, loader)
