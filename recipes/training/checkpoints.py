@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
 from nsa_hf.conversion.files.hashes import hash_file
 from nsa_hf.conversion.files.plain_json import read_json
@@ -74,13 +75,13 @@ class Checkpoints:
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 write_json(stage / STATE, {"step": step, **state})
-                write_json(stage / FILES, {"files": {file.name: hash_file(file) for file in stage.iterdir()}})
+                write_json(stage / FILES, {"files": hash_files(stage)})
                 flush(stage)
                 shutil.rmtree(path, ignore_errors=True)
                 stage.rename(path)
                 flush(self.folder)
                 self.prune(path)
-        except (OSError, RuntimeError, SafetensorError, OutputError) as error:
+        except (OSError, RuntimeError, SafetensorError, OutputError, CheckpointException) as error:
             shutil.rmtree(stage, ignore_errors=True)
             # of a full disk, PyTorch raises a RuntimeError about places in its own source
             reason = "PyTorch could not write a file to its end" if "inline_container" in str(error) else str(error)
@@ -148,7 +149,7 @@ class Checkpoints:
         try:
             accelerator.load_state(str(path))
             state: dict[str, Any] = read_json(path / STATE)
-        except Exception as error:  # each file format has its own
+        except (Exception, CheckpointException) as error:  # each file format has its own
             random.setstate(before)
             raise NsaError(f"{path} cannot be read, remove it to start from the one before: {error}") from error
         # Accelerate only logs when it cannot restore random numbers
@@ -165,6 +166,12 @@ def step_of(path: Path) -> int:
 def hidden(path: Path) -> Path:
     """The path of a checkpoint while it is written, or being removed."""
     return path.with_name(f".{path.name}.unfinished")
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """The hash of every file in a folder and the folders in it, by its path from there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): hash_file(path) for path in files}
 
 
 def damage_of(path: Path) -> str | None:
@@ -199,8 +206,8 @@ def quiet_accelerate() -> Iterator[None]:
 
 
 def flush(folder: Path) -> None:
-    """Writes a folder's files and its list of names to the disk, so that a later rename cannot be there before them."""
-    for path in [*(path for path in folder.iterdir() if path.is_file()), folder]:
+    """Writes all in a folder and its list of names to the disk, so that a later rename cannot be there before them."""
+    for path in [*folder.rglob("*"), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

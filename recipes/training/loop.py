@@ -1,7 +1,7 @@
 """Continued pretraining of a converted model, against its own dense self.
 
     nsa-hf train recipes/runs/adapt.yaml model=build/nsa out=build/trained
-    accelerate launch -m nsa_hf.recipes.train recipes/runs/adapt.yaml model=build/nsa out=build/trained
+    accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 2 -m nsa_hf.recipes.train RUN.yaml ...
     (a toy size: steps=2 length=1088 held_out_documents=1)
 
 loss = ce_weight * CE(next token) + kl_weight * KL(teacher || student), and more where settings ask for it. The teacher
@@ -31,10 +31,11 @@ from .config import RunConfig
 from .evaluate import mean_kl
 from .folder import check_out, open_run_folder, save_trained, settings_fingerprint
 from .held_out import HeldOut, print_figures
-from .launch import deterministic, make_accelerator, on_main_process
+from .launch import deterministic, make_accelerator, on_main_process, prepare_model
 from .losses import LossModel
 from .optimizer import make_optimizer
 from .result import as_result, measure_result, stage_records
+from .sharding import call_whole, gather_weights
 from .stages import Stage, settle_machine, settle_stages, stage_at, stages_of
 from .steps import Prepared, Schedule, run_steps, save
 from .texts import StageText, Texts, read_texts
@@ -69,7 +70,7 @@ def run(config: RunConfig) -> Path:
     with deterministic(config.deterministic), ExitStack() as stack:
         fingerprint = settings_fingerprint(config)
         texts = read_texts(config, stages, accelerator.num_processes)
-        fingerprint |= {**texts.fingerprint(), "processes": accelerator.num_processes}
+        fingerprint |= {**texts.fingerprint(), "processes": accelerator.num_processes, "sharded": accelerator.is_fsdp2}
         # locked by the main process until the run ends
         folder = on_main_process(accelerator, lambda: stack.enter_context(open_run_folder(config, fingerprint)))
         if folder is None:
@@ -82,6 +83,8 @@ def run(config: RunConfig) -> Path:
         result = measure_result(student, config, stages, texts, held_out, state)
         processes = accelerator.num_processes
         result |= {"stages": stage_records(stages, texts, processes), "processes": processes}
+        result |= {"sharded": accelerator.is_fsdp2}
+        gather_weights(student, keep=accelerator.is_main_process)
         if accelerator.is_main_process:
             save_trained(student, config, fingerprint, result, beside=None if adapter is None else adapter.save)
             if result["warning"]:
@@ -155,7 +158,7 @@ def run_stages(
             save(checkpoints, accelerator, state)
         elif latest is None:
             with as_result(student, stages):
-                before = held_out.compare(student)
+                before = call_whole(student, lambda: held_out.compare(student))
             accelerator.print(f"held-out KL to the teacher before: {mean_kl(before):.6f}")
             state = {"step": 0, "curve": [], "before": before}
         else:
@@ -163,6 +166,7 @@ def run_stages(
             accelerator.print(f"going on from {latest}")
         run_steps(prepared, stage, schedule, state, checkpoints)
         files = merge(adapter) if adapter is not None else None
+        del prepared  # with it go the hooks of DDP on the student, before the next stage adds its own
     return state, files if len(stages) == 1 and is_all_that_is_trained(stages[0].config) else None
 
 
@@ -182,7 +186,8 @@ def prepare(accelerator: Any, teacher: Any, student: Any, stage: Stage, text: St
     accelerator.gradient_accumulation_steps = config.accumulate
     adapter = choose_trained(student, config)
     rows = text.windows.select_columns("input_ids").with_format("torch")
-    model, optimizer, loader = accelerator.prepare(
+    model, optimizer, loader = prepare_model(
+        accelerator,
         LossModel(
             student,
             teacher if config.kl_weight else None,
@@ -190,6 +195,7 @@ def prepare(accelerator: Any, teacher: Any, student: Any, stage: Stage, text: St
             kl_weight=config.kl_weight,
             chunk=config.loss_chunk,
         ),
+        student,
         make_optimizer(student, config),
         torch.utils.data.DataLoader(rows, config.batch_size),
     )

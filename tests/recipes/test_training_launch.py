@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from tiny_runs import result_of, tiny_run
+from accelerate.commands import launch
+from processes import ACCELERATE, launcher_environment, started
+from tiny_runs import result_of, tiny_run, weights_of
+from transformers import AutoModelForCausalLM
 
 from nsa_hf.errors import NsaError
 from nsa_hf.recipes.training.loop import train
+from nsa_hf.recipes.training.sharding import prepare_sharded
 
 
 @pytest.mark.parametrize(
@@ -32,7 +34,7 @@ from nsa_hf.recipes.training.loop import train
         ("ACCELERATE_MIXED_PRECISION", "fp8", "mixed_precision is no in the run file, and fp8 by"),
         ("ACCELERATE_DYNAMO_BACKEND", "EAGER", "asks for torch.compile"),
         ("ACCELERATE_USE_DEEPSPEED", "true", "asks for DeepSpeed"),
-        ("ACCELERATE_USE_FSDP", "true", "asks for FSDP"),
+        ("ACCELERATE_USE_FSDP", "true", r"asks for FSDP 1 \(FSDP_VERSION\)"),
         ("ACCELERATE_USE_MEGATRON_LM", "true", "asks for Megatron-LM"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "asks for tensor, context or sequence parallelism"),
     ],
@@ -56,19 +58,95 @@ def test_what_the_launcher_sets_by_itself_does_not_matter(nsa_dir, texts, tmp_pa
     assert (out / "model.safetensors").read_bytes() == (finished[0] / "model.safetensors").read_bytes()
 
 
-def test_two_processes_train_as_one_with_twice_the_batch(nsa_dir, texts, tmp_path):
-    one = tiny_run(nsa_dir, texts, tmp_path / "one", batch_size=2)
-    two = tiny_run(nsa_dir, texts, tmp_path / "two")
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("FSDP_VERSION", "1", r"asks for FSDP 1 \(FSDP_VERSION\), this training has FSDP2"),
+        ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", "set fsdp_cpu_ram_efficient_loading to false"),
+        ("FSDP_OFFLOAD_PARAMS", "true", "set fsdp_offload_params to false"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "write gradient_checkpointing=1 there"),
+    ],
+)
+def test_of_fsdp_there_is_the_second_with_weights_on_the_gpu(
+    nsa_dir, texts, tmp_path, monkeypatch, variable, value, message
+):
+    for name, usual in launcher_environment("fsdp2").items():
+        monkeypatch.setenv(name, usual)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(NsaError, match=message):
+        train(tiny_run(nsa_dir, texts, tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_fsdp_is_not_tried_with_fp16(nsa_dir, texts, tmp_path, monkeypatch):
+    for name, usual in launcher_environment("fsdp2").items():
+        monkeypatch.setenv(name, usual)
+    with pytest.raises(NsaError, match="mixed_precision=fp16 does not work with FSDP2 here: take bf16"):
+        train(tiny_run(nsa_dir, texts, tmp_path / "out", mixed_precision="fp16"))
+
+
+def test_the_launcher_asks_how_many_processes():
+    for name in ("ddp", "fsdp2"):
+        arguments = ["--config_file", str(ACCELERATE / f"{name}.yaml"), "run"]
+        with pytest.raises(ValueError, match="manually pass in `--num_processes`"):
+            launch._validate_launch_command(launch.launch_command_parser().parse_args(arguments))
+
+
+@pytest.fixture(scope="module")
+def alone(nsa_dir, texts, tmp_path_factory):
+    """The folder of a run of one process with two windows a batch."""
+    settings = {"batch_size": 2, "accumulate": 2, "gradient_checkpointing": 2}
+    folder = train(tiny_run(nsa_dir, texts, tmp_path_factory.mktemp("alone") / "out", **settings))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_two_processes_train_as_one_with_twice_the_batch(nsa_dir, texts, tmp_path, alone, name):
+    config = tiny_run(nsa_dir, texts, tmp_path / "out", accumulate=2, gradient_checkpointing=2)
     run = tmp_path / "run.yaml"
-    run.write_text(yaml.safe_dump(two.as_dict()))
-    # what `accelerate launch` runs on GPUs; on CPUs it would need an MPI launcher
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    launch += ["-m", "nsa_hf.recipes.train", str(run)]
-    subprocess.run(launch, check=True, timeout=300, env=os.environ | {"ACCELERATE_USE_CPU": "true"})
-    alone, together = result_of(train(one)), result_of(Path(two.out))
-    assert together["processes"] == 2
-    for a, b in zip(alone["curve"], together["curve"], strict=True):
+    run.write_text(yaml.safe_dump(config.as_dict()))
+    with started([str(run)], tmp_path / "log", processes=2, environment=launcher_environment(name)) as processes:
+        said = processes.finish()
+    assert said.count("step 1/4") == said.count("trained model:") == 1
+    one, two = result_of(alone), result_of(tmp_path / "out")
+    assert (two["processes"], two["sharded"]) == (2, name == "fsdp2")
+    assert two["parameters"] == one["parameters"]
+    for a, b in zip(one["curve"], two["curve"], strict=True):
         assert a["ce"] == pytest.approx(b["ce"], rel=1e-4)
+        assert a["kl"] == pytest.approx(b["kl"], rel=1e-3)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    for which in ("kl_before", "kl_after"):
+        assert one["held_out"][which] == pytest.approx(two["held_out"][which], rel=1e-3)
+    # the same names and files; AdamW makes of a rounding in a tiny gradient a step of some size
+    weights, others = weights_of(alone), weights_of(tmp_path / "out")
+    assert weights.keys() == others.keys()
+    for key, tensor in weights.items():
+        assert (tensor - others[key]).abs().max() < 2e-4, key
+    assert {path.name for path in alone.iterdir()} == {path.name for path in (tmp_path / "out").iterdir()}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").lm_head.weight.shape == (256, 48)
     with pytest.raises(NsaError, match="processes: 2 -> 1"):
-        train(two)
+        train(config)
+
+
+def test_bf16_is_autocast_where_the_model_is_in_parts_too(nsa_dir, texts, tmp_path):
+    losses = []
+    for name, batch_size in (("fsdp2", 1), (None, 2)):
+        config = tiny_run(
+            nsa_dir, texts, tmp_path / f"{name}", steps=1, batch_size=batch_size, mixed_precision="bf16", save_every=0
+        )
+        run = tmp_path / "run.yaml"
+        run.write_text(yaml.safe_dump(config.as_dict()))
+        environment = launcher_environment(name) if name else {}
+        processes = 2 if name else 1
+        with started([str(run)], tmp_path / "log", processes=processes, environment=environment) as started_run:
+            started_run.finish()
+        losses.append(result_of(Path(config.out))["curve"][0])
+    for key in ("ce", "kl", "grad_norm"):
+        assert losses[0][key] == pytest.approx(losses[1][key], rel=2e-4), key
+
+
+def test_a_model_whose_layers_have_no_known_class_is_not_sharded():
+    student = torch.nn.Linear(1, 1)
+    student._no_split_modules = ["Layer"]
+    with pytest.raises(NsaError, match="Linear names no class of its layers"):
+        prepare_sharded(None, student, student, None, None)
