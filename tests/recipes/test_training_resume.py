@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
+import random
+import re
 import shutil
-import signal
-import subprocess
-import sys
+import time
+from functools import cache
 from pathlib import Path
 
 import pytest
 import yaml
+from processes import launcher_environment, started
 from safetensors.torch import load_file, save_file
 from tiny_runs import folder_hashes, result_of, tiny_run, write_texts
 
 from nsa_hf.conversion.files.hashes import hash_file
 from nsa_hf.errors import NsaError
-from nsa_hf.recipes.training.checkpoints import Checkpoints
+from nsa_hf.recipes.training.checkpoints import Checkpoints, damage_of
 from nsa_hf.recipes.training.loop import run_steps, train
 
 
@@ -35,41 +36,102 @@ def test_other_settings_do_not_go_into_a_finished_folder(finished, nsa_dir, text
         train(tiny_run(nsa_dir, texts, out, steps=5))
 
 
-def start(config, folder: Path) -> subprocess.Popen:
+WAYS = {"one": None, "ddp": "ddp", "fsdp2": "fsdp2"}
+STEPS = {"one": 12, "ddp": 8, "fsdp2": 8}
+LINE = re.compile(r"^step \d+/", re.MULTILINE)
+
+
+def killed_run(model: Path, texts: Path, out: Path, way: str):
+    return tiny_run(model, texts, out, steps=STEPS[way], save_every=1, accumulate=2)
+
+
+def start(config, folder: Path, way: str):
+    """The run of `config` in one process, or two that `accelerate launch` would start with a file of recipes/."""
     run = folder / "run.yaml"
     run.write_text(yaml.safe_dump(config.as_dict()))
-    command = [sys.executable, "-m", "nsa_hf.recipes.train", str(run)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    file = WAYS[way]
+    environment = launcher_environment(file) if file else {}
+    return started([str(run)], folder / "log", processes=2 if file else 1, environment=environment)
 
 
-def test_killed_and_started_again_it_ends_with_the_same_weights(nsa_dir, texts, tmp_path):
-    settings = {"steps": 7, "save_every": 2, "accumulate": 2}
-    undisturbed = train(tiny_run(nsa_dir, texts, tmp_path / "undisturbed", **settings))
-    config = tiny_run(nsa_dir, texts, tmp_path / "disturbed", **settings)
-    out, work = Path(config.out), Path(config.out + ".unfinished")
-    first_steps = []
-    for kill_at in ("step 3/7", "step 6/7", None):
-        process = start(config, tmp_path)
-        lines = []
-        for line in process.stdout:
-            lines.append(line)
-            if kill_at and line.startswith(kill_at):
-                process.send_signal(signal.SIGKILL)
-                break
-        process.stdout.close()
-        assert process.wait() == (-signal.SIGKILL if kill_at else 0)
-        assert out.exists() == (kill_at is None)
-        assert work.exists() == (kill_at is not None)
-        first_steps.append(next(line.split()[1] for line in lines if line.startswith("step ")))
-    # it went on, and did not start over
-    assert first_steps == ["1/7", "3/7", "5/7"] or first_steps == ["1/7", "3/7", "7/7"]
-    assert (out / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
+@pytest.fixture(scope="module")
+def undisturbed(nsa_dir, texts, tmp_path_factory):
+    """The folder of a run that nobody killed, by way; each is made when it is first asked for."""
+
+    @cache
+    def of(way: str) -> Path:
+        folder = tmp_path_factory.mktemp(way)
+        config = killed_run(nsa_dir, texts, folder / "out", way)
+        with start(config, folder, way) as run:
+            run.finish()
+        return Path(config.out)
+
+    return of
+
+
+def steps_taken(count: int):
+    """Whether a started run has printed so many steps."""
+    return lambda said: len(LINE.findall(said)) >= count
+
+
+def kill_within_a_step(run, work: Path, chance: random.Random) -> str:
+    run.wait_until(steps_taken(chance.randint(1, 2)))
+    time.sleep(chance.random() / 10)
+    run.kill()
+    return going_on_from(work)
+
+
+def kill_while_a_checkpoint_is_written(run, work: Path, chance: random.Random) -> str:
+    run.wait_until(steps_taken(chance.randint(1, 2)))
+    run.wait_until(lambda said: any(work.glob("checkpoints/.step-*.unfinished/*")))
+    run.kill()
+    return going_on_from(work)
+
+
+def kill_and_damage(run, work: Path, chance: random.Random) -> str:
+    """The newest checkpoint loses half of its largest file, as on a disk that had not written all."""
+    run.wait_until(steps_taken(3))
+    run.kill()
+    newest = max(work.glob("checkpoints/step-*"))
+    largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    return f"{newest} is damaged ({largest.relative_to(newest)} not as written): {going_on_from(work)}"
+
+
+def going_on_from(work: Path) -> str:
+    """What the next start says."""
+    whole = [path for path in work.glob("checkpoints/step-*") if damage_of(path) is None]
+    return f"going on from {max(whole)}" if whole else ""
+
+
+@pytest.mark.parametrize(
+    ("way", "seed", "kills"),
+    [
+        ("one", 0, [kill_within_a_step, kill_while_a_checkpoint_is_written]),
+        ("one", 1, [kill_while_a_checkpoint_is_written, kill_and_damage]),
+        ("one", 2, [kill_and_damage, kill_within_a_step]),
+        ("ddp", 3, [kill_while_a_checkpoint_is_written]),
+        ("fsdp2", 4, [kill_and_damage]),
+    ],
+)
+def test_killed_at_random_it_ends_with_the_same_bits(nsa_dir, texts, tmp_path, undisturbed, way, seed, kills):
+    chance = random.Random(seed)
+    config = killed_run(nsa_dir, texts, tmp_path / "out", way)
+    out, work, says = Path(config.out), Path(config.out + ".unfinished"), ""
+    for kill in kills:
+        with start(config, tmp_path, way) as run:
+            says, said_before = kill(run, work, chance), says
+        assert said_before in run.log.read_text()
+        assert not out.exists() and work.exists(), f"{kill.__name__} came too late: {run.log.read_text()}"
+    with start(config, tmp_path, way) as run:
+        assert says in run.finish()
+    same = undisturbed(way)
+    assert (out / "model.safetensors").read_bytes() == (same / "model.safetensors").read_bytes()
     figures = ("step", "loss", "ce", "kl", "grad_norm", "lr_nsa", "lr_backbone")
-    curves = [
-        [{key: row[key] for key in figures} for row in result_of(folder)["curve"]] for folder in (out, undisturbed)
-    ]
+    curves = [[{key: row[key] for key in figures} for row in result_of(folder)["curve"]] for folder in (out, same)]
     assert curves[0] == curves[1]
-    assert result_of(out)["held_out"] == result_of(undisturbed)["held_out"]
+    assert result_of(out)["held_out"] == result_of(same)["held_out"]
+    assert not work.exists()
 
 
 @pytest.fixture
