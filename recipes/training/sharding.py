@@ -1,7 +1,7 @@
 """A student in parts, one in each process (FSDP2): weights, gradients and the optimizer's state of each layer.
 
     plugin = sharding_plugin()                                   # for Accelerate, before it is made
-    model, optimizer, loader = prepare_sharded(accelerator, model, student, optimizer, loader)
+    model, optimizer, loader = prepare_sharded(accelerator, losses, student, optimizer, loader)
     call_whole(model, lambda: student(ids))                      # another forward pass than the training's
     gather_weights(student)                                      # at the end: whole in the main process, to be saved
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +24,7 @@ from nsa_hf.errors import NsaError
 from .compiling import decoder_layers
 
 Result = TypeVar("Result")
+WHOLE = "sharded_in"  # where a student keeps the module of which it is the parts
 
 
 def sharding_plugin() -> Any:
@@ -50,30 +52,69 @@ def shard_on_cpu(accelerator: Any, plugin: Any) -> None:
             state._shared_state["distributed_type"] = DistributedType.FSDP
 
 
+class Sharded(nn.Module):
+    """What is in parts: a student, called through what computes its losses, which may be another in each stage.
+
+    Attributes:
+        student: the causal language model.
+        autocast: makes the context in which the losses are computed.
+        losses: that module; in a list, so that it is no part of this one.
+    """
+
+    def __init__(self, student: Any, autocast: Callable[[], AbstractContextManager]):
+        super().__init__()
+        self.student, self.autocast = student, autocast
+        self.losses: list[nn.Module] = []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the losses' module gives."""
+        with self.autocast():
+            return self.losses[0](*args, **kwargs)
+
+    def call(self, function: Callable[[], Result]) -> Result:
+        """What a function gives that runs the student."""
+        return function()
+
+
 def prepare_sharded(
-    accelerator: Any, model: nn.Module, student: Any, optimizer: torch.optim.Optimizer, loader: Any
+    accelerator: Any, losses: nn.Module, student: Any, optimizer: torch.optim.Optimizer, loader: Any
 ) -> tuple[Any, Any, Any]:
     """As `accelerator.prepare`, with each decoder layer of the student sharded by itself, and the rest together.
 
+    A student that a stage before has sharded stays as it is.
+
     Args:
-        model: the module that is called in training.
+        losses: the module that is called in training.
         student: the causal language model in it.
 
     Raises:
-        NsaError: the model does not say which classes its layers have.
+        NsaError: the model does not say which classes its layers have, or has new parameters in a later stage.
     """
     from torch.distributed.fsdp import register_fsdp_forward_method
+    from torch.distributed.tensor import DTensor
 
+    whole: Sharded | None = student.__dict__.get(WHOLE)
+    if whole is None:
+        accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = layer_classes(student)
+        model, optimizer, loader = accelerator.prepare(Sharded(student, accelerator.autocast), optimizer, loader)
+        register_fsdp_forward_method(model, "call")
+        student.__dict__[WHOLE] = model
+    elif all(isinstance(parameter, DTensor) for parameter in student.parameters()):
+        model, optimizer, loader = accelerator.prepare(whole, optimizer, loader)
+    else:
+        raise NsaError(
+            "FSDP2: a stage adds parameters to a model that is in parts already: take ddp.yaml, or one stage"
+        )
+    model.losses = [losses]
+    return model, optimizer, loader
+
+
+def layer_classes(student: Any) -> list[str]:
+    """The names of the classes of a model's decoder layers; NsaError where it does not tell."""
     classes = {type(layer).__name__ for layer in decoder_layers(student)}
     if not classes:
-        raise NsaError(f"FSDP: {type(student).__name__} names no class of its layers (_no_split_modules): use DDP")
-    accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(classes)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    # which Accelerate leaves to a policy that would cast norms and gates as well
-    model.forward = accelerator.autocast()(model.forward)
-    model.call = lambda function: function()  # type: ignore[assignment]
-    register_fsdp_forward_method(model, "call")
-    return model, optimizer, loader
+        raise NsaError(f"FSDP2: {type(student).__name__} names no class of its layers (_no_split_modules): use DDP")
+    return sorted(classes)
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from nsa_hf.errors import NsaError
 from nsa_hf.recipes.training.loop import train
-from nsa_hf.recipes.training.sharding import prepare_sharded
+from nsa_hf.recipes.training.sharding import layer_classes
 
 
 @pytest.mark.parametrize(
@@ -149,4 +149,4 @@ def test_a_model_whose_layers_have_no_known_class_is_not_sharded():
     student = torch.nn.Linear(1, 1)
     student._no_split_modules = ["Layer"]
     with pytest.raises(NsaError, match="Linear names no class of its layers"):
-        prepare_sharded(None, student, student, None, None)
+        layer_classes(student)
