@@ -8,6 +8,7 @@ from typing import Any
 
 from .config import RunConfig
 from .held_out import HeldOut, held_out_figures
+from .sharding import call_whole
 from .stages import Stage, tokens_per_step
 from .texts import Texts
 
@@ -30,7 +31,7 @@ def measure_result(
         NsaError: its logits are not finite.
     """
     with as_result(student, stages):
-        after, after_own_dense = held_out.compare_trained(student)
+        after, after_own_dense = call_whole(student, lambda: held_out.compare_trained(student))
     length = config.held_out_length
     figures = held_out_figures(student, texts.held_out_documents, length, state["before"], after, after_own_dense)
     parameters = {

@@ -2,7 +2,7 @@
 
     plugin = sharding_plugin()                                   # for Accelerate, before it is made
     model, optimizer, loader = prepare_sharded(accelerator, losses, student, optimizer, loader)
-    call_whole(model, lambda: student(ids))                      # another forward pass than the training's
+    call_whole(student, lambda: student(ids))                    # another forward pass than the training's
     gather_weights(student)                                      # at the end: whole in the main process, to be saved
 
 Parameters are put together in float32 and cast by autocast as in one process, so that both compute the same. All
@@ -117,25 +117,19 @@ def layer_classes(student: Any) -> list[str]:
     return sorted(classes)
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether `model` is in parts."""
-    from torch.distributed.fsdp import FSDPModule
-
-    return isinstance(model, FSDPModule)
-
-
-def call_whole(model: Any, function: Callable[[], Result]) -> Result:
-    """Calls a function in which the student may run as if it were whole, without gradients.
+def call_whole(student: Any, function: Callable[[], Result]) -> Result:
+    """Calls a function in which a student may run outside of training, sharded or not, without gradients.
 
     Args:
-        model: as prepared, sharded or not.
+        student: a model, or one that `prepare_sharded` has put into parts.
         function: runs the student equally often in all processes.
     """
-    if not is_sharded(model):
+    whole: Any = student.__dict__.get(WHOLE)
+    if whole is None:
         return function()
     with torch.no_grad():
-        result: Result = model.call(function)
-    model.reshard()
+        result: Result = whole.call(function)
+    whole.reshard()
     return result
 
 

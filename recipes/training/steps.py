@@ -14,6 +14,7 @@ from nsa_hf.errors import NsaError
 
 from .checkpoints import Checkpoints
 from .optimizer import set_rates
+from .sharding import whole_tensor
 from .stages import Stage, blend_at, tokens_per_step, topk_at
 
 
@@ -131,7 +132,7 @@ def take_step(
             optimizer.zero_grad()
         sums = sums + torch.stack([part.detach() for part in losses]) / accumulate
     total, *parts = accelerator.reduce(sums, "mean").tolist()
-    return {"loss": total, **dict(zip(losses._fields[1:], parts, strict=True))}, float(norm)
+    return {"loss": total, **dict(zip(losses._fields[1:], parts, strict=True))}, float(whole_tensor(norm))
 
 
 def progress_line(row: dict[str, Any], losses: dict[str, float], stage: Stage, steps: int, left: float) -> str:
