@@ -239,7 +239,7 @@ class Study:
             "selector": config.nsa_selector,
             "selector_dim": config.nsa_selector_dim,
             "compression": config.nsa_compression,
-            "by_position": [{**row, "rise": rise(row)} for row in finite(compared)],
+            "by_position": finite(compared),
         }
 
     def kl_by_layer(self, layers: Sequence[int]) -> dict[int, float]:
@@ -267,12 +267,6 @@ class Study:
 def sparse_model(weights: PreTrainedModel, config: Any) -> Any:
     """A sparse model on another model's weights."""
     return on_same_weights(family_of(config).causal_lm_class, config, weights)
-
-
-def rise(row: Mapping[str, Any]) -> float | None:
-    """By which share perplexity is above the dense model's; None where there is none."""
-    dense, sparse = row["ppl_reference"], row["ppl"]
-    return None if dense is None or sparse is None else sparse / dense - 1
 
 
 def finite(comparison: Accumulator) -> list[dict[str, Any]]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nsa_hf.errors import NsaError
+
+Item = TypeVar("Item")
 
 
 def show(result: dict[str, Any], render: Callable[[dict[str, Any]], Any], as_json: bool) -> None:
@@ -25,6 +27,27 @@ def show(result: dict[str, Any], render: Callable[[dict[str, Any]], Any], as_jso
     from rich.console import Console
 
     Console().print(render(result))
+
+
+def track(items: Sequence[Item], words: str | None) -> Iterator[Item]:
+    """The items one after another, with a bar on standard error: how many are done, how fast, how long it takes yet.
+
+    Args:
+        items: what is worked on.
+        words: before the bar; None shows none, and so does a standard error that is no terminal.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+    hidden = words is None or not console.is_terminal
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=hidden, transient=True) as bar:
+        task = bar.add_task(words or "", total=len(items), rate="")
+        for item in items:
+            yield item
+            speed = bar.tasks[0].speed
+            bar.update(task, advance=1, rate=f"{speed:.2g}/s" if speed else "")
 
 
 def read_text(path: Path) -> str:

@@ -13,14 +13,21 @@ the given logits no more than four fp32 tensors of [chunk, V] exist at once.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 # Positions whose label is this are compared but have no next token to predict.
 NO_LABEL = -100
+
+# The fields of a Bucket that are added up, and those of which the largest is kept.
+COUNTS = ("tokens", "labelled", "same_top1")
+SUMS = (*COUNTS, "nll_reference", "nll", "kl")
+LARGEST = ("max_abs_diff", "top1_gap")
 
 
 def position_edges(length: int, extra: Iterable[int] = ()) -> list[int]:
@@ -40,7 +47,11 @@ def position_edges(length: int, extra: Iterable[int] = ()) -> list[int]:
 
 @dataclass
 class Bucket:
-    """Sums over the positions `start <= t < end` of one or many documents."""
+    """Sums over the positions `start <= t < end` of one or many documents.
+
+    `rise` is by which share the model's perplexity is above the reference's, from the mean over documents of the
+    difference of -log p(label); `rise_error` is its standard error over documents, None with fewer than two.
+    """
 
     start: int
     end: int
@@ -52,13 +63,8 @@ class Bucket:
     same_top1: int = 0
     max_abs_diff: float = 0.0
     top1_gap: float = 0.0
-
-    def add(self, other: Bucket) -> None:
-        """Adds another bucket's sums; NaN in a largest value stays NaN."""
-        for name in ("tokens", "labelled", "nll_reference", "nll", "kl", "same_top1"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("max_abs_diff", "top1_gap"):
-            setattr(self, name, _larger(getattr(self, name), getattr(other, name)))
+    rise: float | None = None
+    rise_error: float | None = None
 
     def as_dict(self) -> dict:
         """The bucket as JSON: means and perplexities; None where nothing was measured or it is not finite."""
@@ -69,6 +75,8 @@ class Bucket:
             "tokens": self.tokens,
             "ppl_reference": _perplexity(self.nll_reference, self.labelled),
             "ppl": _perplexity(self.nll, self.labelled),
+            "rise": self.rise,
+            "rise_error": self.rise_error,
             "kl": _finite(self.kl / self.tokens) if counted else None,
             "same_top1": self.same_top1 / self.tokens if counted else None,
             "max_abs_diff": _finite(self.max_abs_diff) if counted else None,
@@ -80,23 +88,26 @@ class Bucket:
 class Accumulator:
     """Compares logits and sums by position over any number of documents.
 
+    The sums stay on the device of the logits until they are asked for: a GPU is never waited for in between.
+
     Args:
         edges: rising borders; bucket i holds the positions `edges[i] <= t < edges[i + 1]`.
-        chunk: positions compared at once.
+        chunk: positions compared at once; None takes what suits the logits' device and vocabulary.
     """
 
     edges: Sequence[int]
-    chunk: int = 256
-    buckets: list[Bucket] = field(init=False)
+    chunk: int | None = None
+    # of each document [buckets, len(SUMS) + len(LARGEST)] fp64
+    documents: list[Tensor] = field(init=False, default_factory=list)
+    reached: int | None = field(init=False, default=None)  # where the last run of positions ended
 
     def __post_init__(self) -> None:
-        if len(self.edges) < 2 or any(a >= b for a, b in zip(self.edges[:-1], self.edges[1:], strict=True)):
+        if len(self.edges) < 2 or any(a >= b for a, b in pairwise(self.edges)):
             raise ValueError(f"edges must be at least two rising positions, got {list(self.edges)}")
-        self.buckets = [Bucket(start, end) for start, end in zip(self.edges[:-1], self.edges[1:], strict=True)]
 
     @torch.no_grad()
     def update(self, reference_logits: Tensor, logits: Tensor, labels: Tensor, start: int = 0) -> None:
-        """Adds one run of positions.
+        """Adds one run of positions. A run that does not begin where the last one ended is another document's.
 
         Args:
             reference_logits: [T, V], any floating dtype; the model compared with.
@@ -115,43 +126,80 @@ class Accumulator:
         end = start + len(labels)
         if start < self.edges[0] or end > self.edges[-1]:
             raise ValueError(f"positions {start} to {end} lie outside the edges {list(self.edges)}")
-        borders = sorted({start, end, *range(start, end, self.chunk), *(e for e in self.edges if start < e < end)})
-        for first, last in zip(borders[:-1], borders[1:], strict=True):
+        if self.reached != start:
+            columns = len(SUMS) + len(LARGEST)
+            self.documents.append(logits.new_zeros(len(self.edges) - 1, columns, dtype=torch.float64))
+        self.reached = end
+        chunk = self.chunk or positions_at_once(logits.device, logits.shape[1])
+        borders = sorted({start, end, *range(start, end, chunk), *(e for e in self.edges if start < e < end)})
+        for first, last in pairwise(borders):
             rows = slice(first - start, last - start)
-            bucket = next(bucket for bucket in self.buckets if bucket.start <= first < bucket.end)
-            bucket.add(_compare(bucket, reference_logits[rows], logits[rows], labels[rows]))
+            sums, largest = _compare(reference_logits[rows], logits[rows], labels[rows])
+            bucket = self.documents[-1][bisect_right(self.edges, first) - 1]
+            bucket[: len(SUMS)] += sums
+            torch.maximum(bucket[len(SUMS) :], largest, out=bucket[len(SUMS) :])  # NaN stays NaN
 
     def merge(self, other: Accumulator) -> None:
-        """Adds another accumulator's sums, of another document or from another process.
+        """Adds another accumulator's documents, such as another process's.
 
         Raises:
             ValueError: it has other edges.
         """
         if list(self.edges) != list(other.edges):
             raise ValueError(f"cannot merge buckets {list(other.edges)} into {list(self.edges)}")
-        for mine, theirs in zip(self.buckets, other.buckets, strict=True):
-            mine.add(theirs)
+        self.documents += other.documents
+        self.reached = None
 
     def between(self, start: int, end: int) -> Bucket:
         """The sum of the buckets that lie within `start <= t < end`."""
-        total = Bucket(start, end)
-        for bucket in self.buckets:
-            if start <= bucket.start and bucket.end <= end:
-                total.add(bucket)
-        return total
+        return self._sum(self._table(), start, end)
 
     def as_dict(self) -> list[dict]:
         """One JSON-able row per bucket that saw a token.
 
-        Each has `from`, `to`, `tokens`, the perplexities `ppl_reference` and `ppl`, `kl` (nats a token), `same_top1` (a
-        share), `max_abs_diff` (of logits) and `top1_gap`: where the top token differs, the largest lead (in logits)
-        that the reference gave its own. A lead that rounding can overturn is a tie, not a difference.
+        Each has `from`, `to`, `tokens`, the perplexities `ppl_reference` and `ppl`, `rise` and `rise_error` (shares,
+        see `Bucket`), `kl` (nats a token), `same_top1` (a share), `max_abs_diff` (of logits) and `top1_gap`: where the
+        top token differs, the largest lead (in logits) that the reference gave its own. A lead that rounding can
+        overturn is a tie, not a difference.
         """
-        return [bucket.as_dict() for bucket in self.buckets if bucket.tokens]
+        table = self._table()
+        buckets = [self._sum(table, start, end) for start, end in pairwise(self.edges)]
+        return [bucket.as_dict() for bucket in buckets if bucket.tokens]
+
+    def _table(self) -> Tensor:
+        """Every document's sums on the CPU, [documents, buckets, columns] fp64."""
+        if not self.documents:
+            return torch.zeros(0, len(self.edges) - 1, len(SUMS) + len(LARGEST), dtype=torch.float64)
+        return torch.stack(self.documents).cpu()
+
+    def _sum(self, table: Tensor, start: int, end: int) -> Bucket:
+        """The buckets of `table` that lie within `start <= t < end` as one."""
+        inside = [start <= first and last <= end for first, last in pairwise(self.edges)]
+        table = table[:, inside]
+        total = Bucket(start, end)
+        if not table.numel():
+            return total
+        documents = table[..., : len(SUMS)].sum(1)
+        for name, value in zip(SUMS, documents.sum(0).tolist(), strict=True):
+            setattr(total, name, int(value) if name in COUNTS else value)
+        for name, value in zip(LARGEST, table[..., len(SUMS) :].amax((0, 1)).tolist(), strict=True):
+            setattr(total, name, value)
+        total.rise, total.rise_error = _rise(documents)
+        return total
+
+
+def positions_at_once(device: torch.device, vocabulary: int) -> int:
+    """Positions whose logits are compared at a time: on a GPU as many as make one fp32 tensor of 256 MB.
+
+    Args:
+        device: where they are compared.
+        vocabulary: V of the logits [T, V].
+    """
+    return max(256, 2**26 // vocabulary) if device.type == "cuda" else 256
 
 
 def compare_by_position(
-    reference_logits: Tensor, logits: Tensor, labels: Tensor, edges: Sequence[int], chunk: int = 256
+    reference_logits: Tensor, logits: Tensor, labels: Tensor, edges: Sequence[int], chunk: int | None = None
 ) -> Accumulator:
     """The comparison of one document in one call.
 
@@ -167,44 +215,49 @@ def compare_by_position(
     return accumulator
 
 
-def _compare(bucket: Bucket, reference_logits: Tensor, logits: Tensor, labels: Tensor) -> Bucket:
-    """The sums of a chunk of positions of one bucket.
+def _compare(reference_logits: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """What a chunk of positions adds to its bucket; nothing here waits for the device.
 
     Args:
-        bucket: whose borders the sums get.
         reference_logits: [C, V].
         logits: [C, V].
         labels: [C] int64.
+
+    Returns:
+        [len(SUMS)] and [len(LARGEST)] fp64.
     """
     # [C, V] in fp32
     reference, other = reference_logits.float(), logits.float()
-    difference = (reference - other).abs_().amax().item()
+    difference = (reference - other).abs_().amax()
     # [C]: how much more the reference gives its own top token than the other's
-    gap = reference.amax(-1) - reference.gather(-1, other.argmax(-1, keepdim=True)).squeeze(-1)
-    same = reference.argmax(-1) == other.argmax(-1)
+    best, other_best = reference.argmax(-1), other.argmax(-1)
+    gap = reference.amax(-1) - reference.gather(-1, other_best[:, None]).squeeze(-1)
+    same = best == other_best
     reference, other = reference.log_softmax(-1), other.log_softmax(-1)
     has_label = labels != NO_LABEL
     index = labels.where(has_label, 0)[:, None]
     nll_reference, nll = (
-        -log_p.gather(-1, index).squeeze(-1)[has_label].double().sum() for log_p in (reference, other)
+        -log_p.gather(-1, index).squeeze(-1).where(has_label, 0).double().sum() for log_p in (reference, other)
     )
-    kl = (reference.exp() * (reference - other)).sum(-1)
-    return Bucket(
-        bucket.start,
-        bucket.end,
-        tokens=len(labels),
-        labelled=int(has_label.sum()),
-        nll_reference=nll_reference.item(),
-        nll=nll.item(),
-        kl=kl.double().sum().item(),
-        same_top1=int(same.sum()),
-        max_abs_diff=difference,
-        top1_gap=gap.where(~same, 0).amax().item(),
-    )
+    kl = (reference.exp() * reference.sub_(other)).sum(-1).double().sum()
+    tokens = torch.full_like(kl, len(labels))
+    sums = torch.stack([tokens, has_label.sum().double(), same.sum().double(), nll_reference, nll, kl])
+    return sums, torch.stack([difference, gap.where(~same, 0).amax()]).double()
 
 
-def _larger(a: float, b: float) -> float:
-    return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
+def _rise(documents: Tensor) -> tuple[float | None, float | None]:
+    """`rise` and `rise_error` of a bucket.
+
+    Args:
+        documents: the bucket's sums of each document, [documents, len(SUMS)] fp64.
+    """
+    labelled, reference, other = (documents[:, SUMS.index(name)] for name in ("labelled", "nll_reference", "nll"))
+    differences = ((other - reference) / labelled)[labelled > 0]
+    mean = float(differences.mean())  # NaN of none
+    if not mean < 700:
+        return None, None
+    error = math.exp(mean) * float(differences.std()) / len(differences) ** 0.5 if len(differences) > 1 else math.nan
+    return _finite(math.expm1(mean)), _finite(error)
 
 
 def _finite(value: float) -> float | None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from .metrics import NO_LABEL, Accumulator
+from .metrics import NO_LABEL, Accumulator, positions_at_once
 from .tokens import Window, next_tokens
 
 # Final hidden states [1, n, hidden] to logits [n, vocabulary].
@@ -69,7 +69,7 @@ def compare_models(
     edges: Sequence[int],
     *,
     is_text: bool = True,
-    chunk: int = 256,
+    chunk: int | None = None,
 ) -> Accumulator:
     """Compares two models' logits on the same texts, on the device of the texts' ids.
 
@@ -81,17 +81,19 @@ def compare_models(
         windows: the texts, ids int64 [1, T].
         edges: borders of the ranges of positions, see `Accumulator`.
         is_text: False for random tokens, of which no next one can be predicted.
-        chunk: positions whose logits exist at a time.
+        chunk: positions whose logits exist at a time; None takes what suits the device and the vocabulary.
 
     Returns:
         The comparison, summed over the texts.
     """
     comparison = Accumulator(edges, chunk)
+    vocabulary = model.config.get_text_config().vocab_size
     with head_of(reference) as reference_head, head_of(model) as head:
         for (_, ids), reference_hidden, hidden in zip(windows, reference_states, states, strict=True):
             labels = next_tokens(ids) if is_text else torch.full_like(ids[0], NO_LABEL)
-            for start in range(0, len(labels), chunk):
-                positions = slice(start, start + chunk)
+            step = chunk or positions_at_once(ids.device, vocabulary)
+            for start in range(0, len(labels), step):
+                positions = slice(start, start + step)
                 comparison.update(
                     reference_head(reference_hidden[:, positions]).to(ids.device),
                     head(hidden[:, positions]).to(ids.device),

@@ -1,8 +1,8 @@
 """Perplexity and KL by position: `nsa-hf eval OUT`, and what a training run prints before and after.
 
-    states = final_states(teacher, windows)                     # [1, T, hidden] for each window
-    rows = compare_models(teacher, states, student, final_states(student, windows), windows)
+    (rows,) = compare([(Way(teacher, dense=True), Way(student))], windows)
 
+One text is taken at a time: its hidden states and logits stay on the model's GPU and are gone before the next one's.
 How two models are compared stands in `nsa_hf.conversion.compare.models`.
 """
 
@@ -11,75 +11,85 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
 from nsa_hf.conversion.compare import models
-from nsa_hf.conversion.compare.metrics import position_edges
+from nsa_hf.conversion.compare.metrics import Accumulator, position_edges
 from nsa_hf.conversion.compare.texts import provenance
 from nsa_hf.conversion.files.staging import write_json
 from nsa_hf.errors import NsaError
 
 from ..load import check_token_ids, load_nsa_model, load_tokenizer
+from ..terminal import track
 from .data import Window, held_out_documents, held_out_windows
 
 NAME = "eval.json"
 Row = dict[str, Any]
+Autocast = Callable[[], AbstractContextManager]
 
 
-def final_states(
-    model: Any, windows: Sequence[Window], autocast: Callable[[], AbstractContextManager] = nullcontext
-) -> list[Tensor]:
-    """Runs a model over held-out windows, see `models.final_states`.
+class Way(NamedTuple):
+    """A model, and whether it runs dense."""
 
-    Args:
-        model: a causal language model.
-        windows: name and token ids of each text.
-        autocast: makes the context that each forward pass runs in.
+    model: Any
+    dense: bool = False
 
-    Returns:
-        The final hidden states [1, T, hidden] of each window, on the CPU.
-
-    Raises:
-        NsaError: a token that the model has no embedding for.
-    """
-    for _, ids in windows:
-        check_token_ids(model, ids)
-    return models.final_states(model, as_tensors(windows), autocast)
+    def states(self, window: models.Window, autocast: Autocast) -> Tensor:
+        """The final hidden states [1, T, hidden] of a text, on the device of its ids."""
+        with self.model.dense_attention() if self.dense else nullcontext():
+            return models.final_states(self.model, [window], autocast)[0]
 
 
-def compare_models(
-    reference: Any,
-    reference_states: Sequence[Tensor],
-    model: Any,
-    states: Sequence[Tensor],
+def compare(
+    pairs: Sequence[tuple[Way, Way]],
     windows: Sequence[Window],
-    chunk: int = 256,
-) -> list[Row]:
-    """Both models' perplexity, KL(reference || model) and same top-1 by position.
+    autocast: Autocast = nullcontext,
+    *,
+    chunk: int | None = None,
+    progress: str | None = None,
+) -> list[list[Row]]:
+    """Pairs of models by position: both's perplexity, KL(first || second) and same top-1.
 
     Args:
-        reference: the model compared with.
-        reference_states: what `final_states` gave of it for `windows`.
-        model: the sparse model.
-        states: what `final_states` gave of it for `windows`.
+        pairs: the model compared with, and the sparse model; each way to run a model runs once over each text.
         windows: name and token ids of each text.
-        chunk: positions whose logits exist at a time.
+        autocast: makes the context that each forward pass runs in, such as Accelerate's mixed precision.
+        chunk: positions whose logits exist at a time; None takes what suits the device and the vocabulary.
+        progress: words before a bar; None shows no bar.
 
     Returns:
-        Rows as `Accumulator.as_dict` has them; one ends where an untrained conversion ceases to be exact.
+        For each pair rows as `Accumulator.as_dict` has them; one ends where an untrained conversion ceases to be exact.
 
     Raises:
-        NsaError: logits are not finite.
+        NsaError: a token that a model has no embedding for, or logits that are not finite.
     """
+    ways = list(dict.fromkeys(way for pair in pairs for way in pair))
+    for _, ids in windows:
+        check_token_ids(ways[0].model, ids)
     longest = max(len(ids) for _, ids in windows)
-    edges = position_edges(longest, [model.config.nsa_sizes.exact_tokens])
-    comparison = models.compare_models(
-        reference, reference_states, model, states, as_tensors(windows), edges, chunk=chunk
-    )
+    comparisons = [
+        Accumulator(position_edges(longest, [sparse.model.config.nsa_sizes.exact_tokens])) for _, sparse in pairs
+    ]
+    for name, ids in track(windows, progress):
+        window = name, torch.tensor([ids], device=comparing_device(ways[0].model))
+        states = {way: way.states(window, autocast) for way in ways}
+        for comparison, (dense, sparse) in zip(comparisons, pairs, strict=True):
+            sides = (dense.model, [states[dense]], sparse.model, [states[sparse]])
+            comparison.merge(models.compare_models(*sides, [window], comparison.edges, chunk=chunk))
+    return [finite_rows(comparison) for comparison in comparisons]
+
+
+def comparing_device(model: Any) -> torch.device:
+    """Where a model's logits are compared: its GPU, else the CPU, which has float64 everywhere."""
+    return model.device if model.device.type == "cuda" else torch.device("cpu")
+
+
+def finite_rows(comparison: Accumulator) -> list[Row]:
+    """The rows of a comparison; NsaError where logits are not finite."""
     rows = comparison.as_dict()
     if wrong := [span(row) for row in rows if row["kl"] is None]:
         raise NsaError(
@@ -87,11 +97,6 @@ def compare_models(
             "that are too high"
         )
     return rows
-
-
-def as_tensors(windows: Sequence[Window]) -> list[tuple[str, Tensor]]:
-    """The windows with their token ids as int64 [1, T]."""
-    return [(name, torch.tensor([ids])) for name, ids in windows]
 
 
 def mean_kl(rows: Sequence[Row], start: int = 0) -> float | None:
@@ -129,10 +134,7 @@ def evaluate(
     model, tokenizer = load_nsa_model(out, device), load_tokenizer(out, trust_remote_code)
     texts = held_out_documents(text, documents)
     windows = held_out_windows(texts, tokenizer, length)
-    states = final_states(model, windows)
-    with model.dense_attention():
-        dense_states = final_states(model, windows)
-    rows = compare_models(model, dense_states, model, states, windows)
+    (rows,) = compare([(Way(model, dense=True), Way(model))], windows, progress="Documents")
     result = {"format": 1, "length": length, "texts": provenance(texts), "rows": rows, "kl": mean_kl(rows)}
     write_json(out / NAME, result)
     return result
@@ -140,23 +142,33 @@ def evaluate(
 
 def render_rows(rows: Sequence[Row], title: str) -> Table:
     """One comparison as a table."""
-    table = Table("tokens", "perplexity dense", "sparse", "KL", "same top-1", title=title)
+    table = Table("tokens", "perplexity dense", "sparse", "rise", "KL", "same top-1", title=title)
     for row in rows:
-        table.add_row(span(row), *(show(row[key], form) for key, form in COLUMNS))
+        dense, sparse, kl, same = (show(row[key], form) for key, form in COLUMNS)
+        table.add_row(span(row), dense, sparse, show_rise(row), kl, same)
     return table
 
 
 COLUMNS = (("ppl_reference", ".3f"), ("ppl", ".3f"), ("kl", ".5f"), ("same_top1", ".2%"))
 
 
+def show_rise(row: Row) -> str:
+    """By how much a row's perplexity is above dense's, with its standard error over the texts where there is one."""
+    error = row.get("rise_error")
+    return show(row.get("rise"), "+.2%") + (f" ± {error:.2%}" if error is not None else "")
+
+
 def render_before_after(held_out: Row) -> Table:
     """A run's held-out figures: the dense teacher, the sparse model before and after, and its new weights run dense."""
     table = Table(title=f"held-out text by position ({', '.join(held_out['names'])})")
-    for heading in ("tokens", "teacher", "before", "after", "after, run dense", "KL before", "KL after"):
+    headings = ("tokens", "teacher", "before", "after", "after, run dense", "rise before", "rise after")
+    for heading in (*headings, "KL before", "KL after"):
         table.add_column(heading, justify="right")
     for before, after, dense in zip(held_out["before"], held_out["after"], held_out["after_own_dense"], strict=True):
         ppl = [before["ppl_reference"], before["ppl"], after["ppl"], dense["ppl_reference"]]
-        table.add_row(span(before), *(show(p, ".3f") for p in ppl), show(before["kl"], ".5f"), show(after["kl"], ".5f"))
+        kl = [before["kl"], after["kl"]]
+        cells = [*(show(p, ".3f") for p in ppl), show_rise(before), show_rise(after), *(show(x, ".5f") for x in kl)]
+        table.add_row(span(before), *cells)
     return table
 
 

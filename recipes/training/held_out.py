@@ -12,38 +12,35 @@ from rich.console import Console
 from nsa_hf.conversion.compare.texts import provenance
 
 from .data import Window
-from .evaluate import Row, compare_models, final_states, mean_kl, render_before_after
+from .evaluate import Row, Way, compare, mean_kl, render_before_after
 
 
 class HeldOut:
-    """The held-out windows and the teacher's hidden states on them, which are computed once."""
+    """The held-out windows, and the teacher that a student is compared with on them."""
 
     def __init__(self, windows: Sequence[Window], teacher: Any, autocast: Callable[[], AbstractContextManager]):
-        """Runs the teacher, dense, over the windows.
+        """Keeps what it is given.
 
         Args:
             windows: name and token ids of each text.
-            teacher: the converted model.
+            teacher: the converted model, which runs dense.
             autocast: makes the context in which both models run.
         """
         self.windows, self.teacher, self.autocast = windows, teacher, autocast
-        with teacher.dense_attention():
-            self.teacher_states = final_states(teacher, windows, autocast)
 
     def compare(self, student: Any) -> list[Row]:
-        """The sparse student beside the teacher by position, rows as of `compare_models`."""
-        states = final_states(student, self.windows, self.autocast)
-        return compare_models(self.teacher, self.teacher_states, student, states, self.windows)
+        """The sparse student beside the teacher by position, rows as of `evaluate.compare`."""
+        (rows,) = self._compare([(Way(self.teacher, dense=True), Way(student))])
+        return rows
 
     def compare_trained(self, student: Any) -> tuple[list[Row], list[Row]]:
         """The sparse student beside the teacher, and beside its own new weights run dense."""
-        states = final_states(student, self.windows, self.autocast)
-        with student.dense_attention():
-            dense_states = final_states(student, self.windows, self.autocast)
-        return (
-            compare_models(self.teacher, self.teacher_states, student, states, self.windows),
-            compare_models(student, dense_states, student, states, self.windows),
-        )
+        sparse = Way(student)
+        rows, own = self._compare([(Way(self.teacher, dense=True), sparse), (Way(student, dense=True), sparse)])
+        return rows, own
+
+    def _compare(self, pairs: list[tuple[Way, Way]]) -> list[list[Row]]:
+        return compare(pairs, self.windows, self.autocast, progress="Held-out text")
 
 
 def held_out_figures(

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
+from itertools import pairwise
 
 import pytest
 import torch
 
-from nsa_hf.conversion.compare.metrics import NO_LABEL, Accumulator, compare_by_position, position_edges
+from nsa_hf.conversion.compare.metrics import (
+    NO_LABEL,
+    Accumulator,
+    compare_by_position,
+    position_edges,
+    positions_at_once,
+)
 
 VOCABULARY = 11
 
@@ -31,12 +39,14 @@ def by_loops(reference, other, labels, start, end):
         for t in rows
         if reference[t].argmax() != other[t].argmax()
     ]
+    nll_reference, nll = (-sum(x[t, labels[t]].item() for t in labelled) / len(labelled) for x in (log_p, log_q))
     return {
         "from": start,
         "to": end,
         "tokens": len(rows),
-        "ppl_reference": math.exp(sum(-log_p[t, labels[t]].item() for t in labelled) / len(labelled)),
-        "ppl": math.exp(sum(-log_q[t, labels[t]].item() for t in labelled) / len(labelled)),
+        "ppl_reference": math.exp(nll_reference),
+        "ppl": math.exp(nll),
+        "rise": math.exp(nll - nll_reference) - 1,
         "kl": sum((log_p[t].exp() * (log_p[t] - log_q[t])).sum().item() for t in rows) / len(rows),
         "same_top1": sum(bool(reference[t].argmax() == other[t].argmax()) for t in rows) / len(rows),
         "max_abs_diff": max((reference[t] - other[t]).abs().max().item() for t in rows),
@@ -63,6 +73,7 @@ def test_rows_equal_loops_whatever_the_chunk(chunk):
     case = random_case(20)
     rows = compare_by_position(*case, edges=[0, 5, 16, 20], chunk=chunk).as_dict()
     for row, (start, end) in zip(rows, [(0, 5), (5, 16), (16, 20)], strict=True):
+        assert row.pop("rise_error") is None, "of one document"
         assert row == pytest.approx(by_loops(*case, start, end), rel=1e-5)
 
 
@@ -84,7 +95,26 @@ def test_runs_and_documents_add_up_to_the_whole():
 def test_between_sums_whole_buckets():
     case = random_case(20)
     total = compare_by_position(*case, edges=[0, 5, 16, 20]).between(0, 16).as_dict()
+    assert total.pop("rise_error") is None
     assert total == pytest.approx(by_loops(*case, 0, 16), rel=1e-5)
+
+
+def test_the_rise_is_paired_over_documents():
+    edges, cases = [0, 5, 16, 20], [random_case(20, seed) for seed in range(4)]
+    together = Accumulator(edges, chunk=3)
+    for case in cases:
+        together.update(*case)
+    for row, (start, end) in zip(together.as_dict(), pairwise(edges), strict=True):
+        rises = [math.log1p(by_loops(*case, start, end)["rise"]) for case in cases]
+        assert row["rise"] == pytest.approx(math.expm1(statistics.mean(rises)))
+        error = math.exp(statistics.mean(rises)) * statistics.stdev(rises) / 2
+        assert row["rise_error"] == pytest.approx(error, rel=1e-5)
+
+
+def test_a_gpu_compares_many_positions_at_once():
+    assert positions_at_once(torch.device("cpu"), 49152) == 256
+    assert positions_at_once(torch.device("cuda"), 49152) == 1365
+    assert positions_at_once(torch.device("cuda"), 10**6) == 256
 
 
 def test_equal_logits_are_equal_and_low_precision_is_compared_in_float32():

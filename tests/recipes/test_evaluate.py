@@ -7,9 +7,9 @@ from tiny_runs import converted, write_texts
 
 from nsa_hf.errors import NsaError
 from nsa_hf.recipes.training.evaluate import (
-    compare_models,
+    Way,
+    compare,
     evaluate,
-    final_states,
     mean_kl,
     render_before_after,
     render_rows,
@@ -29,9 +29,7 @@ def printed(table):
 
 def test_rows_equal_the_definition_on_whole_logits(tiny_nsa_model):
     model, texts = tiny_nsa_model(), windows()
-    with model.dense_attention():
-        dense = final_states(model, texts)
-    rows = compare_models(model, dense, model, final_states(model, texts), texts, chunk=7)
+    (rows,) = compare([(Way(model, dense=True), Way(model))], texts, chunk=7)
     assert [(row["from"], row["to"], row["tokens"]) for row in rows] == [(0, 64, 128), (64, 100, 72)]
     with torch.no_grad():
         ids = torch.tensor([ids for _, ids in texts])
@@ -50,12 +48,21 @@ def test_rows_equal_the_definition_on_whole_logits(tiny_nsa_model):
     assert mean_kl(rows, 1000) is None
 
 
-def test_final_states_leave_the_mode_as_it_was(tiny_nsa_model):
-    model = tiny_nsa_model().train()
-    (states,) = final_states(model, windows(1))
-    assert model.training
-    assert states.shape == (1, 100, 48)
-    assert not states.requires_grad
+def test_each_way_runs_once_over_a_text(tiny_nsa_model, monkeypatch):
+    """And the mode is afterwards as it was."""
+    teacher, student, ran = tiny_nsa_model(), tiny_nsa_model().train(), []
+    student.get_input_embeddings().weight.data *= 1.5
+    states = Way.states
+    monkeypatch.setattr(Way, "states", lambda way, *others: ran.append(way) or states(way, *others))
+    ways = [Way(teacher, dense=True), Way(student), Way(student, dense=True)]
+    texts = windows()
+    beside_teacher, beside_own = compare([(ways[0], ways[1]), (ways[2], ways[1])], texts)
+    assert ran == [ways[0], ways[1], ways[2]] * 2
+    assert student.training and not teacher.training
+    assert [beside_teacher] == compare([(ways[0], ways[1])], texts)
+    assert [beside_own] == compare([(ways[2], ways[1])], texts)
+    assert beside_own[0]["kl"] != beside_teacher[0]["kl"]
+    assert beside_teacher[0]["ppl"] == beside_own[0]["ppl"]
 
 
 def test_eval_writes_what_it_returns(tiny_dense_dir, tiny_sizes, tmp_path):
@@ -70,15 +77,22 @@ def test_eval_writes_what_it_returns(tiny_dense_dir, tiny_sizes, tmp_path):
         evaluate(out, text=str(texts), documents=1, length=4000)
 
 
-def test_logits_that_are_not_finite_are_no_result(tiny_nsa_model):
+def test_logits_that_are_not_finite_are_no_result(tiny_nsa_model, monkeypatch):
     """One text of two, or a few positions, would otherwise be left out of the mean without a word."""
     model, texts = tiny_nsa_model(), windows()
-    states = final_states(model, texts)
-    spoiled = [states[0], states[1].clone()]
-    spoiled[1][0, 80] = float("nan")
-    for pair in ((states, spoiled), (spoiled, states)):
-        with pytest.raises(NsaError, match=r"logits are not finite \(positions 64-100\)"):
-            compare_models(model, pair[0], model, pair[1], texts)
+    states = Way.states
+    for spoiled in (Way(model, dense=True), Way(model)):
+
+        def with_nan(way, window, autocast, spoiled=spoiled):
+            given = states(way, window, autocast)
+            if way == spoiled and window[0] == "1":
+                given[0, 80] = float("nan")
+            return given
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Way, "states", with_nan)
+            with pytest.raises(NsaError, match=r"logits are not finite \(positions 64-100\)"):
+                compare([(Way(model, dense=True), Way(model))], texts)
 
 
 def test_an_interrupted_evaluation_leaves_the_mode_as_it_was(tiny_nsa_model, monkeypatch):
@@ -88,20 +102,30 @@ def test_an_interrupted_evaluation_leaves_the_mode_as_it_was(tiny_nsa_model, mon
     model = tiny_nsa_model().train()
     monkeypatch.setattr(model.model, "forward", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        final_states(model, windows(1))
+        compare([(Way(model, dense=True), Way(model))], windows(1))
     assert model.training
 
 
 def test_before_and_after_stand_in_one_row():
-    def row(ppl_reference, ppl, kl):
-        return {"from": 0, "to": 2048, "ppl_reference": ppl_reference, "ppl": ppl, "kl": kl}
+    def row(ppl_reference, ppl, kl, **rise):
+        return {"from": 0, "to": 2048, "ppl_reference": ppl_reference, "ppl": ppl, "kl": kl, **rise}
 
     held_out = {
         "names": ["x.py"],
-        "before": [row(8.0, 9.0, 0.25)],
-        "after": [row(8.0, 8.5, 0.125)],
+        "before": [row(8.0, 9.0, 0.25, rise=0.125, rise_error=0.002)],
+        "after": [row(8.0, 8.5, 0.125, rise=0.0625, rise_error=None)],
         "after_own_dense": [row(8.25, 8.5, None)],
     }
     text = printed(render_before_after(held_out))
     cells = [cell.strip() for cell in next(line for line in text.splitlines() if "2,048" in line).split("│")]
-    assert cells[1:-1] == ["0-2,048", "8.000", "9.000", "8.500", "8.250", "0.25000", "0.12500"]
+    assert cells[1:-1] == [
+        "0-2,048",
+        "8.000",
+        "9.000",
+        "8.500",
+        "8.250",
+        "+12.50% ± 0.20%",
+        "+6.25%",
+        "0.25000",
+        "0.12500",
+    ]

@@ -60,7 +60,7 @@ def test_attention_dropout_is_refused_before_anything_is_computed(tmp_path, tiny
     dense.save_pretrained(tmp_path / "dense")
     byte_tokenizer().save_pretrained(tmp_path / "dense")
     model = converted(tmp_path / "dense", tmp_path / "nsa", tiny_sizes)
-    monkeypatch.setattr("nsa_hf.recipes.training.held_out.final_states", None)
+    monkeypatch.setattr("nsa_hf.recipes.training.held_out.compare", None)
     with pytest.raises(NsaError, match=r"attention_dropout is 0.1, .* has no dropout: set it to 0"):
         train(tiny_run(model, texts, tmp_path / "out"))
     assert not (tmp_path / "out.unfinished").exists()
@@ -105,11 +105,11 @@ def test_main_prints_errors_without_a_traceback(tmp_path, capsys):
 
 
 def test_main_ends_quietly_on_ctrl_c(nsa_dir, texts, tmp_path, monkeypatch, capsys):
-    def interrupted(*args):
+    def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
     run = tmp_path / "run.yaml"
     run.write_text(yaml.safe_dump(tiny_run(nsa_dir, texts, tmp_path / "out").as_dict()))
-    monkeypatch.setattr("nsa_hf.recipes.training.held_out.final_states", interrupted)
+    monkeypatch.setattr("nsa_hf.recipes.training.held_out.compare", interrupted)
     assert main([str(run)]) == 130
     assert "stopped: the same command goes on" in capsys.readouterr().err
