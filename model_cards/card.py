@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from .escaping import FILTERS, Markdown, escaped
+from .evaluation import suites_of
 
 TEMPLATE = "template.md.j2"
 # The results that a card shows: name in the template, file in the folder.
@@ -74,6 +75,8 @@ def render_card(out: str | Path, overwrite: bool = False) -> Path:
     folder = Path(out)
     manifest, config = read_model(folder)
     results = {name: read_result(folder / file) for name, file in RESULTS.items()}
+    if results["evaluation"] is not None:
+        results["evaluation"] = suites_of(results["evaluation"])
     samples = [sample for file in SAMPLES if (sample := read_result(folder / file))]
     try:
         from jinja2 import TemplateError
@@ -81,7 +84,7 @@ def render_card(out: str | Path, overwrite: bool = False) -> Path:
         from .pictures import draw_pictures, pictures_of
     except ImportError as error:
         raise CardError(f"a card needs the package {error.name}: pip install 'nsa-hf[eval]'") from error
-    measured = results["training"], results["verify"], results["inspection"]
+    measured = results["training"], results["verify"], results["inspection"], results["evaluation"]
     path = folder / "README.md"
     try:
         pictures = [name for name, draw in pictures_of(*measured).items() if draw is not None]

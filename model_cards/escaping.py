@@ -40,6 +40,12 @@ def scientific(value: float | None) -> str:
     return Markdown("under 1e-07") if value is not None and abs(value) < 1e-7 else number(value, ".2e")
 
 
+def rise(row: dict[str, Any]) -> str:
+    """By how much a row's perplexity is above dense's, with its standard error over the texts where there is one."""
+    error = row.get("rise_error")
+    return Markdown(number(row.get("rise"), "+.2%") + ("" if error is None else f" ± {error:.2%}"))
+
+
 def block(text: str) -> str:
     """A text as an indented code block, which no text can end."""
     return Markdown("\n".join(f"    {line}" for line in text.strip("\n").splitlines()) or "    (nothing)")
@@ -51,6 +57,7 @@ FILTERS = {
     "fixed": lambda value, digits: number(value, f",.{digits}f"),
     "scientific": scientific,
     "percent": lambda value: number(value, ".2%"),
+    "rise": rise,
     "plain": lambda value: number(value, "g"),
     "span": lambda row: Markdown(f"{row['from']:,}–{row['to']:,}"),
     "code": code,

@@ -22,32 +22,44 @@ INK, MUTED, GRID = "#1f2933", "#6b7785", "#e3e8ee"
 BLUE, ORANGE, GREEN, VIOLET = "#2563c9", "#dd6b20", "#23875a", "#7c4dbd"
 SHADES = LinearSegmentedColormap.from_list("selected", ["#f4f7fb", "#a9c7ee", "#3f7fd6", "#123a7a", "#071a3d"])
 DPI = 160
+NEEDLES = "needle.png"
 MAPS_ACROSS, MAPS_DOWN = 6, 4  # layers and heads shown at most
 
 
-def pictures_of(training: Result | None, verify: Result | None, inspection: Result | None) -> Pictures:
-    """The card's pictures, which are not drawn yet."""
+def pictures_of(
+    training: Result | None, verify: Result | None, inspection: Result | None, evaluation: Result | None = None
+) -> Pictures:
+    """The card's pictures, which are not drawn yet; `evaluation` is by suite, see evaluation.py."""
+    needles, recall = (evaluation or {}).get("needle"), ((evaluation or {}).get("ppl") or {}).get("recall")
     return {
         "training.png": (lambda: training_curve(training)) if training else None,
         "perplexity.png": perplexity_picture(training, verify),
         "selection.png": (lambda: selection_maps(inspection)) if inspection and inspection["layers"] else None,
         "gates.png": (lambda: gate_lines(inspection)) if inspection and inspection["layers"] else None,
+        "recall.png": (lambda: recall_lines(recall)) if recall else None,
+        NEEDLES: (lambda: needle_maps(needles)) if needles else None,
     }
 
 
-def draw_pictures(folder: Path, training: Result | None, verify: Result | None, inspection: Result | None) -> list[str]:
+def draw_pictures(
+    folder: Path,
+    training: Result | None,
+    verify: Result | None,
+    inspection: Result | None,
+    evaluation: Result | None = None,
+) -> list[str]:
     """Draws what was measured, and removes old pictures of what was not.
 
     A file that is a link is replaced, and what it points to stays.
 
     Args:
         folder: for the pictures.
-        training, verify, inspection: the results; None for one that was not measured.
+        training, verify, inspection, evaluation: the results; None for one that was not measured.
 
     Returns:
         The files' names.
     """
-    pictures = pictures_of(training, verify, inspection)
+    pictures = pictures_of(training, verify, inspection, evaluation)
     drawn = {name: draw() for name, draw in pictures.items() if draw is not None}
     for name in pictures:
         (folder / name).unlink(missing_ok=True)
@@ -188,6 +200,62 @@ def gate_lines(inspection: Result) -> Figure:
     panels[0].axhline(1, color=MUTED, linewidth=0.9)
     panels[1].legend(frameon=False, fontsize=8, labelcolor=INK)
     return figure
+
+
+def recall_lines(recall: Sequence[Result]) -> Figure:
+    """By layer the recall of the oracle's blocks, and how much of dense attention lies in the selected blocks."""
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    layers = [row["layer"] for row in recall]
+    dots = {"linewidth": 1.6, "marker": "o", "markersize": 3.5}
+    left.plot(layers, as_array([row["recall"] for row in recall]), color=BLUE, **dots)
+    for key, name, color in (("oracle", "the best blocks", INK), ("captured", "the selected ones", BLUE)):
+        right.plot(layers, as_array([row[key] for row in recall]), color=color, label=name, **dots)
+    style(left, "share of the best blocks that is selected", "layer", "recall")
+    style(right, "share of dense attention that lies in", "layer", "share")
+    right.legend(frameon=False, fontsize=8, labelcolor=INK)
+    left.set_ylim(0, 1.02)
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def needle_maps(needles: Result) -> Figure:
+    """What is found by length (columns) and depth (rows), dense beside sparse: one needle above, several below.
+
+    Args:
+        needles: of the suite `needle`.
+    """
+    lengths, depths = needles["lengths"], needles["depths"]
+    figure = Figure(figsize=(1.2 * len(lengths) + 4.4, 5.6), layout="constrained")
+    grid = figure.subplots(2, 2, sharex=True, sharey=True)
+    image = None
+    for row, (kind, words) in enumerate((("single", "one needle"), ("multiple", "several needles"))):
+        for column, way in enumerate(("dense", "sparse")):
+            found = {
+                (cell["depth"], cell["length"]): cell[way]["found"] for cell in needles["cells"] if cell["kind"] == kind
+            }
+            shares = [[found[depth, length] for length in lengths] for depth in depths]
+            axes = grid[row][column]
+            image = axes.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+            axes.set_title(f"{words}, {way}", fontsize=10, color=INK, loc="left")
+            axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+            shown = spread(len(depths), 6)
+            axes.set_yticks(shown, [f"{depths[place]:.0%}" for place in shown])
+            axes.tick_params(labelsize=8, color=GRID, labelcolor=MUTED)
+    assert image is not None
+    bar = figure.colorbar(image, ax=grid, fraction=0.03, pad=0.02, ticks=[0, 0.5, 1], format="{x:.0%}")
+    bar.set_label("found", fontsize=8, color=INK)
+    bar.ax.tick_params(labelsize=8, color=GRID, labelcolor=MUTED)
+    figure.supxlabel("tokens", fontsize=9, color=MUTED)
+    figure.supylabel("depth", fontsize=9, color=MUTED)
+    return figure
+
+
+def draw_needles(folder: Path, needles: Result) -> None:
+    """Draws `needle_maps` into a folder; a file that is a link is replaced."""
+    (folder / NEEDLES).unlink(missing_ok=True)
+    needle_maps(needles).savefig(folder / NEEDLES, dpi=DPI, facecolor="white", metadata={"Software": None})
 
 
 def layer_bars(measured: Result) -> Figure:

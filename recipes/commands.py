@@ -20,7 +20,7 @@ from nsa_hf.errors import check_folder
 from .exit_codes import FAILED
 from .measuring import measuring, save_plan
 from .nsa_options import options_of, with_nsa_options
-from .terminal import read_text, show
+from .terminal import numbers, read_text, show, split
 from .training.config import load_run_config, settings_help
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -254,29 +254,58 @@ def train(
 @app.command("eval")
 def evaluate(
     out: Out,
-    length: Annotated[int, typer.Option(help="Tokens of every text.")] = 2048,
-    documents: Annotated[int, typer.Option(help="Held-out texts read.")] = 2,
+    suite: Annotated[str, typer.Option(help="ppl, needle, ruler, lm-eval; several with commas.")] = "ppl",
     text: Annotated[str, typer.Option(help="stdlib, a text file, a folder, a .jsonl or .parquet.")] = "stdlib",
+    length: Annotated[int, typer.Option(help="ppl: tokens of every text.")] = 2048,
+    documents: Annotated[int, typer.Option(help="ppl: held-out texts read.")] = 2,
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="needle, ruler: tokens of the prompts. [default: 4096,8192,16384,32768, as far as they fit]"),
+    ] = None,
+    depths: Annotated[int, typer.Option(help="needle: places of the needle.")] = 10,
+    samples: Annotated[int, typer.Option(help="needle, ruler: prompts for each place, task and length.")] = 2,
+    rope_scaling: Annotated[
+        str | None, typer.Option(metavar="KIND:FACTOR", help="For longer texts, in this evaluation only: yarn:4.")
+    ] = None,
+    ruler_data: Annotated[
+        Path | None, typer.Option(help="ruler: rows in its own format, a .jsonl or a folder, instead of made ones.")
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="lm-eval: its tasks, with commas.")] = "",
+    include_path: Annotated[Path | None, typer.Option(help="lm-eval: a folder with more tasks, in YAML.")] = None,
+    few_shot: Annotated[int | None, typer.Option(help="lm-eval: examples before each question.")] = None,
+    limit: Annotated[int | None, typer.Option(help="lm-eval: questions of each task at most.")] = None,
     device: Device = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     trust_remote_code: TrustTokenizer = False,
     as_json: Json = False,
 ) -> None:
-    """Measure perplexity by position.
+    """Measure perplexity, needles, RULER, lm-eval.
 
-    Sparse beside the same weights run dense, on held-out text; also written to OUT/eval.json.
+    Sparse beside the same weights run dense; also written to OUT/eval.json, which keeps what other suites measured.
     """
+    from .evaluation.subject import Settings
+    from .evaluation.suites import evaluate, render
     from .load import pick_device
-    from .training.evaluate import evaluate, render_rows
 
-    result = evaluate(
-        out,
+    suites = list(dict.fromkeys(split(suite)))
+    settings = Settings(
         text=text,
         documents=documents,
         length=length,
-        device=pick_device(device),
-        trust_remote_code=trust_remote_code,
+        lengths=numbers(lengths, "--lengths"),
+        depths=depths,
+        samples=samples,
+        rope_scaling=rope_scaling,
+        ruler_data=ruler_data,
+        tasks=tuple(split(tasks)),
+        include_path=include_path,
+        few_shot=few_shot,
+        limit=limit,
     )
-    show(result, lambda figures: render_rows(figures["rows"], f"{out}: the same weights dense and sparse"), as_json)
+    result = evaluate(
+        out, suites, settings, device=pick_device(device), dtype=dtype, trust_remote_code=trust_remote_code
+    )
+    show(result, lambda measured: render(measured, suites, out), as_json)
 
 
 @app.command()

@@ -15,15 +15,26 @@ from nsa_hf.conversion.sources.folder import tokenizer_code
 from nsa_hf.errors import NsaError, check_folder
 
 
-def load_nsa_model(folder: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32") -> Any:
+def load_nsa_model(
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+    config: Any = None,
+) -> Any:
     """The sparse causal LM in a folder, in evaluation mode.
+
+    Args:
+        folder: holds it.
+        device: where it goes.
+        dtype: of its weights.
+        config: its config with something changed, such as RoPE; None takes the folder's.
 
     Raises:
         NsaError: there is none, or it is damaged.
     """
     folder = Path(folder)
     try:
-        config = read_config(folder)
+        config = config or read_config(folder)
         with transformers_progress(False):
             return load_whole(folder, config=config, dtype=dtype).to(device)
     except NsaError:

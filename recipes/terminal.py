@@ -50,6 +50,19 @@ def track(items: Sequence[Item], words: str | None) -> Iterator[Item]:
             bar.update(task, advance=1, rate=f"{speed:.2g}/s" if speed else "")
 
 
+def split(text: str) -> list[str]:
+    """The parts of an option's value that has several, with commas between them."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def numbers(text: str | None, option: str) -> tuple[int, ...] | None:
+    """An option's value that is several whole numbers; NsaError where it is not, None stays None."""
+    try:
+        return None if text is None else tuple(int(part) for part in split(text))
+    except ValueError as error:
+        raise NsaError(f"{option} takes whole numbers with commas between them, got {text!r}") from error
+
+
 def read_text(path: Path) -> str:
     """The text in a file, or in standard input where it is "-"; NsaError when it cannot be read."""
     try:

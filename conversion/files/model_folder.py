@@ -95,6 +95,8 @@ RESULTS = {
     "perplexity.png",
     "selection.png",
     "gates.png",
+    "recall.png",
+    "needle.png",
 }
 
 

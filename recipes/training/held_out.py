@@ -11,8 +11,8 @@ from rich.console import Console
 
 from nsa_hf.conversion.compare.texts import provenance
 
+from ..evaluation.perplexity import Row, Way, compare, mean_kl, render_before_after
 from .data import Window
-from .evaluate import Row, Way, compare, mean_kl, render_before_after
 
 
 class HeldOut:

@@ -25,10 +25,10 @@ from nsa_hf.conversion.plan import training_hindrance
 from nsa_hf.conversion.sources import open_source
 from nsa_hf.errors import NsaError
 
+from ..evaluation.perplexity import mean_kl
 from ..load import check_token_ids, load_nsa_model
 from .checkpoints import Checkpoints, step_of
 from .config import RunConfig
-from .evaluate import mean_kl
 from .folder import check_out, open_run_folder, save_trained, settings_fingerprint
 from .held_out import HeldOut, print_figures
 from .launch import deterministic, make_accelerator, on_main_process, prepare_model

@@ -109,10 +109,11 @@ def test_the_names_that_our_commands_write_are_known():
     from nsa_hf.model_cards.card import SAMPLES
     from nsa_hf.model_cards.pictures import pictures_of
     from nsa_hf.recipes import inspection
-    from nsa_hf.recipes.training import evaluate, folder
+    from nsa_hf.recipes.evaluation import suites
+    from nsa_hf.recipes.training import folder
 
     verified, exported = sys.modules["nsa_hf.conversion.verify"].RESULT, sys.modules["nsa_hf.conversion.export"].RESULT
-    written = {verified, inspection.NAME, evaluate.NAME, folder.RESULT, *SHOWN.values(), *SAMPLES}
+    written = {verified, inspection.NAME, suites.NAME, folder.RESULT, *SHOWN.values(), *SAMPLES}
     assert {"manifest.json", *written, *pictures_of(None, None, None)} == RESULTS
     assert exported in BESIDE
 

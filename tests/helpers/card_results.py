@@ -106,6 +106,42 @@ def inspection(layers: int = 8, heads: int = 3, blocks: int = 32) -> dict[str, A
     }
 
 
+def needles() -> dict[str, Any]:
+    """Of the suite `needle`: dense finds all, sparse not the deepest of the longest."""
+    lengths, depths = [4096, 8192], [0.0, 0.5, 1.0]
+    found = {("single", 8192, 1.0): 0.0}
+    cells = [
+        {
+            "kind": kind,
+            "length": length,
+            "depth": depth,
+            "dense": {"found": 1.0, "nll": 0.01},
+            "sparse": {"found": found.get((kind, length, depth), 1.0), "nll": 0.02},
+        }
+        for kind in ("single", "multiple")
+        for length in lengths
+        for depth in depths
+    ]
+    mean = {"kind": "single", "length": 8192, "dense": {"found": 1.0}, "sparse": {"found": 2 / 3}}
+    lost = [{"kind": "single", "length": 8192, "depth": 1.0}]
+    return {"lengths": lengths, "depths": depths, "samples": 2, "cells": cells, "means": [mean], "lost": lost}
+
+
+def evaluation() -> dict[str, Any]:
+    """Of `nsa-hf eval` with every suite."""
+    rows = [{**row(1024, 2048, 9.75, 9.875), "rise": 0.0128, "rise_error": 0.0011}]
+    recall = [{"layer": layer, "recall": 0.75, "captured": 0.875, "oracle": 0.9} for layer in range(4)]
+    ruler = [{"task": "vt", "length": 4096, "questions": 20, "dense": 0.85, "sparse": 0.8}]
+    harness = [{"task": "arc_easy", "metric": "acc", "dense": 0.6125, "sparse": 0.6}]
+    suites = {
+        "ppl": {"rows": rows, "recall": recall},
+        "needle": needles(),
+        "ruler": {"data": None, "rows": ruler},
+        "lm-eval": {"version": "0.4.13", "limit": None, "rows": harness},
+    }
+    return {"format": 2, "suites": suites}
+
+
 def sample(chat: bool = False, text: str = "Paris is the capital of France.") -> dict[str, Any]:
     return {
         "chat": chat,

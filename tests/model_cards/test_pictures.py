@@ -8,6 +8,7 @@ from nsa_hf.model_cards.pictures import (
     draw_pictures,
     gate_lines,
     layer_bars,
+    needle_maps,
     percent_label,
     perplexity_by_position,
     selection_maps,
@@ -17,14 +18,15 @@ from nsa_hf.model_cards.pictures import (
 
 
 def test_everything_that_was_measured_is_drawn(tmp_path):
-    names = draw_pictures(tmp_path, results.training(), results.verify(), results.inspection())
-    assert names == ["training.png", "perplexity.png", "selection.png", "gates.png"]
+    evaluation = results.evaluation()["suites"]
+    names = draw_pictures(tmp_path, results.training(), results.verify(), results.inspection(), evaluation)
+    assert names == ["training.png", "perplexity.png", "selection.png", "gates.png", "recall.png", "needle.png"]
     for name in names:
         picture = imread(tmp_path / name)
         assert picture.shape[0] > 300
         assert picture.shape[1] > 700
         # something is drawn, on white
-        assert 0.005 < (picture[..., :3] < 0.97).any(-1).mean() < 0.7
+        assert 0.005 < (picture[..., :3] < 0.97).any(-1).mean() < 0.8
         assert (picture[0, 0, :3] == 1).all()
 
 
@@ -116,3 +118,8 @@ def test_labels_of_differences():
 def test_spread():
     assert spread(3, 6) == [0, 1, 2]
     assert spread(30, 6) == [0, 6, 12, 17, 23, 29]
+
+
+def test_needles_are_shown_where_they_lie():
+    maps = [axes.images[0].get_array() for axes in needle_maps(results.needles()).axes[:4]]
+    assert [axes.tolist() for axes in maps] == [[[1, 1]] * 3, [[1, 1], [1, 1], [1, 0]], [[1, 1]] * 3, [[1, 1]] * 3]

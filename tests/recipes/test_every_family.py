@@ -37,9 +37,10 @@ from nsa_hf.errors import NotPlain, NsaError
 from nsa_hf.kernels import MeanCompressor, n_blocks
 from nsa_hf.model_cards import pictures
 from nsa_hf.model_cards.card import render_card
+from nsa_hf.recipes.evaluation.subject import Settings
+from nsa_hf.recipes.evaluation.suites import evaluate, render
 from nsa_hf.recipes.generate import generate_text
 from nsa_hf.recipes.inspection import inspect_model, render_inspection
-from nsa_hf.recipes.training.evaluate import evaluate, render_rows
 from nsa_hf.recipes.training.loop import train
 
 LENGTH, PROMPT, NEW = 60, 30, 8
@@ -112,8 +113,10 @@ def test_every_command(model_type, texts, tmp_path, monkeypatch):
     assert result["exact"] is True, result["why"]
     assert render_verify(result)
     check_measured(said["measured"], result)
-    rows = evaluate(out, text=str(texts), documents=1, length=LENGTH)["rows"]
-    assert render_rows(rows, model_type) and rows[0]["kl"] < 1e-6 < rows[-1]["kl"]
+    evaluated = evaluate(out, ["ppl"], Settings(text=str(texts), documents=1, length=LENGTH))
+    measured = evaluated["suites"]["ppl"]
+    assert render(evaluated, ["ppl"], out) and measured["rows"][0]["kl"] < 1e-6 < measured["rows"][-1]["kl"]
+    assert all(0 <= row["recall"] <= 1 and row["captured"] <= row["oracle"] + 1e-6 for row in measured["recall"])
     assert render_inspection(inspect_model(out, text, LENGTH))
     check_generation(out, text[1])
     check_training(model_type, out, texts)

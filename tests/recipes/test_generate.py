@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from nsa_hf.errors import NsaError
 from nsa_hf.recipes.cli import run
+from nsa_hf.recipes.evaluation.subject import Settings
+from nsa_hf.recipes.evaluation.suites import evaluate
 from nsa_hf.recipes.generate import generate_text, prompt_ids
 from nsa_hf.recipes.inspection import inspect_model
 from nsa_hf.recipes.load import load_nsa_model
-from nsa_hf.recipes.training.evaluate import evaluate
 
 PROMPT = "the words of it are as they were, " * 4  # beyond the exact range of 64 tokens
 
@@ -227,7 +228,7 @@ def test_a_tokenizer_of_another_model_is_named_before_the_model_runs(nsa_dir, tm
         inspect_model(model, text, 100)
     (tmp_path / "text.txt").write_text(text[1])
     with pytest.raises(NsaError, match=message):
-        evaluate(model, text=str(tmp_path / "text.txt"), documents=1, length=100)
+        evaluate(model, ["ppl"], Settings(text=str(tmp_path / "text.txt"), documents=1, length=100))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Perplexity and KL by position: `nsa-hf eval OUT`, and what a training run prints before and after.
+"""Perplexity and KL by position: what `nsa-hf eval OUT` and a training run show.
 
     (rows,) = compare([(Way(teacher, dense=True), Way(student))], windows)
 
@@ -8,9 +8,8 @@ How two models are compared stands in `nsa_hf.conversion.compare.models`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,14 +19,14 @@ from torch import Tensor
 from nsa_hf.conversion.compare import models
 from nsa_hf.conversion.compare.metrics import Accumulator, position_edges
 from nsa_hf.conversion.compare.texts import provenance
-from nsa_hf.conversion.files.staging import write_json
 from nsa_hf.errors import NsaError
 
-from ..load import check_token_ids, load_nsa_model, load_tokenizer
+from ..load import check_token_ids
 from ..terminal import track
-from .data import Window, held_out_documents, held_out_windows
+from ..training.data import Window, held_out_documents, held_out_windows
+from .recall import recall_by_layer
+from .subject import Settings, Subject
 
-NAME = "eval.json"
 Row = dict[str, Any]
 Autocast = Callable[[], AbstractContextManager]
 
@@ -106,38 +105,44 @@ def mean_kl(rows: Sequence[Row], start: int = 0) -> float | None:
     return sum(row["kl"] * row["tokens"] for row in counted) / tokens if tokens else None
 
 
-def evaluate(
-    out: Path,
-    *,
-    text: str = "stdlib",
-    documents: int = 2,
-    length: int = 2048,
-    device: str = "cpu",
-    trust_remote_code: bool = False,
-) -> Row:
-    """Compares a sparse model with the same weights run dense, and writes `out`/eval.json.
-
-    Args:
-        out: the model's folder.
-        text: where held-out documents come from, see `held_out_documents`.
-        documents: how many of them.
-        length: tokens of each.
-        device: where the model runs.
-        trust_remote_code: run the code that the tokenizer brings.
+def perplexity(subject: Subject, settings: Settings) -> Row:
+    """The suite `ppl`: a sparse model beside the same weights run dense.
 
     Returns:
-        What was written: `rows` by position, `kl` (nats a token) over all of them, and what they were measured on.
+        `rows` by position, `kl` (nats a token) over all of them, the texts they were measured on and their `length`,
+        and `recall` by layer (see recall.py).
 
     Raises:
-        NsaError: no model or no tokenizer, texts that are too short, or logits that are not finite.
+        NsaError: texts that are too short, or logits that are not finite.
     """
-    model, tokenizer = load_nsa_model(out, device), load_tokenizer(out, trust_remote_code)
-    texts = held_out_documents(text, documents)
-    windows = held_out_windows(texts, tokenizer, length)
-    (rows,) = compare([(Way(model, dense=True), Way(model))], windows, progress="Documents")
-    result = {"format": 1, "length": length, "texts": provenance(texts), "rows": rows, "kl": mean_kl(rows)}
-    write_json(out / NAME, result)
-    return result
+    texts = held_out_documents(settings.text, settings.documents)
+    windows = held_out_windows(texts, subject.tokenizer, settings.length)
+    model = subject.model
+    (rows,) = compare([(Way(model, dense=True), Way(model))], windows, progress="Perplexity")
+    recall = recall_by_layer(model, windows)
+    return {
+        "length": settings.length,
+        "texts": provenance(texts),
+        "rows": rows,
+        "kl": mean_kl(rows),
+        "recall": recall,
+    }
+
+
+def render_perplexity(result: Row, name: str) -> Iterator[Table]:
+    """The suite's tables: by position, and by layer where that was measured.
+
+    Args:
+        result: of `perplexity`.
+        name: the model's.
+    """
+    yield render_rows(result["rows"], f"{name}: the same weights dense and sparse")
+    if result["recall"]:
+        title = "the blocks with the most of dense attention: which share is selected, and how much lies in them"
+        table = Table("layer", "recall", "captured", "by the best blocks", title=title)
+        for row in result["recall"]:
+            table.add_row(str(row["layer"]), *(show(row[key], ".1%") for key in ("recall", "captured", "oracle")))
+        yield table
 
 
 def render_rows(rows: Sequence[Row], title: str) -> Table:

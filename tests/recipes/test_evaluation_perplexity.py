@@ -1,18 +1,13 @@
-import json
-
 import pytest
 import torch
 from rich.console import Console
-from tiny_runs import converted, write_texts
 
 from nsa_hf.errors import NsaError
-from nsa_hf.recipes.training.evaluate import (
+from nsa_hf.recipes.evaluation.perplexity import (
     Way,
     compare,
-    evaluate,
     mean_kl,
     render_before_after,
-    render_rows,
 )
 
 
@@ -63,18 +58,6 @@ def test_each_way_runs_once_over_a_text(tiny_nsa_model, monkeypatch):
     assert [beside_own] == compare([(ways[2], ways[1])], texts)
     assert beside_own[0]["kl"] != beside_teacher[0]["kl"]
     assert beside_teacher[0]["ppl"] == beside_own[0]["ppl"]
-
-
-def test_eval_writes_what_it_returns(tiny_dense_dir, tiny_sizes, tmp_path):
-    out = converted(tiny_dense_dir, tmp_path / "nsa", tiny_sizes)
-    texts = write_texts(tmp_path / "texts")
-    result = evaluate(out, text=str(texts), documents=2, length=128)
-    assert json.loads((out / "eval.json").read_text()) == result
-    assert [row["to"] for row in result["rows"]] == [64, 128]
-    assert result["rows"][0]["kl"] < 1e-7 < result["rows"][1]["kl"]
-    assert "64-128" in printed(render_rows(result["rows"], "title"))
-    with pytest.raises(NsaError, match="too short"):
-        evaluate(out, text=str(texts), documents=1, length=4000)
 
 
 def test_logits_that_are_not_finite_are_no_result(tiny_nsa_model, monkeypatch):
