@@ -273,7 +273,9 @@ def evaluate(
     tasks: Annotated[str, typer.Option(help="lm-eval: its tasks, with commas.")] = "",
     include_path: Annotated[Path | None, typer.Option(help="lm-eval: a folder with more tasks, in YAML.")] = None,
     few_shot: Annotated[int | None, typer.Option(help="lm-eval: examples before each question.")] = None,
-    limit: Annotated[int | None, typer.Option(help="lm-eval: questions of each task at most.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="lm-eval: questions of each task at most; ruler: rows of each file.")
+    ] = None,
     device: Device = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     trust_remote_code: TrustTokenizer = False,

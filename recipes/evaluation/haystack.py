@@ -6,6 +6,7 @@ The prompt has exactly as many tokens as are asked for, the expected answer and 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ SPARE = 8  # tokens that may be generated beyond the expected answer
 
 
 class Haystack:
-    """The tokens of a long text, which begins anew where it is too short."""
+    """The tokens of a long text, which begins anew where it is too short, and its words."""
 
     def __init__(self, tokenizer: Any, texts: Sequence[tuple[str, str]]):
         """Reads the texts.
@@ -35,6 +36,7 @@ class Haystack:
         """
         self.tokenizer = tokenizer
         self.ids = [token for _, text in texts for token in self.tokens(text + "\n")]
+        self.words = words_of(texts)
         if not self.ids:
             raise NsaError("the texts are empty: a haystack is made of them")
 
@@ -72,6 +74,11 @@ class Haystack:
             ids += hay[begin:end] + line
             begin = end
         return ids + hay[begin:] + last
+
+
+def words_of(texts: Sequence[tuple[str, str]]) -> list[str]:
+    """The distinct words of texts, four to twelve small letters, sorted."""
+    return sorted({word for _, text in texts for word in re.findall(r"\b[a-z]{4,12}\b", text)})
 
 
 def single(haystack: Haystack, length: int, depth: float, seed: str) -> Question:

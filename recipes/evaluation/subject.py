@@ -36,7 +36,7 @@ class Settings:
         tasks: lm-eval's, by name.
         include_path: a folder with more of its tasks, in YAML.
         few_shot: examples before each question of lm-eval; None: as the task says.
-        limit: questions of each of lm-eval's tasks; None: all.
+        limit: questions of each of lm-eval's tasks, and rows of each file of `ruler_data`; None: all.
     """
 
     text: str = "stdlib"
@@ -94,13 +94,20 @@ class Subject:
         with self.model.dense_attention() if way == "dense" else nullcontext():
             yield
 
+    @property
+    def positions(self) -> int | None:
+        """How many tokens the model can hold; None where there is no bound."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
     def lengths(self, settings: Settings) -> list[int]:
         """The lengths of prompts, answers included, that are asked for or that the model can hold.
 
         Raises:
             NsaError: one that is asked for is beyond the model's positions.
         """
-        most = getattr(self.model.config, "max_position_embeddings", None) or max(LENGTHS)
+        most = self.positions
+        if most is None:
+            return list(settings.lengths or LENGTHS)
         if settings.lengths is None:
             return [length for length in LENGTHS if length <= most] or [most]
         if beyond := [length for length in settings.lengths if length > most]:

@@ -20,15 +20,27 @@ from nsa_hf.errors import NsaError
 from nsa_hf.model_cards.evaluation import FORMAT, read_suites
 
 from ..training.folder import machine
+from .harness import harness, render_harness
 from .needle import needle, render_needle
 from .perplexity import perplexity, render_perplexity
+from .ruler import render_ruler, ruler
 from .subject import Settings, Subject
 
 NAME = "eval.json"
 Result = dict[str, Any]
 
-SUITES: dict[str, Callable[[Subject, Settings], Result]] = {"ppl": perplexity, "needle": needle}
-TABLES: dict[str, Callable[[Result, str], Iterator[Any]]] = {"ppl": render_perplexity, "needle": render_needle}
+SUITES: dict[str, Callable[[Subject, Settings], Result]] = {
+    "ppl": perplexity,
+    "needle": needle,
+    "ruler": ruler,
+    "lm-eval": harness,
+}
+TABLES: dict[str, Callable[[Result, str], Iterator[Any]]] = {
+    "ppl": render_perplexity,
+    "needle": render_needle,
+    "ruler": render_ruler,
+    "lm-eval": render_harness,
+}
 
 
 def evaluate(
@@ -85,6 +97,10 @@ def check_suites(suites: Sequence[str], settings: Settings) -> None:
     unknown = [suite for suite in suites if suite not in SUITES]
     if unknown or not suites:
         raise NsaError(f"--suite takes {', '.join(SUITES)}, several with commas, got {', '.join(unknown) or 'nothing'}")
+    if "lm-eval" in suites and not settings.tasks:
+        raise NsaError("the suite lm-eval needs --tasks, such as --tasks hellaswag,arc_easy")
+    if "lm-eval" in suites and find_spec("lm_eval") is None:
+        raise NsaError("the suite lm-eval needs its package: pip install 'nsa-hf[lm-eval]'")
     if "needle" in suites and find_spec("matplotlib") is None:
         raise NsaError("the suite needle draws a picture, which needs matplotlib: pip install 'nsa-hf[eval]'")
 
