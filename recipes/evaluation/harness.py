@@ -29,11 +29,8 @@ def harness(subject: Subject, settings: Settings) -> Result:
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=None if settings.include_path is None else str(settings.include_path))
-    if unknown := [task for task in settings.tasks if not manager.match_tasks([task])]:
-        raise NsaError(f"lm-eval has no task {', '.join(unknown)}: `lm-eval ls tasks` lists them (and --include-path)")
+    manager = task_manager(settings)
     size = BATCH if subject.model.device.type == "cuda" else 1
     model = HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, backend="causal", batch_size=size)
     figures: dict[str, dict[tuple[str, str], tuple[float, float | None]]] = {}
@@ -61,6 +58,26 @@ def harness(subject: Subject, settings: Settings) -> Result:
         "limit": settings.limit,
         "rows": rows,
     }
+
+
+def task_manager(settings: Settings) -> Any:
+    """What knows the tasks: those of `include_path` alone where they are all there, for lm-eval's own are thousands.
+
+    Raises:
+        NsaError: there is no such task.
+    """
+    from lm_eval.tasks import TaskManager
+
+    own = None if settings.include_path is None else str(settings.include_path)
+    unknown = list(settings.tasks)
+    for with_defaults in (False, True) if own else (True,):
+        manager = TaskManager(include_path=own, include_defaults=with_defaults)
+        unknown = [task for task in settings.tasks if not manager.match_tasks([task])]
+        if not unknown:
+            return manager
+    raise NsaError(
+        f"lm-eval has no task {', '.join(unknown)}: `lm-eval ls tasks` lists its own, --include-path adds more"
+    )
 
 
 def figures_of(results: dict[str, dict[str, Any]]) -> dict[tuple[str, str], tuple[float, float | None]]:

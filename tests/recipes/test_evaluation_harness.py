@@ -9,7 +9,7 @@ import pytest
 from tiny_runs import converted
 
 from nsa_hf.errors import NsaError
-from nsa_hf.recipes.evaluation.harness import figures_of, render_harness
+from nsa_hf.recipes.evaluation.harness import figures_of, render_harness, task_manager
 from nsa_hf.recipes.evaluation.subject import Settings
 from nsa_hf.recipes.evaluation.suites import evaluate
 
@@ -47,8 +47,25 @@ def test_a_local_task_runs_both_ways(tiny_dense_dir, tiny_sizes, tmp_path, tasks
     assert 3 * row["dense"] == pytest.approx(round(3 * row["dense"])), "three questions"
     assert 0 <= row["sparse"] <= 1 and row["sparse_error"] is not None
     assert next(render_harness(measured, "name")).row_count == 1
+
+
+def test_a_task_that_there_is_not(tasks, monkeypatch):
+    """lm-eval's own, thousands, are left out here."""
+    import lm_eval.tasks
+
+    real = lm_eval.tasks.TaskManager
+    asked = []
+
+    def manager(include_path, include_defaults):
+        asked.append(include_defaults)
+        return real(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)
     with pytest.raises(NsaError, match="lm-eval has no task no_such_task"):
-        evaluate(out, ["lm-eval"], Settings(tasks=("no_such_task",)))
+        task_manager(Settings(tasks=("tiny_choices", "no_such_task"), include_path=tasks))
+    assert asked == [False, True]
+    assert task_manager(Settings(tasks=("tiny_choices",), include_path=tasks)) is not None
+    assert asked == [False, True, False]
 
 
 def test_what_is_missing_is_said_before_anything_runs(tmp_path, monkeypatch):
