@@ -17,8 +17,8 @@ from nsa_hf.errors import NsaError
 from .answers import Question
 from .haystack import KEYS, Haystack
 
-# The tasks that are made here, settings as in RULER's synthetic.yaml. Of needles: how many keys there are, how many values
-# each of them has, and how many keys are asked for.
+# The tasks that are made here, settings as in RULER's synthetic.yaml. Of needles: the keys that there are, the values
+# that each of them has, and the keys that are asked for.
 TASKS: dict[str, dict[str, int]] = {
     "niah_multikey_1": {"num_needle_k": 4, "num_needle_v": 1, "num_needle_q": 1},
     "niah_multivalue": {"num_needle_k": 1, "num_needle_v": 4, "num_needle_q": 1},
