@@ -28,6 +28,7 @@ from nsa_hf.errors import NsaError
 from ..evaluation.perplexity import mean_kl
 from ..load import check_token_ids, load_nsa_model
 from .checkpoints import Checkpoints, step_of
+from .compiling import compile_layers, room_for_graphs
 from .config import RunConfig
 from .folder import check_out, open_run_folder, save_trained, settings_fingerprint
 from .held_out import HeldOut, print_figures
@@ -67,7 +68,7 @@ def run(config: RunConfig) -> Path:
     accelerator = make_accelerator(config)
     config = settle_stages(config, model, accelerator.num_processes)
     stages = stages_of(config)
-    with deterministic(config.deterministic), ExitStack() as stack:
+    with deterministic(config.deterministic), room_for_graphs(), ExitStack() as stack:
         fingerprint = settings_fingerprint(config)
         texts = read_texts(config, stages, accelerator.num_processes)
         fingerprint |= {**texts.fingerprint(), "processes": accelerator.num_processes, "sharded": accelerator.is_fsdp2}
@@ -114,7 +115,7 @@ def load_models(config: RunConfig, accelerator: Any, stages: list[Stage], texts:
         NsaError: the model cannot be loaded, a window has a token that it has no embedding for, or it does not have
             what a stage trains.
     """
-    teacher = load_nsa_model(config.model, accelerator.device).requires_grad_(False)
+    teacher = load_nsa_model(config.model, accelerator.device, config.teacher_dtype).requires_grad_(False)
     for stage in texts.stages:
         for ids in stage.windows["input_ids"]:
             check_token_ids(teacher, ids)
@@ -124,6 +125,9 @@ def load_models(config: RunConfig, accelerator: Any, stages: list[Stage], texts:
             trained_modules(student, stage_config)
         except NsaError as error:
             raise NsaError(f"stage {number}: {error}" if len(stages) > 1 else str(error)) from None
+    if config.compile == "yes":
+        compile_layers(teacher)
+        compile_layers(student)
     return teacher, student
 
 

@@ -52,9 +52,11 @@ def settle_machine(config: RunConfig) -> RunConfig:
     if teacher == "auto":
         teacher = "bfloat16" if precision == "bf16" else "float32"
     if compiled == "auto":
-        # what a loss takes out of the layers' middle, compiled layers keep to themselves
-        looks_inside = any(stage.layer_weight or stage.selector_weight for stage in config.of_stages())
-        compiled = "yes" if gpu and not looks_inside else "no"
+        # What a loss takes out of the layers' middle, compiled layers keep to themselves; and with another share of the
+        # gates at every step they would be compiled at every step.
+        hinders = ("layer_weight", "selector_weight", "gate_blend_steps")
+        hindered = any(getattr(stage, name) for stage in config.of_stages() for name in hinders)
+        compiled = "yes" if gpu and not hindered else "no"
     return replace(config, mixed_precision=precision, teacher_dtype=teacher, compile=compiled)
 
 

@@ -13,6 +13,8 @@ import torch
 from nsa_hf.errors import NsaError
 
 from .checkpoints import Checkpoints
+from .config import RunConfig
+from .flops import peak_flops, training_flops
 from .optimizer import set_rates
 from .sharding import whole_tensor
 from .stages import Stage, blend_at, tokens_per_step, topk_at
@@ -80,6 +82,7 @@ def run_steps(
     begin = state["step"] - stage.first
     batches = iter(accelerator.skip_first_batches(prepared.loader, begin * config.accumulate))
     tokens = tokens_per_step(config, accelerator.num_processes)
+    peak_share = share_of_peak(student, config, accelerator)
     began = time.perf_counter()
     prepared.model.train()
     for step in range(begin, config.steps):
@@ -95,6 +98,7 @@ def run_steps(
         seconds = time.perf_counter() - start
         row = {"step": done, "stage": stage.number, **losses}
         row |= {"grad_norm": norm, **rates, **changed, "seconds": seconds, "tokens_per_second": tokens / seconds}
+        row |= on_gpu(accelerator.device, peak_share * tokens / seconds)
         state["curve"].append(row)
         state["step"] = done
         if done % config.log_every == 0 or done == steps:
@@ -104,6 +108,23 @@ def run_steps(
         if config.save_every and done % config.save_every == 0 and done < stage.end:
             save(checkpoints, accelerator, state)
     schedule.end()
+
+
+def share_of_peak(student: Any, stage: RunConfig, accelerator: Any) -> float:
+    """MFU at one token a second, over all processes; 0 where the device's peak is not known."""
+    peak = peak_flops(accelerator.device)
+    if peak is None:
+        return 0.0
+    dense = stage.attention == "dense"
+    flops = training_flops(student, stage.longest, teacher=bool(stage.kl_weight), dense=dense)
+    return flops / peak / accelerator.num_processes
+
+
+def on_gpu(device: torch.device, mfu: float) -> dict[str, float]:
+    """What the curve notes of a step on a GPU: the most memory ever allocated in bytes, and the share of the peak."""
+    if device.type != "cuda":
+        return {}
+    return {"memory": torch.cuda.max_memory_allocated(device), **({"mfu": mfu} if mfu else {})}
 
 
 def save(checkpoints: Checkpoints, accelerator: Any, state: dict[str, Any]) -> None:
