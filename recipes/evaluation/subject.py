@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import GenerationConfig
+
 from nsa_hf.conversion.files.loading import read_config
 from nsa_hf.conversion.rope import parse_rope_scaling, scaled_config
 from nsa_hf.errors import NsaError
 
-from ..generate import as_one_text
 from ..load import load_nsa_model, load_tokenizer
 
 # The lengths of haystacks where none are given, as far as the model has positions for them.
@@ -85,7 +86,10 @@ class Subject:
         scaling = parse_rope_scaling(rope_scaling)
         config = read_config(out) if scaling is None else scaled_config(read_config(out), scaling)
         model = load_nsa_model(out, device, dtype, config)
-        as_one_text(model.generation_config)
+        # the likeliest token each time, without what the checkpoint asks for besides, such as a penalty for repetition
+        tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+        own = {name: getattr(model.generation_config, name) for name in tokens}
+        model.generation_config = GenerationConfig(do_sample=False, **own)
         return cls(model, load_tokenizer(out, trust_remote_code), out)
 
     @contextmanager

@@ -134,7 +134,7 @@ def evaluation() -> dict[str, Any]:
     ruler = [{"task": "vt", "length": 4096, "questions": 20, "dense": 0.85, "sparse": 0.8}]
     harness = [{"task": "arc_easy", "metric": "acc", "dense": 0.6125, "sparse": 0.6}]
     suites = {
-        "ppl": {"rows": rows, "recall": recall},
+        "ppl": {"rows": rows, "recall": recall, "rope_scaling": "yarn:2"},
         "needle": needles(),
         "ruler": {"data": None, "rows": ruler},
         "lm-eval": {"version": "0.4.13", "limit": None, "rows": harness},

@@ -161,6 +161,7 @@ def test_a_trained_model_with_everything(tmp_path):
 def test_every_suite_of_an_evaluation_is_told(tmp_path):
     text = card_of(results.write(tmp_path, evaluation=results.evaluation()))
     assert "| 1,024–2,048 | 2,048 | 9.750 | 9.875 | +1.28% ± 0.11% |" in text
+    assert "dense and sparse alike: `ppl` with `yarn:2`." in text
     assert "| single | 8,192 | 100.00% | 66.67% |" in text and "finds less: 1 of 12" in text
     assert "| vt | 4,096 | 20 | 85.00% | 80.00% |" in text
     assert "| arc\\_easy | acc | 0.6125 | 0.6000 |" in text or "| arc_easy | acc | 0.6125 | 0.6000 |" in text

@@ -69,6 +69,14 @@ def test_suites_that_there_are_not(names, out):
         evaluate(out, names)
 
 
+def test_generation_is_greedy_whatever_the_checkpoint_asks_for(out):
+    (out / "generation_config.json").write_text(
+        '{"repetition_penalty": 1.3, "do_sample": true, "eos_token_id": [1, 7]}'
+    )
+    config = Subject.load(out, "cpu", "float32").model.generation_config
+    assert config.repetition_penalty in (None, 1.0) and not config.do_sample and config.eos_token_id == [1, 7]
+
+
 def test_lengths_that_the_model_can_hold(out):
     subject = Subject.load(out, "cpu", "float32")
     assert subject.lengths(Settings()) == [4096]
