@@ -2,7 +2,8 @@
 
     (rows,) = compare([(Way(teacher, dense=True), Way(student))], windows)
 
-One text is taken at a time: its hidden states and logits stay on the model's GPU and are gone before the next one's.
+A few texts are taken at a time: their hidden states stay on the model's GPU and are gone before the next ones', and
+logits exist for some positions of one text.
 How two models are compared stands in `nsa_hf.conversion.compare.models`.
 """
 
@@ -27,6 +28,7 @@ from ..training.data import Window, held_out_documents, held_out_windows
 from .recall import recall_by_layer
 from .subject import Settings, Subject
 
+TOKENS_AT_ONCE = 32_768  # of one forward pass on a GPU, which a single text does not fill
 Row = dict[str, Any]
 Autocast = Callable[[], AbstractContextManager]
 
@@ -37,10 +39,10 @@ class Way(NamedTuple):
     model: Any
     dense: bool = False
 
-    def states(self, window: models.Window, autocast: Autocast) -> Tensor:
-        """The final hidden states [1, T, hidden] of a text, on the device of its ids."""
+    def states(self, ids: Tensor, autocast: Autocast) -> Tensor:
+        """The final hidden states [B, T, hidden] of texts `ids` [B, T], on their device."""
         with self.model.dense_attention() if self.dense else nullcontext():
-            return models.final_states(self.model, [window], autocast)[0]
+            return models.final_states(self.model, [("", ids)], autocast)[0]
 
 
 def compare(
@@ -73,13 +75,29 @@ def compare(
     comparisons = [
         Accumulator(position_edges(longest, [sparse.model.config.nsa_sizes.exact_tokens])) for _, sparse in pairs
     ]
-    for name, ids in track(windows, progress):
-        window = name, torch.tensor([ids], device=comparing_device(ways[0].model))
-        states = {way: way.states(window, autocast) for way in ways}
-        for comparison, (dense, sparse) in zip(comparisons, pairs, strict=True):
-            sides = (dense.model, [states[dense]], sparse.model, [states[sparse]])
-            comparison.merge(models.compare_models(*sides, [window], comparison.edges, chunk=chunk))
+    device = comparing_device(ways[0].model)
+    for batch in track(list(batches(windows, TOKENS_AT_ONCE if device.type == "cuda" else 0)), progress):
+        ids = torch.tensor([ids for _, ids in batch], device=device)
+        states = {way: way.states(ids, autocast) for way in ways}
+        for place, (name, _) in enumerate(batch):
+            one = slice(place, place + 1)
+            for comparison, (dense, sparse) in zip(comparisons, pairs, strict=True):
+                sides = (dense.model, [states[dense][one]], sparse.model, [states[sparse][one]])
+                comparison.merge(models.compare_models(*sides, [(name, ids[one])], comparison.edges, chunk=chunk))
     return [finite_rows(comparison) for comparison in comparisons]
+
+
+def batches(windows: Sequence[Window], tokens: int) -> Iterator[list[Window]]:
+    """The windows in order, neighbours of one length together up to so many tokens; at least one at a time."""
+    batch: list[Window] = []
+    for window in windows:
+        length = len(window[1])
+        if batch and (len(batch[0][1]) != length or (len(batch) + 1) * length > tokens):
+            yield batch
+            batch = []
+        batch.append(window)
+    if batch:
+        yield batch
 
 
 def comparing_device(model: Any) -> torch.device:
@@ -165,7 +183,9 @@ def show_rise(row: Row) -> str:
 
 def render_before_after(held_out: Row) -> Table:
     """A run's held-out figures: the dense teacher, the sparse model before and after, and its new weights run dense."""
-    table = Table(title=f"held-out text by position ({', '.join(held_out['names'])})")
+    names = held_out["names"]
+    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+    table = Table(title=f"held-out text by position ({', '.join(names[:3])}{more})")
     headings = ("tokens", "teacher", "before", "after", "after, run dense", "rise before", "rise after")
     for heading in (*headings, "KL before", "KL after"):
         table.add_column(heading, justify="right")

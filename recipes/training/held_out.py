@@ -15,6 +15,8 @@ from ..evaluation.perplexity import Row, Way, compare, mean_kl, render_before_af
 from .compiling import uncompiled
 from .data import Window
 
+WIDTH = 120  # columns of the figures where they are written to a file
+
 
 class HeldOut:
     """The held-out windows, and the teacher that a student is compared with on them."""
@@ -80,6 +82,8 @@ def held_out_figures(
 
 def print_figures(figures: dict[str, Any], out: Path) -> None:
     """Prints a finished run's held-out figures and its folder."""
-    Console().print(render_before_after(figures))
+    console = Console()
+    # in a file rich has 80 columns, which cut the figures
+    console.print(render_before_after(figures), width=None if console.is_terminal else WIDTH)
     print(f"held-out KL to the teacher: {figures['kl_before']:.6f} before, {figures['kl_after']:.6f} after")
     print(f"trained model: {out}")
