@@ -45,12 +45,12 @@ def harness(subject: Subject, settings: Settings) -> Result:
                 log_samples=False,
             )
         figures[way] = figures_of(ran["results"])
-    rows = [
-        {"task": task, "metric": metric}
-        | {way: figures[way][task, metric][0] for way in WAYS}
-        | {f"{way}_error": figures[way][task, metric][1] for way in WAYS}
-        for task, metric in figures["dense"]
-    ]
+    rows: list[Result] = []
+    for task, metric in figures["dense"]:
+        row: Result = {"task": task, "metric": metric}
+        for way in WAYS:
+            row[way], row[f"{way}_error"] = figures[way][task, metric]
+        rows.append(row)
     return {
         "version": version("lm-eval"),
         "tasks": list(settings.tasks),

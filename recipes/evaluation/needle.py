@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from statistics import mean
 from typing import Any
@@ -11,7 +10,7 @@ from rich.table import Table
 
 from ..terminal import track
 from ..training.data import named_texts
-from .answers import Question, answer, batches
+from .answers import Answered, Question, answer, batches
 from .haystack import Haystack, multiple, single
 from .subject import WAYS, Settings, Subject
 
@@ -44,28 +43,16 @@ def needle(subject: Subject, settings: Settings) -> Result:
         for depth in places
         for sample in range(settings.samples)
     ]
-    answers: dict[Cell, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    answers: dict[Cell, dict[str, list[Answered]]] = {cell: {way: [] for way in WAYS} for cell, _ in asked}
     groups = batches([each for _, each in asked], subject.model.device.type)
     for group in track(groups, "Needles"):
         for way in WAYS:
             given = answer(subject, way, [asked[place][1] for place in group])
             for place, each in zip(group, given, strict=True):
                 answers[asked[place][0]][way].append(each)
-    cells = [
-        {
-            "kind": kind,
-            "length": length,
-            "depth": depth,
-            **{way: figures(answers[kind, length, depth][way]) for way in WAYS},
-        }
-        for kind in KINDS
-        for length in lengths
-        for depth in places
-    ]
-    lost = [
-        {name: cell[name] for name in ("kind", "length", "depth")}
-        for cell in cells
-        if cell["dense"]["found"] > FOUND and cell["sparse"]["found"] < cell["dense"]["found"]
+    cells: list[Result] = [
+        {"kind": kind, "length": length, "depth": depth, **{way: figures(by_way[way]) for way in WAYS}}
+        for (kind, length, depth), by_way in answers.items()
     ]
     return {
         "lengths": lengths,
@@ -74,8 +61,13 @@ def needle(subject: Subject, settings: Settings) -> Result:
         "text": settings.text,
         "cells": cells,
         "means": means(cells, lengths),
-        "lost": lost,
+        "lost": [{name: cell[name] for name in ("kind", "length", "depth")} for cell in cells if is_lost(cell)],
     }
+
+
+def is_lost(cell: Result) -> bool:
+    """Whether sparse attention finds less where dense attention finds nearly all."""
+    return bool(cell["dense"]["found"] > FOUND and cell["sparse"]["found"] < cell["dense"]["found"])
 
 
 def means(cells: Sequence[Result], lengths: Sequence[int]) -> list[Result]:
@@ -89,9 +81,10 @@ def means(cells: Sequence[Result], lengths: Sequence[int]) -> list[Result]:
     return rows
 
 
-def figures(answers: list[Any]) -> dict[str, float]:
+def figures(answers: Sequence[Answered]) -> dict[str, float]:
     """The means over a cell's samples."""
-    return {"found": mean(each.found for each in answers), "nll": mean(each.nll for each in answers)}
+    nll = [each.nll for each in answers if each.nll is not None]
+    return {"found": mean(each.found for each in answers), "nll": mean(nll)}
 
 
 def render_needle(result: Result, name: str) -> Iterator[Table]:

@@ -62,7 +62,8 @@ def make_row(task: str, haystack: Haystack, length: int, seed: str) -> Row:
         NsaError: the length is too small for the question alone.
     """
     chance, new_tokens = random.Random(f"{task} {length} {seed}"), tokens_to_generate(task)
-    make = {"vt": variable_tracking, "cwe": common_words}.get(task, needles)
+    makers: dict[str, Callable[..., tuple[list[int], list[str]]]] = {"vt": variable_tracking, "cwe": common_words}
+    make = makers.get(task, needles)
     prompt, outputs = make(haystack, length - new_tokens, chance, **TASKS[task])
     return Row(task, length, Question(prompt, outputs, [], new_tokens))
 
