@@ -51,6 +51,7 @@ def compare(
     autocast: Autocast = nullcontext,
     *,
     chunk: int | None = None,
+    tokens_at_once: int | None = None,
     progress: str | None = None,
 ) -> list[list[Row]]:
     """Pairs of models by position: both's perplexity, KL(first || second) and same top-1.
@@ -60,6 +61,7 @@ def compare(
         windows: name and token ids of each text.
         autocast: makes the context that each forward pass runs in, such as Accelerate's mixed precision.
         chunk: positions whose logits exist at a time; None takes what suits the device and the vocabulary.
+        tokens_at_once: of a forward pass; None takes what suits the device.
         progress: words before a bar; None shows no bar.
 
     Returns:
@@ -76,7 +78,9 @@ def compare(
         Accumulator(position_edges(longest, [sparse.model.config.nsa_sizes.exact_tokens])) for _, sparse in pairs
     ]
     device = comparing_device(ways[0].model)
-    for batch in track(list(batches(windows, TOKENS_AT_ONCE if device.type == "cuda" else 0)), progress):
+    if tokens_at_once is None:
+        tokens_at_once = TOKENS_AT_ONCE if device.type == "cuda" else 0
+    for batch in track(list(batches(windows, tokens_at_once)), progress):
         ids = torch.tensor([ids for _, ids in batch], device=device)
         states = {way: way.states(ids, autocast) for way in ways}
         for place, (name, _) in enumerate(batch):

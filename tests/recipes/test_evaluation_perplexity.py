@@ -5,6 +5,7 @@ from rich.console import Console
 from nsa_hf.errors import NsaError
 from nsa_hf.recipes.evaluation.perplexity import (
     Way,
+    batches,
     compare,
     mean_kl,
     render_before_after,
@@ -60,15 +61,34 @@ def test_each_way_runs_once_over_a_text(tiny_nsa_model, monkeypatch):
     assert beside_teacher[0]["ppl"] == beside_own[0]["ppl"]
 
 
+@pytest.mark.parametrize("tokens", [0, 199, 200, 10_000])
+def test_neighbours_of_one_length_go_together(tokens):
+    texts = [(str(number), [0] * length) for number, length in enumerate((100, 100, 100, 50, 100))]
+    together = [[name for name, _ in batch] for batch in batches(texts, tokens)]
+    expected = {0: [["0"], ["1"], ["2"], ["3"], ["4"]], 200: [["0", "1"], ["2"], ["3"], ["4"]]}
+    expected |= {199: expected[0], 10_000: [["0", "1", "2"], ["3"], ["4"]]}
+    assert together == expected[tokens]
+
+
+def test_texts_that_run_together_are_compared_each_by_itself(tiny_nsa_model):
+    model, texts = tiny_nsa_model(), windows()
+    pair = [(Way(model, dense=True), Way(model))]
+    (apart,) = compare(pair, texts)
+    (together,) = compare(pair, texts, tokens_at_once=200)
+    for one, other in zip(apart, together, strict=True):
+        assert one["tokens"] == other["tokens"]
+        assert one["kl"] == pytest.approx(other["kl"], rel=1e-3, abs=1e-7)
+
+
 def test_logits_that_are_not_finite_are_no_result(tiny_nsa_model, monkeypatch):
     """One text of two, or a few positions, would otherwise be left out of the mean without a word."""
     model, texts = tiny_nsa_model(), windows()
     states = Way.states
     for spoiled in (Way(model, dense=True), Way(model)):
 
-        def with_nan(way, window, autocast, spoiled=spoiled):
-            given = states(way, window, autocast)
-            if way == spoiled and window[0] == "1":
+        def with_nan(way, ids, autocast, spoiled=spoiled):
+            given = states(way, ids, autocast)
+            if way == spoiled and ids[0].tolist() == texts[1][1]:
                 given[0, 80] = float("nan")
             return given
 
