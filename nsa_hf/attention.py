@@ -24,7 +24,7 @@ from .entries import Compressors
 from .errors import NsaError
 from .features import head_sizes, layer_window
 from .index import Index, IndexKeys, index_of_layer
-from .modes import Mode
+from .modes import Attended, Mode
 from .releases import by_name, cache_among
 from .segments import Segments
 from .sliding import dense_weights, sliding_attention
@@ -246,6 +246,10 @@ def nsa_attention_forward(
         return dense_attention(module, query, key, value, scaling, dropout, segments), weights
     if dropout:
         raise NsaError(f"sparse attention has no attention dropout, got {dropout}: set config.attention_dropout = 0")
+    if mode.recorded is not None and mode.recorded.attended is not None:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        states = (query.detach(), key.detach(), compressed[0].detach())
+        mode.recorded.attended[module.layer_idx] = Attended(*states, scale, segments)
     compressors = nsa.compressors(module.model_config)
     if entries is None and compressors is not None:
         entries = compressors.entries(*compressed, value.dtype, segments)
@@ -335,7 +339,7 @@ def sparse_attention(
     else:
         more |= {**sizes.by_name(), **places}
         out, selection = nsa_attention(*inputs, scale=scale, return_selection=True, backend=mode.backend, **more)
-    if mode.recorded is not None:
+    if mode.recorded is not None and mode.recorded.selections is not None:
         mode.recorded.selections[module.layer_idx] = selection
     return out, weights
 

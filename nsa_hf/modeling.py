@@ -22,7 +22,7 @@ from .discovery import calls_attention
 from .errors import NotPlain, NsaError
 from .from_dense import FromDenseMixin
 from .generation import NsaGenerationMixin
-from .modes import Mode, OpenContexts, Recorded, appended
+from .modes import Attended, Mode, OpenContexts, Recorded, appended
 from .registration import PREFIX
 from .releases import CACHE, by_name, cache_among, tokens_held
 from .remote_code import SavedByImport
@@ -185,6 +185,16 @@ class NsaPreTrainedMixin(FromDenseMixin, SavedByImport, NsaGenerationMixin):
         with appended(record, [contexts.records for contexts in self.open_contexts()]):
             yield record
 
+    @contextmanager
+    def record_attention(self) -> Iterator[dict[int, Attended]]:
+        """Gives a dict that each forward of this thread inside the block fills: sparse layer to what it attended with.
+
+        For losses of the selector. Layers that run dense are absent.
+        """
+        record: dict[int, Attended] = {}
+        with appended(record, [contexts.attended for contexts in self.open_contexts()]):
+            yield record
+
     def set_gate_blend(self, share: float) -> None:
         """Sets the paper's share of the gates of a model with `nsa_gate="blend"`: 0 is dense, 1 the paper's model.
 
@@ -269,7 +279,11 @@ class NsaModelMixin(NsaPreTrainedMixin):
             weights=bool(config.output_attentions if weights is None else weights),
             dense=len(contexts.dense) > 0,
             dense_layers=tuple(contexts.dense_layers),
-            recorded=Recorded() if contexts.records else None,
+            recorded=(
+                Recorded(bool(contexts.records), bool(contexts.attended))
+                if contexts.records or contexts.attended
+                else None
+            ),
         )
 
     def segments_of(self, arguments: dict[str, Any], inputs: Tensor) -> Segments:
@@ -336,9 +350,10 @@ class NsaModelMixin(NsaPreTrainedMixin):
         out = super().forward(**arguments, nsa_segments=segments, nsa_mode=mode)
         if mode.recorded is not None:
             for record in self.nsa_contexts.records:
-                record.update(mode.recorded.selections)
-            # so that a recomputation in the backward pass does not write into these records
-            mode.recorded.selections = {}
+                record.update(mode.recorded.selections or {})
+            for attended in self.nsa_contexts.attended:
+                attended.update(mode.recorded.attended or {})
+            mode.recorded.end()
         cache = cache_among(out.values() if isinstance(out, dict) else out)
         if cache is not None:
             check_reached_layers(cache, self.config)

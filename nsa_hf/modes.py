@@ -11,21 +11,49 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from nsa_hf.kernels import Sizes
 
+from .segments import Segments
 
-class Recorded:
-    """The selections of one forward by layer, int32 `[B, T, Hk, topk]`.
 
-    Not a plain dict, which wrappers of modules would copy on the way to the layers.
+class Attended(NamedTuple):
+    """What a sparse layer has attended with, without gradients.
+
+    Attributes:
+        query, key: `[B, H, T or S, D]`, after RoPE.
+        compressed_key: what the compressed keys are made of; the key itself but for keys per branch.
+        scale: of the logits.
+        segments: which positions belong to which row or document.
     """
 
-    def __init__(self) -> None:
-        self.selections: dict[int, Tensor] = {}
+    query: Tensor
+    key: Tensor
+    compressed_key: Tensor
+    scale: float
+    segments: Segments
+
+
+class Recorded:
+    """What is recorded of one forward, by layer; a dict is None where nobody records that.
+
+    Not plain dicts, which wrappers of modules would copy on the way to the layers.
+
+    Attributes:
+        selections: int32 `[B, T, Hk, topk]`.
+        attended: what was attended with.
+    """
+
+    def __init__(self, selections: bool, attended: bool) -> None:
+        self.selections: dict[int, Tensor] | None = {} if selections else None
+        self.attended: dict[int, Attended] | None = {} if attended else None
+
+    def end(self) -> None:
+        """Ends it, so that a recomputation in the backward pass records nothing."""
+        self.selections = self.attended = None
 
 
 @dataclass(frozen=True)
@@ -39,7 +67,7 @@ class Mode:
         weights: whether attention weights are asked for (`output_attentions`).
         dense: whether the sparse layers run dense.
         dense_layers: collections of layers that run dense even if the others do not.
-        recorded: where the selections go; None while nobody records them.
+        recorded: where what is recorded goes; None while nobody records.
     """
 
     sizes: Sizes
@@ -65,12 +93,13 @@ class PerThread(threading.local):
 
 
 class OpenContexts(PerThread):
-    """The `with model.dense_attention()` and `with model.record_selection()` that a thread is inside of.
+    """The `with model.dense_attention()`, `record_selection()` and `record_attention()` that a thread is inside of.
 
     Attributes:
         dense: an entry for each `dense_attention()` of all layers.
         dense_layers: the layers of each `dense_attention(layers)`.
         records: the dict of each `record_selection()`.
+        attended: the dict of each `record_attention()`.
     """
 
     def __init__(self) -> None:
@@ -78,10 +107,13 @@ class OpenContexts(PerThread):
         self.dense: list[None] = []
         self.dense_layers: list[frozenset[int]] = []
         self.records: list[dict[int, Tensor]] = []
+        self.attended: list[dict[int, Attended]] = []
 
     def of_this_thread(self) -> SimpleNamespace:
         """The lists of this thread, for another thread to use."""
-        return SimpleNamespace(dense=self.dense, dense_layers=self.dense_layers, records=self.records)
+        return SimpleNamespace(
+            dense=self.dense, dense_layers=self.dense_layers, records=self.records, attended=self.attended
+        )
 
 
 @contextmanager

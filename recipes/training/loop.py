@@ -27,13 +27,13 @@ from nsa_hf.errors import NsaError
 
 from ..evaluation.perplexity import mean_kl
 from ..load import check_token_ids, load_nsa_model
+from .attention_losses import loss_model
 from .checkpoints import Checkpoints, step_of
 from .compiling import compile_layers, room_for_graphs
 from .config import RunConfig
 from .folder import check_out, open_run_folder, save_trained, settings_fingerprint
 from .held_out import HeldOut, print_figures
 from .launch import deterministic, make_accelerator, on_main_process, prepare_model
-from .losses import LossModel
 from .optimizer import make_optimizer
 from .result import as_result, measure_result, stage_records
 from .sharding import call_whole, gather_weights
@@ -186,19 +186,15 @@ def prepare(accelerator: Any, teacher: Any, student: Any, stage: Stage, text: St
     config = stage.config
     if config.trains == "lora" and getattr(accelerator, "is_fsdp2", False):
         raise NsaError("trains 'lora' does not work with FSDP2 yet: an adapter needs little memory, use DDP")
+    if config.selector_weight and getattr(accelerator, "is_fsdp2", False):
+        raise NsaError("selector_weight does not work with FSDP2 yet, which takes layers apart: use DDP")
     accelerator.free_memory()  # of the stage before
     accelerator.gradient_accumulation_steps = config.accumulate
     adapter = choose_trained(student, config)
     rows = text.windows.select_columns("input_ids").with_format("torch")
     model, optimizer, loader = prepare_model(
         accelerator,
-        LossModel(
-            student,
-            teacher if config.kl_weight else None,
-            ce_weight=config.ce_weight,
-            kl_weight=config.kl_weight,
-            chunk=config.loss_chunk,
-        ),
+        loss_model(student, teacher, config),
         student,
         make_optimizer(student, config),
         torch.utils.data.DataLoader(rows, config.batch_size),

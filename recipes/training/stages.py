@@ -44,19 +44,25 @@ class Stage(NamedTuple):
 
 
 def settle_machine(config: RunConfig) -> RunConfig:
-    """The settings with what depends on the machine: the precision and whether layers are compiled."""
+    """The settings with what depends on the machine: the precision and whether layers are compiled.
+
+    Raises:
+        NsaError: layers are to be compiled, and looked into.
+    """
     gpu = torch.cuda.is_available()
     precision, teacher, compiled = config.mixed_precision, config.teacher_dtype, config.compile
     if precision == "auto":
         precision = "bf16" if gpu and torch.cuda.is_bf16_supported() else "no"
     if teacher == "auto":
         teacher = "bfloat16" if precision == "bf16" else "float32"
+    # what these losses take out of the layers' middle, compiled layers keep to themselves
+    looks_inside = any(stage.layer_weight or stage.selector_weight for stage in config.of_stages())
     if compiled == "auto":
-        # What a loss takes out of the layers' middle, compiled layers keep to themselves; and with another share of the
-        # gates at every step they would be compiled at every step.
-        hinders = ("layer_weight", "selector_weight", "gate_blend_steps")
-        hindered = any(getattr(stage, name) for stage in config.of_stages() for name in hinders)
-        compiled = "yes" if gpu and not hindered else "no"
+        # with another share of the gates at every step they would be compiled at every step
+        blends = any(stage.gate_blend_steps for stage in config.of_stages())
+        compiled = "yes" if gpu and not looks_inside and not blends else "no"
+    elif compiled == "yes" and looks_inside:
+        raise NsaError("compile 'yes' does not go with layer_weight or selector_weight, which look into the layers")
     return replace(config, mixed_precision=precision, teacher_dtype=teacher, compile=compiled)
 
 
@@ -127,6 +133,11 @@ def check_model_fits(stage: RunConfig, model: Any) -> None:
         raise NsaError(
             f"topk_steps must be below the {stage.steps} steps of the stage, so that some are taken with the model's "
             f"own nsa_topk, got {stage.topk_steps}"
+        )
+    if stage.selector_weight and stage.longest <= model.nsa_sizes.exact_tokens:
+        raise NsaError(
+            f"selector_weight with windows of {stage.longest} tokens: up to {model.nsa_sizes.exact_tokens} every block "
+            "is selected, and there is nothing to learn; raise length"
         )
     if stage.selector_weight and (model.nsa_selector != "compressed" or model.nsa_compression == "mean"):
         raise NsaError(

@@ -80,7 +80,7 @@ def run_steps(
     accelerator, student, config = prepared.accelerator, prepared.student, stage.config
     steps = schedule.stages[-1].end
     begin = state["step"] - stage.first
-    batches = iter(accelerator.skip_first_batches(prepared.loader, begin * config.accumulate))
+    batches = batches_of(accelerator.skip_first_batches(prepared.loader, begin * config.accumulate))
     tokens = tokens_per_step(config, accelerator.num_processes)
     peak_share = share_of_peak(student, config, accelerator)
     began = time.perf_counter()
@@ -125,6 +125,21 @@ def on_gpu(device: torch.device, mfu: float) -> dict[str, float]:
     if device.type != "cuda":
         return {}
     return {"memory": torch.cuda.max_memory_allocated(device), **({"mfu": mfu} if mfu else {})}
+
+
+def batches_of(loader: Any) -> Iterator[dict[str, torch.Tensor]]:
+    """The batches of a loader, which take none of PyTorch's random numbers.
+
+    (PyTorch draws one whenever it begins to read. A run that goes on begins once more, and what it draws itself would
+    be others than in a run that was not stopped.)
+    """
+    batches = iter(loader)
+    while True:
+        with torch.random.fork_rng(devices=[]):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
 
 
 def save(checkpoints: Checkpoints, accelerator: Any, state: dict[str, Any]) -> None:

@@ -29,7 +29,8 @@ TWO = [{"steps": 3, "trains": "nsa"}, {"steps": 4, "lr_backbone": 5e-4, "schedul
 def model_config(**fields):
     """As much of a converted model's config as settings are settled by."""
     usual = {"nsa_gate": "residual", "nsa_exact_tokens": 1024, "nsa_topk": 16, "nsa_selector": "channels"}
-    return SimpleNamespace(**{**usual, "nsa_compression": "none", **fields})
+    usual |= {"nsa_compression": "none", "nsa_sizes": SimpleNamespace(exact_tokens=1024)}
+    return SimpleNamespace(**{**usual, **fields})
 
 
 def settled(model=None, processes=1, **settings):
@@ -85,6 +86,8 @@ def test_parameters_that_are_not_in_use_are_left_alone(model, settings, rate):
         ({"topk_start": 16, "topk_steps": 2}, "topk_start must be above the model's nsa_topk, 16, got 16"),
         ({"topk_start": "all", "topk_steps": 100}, "topk_steps must be below the 100 steps of the stage"),
         ({"selector_weight": 1.0}, "selector_weight needs a selector with parameters"),
+        ({"selector_weight": 1.0, "length": 1024}, "up to 1024 every block is selected"),
+        ({"layer_weight": 1.0, "compile": "yes"}, "compile 'yes' does not go with layer_weight"),
         ({"attention": "dense", "ce_weight": 1.0, "trains": "nsa"}, "attention 'dense' with trains 'nsa'"),
         ({"stages": [{}, {"gate_blend_steps": 2}]}, "stage 2: gate_blend_steps needs"),
     ],

@@ -80,12 +80,12 @@ def test_its_manifest_knows_the_adapter_and_verify_is_content(lora, nsa_dir, tin
         weights.write_bytes(content)
 
 
-@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize("step", [1, 3, 5])
 def test_stages_with_an_adapter_go_on_where_they_were(nsa_dir, texts, tmp_path, step):
     stages = [{"steps": 2}, {**LORA, "steps": 2}, {"steps": 2, "trains": "qk"}]
     whole = train(tiny_run(nsa_dir, texts, tmp_path / "whole", stages=stages))
     config = tiny_run(nsa_dir, texts, tmp_path / "stopped", stages=stages, save_every=1)
-    stop_at(config, step + 1)
+    stop_at(config, step)
     assert (train(config) / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     # of several stages it is not the whole difference
     assert not (whole / "adapter").exists()
