@@ -100,13 +100,28 @@ def prepare_sharded(
         register_fsdp_forward_method(model, "call")
         student.__dict__[WHOLE] = model
     elif all(isinstance(parameter, DTensor) for parameter in student.parameters()):
-        model, optimizer, loader = accelerator.prepare(whole, optimizer, loader)
+        # the optimizer has the parts already, which `accelerator.prepare` would look for
+        model, optimizer = accelerator.prepare_model(whole), accelerator.prepare_optimizer(optimizer)
+        loader = accelerator.prepare_data_loader(loader)
     else:
         raise NsaError(
             "FSDP2: a stage adds parameters to a model that is in parts already: take ddp.yaml, or one stage"
         )
     model.losses = [losses]
+    begin_state(model, optimizer)
     return model, optimizer, loader
+
+
+def begin_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Gives an optimizer its state before the first step.
+
+    Where there is none when it is saved, PyTorch takes a step to have one: with zeros, but it counts as the first.
+    """
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    get_optimizer_state_dict(model, optimizer)
+    for state in optimizer.state.values():
+        state["step"].zero_()
 
 
 def layer_classes(student: Any) -> list[str]:

@@ -1,6 +1,6 @@
 """Training runs in processes of their own, one or several, that start at once and can be killed.
 
-    with started(run_file, processes=2, log=tmp_path / "log") as run:
+    with started_run(config, tmp_path, "fsdp2") as run:
         run.wait_until(lambda said: "step 3/7" in said)
         run.kill()
 
@@ -16,10 +16,14 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
+
+import yaml
+
+from nsa_hf.recipes.training.config import RunConfig
 
 PRELOADED = ["nsa_hf.recipes.training.loop", "nsa_hf.recipes.train", "accelerate", "datasets", "torch.distributed.fsdp"]
 ACCELERATE = Path(__file__).parents[2] / "recipes" / "accelerate"
@@ -53,6 +57,14 @@ class Run(NamedTuple):
         said = self.log.read_text()
         assert [process.exitcode for process in self.processes] == [0] * len(self.processes), said
         return said
+
+
+def started_run(config: RunConfig, folder: Path, file: str | None = None) -> AbstractContextManager[Run]:
+    """Starts a run in one process, or in two, as with recipes/accelerate/`file`.yaml; `folder` gets its log."""
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(config.as_dict()))
+    environment = launcher_environment(file) if file else {}
+    return started([str(path)], folder / "log", processes=2 if file else 1, environment=environment)
 
 
 @contextmanager

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from accelerate.commands import launch
-from processes import ACCELERATE, launcher_environment, started
+from processes import ACCELERATE, launcher_environment, started_run
 from tiny_runs import result_of, tiny_run, weights_of
 from transformers import AutoModelForCausalLM
 
@@ -92,22 +91,25 @@ def test_the_launcher_asks_how_many_processes():
             launch._validate_launch_command(launch.launch_command_parser().parse_args(arguments))
 
 
+# Two stages: in the second more is trained than in the first.
+STAGES = [{"trains": "nsa", "steps": 2}, {"trains": "all", "steps": 3, "accumulate": 2, "gradient_checkpointing": 2}]
+
+
 @pytest.fixture(scope="module")
 def alone(nsa_dir, texts, tmp_path_factory):
     """The folder of a run of one process with two windows a batch."""
-    settings = {"batch_size": 2, "accumulate": 2, "gradient_checkpointing": 2}
-    folder = train(tiny_run(nsa_dir, texts, tmp_path_factory.mktemp("alone") / "out", **settings))
-    return folder
+    folder = tmp_path_factory.mktemp("alone")
+    with started_run(tiny_run(nsa_dir, texts, folder / "out", batch_size=2, stages=STAGES), folder) as run:
+        run.finish()
+    return folder / "out"
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
 def test_two_processes_train_as_one_with_twice_the_batch(nsa_dir, texts, tmp_path, alone, name):
-    config = tiny_run(nsa_dir, texts, tmp_path / "out", accumulate=2, gradient_checkpointing=2)
-    run = tmp_path / "run.yaml"
-    run.write_text(yaml.safe_dump(config.as_dict()))
-    with started([str(run)], tmp_path / "log", processes=2, environment=launcher_environment(name)) as processes:
-        said = processes.finish()
-    assert said.count("step 1/4") == said.count("trained model:") == 1
+    config = tiny_run(nsa_dir, texts, tmp_path / "out", stages=STAGES)
+    with started_run(config, tmp_path, name) as run:
+        said = run.finish()
+    assert said.count("step 1/5") == said.count("trained model:") == 1
     one, two = result_of(alone), result_of(tmp_path / "out")
     assert (two["processes"], two["sharded"]) == (2, name == "fsdp2")
     assert two["parameters"] == one["parameters"]
@@ -134,12 +136,8 @@ def test_bf16_is_autocast_where_the_model_is_in_parts_too(nsa_dir, texts, tmp_pa
         config = tiny_run(
             nsa_dir, texts, tmp_path / f"{name}", steps=1, batch_size=batch_size, mixed_precision="bf16", save_every=0
         )
-        run = tmp_path / "run.yaml"
-        run.write_text(yaml.safe_dump(config.as_dict()))
-        environment = launcher_environment(name) if name else {}
-        processes = 2 if name else 1
-        with started([str(run)], tmp_path / "log", processes=processes, environment=environment) as started_run:
-            started_run.finish()
+        with started_run(config, tmp_path, name) as run:
+            run.finish()
         losses.append(result_of(Path(config.out))["curve"][0])
     for key in ("ce", "kl", "grad_norm"):
         assert losses[0][key] == pytest.approx(losses[1][key], rel=2e-4), key

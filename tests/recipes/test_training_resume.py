@@ -11,8 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import yaml
-from processes import launcher_environment, started
+from processes import Run, started_run
 from safetensors.torch import load_file, save_file
 from tiny_runs import folder_hashes, result_of, tiny_run, write_texts
 
@@ -36,22 +35,14 @@ def test_other_settings_do_not_go_into_a_finished_folder(finished, nsa_dir, text
         train(tiny_run(nsa_dir, texts, out, steps=5))
 
 
-WAYS = {"one": None, "ddp": "ddp", "fsdp2": "fsdp2"}
-STEPS = {"one": 12, "ddp": 8, "fsdp2": 8}
+STEPS = {None: 12, "ddp": 8, "fsdp2": 8}  # by file of recipes/accelerate
 LINE = re.compile(r"^step \d+/", re.MULTILINE)
 
 
-def killed_run(model: Path, texts: Path, out: Path, way: str):
-    return tiny_run(model, texts, out, steps=STEPS[way], save_every=1, accumulate=2)
-
-
-def start(config, folder: Path, way: str):
-    """The run of `config` in one process, or two that `accelerate launch` would start with a file of recipes/."""
-    run = folder / "run.yaml"
-    run.write_text(yaml.safe_dump(config.as_dict()))
-    file = WAYS[way]
-    environment = launcher_environment(file) if file else {}
-    return started([str(run)], folder / "log", processes=2 if file else 1, environment=environment)
+def killed_run(model: Path, texts: Path, out: Path, way: str | None):
+    """Two stages, with a checkpoint after each step."""
+    stages = [{"steps": 3, "accumulate": 2, "trains": "nsa"}, {"steps": STEPS[way] - 3, "schedule": "wsd"}]
+    return tiny_run(model, texts, out, stages=stages, save_every=1)
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +50,10 @@ def undisturbed(nsa_dir, texts, tmp_path_factory):
     """The folder of a run that nobody killed, by way; each is made when it is first asked for."""
 
     @cache
-    def of(way: str) -> Path:
-        folder = tmp_path_factory.mktemp(way)
+    def of(way: str | None) -> Path:
+        folder = tmp_path_factory.mktemp("undisturbed")
         config = killed_run(nsa_dir, texts, folder / "out", way)
-        with start(config, folder, way) as run:
+        with started_run(config, folder, way) as run:
             run.finish()
         return Path(config.out)
 
@@ -74,21 +65,21 @@ def steps_taken(count: int):
     return lambda said: len(LINE.findall(said)) >= count
 
 
-def kill_within_a_step(run, work: Path, chance: random.Random) -> str:
+def kill_within_a_step(run: Run, work: Path, chance: random.Random) -> str:
     run.wait_until(steps_taken(chance.randint(1, 2)))
     time.sleep(chance.random() / 10)
     run.kill()
     return going_on_from(work)
 
 
-def kill_while_a_checkpoint_is_written(run, work: Path, chance: random.Random) -> str:
+def kill_while_a_checkpoint_is_written(run: Run, work: Path, chance: random.Random) -> str:
     run.wait_until(steps_taken(chance.randint(1, 2)))
     run.wait_until(lambda said: any(work.glob("checkpoints/.step-*.unfinished/*")))
     run.kill()
     return going_on_from(work)
 
 
-def kill_and_damage(run, work: Path, chance: random.Random) -> str:
+def kill_and_damage(run: Run, work: Path, chance: random.Random) -> str:
     """The newest checkpoint loses half of its largest file, as on a disk that had not written all."""
     run.wait_until(steps_taken(3))
     run.kill()
@@ -107,9 +98,9 @@ def going_on_from(work: Path) -> str:
 @pytest.mark.parametrize(
     ("way", "seed", "kills"),
     [
-        ("one", 0, [kill_within_a_step, kill_while_a_checkpoint_is_written]),
-        ("one", 1, [kill_while_a_checkpoint_is_written, kill_and_damage]),
-        ("one", 2, [kill_and_damage, kill_within_a_step]),
+        (None, 0, [kill_within_a_step, kill_while_a_checkpoint_is_written]),
+        (None, 1, [kill_while_a_checkpoint_is_written, kill_and_damage]),
+        (None, 2, [kill_and_damage, kill_within_a_step]),
         ("ddp", 3, [kill_while_a_checkpoint_is_written]),
         ("fsdp2", 4, [kill_and_damage]),
     ],
@@ -119,11 +110,11 @@ def test_killed_at_random_it_ends_with_the_same_bits(nsa_dir, texts, tmp_path, u
     config = killed_run(nsa_dir, texts, tmp_path / "out", way)
     out, work, says = Path(config.out), Path(config.out + ".unfinished"), ""
     for kill in kills:
-        with start(config, tmp_path, way) as run:
+        with started_run(config, tmp_path, way) as run:
             says, said_before = kill(run, work, chance), says
         assert said_before in run.log.read_text()
         assert not out.exists() and work.exists(), f"{kill.__name__} came too late: {run.log.read_text()}"
-    with start(config, tmp_path, way) as run:
+    with started_run(config, tmp_path, way) as run:
         assert says in run.finish()
     same = undisturbed(way)
     assert (out / "model.safetensors").read_bytes() == (same / "model.safetensors").read_bytes()
