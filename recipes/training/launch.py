@@ -67,23 +67,22 @@ def make_accelerator(config: RunConfig) -> Any:
 
 
 def prepare_model(
-    accelerator: Any, model: nn.Module, student: Any, optimizer: torch.optim.Optimizer, loader: Any
-) -> tuple[Any, Any, Any]:
-    """Has Accelerate prepare what a run trains and trains with: whole in each process, or in parts (FSDP2).
+    accelerator: Any, losses: nn.Module, student: Any, optimizer: torch.optim.Optimizer
+) -> tuple[Any, Any]:
+    """Has Accelerate prepare what a stage trains: whole in each process, or in parts (FSDP2).
 
     Args:
-        model: the module that is called in training; what of it is trained gets a gradient in each step.
+        losses: the module that is called in training; what of it is trained gets a gradient in each step.
         student: the causal language model in it.
         optimizer: over the student's parameters.
-        loader: of batches; each process gets its share of them.
 
     Returns:
-        Model, optimizer and loader, prepared.
+        What is called in the place of `losses`, and the optimizer, prepared.
     """
     if accelerator.is_fsdp2:
-        return prepare_sharded(accelerator, model, student, optimizer, loader)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    return model, optimizer, loader
+        return prepare_sharded(accelerator, losses, student, optimizer)
+    model, optimizer = accelerator.prepare(losses, optimizer)
+    return model, optimizer
 
 
 def check_launch(config: RunConfig) -> None:

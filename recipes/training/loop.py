@@ -192,11 +192,11 @@ def prepare(accelerator: Any, teacher: Any, student: Any, stage: Stage, text: St
     accelerator.gradient_accumulation_steps = config.accumulate
     adapter = choose_trained(student, config)
     rows = text.windows.select_columns("input_ids").with_format("torch")
-    model, optimizer, loader = prepare_model(
+    model, optimizer = prepare_model(
         accelerator,
         loss_model(student, teacher, config),
         student,
         make_optimizer(student, config),
-        torch.utils.data.DataLoader(rows, config.batch_size),
     )
+    loader = accelerator.prepare(torch.utils.data.DataLoader(rows, config.batch_size))
     return adapter, Prepared(accelerator, student, model, optimizer, loader)

@@ -1,7 +1,7 @@
 """A student in parts, one in each process (FSDP2): weights, gradients and the optimizer's state of each layer.
 
     plugin = sharding_plugin()                                   # for Accelerate, before it is made
-    model, optimizer, loader = prepare_sharded(accelerator, losses, student, optimizer, loader)
+    model, optimizer = prepare_sharded(accelerator, losses, student, optimizer)
     call_whole(student, lambda: student(ids))                    # another forward pass than the training's
     gather_weights(student)                                      # at the end: whole in the main process, to be saved
 
@@ -77,8 +77,8 @@ class Sharded(nn.Module):
 
 
 def prepare_sharded(
-    accelerator: Any, losses: nn.Module, student: Any, optimizer: torch.optim.Optimizer, loader: Any
-) -> tuple[Any, Any, Any]:
+    accelerator: Any, losses: nn.Module, student: Any, optimizer: torch.optim.Optimizer
+) -> tuple[Any, Any]:
     """As `accelerator.prepare`, with each decoder layer of the student sharded by itself, and the rest together.
 
     A student that a stage before has sharded stays as it is.
@@ -96,20 +96,19 @@ def prepare_sharded(
     whole: Sharded | None = student.__dict__.get(WHOLE)
     if whole is None:
         accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = layer_classes(student)
-        model, optimizer, loader = accelerator.prepare(Sharded(student, accelerator.autocast), optimizer, loader)
+        model, optimizer = accelerator.prepare(Sharded(student, accelerator.autocast), optimizer)
         register_fsdp_forward_method(model, "call")
         student.__dict__[WHOLE] = model
     elif all(isinstance(parameter, DTensor) for parameter in student.parameters()):
         # the optimizer has the parts already, which `accelerator.prepare` would look for
         model, optimizer = accelerator.prepare_model(whole), accelerator.prepare_optimizer(optimizer)
-        loader = accelerator.prepare_data_loader(loader)
     else:
         raise NsaError(
             "FSDP2: a stage adds parameters to a model that is in parts already: take ddp.yaml, or one stage"
         )
     model.losses = [losses]
     begin_state(model, optimizer)
-    return model, optimizer, loader
+    return model, optimizer
 
 
 def begin_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
