@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from nsa_hf.errors import NsaError
 from .config import RunConfig
 from .stages import decisive_settings
 
-RUN, RESULT = "run.json", "training.json"
+RUN, RESULT, LOG = "run.json", "training.json", "log.jsonl"
 FORMAT = 1
 # Settings that may differ when a run goes on: they do not change its weights.
 NOT_IN_FINGERPRINT = {"model", "out", "save_every", "keep", "log_every", "trackers", "trust_remote_code"}
@@ -174,6 +174,7 @@ def remove_run_folder(folder: Path) -> None:
     """Removes what a run wrote into its folder, and the folder when nothing else is in it."""
     if (folder / RUN).is_file():
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        (folder / LOG).unlink(missing_ok=True)
         (folder / RUN).unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()
@@ -221,7 +222,7 @@ def save_trained(
     config: RunConfig,
     fingerprint: dict[str, Any],
     result: dict[str, Any],
-    beside: Callable[[Path], None] | None = None,
+    beside: Sequence[Callable[[Path], None]] = (),
 ) -> None:
     """Writes the folder of a finished run, whole or not at all, and removes the unfinished one.
 
@@ -229,7 +230,7 @@ def save_trained(
         student: the trained model.
         fingerprint: of the run.
         result: what training.json records beside settings and machine.
-        beside: writes more into the folder.
+        beside: each writes more into the folder.
 
     Raises:
         NsaError: it cannot be written.
@@ -248,8 +249,8 @@ def save_trained(
         for weights in stage.glob("*.safetensors"):  # which safetensors lets only their owner read
             shutil.copymode(stage / "config.json", weights)
         companions = open_source(model).save_companions(stage)
-        if beside is not None:
-            beside(stage)
+        for write in beside:
+            write(stage)
         write_json(stage / RESULT, record)
         run = {"steps": sum(stage.steps for stage in config.of_stages()), "fingerprint": fingerprint}
         manifest.write(stage, manifest.build_trained(stage, model, manifest.find(model), companions, run))

@@ -34,6 +34,7 @@ from .config import RunConfig
 from .folder import check_out, open_run_folder, save_trained, settings_fingerprint
 from .held_out import HeldOut, print_figures
 from .launch import deterministic, make_accelerator, on_main_process, prepare_model
+from .logs import Log, check_trackers
 from .optimizer import make_optimizer
 from .result import as_result, measure_result, stage_records
 from .sharding import call_whole, gather_weights
@@ -63,6 +64,7 @@ def run(config: RunConfig) -> Path:
     """`train`, without a word to somebody who stops it."""
     out = Path(config.out)
     check_out(config)
+    check_trackers(config.trackers)
     model = check_model(config)
     config = settle_machine(config)
     accelerator = make_accelerator(config)
@@ -80,14 +82,17 @@ def run(config: RunConfig) -> Path:
         teacher, student = load_models(config, accelerator, stages, texts)
         held_out = HeldOut(texts.held_out_windows, teacher, accelerator.autocast)
         checkpoints = Checkpoints(folder / "checkpoints", config.keep)
-        state, adapter = run_stages(accelerator, teacher, student, stages, texts, held_out, checkpoints)
+        log = Log(accelerator, folder, config, fingerprint, texts.held_out_windows[0][1])
+        state, adapter = run_stages(accelerator, teacher, student, stages, texts, held_out, checkpoints, log)
+        log.finish()
         result = measure_result(student, config, stages, texts, held_out, state)
         processes = accelerator.num_processes
         result |= {"stages": stage_records(stages, texts, processes), "processes": processes}
         result |= {"sharded": accelerator.is_fsdp2}
         gather_weights(student, keep=accelerator.is_main_process)
         if accelerator.is_main_process:
-            save_trained(student, config, fingerprint, result, beside=None if adapter is None else adapter.save)
+            beside = [lambda stage: log.save(stage, state["curve"]), *([] if adapter is None else [adapter.save])]
+            save_trained(student, config, fingerprint, result, beside)
             if result["warning"]:
                 print(result["warning"])
             print_figures(result["held_out"], out)
@@ -139,6 +144,7 @@ def run_stages(
     texts: Texts,
     held_out: HeldOut,
     checkpoints: Checkpoints,
+    log: Log,
 ) -> tuple[dict[str, Any], AdapterFiles | None]:
     """Runs the stages that are left, from the last checkpoint on if there is one.
 
@@ -168,7 +174,9 @@ def run_stages(
         else:
             state = checkpoints.restore(accelerator, latest)
             accelerator.print(f"going on from {latest}")
-        run_steps(prepared, stage, schedule, state, checkpoints)
+        if stage is begin:
+            log.go_on(state["curve"])
+        run_steps(prepared, stage, schedule, state, checkpoints, log)
         files = merge(adapter) if adapter is not None else None
         del prepared  # with it go the hooks of DDP on the student, before the next stage adds its own
     return state, files if len(stages) == 1 and is_all_that_is_trained(stages[0].config) else None

@@ -15,6 +15,7 @@ from nsa_hf.errors import NsaError
 from .checkpoints import Checkpoints
 from .config import RunConfig
 from .flops import peak_flops, training_flops
+from .logs import Log
 from .optimizer import set_rates
 from .sharding import whole_tensor
 from .stages import Stage, blend_at, tokens_per_step, topk_at
@@ -67,7 +68,7 @@ class Schedule:
 
 
 def run_steps(
-    prepared: Prepared, stage: Stage, schedule: Schedule, state: dict[str, Any], checkpoints: Checkpoints
+    prepared: Prepared, stage: Stage, schedule: Schedule, state: dict[str, Any], checkpoints: Checkpoints, log: Log
 ) -> None:
     """Takes the steps that are left of a stage, prints their progress and saves checkpoints.
 
@@ -96,16 +97,21 @@ def run_steps(
             shown = ", ".join(f"{name} {value}" for name, value in losses.items())
             raise NsaError(f"the loss is not finite at step {done} ({shown}): lower the rates")
         seconds = time.perf_counter() - start
-        row = {"step": done, "stage": stage.number, **losses}
+        row: dict[str, Any] = {"step": done, "stage": stage.number, **losses}
         row |= {"grad_norm": norm, **rates, **changed, "seconds": seconds, "tokens_per_second": tokens / seconds}
         row |= on_gpu(accelerator.device, peak_share * tokens / seconds)
+        row |= {"tokens": tokens + (state["curve"][-1]["tokens"] if state["curve"] else 0)}
+        saves = bool(config.save_every) and done % config.save_every == 0
+        if (saves or done == stage.end) and (gates := log.gates(student)):
+            row["gates"] = gates
         state["curve"].append(row)
+        log.add(row)
         state["step"] = done
         if done % config.log_every == 0 or done == steps:
             left = (time.perf_counter() - began) / (step + 1 - begin) * (config.steps - step - 1)
             accelerator.print(progress_line(row, losses, stage, steps, left), flush=True)
         # the end of a stage is saved as the beginning of the next
-        if config.save_every and done % config.save_every == 0 and done < stage.end:
+        if saves and done < stage.end:
             save(checkpoints, accelerator, state)
     schedule.end()
 

@@ -118,10 +118,12 @@ def test_killed_at_random_it_ends_with_the_same_bits(nsa_dir, texts, tmp_path, u
         assert says in run.finish()
     same = undisturbed(way)
     assert (out / "model.safetensors").read_bytes() == (same / "model.safetensors").read_bytes()
-    figures = ("step", "loss", "ce", "kl", "grad_norm", "lr_nsa", "lr_backbone")
+    figures = ("step", "loss", "ce", "kl", "grad_norm", "lr_nsa", "lr_backbone", "gates")
     curves = [[{key: row[key] for key in figures} for row in result_of(folder)["curve"]] for folder in (out, same)]
     assert curves[0] == curves[1]
     assert result_of(out)["held_out"] == result_of(same)["held_out"]
+    lines = (out / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == result_of(out)["curve"]
     assert not work.exists()
 
 

@@ -1,0 +1,188 @@
+"""The curve of a run while it goes: a line a step in log.jsonl, and the trackers that were asked for.
+
+    log = Log(accelerator, folder, config, fingerprint, text)
+    log.go_on(state["curve"])           # the steps that count, of a checkpoint or none
+    log.add(row)                        # a step's
+    log.finish()
+    log.save(out, state["curve"])       # log.jsonl and curve.png
+
+A checkpoint holds the rows up to its step. A run that goes on from it writes the file anew with them, so that no step
+is missing or there twice after a kill. Trackers write into `OUT.trackers`, which stays beside OUT. Of steps that are
+taken again TensorBoard hides the first time, and W&B keeps it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nsa_hf.errors import NsaError
+
+from ..inspection import BRANCHES, record_gates
+from .config import RunConfig
+from .folder import LOG
+from .sharding import call_whole
+
+Row = dict[str, Any]
+PICTURE = "curve.png"
+# Packages of which one is needed, by tracker.
+TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
+GATES_TOKENS = 8192  # of the text on which gates are looked at
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """NsaError where a tracker is not known, or its package is missing."""
+    for name in names:
+        if name not in TRACKERS:
+            raise NsaError(f"trackers are {' and '.join(TRACKERS)}, got {name!r}")
+        if not any(find_spec(package) for package in TRACKERS[name]):
+            package = TRACKERS[name][0]
+            raise NsaError(f"trackers: {name} needs the package `{package}`: pip install {package}, or leave it out")
+
+
+class Log:
+    """A run's log.jsonl and its trackers. Only the main process writes."""
+
+    def __init__(
+        self, accelerator: Any, folder: Path, config: RunConfig, fingerprint: dict[str, Any], text: Sequence[int]
+    ):
+        """Opens nothing yet.
+
+        Args:
+            accelerator: Accelerate's, of this process.
+            folder: of the unfinished run.
+            config: the run's.
+            fingerprint: by which W&B knows the run again.
+            text: tokens on which gates are looked at.
+        """
+        self.text = text
+        self.accelerator, self.config, self.path = accelerator, config, folder / LOG
+        self.trackers = Path(config.out).resolve().with_name(f"{Path(config.out).resolve().name}.trackers")
+        self.id = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
+        self.file: Any = None
+
+    def go_on(self, rows: Sequence[Row]) -> None:
+        """Writes the rows of the steps that are taken already, and starts the trackers behind them."""
+        if self.accelerator.is_main_process:
+            fresh = self.path.with_name(f".{LOG}.new")
+            fresh.write_text("".join(line_of(row) for row in rows), encoding="utf-8")
+            os.replace(fresh, self.path)
+            self.file = self.path.open("a", encoding="utf-8")
+        self.start_trackers(len(rows))
+
+    def start_trackers(self, steps: int) -> None:
+        """Starts the trackers of a run that has taken so many steps."""
+        if not self.config.trackers:
+            return
+        from accelerate.tracking import filter_trackers
+
+        name = Path(self.config.out).resolve().name
+        if self.accelerator.is_main_process:
+            self.trackers.mkdir(parents=True, exist_ok=True)
+        self.accelerator.project_configuration.set_directories(str(self.trackers))
+        self.accelerator.log_with = filter_trackers(list(self.config.trackers), self.accelerator.logging_dir)
+        again = {
+            "tensorboard": {"purge_step": steps + 1},
+            "wandb": {"id": self.id, "name": name, "resume": "allow", "dir": str(self.trackers)},
+        }
+        self.accelerator.init_trackers(name, config=None if steps else flat(self.config.as_dict()), init_kwargs=again)
+
+    def add(self, row: Row) -> None:
+        """Writes a step's row."""
+        if self.file is not None:
+            self.file.write(line_of(row))
+            self.file.flush()
+        if self.config.trackers:
+            self.accelerator.log({name: value for name, value in flat(row).items() if name != "step"}, step=row["step"])
+
+    def gates(self, student: Any) -> dict[str, dict[str, float]] | None:
+        """The gates' means on the first held-out text, see `gate_means`."""
+        return gate_means(student, self.text, self.accelerator.autocast)
+
+    def finish(self) -> None:
+        """Closes what is open."""
+        if self.file is not None:
+            self.file.close()
+        if self.accelerator.trackers:
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+
+    def save(self, folder: Path, rows: Sequence[Row]) -> None:
+        """Puts log.jsonl and curve.png into a folder, from the main process; without matplotlib it says so."""
+        shutil.copyfile(self.path, folder / LOG)
+        if find_spec("matplotlib") is None:
+            print(f"no {PICTURE}, since matplotlib is not installed: pip install 'nsa-hf[eval]'")
+        else:
+            draw_curve(rows).savefig(folder / PICTURE, dpi=160)
+
+
+def draw_curve(rows: Sequence[Row]) -> Any:
+    """The loss and its parts, and the rates, by tokens that were trained on; a matplotlib Figure."""
+    from matplotlib.figure import Figure
+
+    from nsa_hf.model_cards.pictures import BLUE, GREEN, INK, ORANGE, VIOLET, style
+
+    tokens = [row["tokens"] / 1e6 for row in rows]
+    dot = {"marker": "o", "markersize": 3} if len(rows) <= 40 else {}
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes, lines in (
+        (left, (("kl", "KL to the teacher", VIOLET), ("ce", "next token", BLUE), ("loss", "loss", INK))),
+        (right, (("lr_backbone", "backbone", GREEN), ("lr_nsa", "NSA parameters", ORANGE))),
+    ):
+        for key, name, color in lines:
+            values = [row.get(key) or float("nan") for row in rows]  # a zero has no place on a logarithmic axis
+            if any(value == value for value in values):
+                axes.plot(tokens, values, color=color, linewidth=1.6, label=name, **dot)
+        axes.set_yscale("log")
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    style(left, "losses, training text", "million tokens", "nats a token")
+    style(right, "rates", "million tokens", "rate")
+    return figure
+
+
+def line_of(row: Row) -> str:
+    """A row as a line of log.jsonl."""
+    return json.dumps(row) + "\n"
+
+
+def flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """Values in one dict, as trackers take them: what is in a dict as "gates/0/selected", and a list as its JSON."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{before}{name}/")
+        else:
+            found[before + name] = value if isinstance(value, (int, float, str)) else json.dumps(value)
+    return found
+
+
+def gate_means(student: Any, ids: Sequence[int], autocast: Any) -> dict[str, dict[str, float]] | None:
+    """The mean gate of each branch in each layer on a text, by layer and branch; None where no gate is trained.
+
+    To be called in all processes.
+
+    Args:
+        student: the model, sharded or not.
+        ids: the text's tokens.
+        autocast: makes the context in which it runs.
+    """
+    if not any(p.requires_grad for name, p in student.named_parameters() if ".nsa.gate." in name):
+        return None
+    inputs = torch.tensor([list(ids)[:GATES_TOKENS]], device=student.device)
+
+    def run() -> dict[int, list[float]]:
+        with torch.no_grad(), record_gates(student) as gates, autocast():
+            student.base_model(input_ids=inputs, use_cache=False)
+        return gates
+
+    gates = call_whole(student, run)
+    return {str(layer): dict(zip(BRANCHES, gates[layer], strict=True)) for layer in sorted(gates)}
