@@ -27,6 +27,7 @@ import torch
 from nsa_hf.errors import NsaError
 
 from ..inspection import BRANCHES, record_gates
+from .compiling import uncompiled
 from .config import RunConfig
 from .folder import LOG
 from .sharding import call_whole
@@ -180,7 +181,7 @@ def gate_means(student: Any, ids: Sequence[int], autocast: Any) -> dict[str, dic
     inputs = torch.tensor([list(ids)[:GATES_TOKENS]], device=student.device)
 
     def run() -> dict[int, list[float]]:
-        with torch.no_grad(), record_gates(student) as gates, autocast():
+        with torch.no_grad(), uncompiled(), record_gates(student) as gates, autocast():
             student.base_model(input_ids=inputs, use_cache=False)
         return gates
 
