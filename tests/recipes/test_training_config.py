@@ -1,12 +1,15 @@
 import time
 from dataclasses import fields
 from itertools import pairwise
+from pathlib import Path
 from string import ascii_lowercase
 
 import pytest
 
 from nsa_hf.errors import NsaError
 from nsa_hf.recipes.training.config import RunConfig, load_run_config, make_run_config, settings_help
+
+RUNS = Path(__file__).resolve().parents[2] / "recipes" / "runs"
 
 
 @pytest.fixture
@@ -196,3 +199,16 @@ def test_a_file_without_an_end_is_not_read_to_it():
 def test_help_lists_every_setting_once():
     lines = settings_help().splitlines()
     assert [line.split(":")[0] for line in lines] == [f.name for f in fields(RunConfig)]
+
+
+@pytest.mark.parametrize("path", sorted(RUNS.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_run_file_can_be_read(path):
+    config = load_run_config(path, ["model=a", "out=b"])
+    assert config.tokens or config.steps
+
+
+@pytest.mark.parametrize("path", sorted((RUNS / "ablations").glob("*.yaml")), ids=lambda path: path.stem)
+def test_an_ablation_differs_in_little(path):
+    base = load_run_config(RUNS / "ablations" / "base.yaml", ["model=a", "out=b"]).as_dict()
+    other = load_run_config(path, ["model=a", "out=b"]).as_dict()
+    assert len([name for name in base if base[name] != other[name]]) <= 3
