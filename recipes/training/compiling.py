@@ -42,8 +42,12 @@ def compile_layers(model: Any) -> None:
 
 
 def room_for_graphs() -> AbstractContextManager:
-    """Within it PyTorch keeps as many graphs of a layer as training needs."""
-    return torch._dynamo.config.patch(recompile_limit=GRAPHS)  # type: ignore[attr-defined]
+    """Within it PyTorch keeps as many graphs of a layer as training needs.
+
+    And it does not cut them where DDP's buckets end: a layer is little beside a bucket, and gradients are sent as the
+    backward pass leaves each layer.
+    """
+    return torch._dynamo.config.patch(recompile_limit=GRAPHS, optimize_ddp=False)  # type: ignore[attr-defined]
 
 
 def uncompiled() -> AbstractContextManager:
