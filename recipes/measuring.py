@@ -19,7 +19,7 @@ def measuring(
     """What a plan measures on; None where nothing was asked for.
 
     Args:
-        text: where the texts come from, see `training.data.named_texts`.
+        text: where the texts come from, see `training.sources.named_texts`.
         tokens: of each text; None: 4,096.
         documents: texts at most; None: 2.
         device: where to run; None: a GPU if there is one.
@@ -42,7 +42,7 @@ def measuring(
     from nsa_hf.conversion import Measuring
 
     from .load import pick_device
-    from .training.data import named_texts
+    from .training.sources import named_texts
 
     tokens, documents = 4096 if tokens is None else tokens, 2 if documents is None else documents
     return Measuring(named_texts(text), tokens, documents, pick_device(device), progress=sys.stderr.isatty())

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from ..terminal import track
-from ..training.data import named_texts
+from ..training.sources import named_texts
 from .answers import Answered, Question, answer, batches
 from .haystack import Haystack, multiple, single
 from .subject import WAYS, Settings, Subject

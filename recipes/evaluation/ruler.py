@@ -12,7 +12,7 @@ from rich.table import Table
 from nsa_hf.errors import NsaError
 
 from ..terminal import track
-from ..training.data import named_texts
+from ..training.sources import named_texts
 from .answers import answer, batches
 from .haystack import Haystack
 from .ruler_tasks import TASKS, Row, make_row, read_rows

@@ -37,12 +37,12 @@ class RunConfig:
     stages: StageList = setting("one entry a stage, with the settings that differ in it; none: one stage", [])
 
     data: Sources = setting(
-        "training text: 'stdlib', a text file, a folder, a .jsonl or .parquet with 'text'; or a mixture, "
-        "[{source: a, weight: 2}, {source: b, weight: 1}]",
+        "training text: 'stdlib', a text file, a folder, a .jsonl, .json, .parquet or .csv with 'text', "
+        "hub:owner/name; or a mixture, [{source: a, weight: 2}, {source: b, weight: 1, text_column: body}]",
         "stdlib",
     )
     length: Lengths = setting("tokens of a training window; or a mixture, [{length: 2048, weight: 1}, ...]", 2048)
-    pack: bool = setting("short documents share a window, each attending to itself only; false drops them", False)
+    pack: bool = setting("short documents share a window, each attending to itself only; false drops them", True)
     held_out: str = setting("evaluation text, a source as of data; of 'stdlib' the files training never sees", "stdlib")
     held_out_documents: int = setting("held-out documents evaluated before and after", 2)
     held_out_length: int = setting("tokens of each; 0: as the longest training window", 0)

@@ -18,15 +18,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nsa_hf.conversion.files.loading import read_config
 from nsa_hf.conversion.plan import training_hindrance
 from nsa_hf.conversion.sources import open_source
 from nsa_hf.errors import NsaError
 
 from ..evaluation.perplexity import mean_kl
-from ..load import check_token_ids, load_nsa_model
+from ..load import load_nsa_model
 from .attention_losses import loss_model
 from .checkpoints import Checkpoints, step_of
 from .compiling import compile_layers, room_for_graphs
@@ -72,14 +70,14 @@ def run(config: RunConfig) -> Path:
     stages = stages_of(config)
     with deterministic(config.deterministic), room_for_graphs(), ExitStack() as stack:
         fingerprint = settings_fingerprint(config)
-        texts = read_texts(config, stages, accelerator.num_processes)
+        texts = read_texts(config, stages)
         fingerprint |= {**texts.fingerprint(), "processes": accelerator.num_processes, "sharded": accelerator.is_fsdp2}
         # locked by the main process until the run ends
         folder = on_main_process(accelerator, lambda: stack.enter_context(open_run_folder(config, fingerprint)))
         if folder is None:
             accelerator.print(f"{out} holds this run already, finished: nothing to do")
             return out
-        teacher, student = load_models(config, accelerator, stages, texts)
+        teacher, student = load_models(config, accelerator, stages)
         held_out = HeldOut(texts.held_out_windows, teacher, accelerator.autocast)
         checkpoints = Checkpoints(folder / "checkpoints", config.keep)
         log = Log(accelerator, folder, config, fingerprint, texts.held_out_windows[0][1])
@@ -113,17 +111,13 @@ def check_model(config: RunConfig) -> Any:
     return model
 
 
-def load_models(config: RunConfig, accelerator: Any, stages: list[Stage], texts: Texts) -> tuple[Any, Any]:
+def load_models(config: RunConfig, accelerator: Any, stages: list[Stage]) -> tuple[Any, Any]:
     """The teacher, frozen, and the student, on Accelerate's device.
 
     Raises:
-        NsaError: the model cannot be loaded, a window has a token that it has no embedding for, or it does not have
-            what a stage trains.
+        NsaError: the model cannot be loaded, or does not have what a stage trains.
     """
     teacher = load_nsa_model(config.model, accelerator.device, config.teacher_dtype).requires_grad_(False)
-    for stage in texts.stages:
-        for ids in stage.windows["input_ids"]:
-            check_token_ids(teacher, ids)
     student = load_nsa_model(config.model, accelerator.device).train()
     for number, stage_config in ((stage.number, stage.config) for stage in stages):
         try:
@@ -199,12 +193,10 @@ def prepare(accelerator: Any, teacher: Any, student: Any, stage: Stage, text: St
     accelerator.free_memory()  # of the stage before
     accelerator.gradient_accumulation_steps = config.accumulate
     adapter = choose_trained(student, config)
-    rows = text.windows.select_columns("input_ids").with_format("torch")
     model, optimizer = prepare_model(
         accelerator,
         loss_model(student, teacher, config),
         student,
         make_optimizer(student, config),
     )
-    loader = accelerator.prepare(torch.utils.data.DataLoader(rows, config.batch_size))
-    return adapter, Prepared(accelerator, student, model, optimizer, loader)
+    return adapter, Prepared(accelerator, student, model, optimizer, text)

@@ -52,8 +52,7 @@ def stage_records(stages: Sequence[Stage], texts: Texts, processes: int) -> list
         {
             **stage.config.own_settings(),
             "tokens_per_step": tokens_per_step(stage.config, processes),
-            "documents": len(text.documents),
-            "windows": len(text.windows),
+            "parts_of_text": [parts.count for parts, _ in text.sources],
         }
         for stage, text in zip(stages, texts.stages, strict=True)
     ]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 
 from nsa_hf.errors import NsaError
 
+from .batches import Batches
 from .checkpoints import Checkpoints
 from .config import RunConfig
 from .flops import peak_flops, training_flops
@@ -19,6 +20,7 @@ from .logs import Log
 from .optimizer import set_rates
 from .sharding import whole_tensor
 from .stages import Stage, blend_at, tokens_per_step, topk_at
+from .texts import StageText
 
 
 class Prepared(NamedTuple):
@@ -28,14 +30,15 @@ class Prepared(NamedTuple):
         accelerator: Accelerate's, of this process.
         student: the model to train.
         model: the student with its losses, as Accelerate prepared it.
-        optimizer, loader: as Accelerate prepared them.
+        optimizer: as Accelerate prepared it.
+        text: what the stage reads.
     """
 
     accelerator: Any
     student: Any
     model: Any
     optimizer: Any
-    loader: Any
+    text: StageText
 
 
 class Schedule:
@@ -73,7 +76,8 @@ def run_steps(
     """Takes the steps that are left of a stage, prints their progress and saves checkpoints.
 
     Args:
-        state: of the run: "step", those that are finished, and "curve", to which each step adds its row.
+        state: of the run: "step", those that are finished; "curve", to which each step adds its row; and "text", where
+            the stage's text stands.
 
     Raises:
         NsaError: a loss is not finite, or a checkpoint cannot be written.
@@ -81,39 +85,49 @@ def run_steps(
     accelerator, student, config = prepared.accelerator, prepared.student, stage.config
     steps = schedule.stages[-1].end
     begin = state["step"] - stage.first
-    batches = batches_of(accelerator.skip_first_batches(prepared.loader, begin * config.accumulate))
+    text = prepared.text.batches(
+        accelerator.process_index,
+        accelerator.num_processes,
+        vocabulary=student.get_input_embeddings().weight.shape[0],
+        state=state["text"] if begin else None,
+    )
     tokens = tokens_per_step(config, accelerator.num_processes)
     peak_share = share_of_peak(student, config, accelerator)
     began = time.perf_counter()
     prepared.model.train()
-    for step in range(begin, config.steps):
-        start = time.perf_counter()
-        rates, changed = set_rates(prepared.optimizer, step, config), schedule.set(stage, step)
-        done = stage.first + step + 1
-        # inside it the backward pass is dense too
-        with student.dense_attention() if config.attention == "dense" else nullcontext():
-            losses, norm = take_step(prepared, config.accumulate, config.max_grad_norm, batches)
-        if not math.isfinite(sum(losses.values()) + norm):
-            shown = ", ".join(f"{name} {value}" for name, value in losses.items())
-            raise NsaError(f"the loss is not finite at step {done} ({shown}): lower the rates")
-        seconds = time.perf_counter() - start
-        row: dict[str, Any] = {"step": done, "stage": stage.number, **losses}
-        row |= {"grad_norm": norm, **rates, **changed, "seconds": seconds, "tokens_per_second": tokens / seconds}
-        row |= on_gpu(accelerator.device, peak_share * tokens / seconds)
-        row |= {"tokens": tokens + (state["curve"][-1]["tokens"] if state["curve"] else 0)}
-        saves = bool(config.save_every) and done % config.save_every == 0
-        if (saves or done == stage.end) and (gates := log.gates(student)):
-            row["gates"] = gates
-        state["curve"].append(row)
-        log.add(row)
-        state["step"] = done
-        if done % config.log_every == 0 or done == steps:
-            left = (time.perf_counter() - began) / (step + 1 - begin) * (config.steps - step - 1)
-            accelerator.print(progress_line(row, losses, stage, steps, left), flush=True)
-        # the end of a stage is saved as the beginning of the next
-        if saves and done < stage.end:
-            save(checkpoints, accelerator, state)
+    with closing(text) as batches:
+        for step in range(begin, config.steps):
+            start = time.perf_counter()
+            rates, changed = set_rates(prepared.optimizer, step, config), schedule.set(stage, step)
+            done = stage.first + step + 1
+            # inside it the backward pass is dense too
+            with student.dense_attention() if config.attention == "dense" else nullcontext():
+                losses, norm = take_step(prepared, config.accumulate, config.max_grad_norm, batches)
+            if not math.isfinite(sum(losses.values()) + norm):
+                shown = ", ".join(f"{name} {value}" for name, value in losses.items())
+                raise NsaError(f"the loss is not finite at step {done} ({shown}): lower the rates")
+            seconds = time.perf_counter() - start
+            row: dict[str, Any] = {"step": done, "stage": stage.number, **losses}
+            row |= {"grad_norm": norm, **rates, **changed, "seconds": seconds, "tokens_per_second": tokens / seconds}
+            row |= on_gpu(accelerator.device, peak_share * tokens / seconds)
+            row |= {"tokens": tokens + (state["curve"][-1]["tokens"] if state["curve"] else 0)}
+            saves = bool(config.save_every) and done % config.save_every == 0
+            if (saves or done == stage.end) and (gates := log.gates(student)):
+                row["gates"] = gates
+            state["curve"].append(row)
+            log.add(row)
+            state["step"], state["text"] = done, batches.state
+            if done % config.log_every == 0 or done == steps:
+                left = (time.perf_counter() - began) / (step + 1 - begin) * (config.steps - step - 1)
+                accelerator.print(progress_line(row, losses, stage, steps, left), flush=True)
+            # the end of a stage is saved as the beginning of the next
+            if saves and done < stage.end:
+                save(checkpoints, accelerator, state)
     schedule.end()
+    if short := text.short:
+        accelerator.print(
+            f"{short} texts had fewer than {config.longest} tokens and were dropped; pack=true would have read them"
+        )
 
 
 def share_of_peak(student: Any, stage: RunConfig, accelerator: Any) -> float:
@@ -133,28 +147,13 @@ def on_gpu(device: torch.device, mfu: float) -> dict[str, float]:
     return {"memory": torch.cuda.max_memory_allocated(device), **({"mfu": mfu} if mfu else {})}
 
 
-def batches_of(loader: Any) -> Iterator[dict[str, torch.Tensor]]:
-    """The batches of a loader, which take none of PyTorch's random numbers.
-
-    (PyTorch draws one whenever it begins to read. A run that goes on begins once more, and what it draws itself would
-    be others than in a run that was not stopped.)
-    """
-    batches = iter(loader)
-    while True:
-        with torch.random.fork_rng(devices=[]):
-            batch = next(batches, None)
-        if batch is None:
-            return
-        yield batch
-
-
 def save(checkpoints: Checkpoints, accelerator: Any, state: dict[str, Any]) -> None:
     """Saves a checkpoint of the run's state, see `run_steps`."""
     checkpoints.save(accelerator, state["step"], {name: value for name, value in state.items() if name != "step"})
 
 
 def take_step(
-    prepared: Prepared, accumulate: int, max_grad_norm: float, batches: Iterator[dict[str, torch.Tensor]]
+    prepared: Prepared, accumulate: int, max_grad_norm: float, batches: Batches
 ) -> tuple[dict[str, float], float]:
     """One step of the optimizer, over `accumulate` batches.
 
@@ -166,7 +165,8 @@ def take_step(
     sums: Any = 0
     for _ in range(accumulate):
         with accelerator.accumulate(model):
-            losses = model(**next(batches))
+            batch = {name: tensor.to(accelerator.device) for name, tensor in next(batches).items()}
+            losses = model(**batch)
             accelerator.backward(losses.total)
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)

@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from nsa_hf.errors import NsaError
+from nsa_hf.conversion.files.hashes import hash_parts
 
 from ..load import load_tokenizer
+from .batches import Batches, Weighted
 from .config import RunConfig
-from .data import (
-    Window,
-    hash_texts,
-    hash_windows,
-    held_out_documents,
-    held_out_windows,
-    load_documents,
-    training_windows,
-)
+from .data import Window, hash_texts, hash_windows, held_out_documents, held_out_windows
+from .sources import open_texts
 from .stages import Stage
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from .windows import Parts, WindowStream, parts_of
 
 SEED_STEP = 7919  # between two stages' seeds, so that a stage does not read what the one before has read
 
@@ -32,12 +23,56 @@ class StageText(NamedTuple):
     """The text of a stage.
 
     Attributes:
-        documents: columns `name` and `text`.
-        windows: what the steps read of it, in order, columns `input_ids` and `name`.
+        config: the stage's settings, settled.
+        tokenizer: Transformers'.
+        seed: of what is read, and in which order.
+        sources: the texts of each source, with its weight.
     """
 
-    documents: Dataset
-    windows: Dataset
+    config: RunConfig
+    tokenizer: Any
+    seed: int
+    sources: list[tuple[Parts, float]]
+
+    @property
+    def lengths(self) -> list[tuple[int, float]]:
+        """The lengths of windows, with their weights."""
+        length = self.config.length
+        return [(length, 1.0)] if isinstance(length, int) else [(entry["length"], entry["weight"]) for entry in length]
+
+    def streams(self) -> list[Weighted]:
+        """The windows of each source, from the first on."""
+        return [
+            Weighted(WindowStream(parts, self.tokenizer, pack=self.config.pack, seed=self.seed), weight)
+            for parts, weight in self.sources
+        ]
+
+    def batches(self, process: int, processes: int, vocabulary: int, state: dict[str, Any] | None = None) -> Batches:
+        """What one process reads in this stage.
+
+        Args:
+            process, processes: which one it is, of how many.
+            vocabulary: tokens that the model has embeddings for.
+            state: of the batches, where a run goes on.
+        """
+        return Batches(
+            self.streams(),
+            lengths=self.lengths,
+            batch_size=self.config.batch_size,
+            seed=self.seed,
+            process=process,
+            processes=processes,
+            vocabulary=vocabulary,
+            state=state,
+        )
+
+    def first_windows(self) -> list[list[int]]:
+        """The first windows of each source.
+
+        Raises:
+            NsaError: no text in one is long enough.
+        """
+        return [stream.take(length).ids for stream, _ in self.streams() for length, _ in self.lengths]
 
 
 class Texts(NamedTuple):
@@ -45,33 +80,27 @@ class Texts(NamedTuple):
 
     Attributes:
         stages: of each stage.
+        hashes: of the training text and of its tokens, see `fingerprint`.
         held_out_documents: name and text of each held-out document.
         held_out_windows: name and token ids of what is read of each.
     """
 
     stages: list[StageText]
+    hashes: dict[str, str]
     held_out_documents: list[tuple[str, str]]
     held_out_windows: list[Window]
 
     def fingerprint(self) -> dict[str, str]:
         """The part of the run's fingerprint (see folder.py) that follows from its text: hashes of it and its tokens."""
-        distinct = {id(stage.documents): stage.documents for stage in self.stages}.values()
-        named_texts = chain.from_iterable(zip(d["name"], d["text"], strict=True) for d in distinct)
-        windows = chain.from_iterable(stage.windows["input_ids"] for stage in self.stages)
-        return {
-            "training_text": hash_texts(named_texts),
-            "held_out_text": hash_texts(self.held_out_documents),
-            "tokens": hash_windows(chain(windows, (ids for _, ids in self.held_out_windows))),
-        }
+        return {**self.hashes, "held_out_text": hash_texts(self.held_out_documents)}
 
 
-def read_texts(config: RunConfig, stages: Sequence[Stage], processes: int) -> Texts:
-    """Reads and tokenises all that the run will read.
+def read_texts(config: RunConfig, stages: Sequence[Stage]) -> Texts:
+    """Opens all that the run will read, and reads its beginning.
 
     Args:
         config: settled (see stages.py).
         stages: of it.
-        processes: that train together.
 
     Raises:
         NsaError: text is missing or too short.
@@ -79,26 +108,31 @@ def read_texts(config: RunConfig, stages: Sequence[Stage], processes: int) -> Te
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     held_out = held_out_documents(config.held_out, config.held_out_documents)
     held_out_ids = held_out_windows(held_out, tokenizer, config.held_out_length)
-    documents: dict[str, Dataset] = {}
+    opened: dict[str, Parts] = {}
     read = []
     for stage in stages:
-        key = json.dumps(stage.config.data)
-        if key not in documents:
-            documents[key] = load_documents(stage.config.data)  # type: ignore[arg-type]
-        read.append(StageText(documents[key], stage_windows(documents[key], tokenizer, stage, config.seed, processes)))
-    return Texts(read, held_out, held_out_ids)
+        entries = sources_of(stage.config)
+        for entry in entries:
+            if (key := json.dumps([entry["source"], entry.get("text_column")])) not in opened:
+                opened[key] = parts_of(open_texts(entry["source"], entry.get("text_column", "text")))
+            entry["parts"] = opened[key]
+        seed = (config.seed + SEED_STEP * (stage.number - 1)) % 2**32
+        read.append(StageText(stage.config, tokenizer, seed, [(entry["parts"], entry["weight"]) for entry in entries]))
+    windows = [ids for stage in read for ids in stage.first_windows()]
+    tokens = hash_windows([*windows, *(ids for _, ids in held_out_ids)])
+    hashes = {
+        "training_text": hash_parts(parts.hash.encode() for parts in opened.values()),
+        # of the tokens that come later, the text and the vocabulary decide
+        "tokens": hash_parts([tokens.encode(), vocabulary(tokenizer)]),
+    }
+    return Texts(read, hashes, held_out, held_out_ids)
 
 
-def stage_windows(documents: Dataset, tokenizer: Any, stage: Stage, seed: int, processes: int) -> Dataset:
-    """The windows that a stage reads.
+def sources_of(config: RunConfig) -> list[dict[str, Any]]:
+    """The sources of a stage as entries with "source", "weight", and "text_column" where it was given."""
+    return [{"source": config.data, "weight": 1.0}] if isinstance(config.data, str) else [dict(e) for e in config.data]
 
-    Args:
-        seed: of the run.
-        processes: that train together.
-    """
-    config = stage.config
-    if not isinstance(config.length, int) or config.pack:
-        raise NsaError("mixtures of lengths and packed windows are not there yet: give one length, and pack=false")
-    count = config.steps * config.accumulate * config.batch_size * processes
-    stage_seed = (seed + SEED_STEP * (stage.number - 1)) % 2**32
-    return training_windows(documents, tokenizer, length=config.length, count=count, seed=stage_seed)
+
+def vocabulary(tokenizer: Any) -> bytes:
+    """All of a tokenizer's tokens with their ids."""
+    return json.dumps(sorted(tokenizer.get_vocab().items())).encode()

@@ -15,8 +15,8 @@ Names = list[str]
 Blocks = int | str
 StageList = list[dict[str, Any]]
 
-# What an entry of a mixture has; its weight is 1 where none is written.
-SOURCE_KEYS, LENGTH_KEYS = ("source", "weight"), ("length", "weight")
+# What an entry of a mixture has; its weight is 1 where none is written, and texts are in the column `text`.
+SOURCE_KEYS, LENGTH_KEYS = ("source", "weight", "text_column"), ("length", "weight")
 # What YAML 1.1 makes of the words yes and no (it also reads 1e-5 as text).
 WORDS = {True: "yes", False: "no"}
 PLAIN: dict[str, tuple[type, str]] = {
@@ -123,6 +123,8 @@ def check_mixture(key: str, value: Any, keys: tuple[str, ...], kind: str) -> lis
         weight = check_value(f"{place}: weight", "float", entry.get("weight", 1))
         if not 0 < weight < math.inf:
             raise NsaError(f"{place}: weight must be above 0, got {weight}")
+        if "text_column" in entry:
+            check_value(f"{place}: text_column", "str", entry["text_column"])
         entries.append({**entry, what: check_value(f"{place}: {what}", kind, entry[what]), "weight": weight})
     return entries
 

@@ -7,16 +7,8 @@ from tiny_models import byte_tokenizer
 
 from nsa_hf.conversion.compare.texts import HELD_OUT
 from nsa_hf.errors import NsaError
-from nsa_hf.recipes.training.data import (
-    as_dataset,
-    hash_texts,
-    hash_windows,
-    held_out_documents,
-    held_out_windows,
-    load_documents,
-    named_texts,
-    training_windows,
-)
+from nsa_hf.recipes.training.data import hash_texts, hash_windows, held_out_documents, held_out_windows
+from nsa_hf.recipes.training.sources import named_texts, open_texts
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +16,8 @@ def tokenizer():
     return byte_tokenizer()
 
 
-def letters(*lengths):
-    """Documents a, b, c, ... whose every byte tells its place."""
-    texts = [(chr(97 + i), "".join(chr(33 + j // 10 % 90) for j in range(n))) for i, n in enumerate(lengths)]
-    return as_dataset(texts)
+def texts_of(source):
+    return [text for _, text in open_texts(str(source))]
 
 
 @pytest.mark.parametrize("number", [0, -5])
@@ -39,17 +29,17 @@ def test_held_out_texts_have_a_length_and_a_number(number):
 
 
 def test_the_standard_library_without_what_is_held_out():
-    documents = load_documents("stdlib")
-    names = set(documents["name"])
+    documents = open_texts("stdlib")
+    names = {name for name, _ in documents}
     assert len(names) == len(documents) > 200
     assert {"ast.py", "json/decoder.py"} <= names
     assert not {name.split("/")[-1] for name in names} & set(HELD_OUT)
     assert not any("site-packages" in name or name.startswith("test/") for name in names)
-    assert list(load_documents("stdlib")["name"]) == list(documents["name"])
+    assert list(open_texts("stdlib")) == list(documents)
 
 
 def test_training_and_held_out_text_are_apart():
-    trained_on = set(load_documents("stdlib")["text"])
+    trained_on = set(texts_of("stdlib"))
     held_out = held_out_documents("stdlib", 3)
     assert [name for name, _ in held_out] == list(HELD_OUT[:3])
     assert not trained_on & {text for _, text in held_out}
@@ -67,42 +57,6 @@ def test_texts_without_tables_need_no_package(tmp_path, monkeypatch):
         named_texts(str(tmp_path / "c.csv"))
     monkeypatch.undo()
     assert named_texts(str(tmp_path / "c.csv")) == [("c.csv:0", "four")]
-
-
-def test_windows_are_whole_within_one_document_and_repeatable(tokenizer):
-    documents = letters(250, 99, 420, 100)
-    windows = training_windows(documents, tokenizer, length=100, count=7, seed=3)
-    texts = dict(zip(documents["name"], documents["text"], strict=True))
-    assert len(windows) == 7
-    for row in windows:
-        name, start = row["name"].split("@")
-        assert tokenizer.decode(row["input_ids"]) == texts[name][int(start) : int(start) + 100]
-    assert {row["name"] for row in windows} == {"a@0", "a@100", "c@0", "c@100", "c@200", "c@300", "d@0"}
-    again = training_windows(documents, tokenizer, length=100, count=7, seed=3)
-    assert windows["input_ids"] == again["input_ids"]
-    other = training_windows(documents, tokenizer, length=100, count=7, seed=4)
-    assert windows["name"] != other["name"]
-
-
-def test_few_windows_come_from_many_documents(tokenizer):
-    windows = training_windows(letters(5000, 200, 200, 200), tokenizer, length=100, count=4, seed=0)
-    assert {name[0] for name in windows["name"]} == set("abcd")
-
-
-def test_used_up_text_begins_again(tokenizer):
-    windows = training_windows(letters(200), tokenizer, length=100, count=5, seed=0)
-    assert sorted(windows["name"]) == ["a@0", "a@0", "a@0", "a@100", "a@100"]
-
-
-def test_too_short_documents_are_refused(tokenizer):
-    with pytest.raises(NsaError, match="none of the 2 documents has 100 tokens"):
-        training_windows(letters(50, 60), tokenizer, length=100, count=1, seed=0)
-
-
-def test_more_windows_than_memory_holds_are_refused_at_once(tokenizer):
-    for sizes in ({"length": 100, "count": 10**15}, {"length": 2**32 - 1, "count": 100}):
-        with pytest.raises(NsaError, match="do not fit into the"):
-            training_windows(letters(200), tokenizer, seed=0, **sizes)
 
 
 def test_hashes_see_every_change(tokenizer):
@@ -132,11 +86,9 @@ def test_own_text_files_and_tables(tmp_path):
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
     table = tmp_path / "rows.jsonl"
     table.write_text("".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(["x", "y"])))
-    assert load_documents(str(tmp_path))["text"][:] == ["first", "second"]
-    assert load_documents(str(tmp_path / "b.txt"))["text"][:] == ["second"]
-    rows = load_documents(str(table))
-    assert rows["text"][:] == ["x", "y"]
-    assert rows["name"][:] == ["rows.jsonl:0", "rows.jsonl:1"]
+    assert texts_of(str(tmp_path)) == ["first", "second"]
+    assert texts_of(str(tmp_path / "b.txt")) == ["second"]
+    assert list(open_texts(str(table))) == [("rows.jsonl:0", "x"), ("rows.jsonl:1", "y")]
     assert held_out_documents(str(table), 1) == [("rows.jsonl:0", "x")]
 
 
@@ -162,7 +114,7 @@ def test_a_row_without_text_is_named(tmp_path, row, message):
     table = tmp_path / "rows.jsonl"
     table.write_text(f'{{"text": "first"}}\n\n{row}\n{{"text": "last"}}\n')
     with pytest.raises(NsaError) as raised:
-        load_documents(str(table))
+        open_texts(str(table))
     assert f"{table}, line 3: " in str(raised.value)
     assert message in str(raised.value)
 
@@ -177,13 +129,13 @@ def test_rows_of_other_tables_too(tmp_path):
         path = tmp_path / name
         path.write_text(content)
         with pytest.raises(NsaError, match=message):
-            load_documents(str(path))
+            open_texts(str(path))
 
 
 def test_texts_that_look_like_dates_stay_texts(tmp_path):
     table = tmp_path / "rows.jsonl"
     table.write_text('{"text": "2020-01-01"}\n{"text": "2020-01-02"}\n')
-    assert load_documents(str(table))["text"][:] == ["2020-01-01", "2020-01-02"]
+    assert texts_of(str(table)) == ["2020-01-01", "2020-01-02"]
 
 
 def test_nothing_to_evaluate_is_refused(tmp_path, tokenizer):
@@ -217,13 +169,13 @@ def test_wrong_sources_are_named(tmp_path):
         (empty, "found no text"),
     ]:
         with pytest.raises(NsaError, match=message):
-            load_documents(str(source))
+            open_texts(str(source))
 
 
 @pytest.mark.parametrize("name", ["rows.JSONL", "rows.ndjson", "rows.jsonlines"])
 def test_rows_are_known_by_any_spelling_of_their_suffix(tmp_path, name):
     (tmp_path / name).write_text('{"text": "one"}\n{"text": "two"}\n')
-    assert load_documents(str(tmp_path / name))["text"] == ["one", "two"]
+    assert texts_of(str(tmp_path / name)) == ["one", "two"]
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "data/train.parquet"])
@@ -231,7 +183,7 @@ def test_rows_beside_a_folders_texts_are_not_passed_over_silently(tmp_path, caps
     (tmp_path / "README.md").write_text("about the data")
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text('{"text": "one"}\n')
-    assert load_documents(str(tmp_path))["text"] == ["about the data"]
+    assert texts_of(str(tmp_path)) == ["about the data"]
     assert f"holds rows of texts ({name}), which are not read" in capsys.readouterr().err
 
 
@@ -242,4 +194,4 @@ def test_a_file_s_name_that_is_no_text_is_refused_by_name(tmp_path):
         with pytest.raises(
             NsaError, match=r"UTF-8.*caf\\udce9\.txt|caf\\udce9\.txt has a name that is not UTF-8: rename it"
         ):
-            load_documents(str(source))
+            open_texts(str(source))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import closing
+
 import pytest
 import torch
-from tiny_runs import converted, result_of, tiny_run, weights_of
+from tiny_runs import converted, result_of, tiny_run, weights_of, write_texts
 from transformers import AutoModelForCausalLM
 
 from nsa_hf.recipes.training.loop import train
+from nsa_hf.recipes.training.stages import stages_of
+from nsa_hf.recipes.training.texts import read_texts
 
 
 def test_kl_to_the_teacher_falls_when_it_is_the_loss(nsa_dir, texts, tmp_path):
@@ -61,3 +66,40 @@ def test_the_gates_blend_in(tiny_dense_dir, tiny_sizes, texts, tmp_path):
     out = train(tiny_run(model, texts, tmp_path / "out", gate_blend_steps=2))
     assert AutoModelForCausalLM.from_pretrained(out).config.nsa_gate_blend == 1.0
     assert AutoModelForCausalLM.from_pretrained(model).config.nsa_gate_blend == 0.0
+
+
+def test_packed_texts_count_as_each_by_itself(nsa_dir, tmp_path):
+    """The losses of the first step are those of the two models on each text alone."""
+    texts = write_texts(tmp_path / "texts", count=6, words=12)  # of some 45 tokens, and the first window has 128
+    config = tiny_run(nsa_dir, texts, tmp_path / "out", steps=1, ce_weight=1.0, held_out_length=32, batch_size=2)
+    row = result_of(train(config))["curve"][0]
+    stages = stages_of(config)
+    with closing(read_texts(config, stages).stages[0].batches(0, 1, vocabulary=10**6)) as batches:
+        batch = next(batches)
+    assert batch["input_ids"].shape == (1, 256)
+    model = AutoModelForCausalLM.from_pretrained(nsa_dir).eval()
+    ends = [*(batch["position_ids"][0] == 0).nonzero().flatten().tolist()[1:], 256]
+    ce = kl = counted = 0
+    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        ids = batch["input_ids"][:, start:end]
+        with torch.no_grad():
+            sparse = model(ids).logits[0, :-1].log_softmax(-1)
+            with model.dense_attention():
+                dense = model(ids).logits[0, :-1].log_softmax(-1)
+        ce -= sparse.gather(1, ids[0, 1:, None]).sum()
+        kl += (dense.exp() * (dense - sparse)).sum()
+        counted += ids.shape[1] - 1
+    assert len(ends) > 4
+    assert row["ce"] == pytest.approx(float(ce / counted), rel=1e-5)
+    assert row["kl"] == pytest.approx(float(kl / counted), abs=1e-6)
+
+
+def test_what_is_dropped_is_said(nsa_dir, tmp_path, capsys):
+    texts = write_texts(tmp_path / "texts", count=2, words=100)
+    write_texts(tmp_path / "texts/short", count=3, words=12)
+    held_out = str(texts / "0.txt")
+    settings = {"held_out": held_out, "held_out_documents": 1, "steps": 8}
+    train(tiny_run(nsa_dir, texts, tmp_path / "a", pack=False, **settings))
+    assert re.search(r"[1-9]\d* texts had fewer than 128 tokens and were dropped; pack=true", capsys.readouterr().out)
+    train(tiny_run(nsa_dir, texts, tmp_path / "b", **settings))
+    assert "were dropped" not in capsys.readouterr().out

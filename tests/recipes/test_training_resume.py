@@ -147,6 +147,22 @@ def stopped(monkeypatch):
     return run_until
 
 
+def test_a_run_goes_on_in_the_middle_of_mixed_texts_and_lengths(nsa_dir, texts, tmp_path, stopped):
+    short = write_texts(tmp_path / "short", count=9, words=12, seed=3)
+    settings = {
+        "data": [{"source": str(texts), "weight": 2}, {"source": str(short)}],
+        "length": [{"length": 128, "weight": 1}, {"length": 64, "weight": 1}],
+        "steps": 6,
+        "accumulate": 2,
+        "save_every": 1,
+    }
+    whole = train(tiny_run(nsa_dir, texts, tmp_path / "whole", **settings))
+    config = tiny_run(nsa_dir, texts, tmp_path / "out", **settings)
+    for at in (1, 4):
+        stopped(config, at)
+    assert (train(config) / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
 def test_an_unfinished_run_is_not_continued_with_other_settings(nsa_dir, texts, tmp_path, stopped, capsys):
     stopped(tiny_run(nsa_dir, texts, tmp_path / "out"), at=2)
     assert "stopped: the same command goes on from the last checkpoint" in capsys.readouterr().err

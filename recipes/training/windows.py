@@ -1,0 +1,317 @@
+"""Windows of tokens out of texts that come one by one, in an order that follows from a seed.
+
+    stream = WindowStream(parts_of(open_texts("corpus")), tokenizer, pack=True, seed=0)
+    window = stream.take(8192)              # whatever length, each time
+    state = stream.state()                  # small, as JSON can hold it
+    stream.restore(state)                   # goes on behind that window, here or in another process
+
+A text of `length` tokens and more gives windows of its own, so that their first tokens say something about their last
+ones. What is shorter, or left over, is packed: texts follow each other until a window is full, and each begins at
+position 0 (`borders`). Several texts are read at a time, in lanes, so that windows that follow each other are of
+different ones. Only texts that are being read are in memory, and a run that goes on reads only those again.
+"""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from nsa_hf.conversion.files.hashes import hash_parts
+from nsa_hf.errors import NsaError
+
+from .sources import HubTexts, Named
+
+LANES = 16  # texts that are read at a time
+LONGEST_PART = 200_000  # characters; a longer text counts as several, so that none fills many windows one after another
+
+
+class Window(NamedTuple):
+    """`ids`: token ids `[length]`; `borders`: where in it a new text begins, 0 not counted; `name`: of what it has."""
+
+    ids: list[int]
+    borders: list[int]
+    name: str
+
+
+class Piece(NamedTuple):
+    """Tokens `start` to `end - 1` of the text with number `text` in a stream's order."""
+
+    text: int
+    start: int
+    end: int
+
+
+class StoredParts:
+    """The parts of texts on the disk. It is read once when it is made: for where long texts are cut, and for its hash.
+
+    Attributes:
+        hash: of names, texts, and their order.
+        count: how many parts there are.
+    """
+
+    def __init__(self, texts: Sequence[Named]):
+        self.texts = texts
+        self.owners, self.starts, self.ends = array("q"), array("q"), array("q")
+        self.hash = hash_parts(self.read_once())
+        self.count = len(self.owners)
+
+    def read_once(self) -> Iterator[bytes]:
+        """Bytes that say all: each name and text, with where it ends; notes where texts are cut."""
+        for owner, (name, text) in enumerate(self.texts):
+            for start, end in cut(text):
+                self.owners.append(owner)
+                self.starts.append(start)
+                self.ends.append(end)
+            for part in (name.encode(), text.encode()):
+                yield len(part).to_bytes(8, "little")
+                yield part
+
+    def ordered(self, seed: int) -> StoredOrder:
+        """The parts in the order of a seed."""
+        return StoredOrder(self, seed)
+
+
+class StoredOrder:
+    """Stored parts in shuffled order, over and over, each time in another.
+
+    Attributes:
+        count: how many there are.
+    """
+
+    def __init__(self, parts: StoredParts, seed: int):
+        self.parts, self.seed = parts, seed
+        self.count = parts.count
+        self.times, self.order = -1, array("q")
+
+    def __getitem__(self, number: int) -> Named:
+        times, place = divmod(number, self.count)
+        if times != self.times:
+            self.times, self.order = times, array("q", range(self.count))
+            random.Random(f"{self.seed} {times}").shuffle(self.order)
+        part, parts = self.order[place], self.parts
+        name, text = parts.texts[parts.owners[part]]
+        return name, text[parts.starts[part] : parts.ends[part]]
+
+
+class StreamedParts:
+    """The parts of a data set that is streamed.
+
+    Attributes:
+        hash: of what it is called, and its commit.
+        count: not known: 0.
+    """
+
+    count = 0
+
+    def __init__(self, texts: HubTexts):
+        self.texts = texts
+        self.hash = hash_parts([f"{texts.source}@{texts.revision}".encode()])
+
+    def ordered(self, seed: int) -> StreamedOrder:
+        """The parts in the order of a seed."""
+        return StreamedOrder(self.texts, seed)
+
+
+class StreamedOrder:
+    """Streamed parts in shuffled order, over and over. To go back means to begin again at the front.
+
+    Attributes:
+        count: how many there are; 0 until the end was seen.
+    """
+
+    def __init__(self, texts: HubTexts, seed: int):
+        self.texts, self.seed = texts, seed
+        self.count = self.next = 0
+        self.parts = self.all_parts()
+
+    def all_parts(self) -> Iterator[Named]:
+        """The parts of all texts, over and over."""
+        for times in range(1 << 30):
+            count = 0
+            for name, text in self.texts.shuffled(self.seed + times):
+                for start, end in cut(text):
+                    count += 1
+                    yield name, text[start:end]
+            if not count:
+                raise NsaError(f"found no text in {self.texts.source}")
+            self.count = count
+
+    def __getitem__(self, number: int) -> Named:
+        if number < self.next:
+            self.next, self.parts = 0, self.all_parts()
+        while self.next < number:
+            next(self.parts)
+            self.next += 1
+        self.next += 1
+        return next(self.parts)
+
+
+Parts = StoredParts | StreamedParts
+
+
+def parts_of(texts: Sequence[Named] | HubTexts) -> Parts:
+    """The parts of texts, as `open_texts` gives them."""
+    return StreamedParts(texts) if isinstance(texts, HubTexts) else StoredParts(texts)
+
+
+def cut(text: str) -> Iterator[tuple[int, int]]:
+    """Start and end of the parts of a text: one, or several of at most LONGEST_PART characters that end with a line."""
+    start = 0
+    while start < len(text):
+        end = min(start + LONGEST_PART, len(text))
+        if end < len(text):
+            end = text.rfind("\n", start + LONGEST_PART // 2, end) + 1 or end
+        yield start, end
+        start = end
+
+
+class Lane:
+    """One reader of a stream: the text that it is at, and what is left of texts before it.
+
+    Attributes:
+        text: the number of its text, -1 before it has one.
+        offset: tokens that were taken of it.
+        open: pieces that wait until they fill a window.
+    """
+
+    def __init__(self, text: int = -1, offset: int = 0, open: Sequence[Piece] = ()):
+        self.text, self.offset, self.open = text, offset, list(open)
+
+
+class WindowStream:
+    """Windows out of the texts of one source.
+
+    Attributes:
+        short: texts that were dropped since they are shorter than a window (where nothing is packed).
+    """
+
+    def __init__(self, parts: Parts, tokenizer: Any, *, pack: bool, seed: int):
+        """Begins at the first window.
+
+        Args:
+            parts: of the texts.
+            tokenizer: Transformers'.
+            pack: short texts share a window; otherwise they are dropped.
+            seed: of the order of the texts.
+        """
+        self.order: StoredOrder | StreamedOrder = parts.ordered(seed)
+        self.tokenizer, self.pack = tokenizer, pack
+        self.opening = opening_tokens(tokenizer)
+        self.next = self.turn = self.short = 0
+        self.lanes = [Lane() for _ in range(min(LANES, self.order.count or LANES))]
+        self.names: dict[int, str] = {}
+        self.tokens: dict[int, array[int]] = {}  # of the texts that are needed
+        self.ahead: dict[int, tuple[str, array[int]]] = {}  # of those that come next
+
+    def take(self, length: int) -> Window:
+        """The next window.
+
+        Args:
+            length: its tokens.
+
+        Raises:
+            NsaError: no text is long enough, or one cannot be read.
+        """
+        lane = self.lanes[self.turn % len(self.lanes)]
+        self.turn += 1
+        first = self.next
+        while (window := self.advance(lane, length)) is None:
+            if self.order.count and self.next - first > 2 * self.order.count + len(self.lanes):
+                raise NsaError(
+                    f"none of the {self.order.count} documents has {length} tokens: give longer texts or a smaller "
+                    "length"
+                )
+        return window
+
+    def advance(self, lane: Lane, length: int) -> Window | None:
+        """One step towards a lane's next window of `length` tokens; None when more are needed."""
+        if sum(self.size(piece) for piece in lane.open) >= length:
+            return self.filled(lane, length)
+        if lane.text < 0:
+            lane.text, lane.offset = self.next, 0
+            self.next += 1
+            self.read(lane.text)
+        body = length - len(self.opening)
+        left = len(self.tokens[lane.text]) - lane.offset
+        if left >= body:
+            piece = Piece(lane.text, lane.offset, lane.offset + body)
+            lane.offset += body
+            return self.window([piece], length)
+        if self.pack and left:
+            lane.open.append(Piece(lane.text, lane.offset, lane.offset + left))
+        elif lane.offset == 0:
+            self.short += 1
+        lane.text = -1
+        self.forget()
+        return None
+
+    def size(self, piece: Piece) -> int:
+        """The tokens of a piece in a window, where it begins as a text does."""
+        return len(self.opening) + piece.end - piece.start
+
+    def filled(self, lane: Lane, length: int) -> Window:
+        """A window of a lane's open pieces; what the last one has too much stays open."""
+        taken, room = [], length
+        while room > 0:
+            piece = lane.open.pop(0)
+            if self.size(piece) > room:
+                middle = piece.start + max(0, room - len(self.opening))
+                lane.open.insert(0, piece._replace(start=middle))
+                piece = piece._replace(end=middle)
+            taken.append(piece)
+            room -= self.size(piece)
+        window = self.window(taken, length)
+        self.forget()
+        return window
+
+    def window(self, pieces: Sequence[Piece], length: int) -> Window:
+        """The window that consists of `pieces`."""
+        ids: list[int] = []
+        borders = []
+        for piece in pieces:
+            borders.append(len(ids))
+            ids += self.opening + self.tokens[piece.text][piece.start : piece.end].tolist()
+        names = ", ".join(f"{self.names[piece.text]}@{piece.start}" for piece in pieces)
+        return Window(ids[:length], borders[1:], names)
+
+    def read(self, number: int) -> None:
+        """Tokenises a text, and those that come next with it, which takes many cores."""
+        if number not in self.ahead:
+            self.ahead = dict(self.tokenised(range(number, number + LANES)))
+        self.names[number], self.tokens[number] = self.ahead.pop(number)
+
+    def tokenised(self, numbers: Sequence[int]) -> Iterator[tuple[int, tuple[str, array[int]]]]:
+        """Number, name and tokens of texts."""
+        named = [self.order[number] for number in numbers]
+        rows = self.tokenizer([text for _, text in named], add_special_tokens=False, verbose=False)["input_ids"]
+        for number, (name, _), ids in zip(numbers, named, rows, strict=True):
+            yield number, (name, array("i", ids))
+
+    def forget(self) -> None:
+        """Drops the texts that no lane needs any more."""
+        needed = {piece.text for lane in self.lanes for piece in lane.open} | {lane.text for lane in self.lanes}
+        for number in self.tokens.keys() - needed:
+            del self.tokens[number], self.names[number]
+
+    def state(self) -> dict[str, Any]:
+        """Where the stream is, as JSON can hold it."""
+        lanes = [[lane.text, lane.offset, [list(piece) for piece in lane.open]] for lane in self.lanes]
+        return {"next": self.next, "turn": self.turn, "short": self.short, "lanes": lanes}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes to where `state` was taken; only the texts that are needed there are read."""
+        self.next, self.turn, self.short = state["next"], state["turn"], state["short"]
+        self.lanes = [Lane(text, offset, [Piece(*piece) for piece in open]) for text, offset, open in state["lanes"]]
+        self.tokens, self.names, self.ahead = {}, {}, {}
+        needed = {piece.text for lane in self.lanes for piece in lane.open} | {lane.text for lane in self.lanes} - {-1}
+        # one by one: they are far from each other
+        for number in sorted(needed):
+            [(_, (self.names[number], self.tokens[number]))] = self.tokenised([number])
+
+
+def opening_tokens(tokenizer: Any) -> list[int]:
+    """The tokens that the tokenizer puts before a text: [bos] or none."""
+    ids = tokenizer("a")["input_ids"]
+    return ids[:1] if ids[0] == tokenizer.bos_token_id else []
