@@ -39,7 +39,7 @@ from .sharding import call_whole, gather_weights
 from .stages import Stage, settle_machine, settle_stages, stage_at, stages_of
 from .steps import Prepared, Schedule, run_steps, save
 from .texts import StageText, Texts, read_texts
-from .trained import AdapterFiles, choose_trained, is_all_that_is_trained, merge, trained_modules
+from .trained import AdapterFiles, check_stage, choose_trained, is_all_that_is_trained, merge
 
 
 def train(config: RunConfig) -> Path:
@@ -77,7 +77,7 @@ def run(config: RunConfig) -> Path:
         if folder is None:
             accelerator.print(f"{out} holds this run already, finished: nothing to do")
             return out
-        teacher, student = load_models(config, accelerator, stages)
+        teacher, student = load_models(config, accelerator)
         held_out = HeldOut(texts.held_out_windows, teacher, accelerator.autocast)
         checkpoints = Checkpoints(folder / "checkpoints", config.keep)
         log = Log(accelerator, folder, config, fingerprint, texts.held_out_windows[0][1])
@@ -111,19 +111,19 @@ def check_model(config: RunConfig) -> Any:
     return model
 
 
-def load_models(config: RunConfig, accelerator: Any, stages: list[Stage]) -> tuple[Any, Any]:
+def load_models(config: RunConfig, accelerator: Any) -> tuple[Any, Any]:
     """The teacher, frozen, and the student, on Accelerate's device.
 
     Raises:
-        NsaError: the model cannot be loaded, or does not have what a stage trains.
+        NsaError: the model cannot be loaded, or does not have what a stage, maybe a late one, trains.
     """
     teacher = load_nsa_model(config.model, accelerator.device, config.teacher_dtype).requires_grad_(False)
     student = load_nsa_model(config.model, accelerator.device).train()
-    for number, stage_config in ((stage.number, stage.config) for stage in stages):
+    for number, _, stage_config in stages_of(config):
         try:
-            trained_modules(student, stage_config)
+            check_stage(student, stage_config, accelerator.is_fsdp2)
         except NsaError as error:
-            raise NsaError(f"stage {number}: {error}" if len(stages) > 1 else str(error)) from None
+            raise NsaError(f"stage {number}: {error}" if config.stages else str(error)) from None
     if config.compile == "yes":
         compile_layers(teacher)
         compile_layers(student)
@@ -186,10 +186,6 @@ def prepare(accelerator: Any, teacher: Any, student: Any, stage: Stage, text: St
         NsaError: the model does not have what is to be trained.
     """
     config = stage.config
-    if config.trains == "lora" and getattr(accelerator, "is_fsdp2", False):
-        raise NsaError("trains 'lora' does not work with FSDP2 yet: an adapter needs little memory, use DDP")
-    if config.selector_weight and getattr(accelerator, "is_fsdp2", False):
-        raise NsaError("selector_weight does not work with FSDP2 yet, which takes layers apart: use DDP")
     accelerator.free_memory()  # of the stage before
     accelerator.gradient_accumulation_steps = config.accumulate
     adapter = choose_trained(student, config)

@@ -62,6 +62,24 @@ def choose_trained(student: Any, stage: RunConfig) -> Any:
     return adapter
 
 
+def check_stage(student: Any, stage: RunConfig, sharded: bool) -> None:
+    """Whether a stage can train what it says.
+
+    Args:
+        student: the model, before its first stage.
+        stage: the stage's settings.
+        sharded: whether the model is trained in parts (FSDP2).
+
+    Raises:
+        NsaError: why not.
+    """
+    if sharded and stage.trains == "lora":
+        raise NsaError("trains 'lora' does not work with FSDP2 yet: an adapter needs little memory, use DDP")
+    if sharded and stage.selector_weight:
+        raise NsaError("selector_weight does not work with FSDP2 yet, which takes the compressors apart: use DDP")
+    trained_modules(student, stage)
+
+
 def trained_modules(student: Any, stage: RunConfig) -> list[str]:
     """The names of the modules that a stage trains, or that get an adapter; none where it trains 'all' or 'nsa'.
 

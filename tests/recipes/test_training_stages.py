@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -192,6 +195,21 @@ def test_blocks_are_annealed_and_the_model_keeps_its_own(nsa_dir, texts, tmp_pat
     config = tiny_run(nsa_dir, texts, tmp_path / "stopped", save_every=1, **settings)
     stop_at(config, 2)
     assert (train(config) / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+def test_finished_runs_of_before_there_were_stages_are_known(finished, tmp_path, capsys):
+    out, config, _ = finished
+    old = Path(shutil.copytree(out, tmp_path / "old"))
+    record = result_of(old)
+    new = ("pack", "trains", "attention", "schedule", "held_out_length", "teacher_dtype", "compile", "topk_start")
+    record["fingerprint"] = {name: value for name, value in record["fingerprint"].items() if name not in new}
+    del record["stages"], record["warning"]
+    (old / "training.json").write_text(json.dumps(record))
+    assert train(replace(config, out=str(old))) == old
+    assert "finished: nothing to do" in capsys.readouterr().out
+    # what was 1 where nothing was written is 0 now
+    with pytest.raises(NsaError, match=r"ce_weight: 1.0 -> 0.0\): give another out="):
+        train(replace(config, out=str(old), ce_weight=0.0))
 
 
 def converted_topk(folder):
