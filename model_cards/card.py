@@ -246,14 +246,44 @@ def count_tensors(manifest: dict[str, Any]) -> dict[str, int]:
     return {"source": origins.count("source"), "nsa": origins.count("nsa")}
 
 
+# How the card names what a stage of training has in its loss, and what it trains.
+LOSSES = {
+    "ce_weight": "next token",
+    "kl_weight": "KL to the dense teacher",
+    "layer_weight": "error of each attention's output",
+    "selector_weight": "the selector's loss",
+}
+TRAINED = {
+    "nsa": "the NSA parameters alone",
+    "qkvo": "the attention's projections",
+    "qk": "the projections of queries and keys",
+    "lora": "an adapter (LoRA), merged",
+}
+
+
 def training_rows(training: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The result of training with what the card's table shows: "rows" by position, and "tokens_per_step"."""
+    """The result of training with what the card shows: "rows" by position, and "told", each stage to be told."""
     if training is None:
         return None
-    held_out, config = training["held_out"], training["config"]
+    held_out = training["held_out"]
     rows = list(zip(held_out["before"], held_out["after"], held_out["after_own_dense"], strict=True))
-    tokens = config["length"] * config["batch_size"] * config["accumulate"] * training["processes"]
-    return {**training, "rows": rows, "tokens_per_step": tokens}
+    stages = training.get("stages")
+    if stages is None:  # of a run before there were stages
+        config = training["config"]
+        tokens = config["length"] * config["batch_size"] * config["accumulate"] * training["processes"]
+        stages = [{**config, "steps": len(training["curve"]), "tokens_per_step": tokens}]
+    return {**training, "rows": rows, "told": [told_stage(stage) for stage in stages]}
+
+
+def told_stage(stage: dict[str, Any]) -> dict[str, Any]:
+    """A stage's settings with what the card tells of them: "lengths", "losses" (weight and name), "trained"."""
+    length = stage["length"]
+    return {
+        **stage,
+        "lengths": [entry["length"] for entry in length] if isinstance(length, list) else [length],
+        "losses": [(stage[name], text) for name, text in LOSSES.items() if stage.get(name)],
+        "trained": TRAINED.get(stage.get("trains", "all"), "all weights"),
+    }
 
 
 def tidy(text: str) -> str:

@@ -158,6 +158,22 @@ def test_a_trained_model_with_everything(tmp_path):
     assert "    Paris is the capital of France." in text
 
 
+def test_stages_are_told_one_after_another(tmp_path):
+    training = results.training()
+    usual = {"data": "stdlib", "ce_weight": 0.0, "kl_weight": 1.0, "lr_nsa": 0.0, "lr_backbone": 2e-5, "steps": 5}
+    mixture = [{"length": 2048, "weight": 1}, {"length": 8192, "weight": 2}]
+    stages = [
+        {**usual, "trains": "nsa", "length": 2048, "tokens_per_step": 2048},
+        {**usual, "trains": "lora", "length": mixture, "tokens_per_step": 32768, "layer_weight": 0.5, "data": [{}]},
+    ]
+    text = card_of(results.write(tmp_path, training={**training, "stages": stages, "warning": "worse than <before>"}))
+    told = " ".join(text.split())
+    assert r"**worse than \<before\>** Stage 1: 5 steps of 2,048 tokens of the Python standard library" in told
+    assert "trained: the NSA parameters alone; loss = 1 KL to the dense teacher; AdamW, peak rates 0 (NSA" in told
+    assert "Stage 2: 5 steps of 32,768 tokens of own text, windows of 2,048 and 8,192 tokens; trained: an" in told
+    assert "loss = 1 KL to the dense teacher + 0.5 error of each attention's output; AdamW, peak rates 0" in told
+
+
 def test_every_suite_of_an_evaluation_is_told(tmp_path):
     text = card_of(results.write(tmp_path, evaluation=results.evaluation()))
     assert "| 1,024–2,048 | 2,048 | 9.750 | 9.875 | +1.28% ± 0.11% |" in text
