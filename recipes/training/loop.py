@@ -119,7 +119,7 @@ def load_models(config: RunConfig, accelerator: Any) -> tuple[Any, Any]:
     """
     teacher = load_nsa_model(config.model, accelerator.device, config.teacher_dtype).requires_grad_(False)
     student = load_nsa_model(config.model, accelerator.device).train()
-    for number, _, stage_config in stages_of(config):
+    for number, stage_config, _ in stages_of(config):
         try:
             check_stage(student, stage_config, accelerator.is_fsdp2)
         except NsaError as error:
