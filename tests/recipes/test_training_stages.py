@@ -65,6 +65,18 @@ def test_the_adapting_run_file_needs_model_and_out_alone(monkeypatch):
     assert (on_gpu.ce_weight, on_gpu.kl_weight, on_gpu.lr_nsa, on_gpu.lr_backbone) == (0.0, 1.0, 0.0, 2e-5)
 
 
+def test_the_default_recipe_moves_the_backbone_alone(tiny_dense_dir, tiny_sizes, texts, tmp_path):
+    """Of a model as conversions recommend it; on a CPU, in as many steps as its tokens need."""
+    sizes = {**tiny_sizes, "nsa_selector": "channels", "nsa_compression": "none"}
+    del sizes["nsa_kernel_size"], sizes["nsa_kernel_stride"]
+    model = converted(tiny_dense_dir, tmp_path / "nsa", sizes)
+    changes = [f"model={model}", f"out={tmp_path / 'out'}", f"data={texts}", f"held_out={texts}", "length=128"]
+    out = train(load_run_config(RUNS / "adapt.yaml", [*changes, "tokens=500"]))
+    result, before, after = result_of(out), weights_of(model), weights_of(out)
+    assert len(result["curve"]) == 4
+    assert {name for name in before if torch.equal(before[name], after[name])} == {n for n in before if ".nsa." in n}
+
+
 @pytest.mark.parametrize(
     ("model", "settings", "rate"),
     [
