@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 from nsa_hf.errors import NsaError
 
 Item = TypeVar("Item")
+LINE_EVERY = 60  # seconds
 
 
 def show(result: dict[str, Any], render: Callable[[dict[str, Any]], Any], as_json: bool) -> None:
@@ -30,24 +32,38 @@ def show(result: dict[str, Any], render: Callable[[dict[str, Any]], Any], as_jso
 
 
 def track(items: Sequence[Item], words: str | None) -> Iterator[Item]:
-    """The items one after another, with a bar on standard error: how many are done, how fast, how long it takes yet.
+    """The items one after another, while standard error says how many are done, how fast, and how long it takes yet.
 
     Args:
         items: what is worked on.
-        words: before the bar; None shows none, and so does a standard error that is no terminal.
+        words: before the figures; None says nothing. A terminal shows a bar, a file gets a line every minute.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
+    if words is None or not console.is_terminal:
+        yield from items if words is None else lines(items, words)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-    hidden = words is None or not console.is_terminal
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=hidden, transient=True) as bar:
-        task = bar.add_task(words or "", total=len(items), rate="")
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        task = bar.add_task(words, total=len(items), rate="")
         for item in items:
             yield item
             speed = bar.tasks[0].speed
             bar.update(task, advance=1, rate=f"{speed:.2g}/s" if speed else "")
+
+
+def lines(items: Sequence[Item], words: str) -> Iterator[Item]:
+    """`track` where standard error is no terminal."""
+    began = said = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - said >= LINE_EVERY and done < len(items):
+            said, rate = now, done / (now - began)
+            minutes, seconds = divmod(round((len(items) - done) / rate), 60)
+            print(f"{words}: {done} of {len(items)}, {rate:.2g}/s, {minutes}:{seconds:02d} left", file=sys.stderr)
 
 
 def split(text: str) -> list[str]:

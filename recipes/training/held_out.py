@@ -32,7 +32,7 @@ class HeldOut:
         self.windows, self.teacher, self.autocast = windows, teacher, autocast
 
     def compare(self, student: Any) -> list[Row]:
-        """The sparse student beside the teacher by position, rows as of `evaluate.compare`."""
+        """The sparse student beside the teacher by position, rows as of `perplexity.compare`."""
         (rows,) = self._compare([(Way(self.teacher, dense=True), Way(student))])
         return rows
 

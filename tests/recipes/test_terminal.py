@@ -1,11 +1,12 @@
 import io
 import json
+import time
 from pathlib import Path
 
 import pytest
 
 from nsa_hf.errors import NsaError
-from nsa_hf.recipes.terminal import read_text, report, show
+from nsa_hf.recipes.terminal import numbers, read_text, report, show, split, track
 
 
 def test_results_as_json_or_as_what_is_rendered(capsys):
@@ -34,3 +35,25 @@ def test_only_what_a_user_can_act_upon_is_reported(capsys):
     assert "Permission denied: 'x'" in capsys.readouterr().err
     assert not report(RuntimeError("a bug"))
     assert capsys.readouterr().err == ""
+
+
+def test_progress_in_a_file_is_lines(capsys, monkeypatch):
+    clock = iter(range(0, 1000, 40))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    assert list(track(["a", "b", "c", "d"], "Texts")) == ["a", "b", "c", "d"]
+    assert capsys.readouterr().err == "Texts: 2 of 4, 0.025/s, 1:20 left\n"
+    assert list(track(["a"], None)) == ["a"]
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_on_a_terminal_is_a_bar(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert list(track(["a", "b"], "Texts")) == ["a", "b"]
+    assert "Texts" in capsys.readouterr().err
+
+
+def test_values_with_commas():
+    assert split("ppl, needle,") == ["ppl", "needle"]
+    assert numbers("1, 20", "--lengths") == (1, 20) and numbers(None, "--lengths") is None
+    with pytest.raises(NsaError, match="--lengths takes whole numbers with commas between them, got '4k'"):
+        numbers("4k", "--lengths")
