@@ -46,6 +46,12 @@ def rise(row: dict[str, Any]) -> str:
     return Markdown(number(row.get("rise"), "+.2%") + ("" if error is None else f" ± {error:.2%}"))
 
 
+def few(names: list[str], most: int = 3) -> str:
+    """Names as code, and of many only the first."""
+    shown = ", ".join(map(code, names[:most]))
+    return Markdown(shown if len(names) <= most else f"{shown} and {len(names) - most} more")
+
+
 def block(text: str) -> str:
     """A text as an indented code block, which no text can end."""
     return Markdown("\n".join(f"    {line}" for line in text.strip("\n").splitlines()) or "    (nothing)")
@@ -62,6 +68,7 @@ FILTERS = {
     "span": lambda row: Markdown(f"{row['from']:,}–{row['to']:,}"),
     "code": code,
     "codes": lambda names: Markdown(", ".join(map(code, names))),
+    "few": few,
     "quoted": lambda text: Markdown(json.dumps(text, ensure_ascii=False)),
     "versions": lambda versions: ", ".join(f"{name} {version}" for name, version in versions.items()),
     "block": block,

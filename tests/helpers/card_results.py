@@ -64,8 +64,11 @@ def verify(exact: bool | None = True) -> dict[str, Any]:
 
 
 def training(steps: int = 8) -> dict[str, Any]:
-    before = [row(0, 1024, 10.0, 10.0, 0.0), row(1024, 2048, 8.0, 8.5, 0.0625)]
-    after = [row(0, 1024, 10.0, 9.9, 0.001), row(1024, 2048, 8.0, 8.25, 0.03125)]
+    before = [row(0, 1024, 10.0, 10.0, 0.0), {**row(1024, 2048, 8.0, 8.5, 0.0625), "rise": 0.0625, "rise_error": 0.005}]
+    after = [
+        row(0, 1024, 10.0, 9.9, 0.001),
+        {**row(1024, 2048, 8.0, 8.25, 0.03125), "rise": 0.03125, "rise_error": 0.0025},
+    ]
     own = [row(0, 1024, 9.9, 9.9), row(1024, 2048, 8.125, 8.25)]
     curve = [{"step": i + 1, "ce": 2.5 - i / 50, "kl": 0.0625 / (1 + i / 4)} for i in range(steps)]
     settings = {"data": "stdlib", "length": 2048, "batch_size": 1, "accumulate": 2}
@@ -130,11 +133,12 @@ def needles() -> dict[str, Any]:
 def evaluation() -> dict[str, Any]:
     """Of `nsa-hf eval` with every suite."""
     rows = [{**row(1024, 2048, 9.75, 9.875), "rise": 0.0128, "rise_error": 0.0011}]
+    texts = {"origin": "given by the user", "sha256": {f"{name}.txt": "0" for name in "abcde"}}
     recall = [{"layer": layer, "recall": 0.75, "captured": 0.875, "oracle": 0.9} for layer in range(4)]
     ruler = [{"task": "vt", "length": 4096, "questions": 20, "dense": 0.85, "sparse": 0.8}]
     harness = [{"task": "arc_easy", "metric": "acc", "dense": 0.6125, "sparse": 0.6}]
     suites = {
-        "ppl": {"rows": rows, "recall": recall, "rope_scaling": "yarn:2"},
+        "ppl": {"rows": rows, "recall": recall, "rope_scaling": "yarn:2", "length": 2048, "texts": texts},
         "needle": needles(),
         "ruler": {"data": None, "rows": ruler},
         "lm-eval": {"version": "0.4.13", "limit": None, "rows": harness},

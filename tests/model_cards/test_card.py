@@ -147,8 +147,11 @@ def test_a_trained_model_with_everything(tmp_path):
     assert headings(text) == [*sections, "What it attends to", "Samples"]
     assert "Exactness does not apply to a trained model." in text
     assert "it is the dense model" not in text
-    assert "| 1,024–2,048 | 8.000 | 8.500 | 8.250 | 8.125 | 6.25e-02 | 3.12e-02 |" in text
-    assert "| all | | | | | 3.15e-02 | 1.61e-02 |" in text
+    assert (
+        "| 1,024–2,048 | 8.000 | 8.500 | 8.250 | 8.125 | 6.25e-02 | 3.12e-02 | +6.25% ± 0.50% | +3.12% ± 0.25% |"
+        in text
+    )
+    assert "| all | | | | | 3.15e-02 | 1.61e-02 | | |" in text
     assert "8 steps of 4,096 tokens" in text
     assert "0.1 next token + 1 KL" in text
     assert pictures(folder) == {"training.png", "perplexity.png", "selection.png", "gates.png"}
@@ -177,6 +180,7 @@ def test_stages_are_told_one_after_another(tmp_path):
 def test_every_suite_of_an_evaluation_is_told(tmp_path):
     text = card_of(results.write(tmp_path, evaluation=results.evaluation()))
     assert "| 1,024–2,048 | 2,048 | 9.750 | 9.875 | +1.28% ± 0.11% |" in text
+    assert "2,048 tokens of each of `a.txt`, `b.txt`, `c.txt` and 2 more; the rise" in text
     assert "dense and sparse alike: `ppl` with `yarn:2`." in text
     assert "| single | 8,192 | 100.00% | 66.67% |" in text and "finds less: 1 of 12" in text
     assert "| vt | 4,096 | 20 | 85.00% | 80.00% |" in text

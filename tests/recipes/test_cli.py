@@ -198,6 +198,11 @@ def test_wrong_input_is_one_line(nsa_dir, tmp_path, capsys):
         (["verify", tmp_path, nsa_dir], "neither config.json nor a .gguf file"),
         (["verify", "a", nsa_dir, "--text", tmp_path / "none.txt"], "cannot read"),
         (["eval", tmp_path], "holds no model"),
+        (["eval", nsa_dir, "--suite", "ppl,none"], "--suite takes ppl, needle, ruler, lm-eval, several with commas"),
+        (
+            ["eval", nsa_dir, "--suite", "needle", "--lengths", "9999"],
+            "give shorter --lengths, or --rope-scaling yarn:3",
+        ),
         (["inspect", nsa_dir, "--device", "warp"], "no device 'warp' here"),
         (["generate", nsa_dir], "give the prompt once"),
         (["generate", nsa_dir, "--prompt", "a", "--prompt-file", "b"], "give the prompt once"),
