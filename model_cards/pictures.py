@@ -237,7 +237,11 @@ def needle_maps(needles: Result) -> Figure:
             }
             shares = [[found[depth, length] for length in lengths] for depth in depths]
             axes = grid[row][column]
-            image = axes.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+            image = axes.imshow(shares, cmap=SHADES, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+            for place, line in enumerate(shares):
+                for across, share in enumerate(line):
+                    color = "white" if share > 0.4 else INK
+                    axes.text(across, place, f"{share:.0%}", ha="center", va="center", fontsize=7, color=color)
             axes.set_title(f"{words}, {way}", fontsize=10, color=INK, loc="left")
             axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
             shown = spread(len(depths), 6)
