@@ -14,6 +14,7 @@ from nsa_hf.errors import NsaError
 
 from .batches import Batches
 from .checkpoints import Checkpoints
+from .compiling import uncompiled
 from .config import RunConfig
 from .flops import peak_flops, training_flops
 from .logs import Log
@@ -166,8 +167,10 @@ def take_step(
     for _ in range(accumulate):
         with accelerator.accumulate(model):
             batch = {name: tensor.to(accelerator.device) for name, tensor in next(batches).items()}
-            losses = model(**batch)
-            accelerator.backward(losses.total)
+            # compiled layers would be compiled anew for each way to pack
+            with uncompiled() if "position_ids" in batch else nullcontext():
+                losses = model(**batch)
+                accelerator.backward(losses.total)
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
             optimizer.step()

@@ -6,9 +6,10 @@
     stream.restore(state)                   # goes on behind that window, here or in another process
 
 A text of `length` tokens and more gives windows of its own, so that their first tokens say something about their last
-ones. What is shorter, or left over, is packed: texts follow each other until a window is full, and each begins at
-position 0 (`borders`). Several texts are read at a time, in lanes, so that windows that follow each other are of
-different ones. Only texts that are being read are in memory, and a run that goes on reads only those again.
+ones; what is left over at its end is dropped. Shorter texts are packed: they follow each other until a window is full,
+and each begins at position 0 (`borders`). Several texts are read at a time, in lanes, so that windows that follow each
+other are of different ones. Only texts that are being read are in memory, and a run that goes on reads only those
+again.
 """
 
 from __future__ import annotations
@@ -239,7 +240,9 @@ class WindowStream:
             piece = Piece(lane.text, lane.offset, lane.offset + body)
             lane.offset += body
             return self.window([piece], length)
-        if self.pack and left:
+        # What is left over of a long text is not packed: nearly every batch would have some of it, and batches of whole
+        # windows are trained on much faster.
+        if self.pack and left and lane.offset == 0:
             lane.open.append(Piece(lane.text, lane.offset, lane.offset + left))
         elif lane.offset == 0:
             self.short += 1
