@@ -81,13 +81,13 @@ def compare(
     if tokens_at_once is None:
         tokens_at_once = TOKENS_AT_ONCE if device.type == "cuda" else 0
     for batch in track(list(batches(windows, tokens_at_once)), progress):
-        ids = torch.tensor([ids for _, ids in batch], device=device)
-        states = {way: way.states(ids, autocast) for way in ways}
+        rows = torch.tensor([ids for _, ids in batch], device=device)
+        states = {way: way.states(rows, autocast) for way in ways}
         for place, (name, _) in enumerate(batch):
             one = slice(place, place + 1)
             for comparison, (dense, sparse) in zip(comparisons, pairs, strict=True):
                 sides = (dense.model, [states[dense][one]], sparse.model, [states[sparse][one]])
-                comparison.merge(models.compare_models(*sides, [(name, ids[one])], comparison.edges, chunk=chunk))
+                comparison.merge(models.compare_models(*sides, [(name, rows[one])], comparison.edges, chunk=chunk))
     return [finite_rows(comparison) for comparison in comparisons]
 
 
