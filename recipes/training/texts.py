@@ -109,12 +109,13 @@ def read_texts(config: RunConfig, stages: Sequence[Stage]) -> Texts:
     held_out = held_out_documents(config.held_out, config.held_out_documents)
     held_out_ids = held_out_windows(held_out, tokenizer, config.held_out_length)
     opened: dict[str, Parts] = {}
+    longest = max(stage.config.longest for stage in stages)
     read = []
     for stage in stages:
         entries = sources_of(stage.config)
         for entry in entries:
             if (key := json.dumps([entry["source"], entry.get("text_column")])) not in opened:
-                opened[key] = parts_of(open_texts(entry["source"], entry.get("text_column", "text")))
+                opened[key] = parts_of(open_texts(entry["source"], entry.get("text_column", "text")), longest)
             entry["parts"] = opened[key]
         seed = (config.seed + SEED_STEP * (stage.number - 1)) % 2**32
         read.append(StageText(stage.config, tokenizer, seed, [(entry["parts"], entry["weight"]) for entry in entries]))

@@ -25,7 +25,9 @@ from nsa_hf.errors import NsaError
 from .sources import HubTexts, Named
 
 LANES = 16  # texts that are read at a time
-LONGEST_PART = 200_000  # characters; a longer text counts as several, so that none fills many windows one after another
+# A text of more characters counts as several, so that none fills many windows one after another; but a part has room
+# for some of the longest windows.
+LONGEST_PART, PER_TOKEN = 200_000, 20
 
 
 class Window(NamedTuple):
@@ -52,8 +54,14 @@ class StoredParts:
         count: how many parts there are.
     """
 
-    def __init__(self, texts: Sequence[Named]):
-        self.texts = texts
+    def __init__(self, texts: Sequence[Named], longest: int = LONGEST_PART):
+        """Reads all once.
+
+        Args:
+            texts: on the disk.
+            longest: characters of a part at most.
+        """
+        self.texts, self.longest = texts, longest
         self.owners, self.starts, self.ends = array("q"), array("q"), array("q")
         self.hash = hash_parts(self.read_once())
         self.count = len(self.owners)
@@ -61,7 +69,7 @@ class StoredParts:
     def read_once(self) -> Iterator[bytes]:
         """Bytes that say all: each name and text, with where it ends; notes where texts are cut."""
         for owner, (name, text) in enumerate(self.texts):
-            for start, end in cut(text):
+            for start, end in cut(text, self.longest):
                 self.owners.append(owner)
                 self.starts.append(start)
                 self.ends.append(end)
@@ -106,13 +114,13 @@ class StreamedParts:
 
     count = 0
 
-    def __init__(self, texts: HubTexts):
-        self.texts = texts
+    def __init__(self, texts: HubTexts, longest: int = LONGEST_PART):
+        self.texts, self.longest = texts, longest
         self.hash = hash_parts([f"{texts.source}@{texts.revision}".encode()])
 
     def ordered(self, seed: int) -> StreamedOrder:
         """The parts in the order of a seed."""
-        return StreamedOrder(self.texts, seed)
+        return StreamedOrder(self.texts, seed, self.longest)
 
 
 class StreamedOrder:
@@ -122,8 +130,8 @@ class StreamedOrder:
         count: how many there are; 0 until the end was seen.
     """
 
-    def __init__(self, texts: HubTexts, seed: int):
-        self.texts, self.seed = texts, seed
+    def __init__(self, texts: HubTexts, seed: int, longest: int):
+        self.texts, self.seed, self.longest = texts, seed, longest
         self.count = self.next = 0
         self.parts = self.all_parts()
 
@@ -132,7 +140,7 @@ class StreamedOrder:
         for times in range(1 << 30):
             count = 0
             for name, text in self.texts.shuffled(self.seed + times):
-                for start, end in cut(text):
+                for start, end in cut(text, self.longest):
                     count += 1
                     yield name, text[start:end]
             if not count:
@@ -152,18 +160,24 @@ class StreamedOrder:
 Parts = StoredParts | StreamedParts
 
 
-def parts_of(texts: Sequence[Named] | HubTexts) -> Parts:
-    """The parts of texts, as `open_texts` gives them."""
-    return StreamedParts(texts) if isinstance(texts, HubTexts) else StoredParts(texts)
+def parts_of(texts: Sequence[Named] | HubTexts, length: int = 0) -> Parts:
+    """The parts of texts.
+
+    Args:
+        texts: as `open_texts` gives them.
+        length: tokens of the longest window that is made of them.
+    """
+    longest = max(LONGEST_PART, PER_TOKEN * length)
+    return StreamedParts(texts, longest) if isinstance(texts, HubTexts) else StoredParts(texts, longest)
 
 
-def cut(text: str) -> Iterator[tuple[int, int]]:
-    """Start and end of the parts of a text: one, or several of at most LONGEST_PART characters that end with a line."""
+def cut(text: str, longest: int) -> Iterator[tuple[int, int]]:
+    """Start and end of the parts of a text: one, or several of at most `longest` characters that end with a line."""
     start = 0
     while start < len(text):
-        end = min(start + LONGEST_PART, len(text))
+        end = min(start + longest, len(text))
         if end < len(text):
-            end = text.rfind("\n", start + LONGEST_PART // 2, end) + 1 or end
+            end = text.rfind("\n", start + longest // 2, end) + 1 or end
         yield start, end
         start = end
 

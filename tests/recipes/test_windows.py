@@ -84,14 +84,17 @@ def test_windows_that_follow_each_other_are_of_different_texts(tokenizer):
 
 
 def test_a_very_long_text_counts_as_several(tokenizer, monkeypatch):
-    monkeypatch.setattr(windows, "LONGEST_PART", 100)
     text = "line of text\n" * 50
-    parts = StoredParts([("a", text)])
+    parts = StoredParts([("a", text)], longest=100)
     order = parts.ordered(0)
     pieces = [order[number][1] for number in range(parts.count)]
     assert parts.count > 5
     assert all(len(piece) <= 100 and piece.endswith("\n") for piece in pieces)
     assert sorted("".join(pieces)) == sorted(text)
+    # but not as so many that a window does not fit into one
+    monkeypatch.setattr(windows, "LONGEST_PART", 100)
+    assert parts_of([("a", text)], length=1000).count == 1
+    assert parts_of([("a", text)], length=10).count > 2
 
 
 def test_used_up_text_begins_again_in_another_order(tokenizer):
