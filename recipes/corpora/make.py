@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nsa_hf.conversion.files.hashes import hash_file
 from nsa_hf.conversion.files.staging import write_json
 from nsa_hf.errors import NsaError
 
+from ..fetch import sha256
 from .extract import PackageTexts, package_texts
 from .packages import Package
 from .similar import known, shared, word_runs
@@ -83,7 +83,7 @@ def download(package: Package, folder: Path) -> Path:
 def read_package(deb: Path, package: Package, folder: Path) -> PackageTexts:
     """What the package says, from `folder` where it was read before."""
     kept = folder / f"{package.name}.jsonl.gz"
-    mark = hash_file(deb)
+    mark = sha256(deb)
     if kept.is_file():
         with gzip.open(kept, "rt", encoding="utf-8") as lines:
             first = json.loads(next(lines))
@@ -330,7 +330,7 @@ def write_rows(path: Path, documents: Sequence[Document], read: dict[str, Packag
         counts[f"{kind}_documents"] = sum(document.package.code == code for document in documents)
         counts[f"{kind}_tokens"] = sum(document.tokens for document in documents if document.package.code == code)
     long = sum(document.tokens >= LONG for document in documents)
-    return {"sha256": hash_file(path), "bytes": path.stat().st_size, **counts, f"documents_of_{LONG}_tokens": long}
+    return {"sha256": sha256(path), "bytes": path.stat().st_size, **counts, f"documents_of_{LONG}_tokens": long}
 
 
 def package_facts(
@@ -341,7 +341,7 @@ def package_facts(
     return {
         "name": package.name,
         "version": deb.name.split("_")[1].replace("%3a", ":"),
-        "sha256": hash_file(deb),
+        "sha256": sha256(deb),
         "license": read[package.name].licence,
         "held_out": package.held_out,
         "kind": "code" if package.code else "prose",
