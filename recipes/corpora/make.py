@@ -320,7 +320,7 @@ def write_rows(path: Path, documents: Sequence[Document], read: dict[str, Packag
     unfinished = path.with_name(f".{path.name}.unfinished")
     with unfinished.open("w", encoding="utf-8") as lines:
         for document in documents:
-            row = {"name": document.name, "text": document.text, "source": document.package.name}
+            row: dict[str, Any] = {"name": document.name, "text": document.text, "source": document.package.name}
             row |= {"license": read[document.package.name].licence, "tokens": document.tokens}
             row |= {"kind": "code" if document.package.code else "prose"}
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
