@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nsa_hf.errors import NsaError
+from nsa_hf.conversion.compare.tokens import check_token_ids
 
 from .windows import Window, WindowStream
 
@@ -122,11 +122,8 @@ class Batches(Iterator[Batch]):
             windows = [self.window(length) for _ in range(count)]
             if process == self.process:
                 batch = as_batch(windows)
-        if self.vocabulary is not None and (largest := int(batch["input_ids"].max())) >= self.vocabulary:
-            raise NsaError(
-                f"the tokenizer gives token {largest}, and the model has embeddings for {self.vocabulary}: is the "
-                "tokenizer another model's?"
-            )
+        if self.vocabulary is not None:
+            check_token_ids(batch["input_ids"], self.vocabulary)
         return batch
 
     def window(self, length: int) -> Window:
