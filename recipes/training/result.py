@@ -70,14 +70,12 @@ def harm_done(figures: dict[str, Any], stages: Sequence[Stage]) -> str | None:
     if stages[-1].config.attention == "dense" or after <= before:
         return None
     said = f"worse than before: the held-out KL to the teacher rose from {before:.6f} to {after:.6f}"
-    last = stages[-1].config
     settings = [stage.config for stage in stages]
     if not any(stage.kl_weight or stage.layer_weight for stage in settings):
         return f"{said}; no stage had the teacher in its loss (kl_weight)"
-    if last.ce_weight:
-        return f"{said}; the next-token loss (ce_weight {last.ce_weight:g}) moves the model away from its teacher"
-    open_gates = max(stage.lr_nsa or 0.0 for stage in settings)
-    backbone = max(stage.lr_backbone for stage in settings)
-    steps = stages[-1].end
-    likely = f"the rates are too high (lr_nsa {open_gates:g}, lr_backbone {backbone:g})"
-    return f"{said}; most likely {likely}, or {steps} steps are too few: lower the rates, or train longer"
+    nsa, backbone = max(stage.lr_nsa or 0.0 for stage in settings), max(stage.lr_backbone for stage in settings)
+    rates = f"the rates are too high (lr_nsa {nsa:g}, lr_backbone {backbone:g})"
+    ce = max(stage.ce_weight for stage in settings)
+    if not ce:
+        return f"{said}; most likely {rates}: lower them"
+    return f"{said}; most likely {rates}, or the next-token loss (ce_weight {ce:g}) outweighs the teacher: lower them"

@@ -137,7 +137,7 @@ def share_of_peak(student: Any, stage: RunConfig, accelerator: Any) -> float:
     if peak is None:
         return 0.0
     dense = stage.attention == "dense"
-    flops = training_flops(student, stage.longest, teacher=bool(stage.kl_weight), dense=dense)
+    flops = training_flops(student, stage.longest, teacher=bool(stage.kl_weight or stage.layer_weight), dense=dense)
     return flops / peak / accelerator.num_processes
 
 
