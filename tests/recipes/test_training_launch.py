@@ -91,8 +91,12 @@ def test_the_launcher_asks_how_many_processes():
             launch._validate_launch_command(launch.launch_command_parser().parse_args(arguments))
 
 
-# Two stages: in the second more is trained than in the first.
-STAGES = [{"trains": "nsa", "steps": 2}, {"trains": "all", "steps": 3, "accumulate": 2, "gradient_checkpointing": 2}]
+# In the second stage more is trained than in the first; in the third the gates are not in use.
+STAGES = [
+    {"trains": "nsa", "steps": 2},
+    {"trains": "all", "steps": 2, "accumulate": 2, "gradient_checkpointing": 2},
+    {"attention": "dense", "steps": 1},
+]
 
 
 @pytest.fixture(scope="module")
