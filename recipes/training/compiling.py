@@ -47,7 +47,7 @@ def room_for_graphs() -> AbstractContextManager:
     And it does not cut them where DDP's buckets end: a layer is little beside a bucket, and gradients are sent as the
     backward pass leaves each layer.
     """
-    return torch._dynamo.config.patch(recompile_limit=GRAPHS, optimize_ddp=False)  # type: ignore[attr-defined]
+    return torch._dynamo.config.patch(recompile_limit=GRAPHS, optimize_ddp=False)
 
 
 def uncompiled() -> AbstractContextManager:
