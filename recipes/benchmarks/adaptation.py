@@ -22,12 +22,13 @@ from nsa_hf.errors import NsaError
 
 from .common import write_rows
 
-RUN = ("run", "gpus", "processes", "torch", "transformers", "commit", "tokens", "steps", "seconds", "tokens_per_second")
+RUN = ("run", "gpus", "processes", "torch", "transformers", "commit", "tokens", "steps")
+SPEED = ("seconds", "tokens_per_second", "memory_gib", "mfu")
 RANGE = ("from", "to", "documents", "ppl_dense", "ppl_before", "ppl_after", "ppl_own_dense")
 CHANGE = ("kl_before", "kl_after", "rise_before_pct", "rise_after_pct", "rise_after_error_pct", "same_top1_after")
-COLUMNS = (*RUN, "settings", *RANGE, *CHANGE)
+COLUMNS = (*RUN, *SPEED, "settings", *RANGE, *CHANGE)
 # Settings that say nothing of what a run teaches.
-LEFT_OUT = {"model", "out", "stages", "save_every", "keep", "log_every", "trackers", "trust_remote_code", "data"}
+LEFT_OUT = {"model", "out", "stages", "data", "held_out", "save_every", "keep", "log_every", "trackers"}
 
 
 def read_record(path: Path) -> tuple[str, dict[str, Any]]:
@@ -64,6 +65,8 @@ def rows_of(name: str, record: dict[str, Any], commit: str) -> list[dict[str, An
         "steps": len(curve),
         "seconds": f"{sum(row['seconds'] for row in curve):.1f}",
         "tokens_per_second": f"{median(row['tokens_per_second'] for row in curve):.0f}",
+        "memory_gib": figure(max(row.get("memory", 0) for row in curve), 1, 1 / 2**30),
+        "mfu": figure(median(row.get("mfu", 0.0) for row in curve), 3),
         "settings": told_settings(record["config"]),
     }
     ranges = zip(held_out["before"], held_out["after"], held_out["after_own_dense"], strict=True)
@@ -129,6 +132,8 @@ def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
     rise_axes.axhline(0, color="grey", linewidth=0.8)
     for axes in (kl_axes, rise_axes):
         axes.set_xscale("symlog", linthresh=1.0)
+        axes.set_xlim(-0.1)
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
     rise_axes.legend()
     picture.savefig(path, dpi=120)

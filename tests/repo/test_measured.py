@@ -191,7 +191,63 @@ def whole_model_steps() -> str:
     return table("system, ms a step, tokens a second, times dense, commit", lines)
 
 
+ADAPTED = "adaptation-smollm2-h100-2026-11-26"
+SERIES = ("adapt-1m", "adapt-3m", "adapt-10m", "adapt-30m")
+
+
+def signed(percent: str) -> str:
+    return f"{float(percent):+.2f}"
+
+
+def span(row: Row) -> str:
+    return f"{int(row['from']):,}-{int(row['to']):,}"
+
+
+def adapted() -> str:
+    """The default recipe: the rise of perplexity over dense by tokens of training, and the KL to dense."""
+    runs = [rows_of(ADAPTED, run=run) for run in SERIES]
+    lines: list[list[object]] = []
+    for of_range in zip(*runs, strict=True):
+        first, last = of_range[0], of_range[-1]
+        rises = [signed(row["rise_after_pct"]) for row in of_range]
+        rises[-1] += f" ± {float(last['rise_after_error_pct']):.2f}"
+        kl = [f"{float(row['kl_after']):.4f}" for row in of_range]
+        start = [signed(first["rise_before_pct"]), f"{float(first['kl_before']):.4f}"]
+        lines.append([span(first), first["ppl_dense"], start[0], *rises, start[1], *kl])
+    tokens = [f"{round(int(run[0]['tokens']) / 1e6)}M" for run in runs]
+    columns = ", ".join(f"{what} {when}" for what in ("rise %", "KL") for when in ("untrained", *tokens))
+    return table(f"positions, dense, {columns}", lines)
+
+
+def ablations() -> str:
+    """One difference each at 5M tokens."""
+    lines: list[list[object]] = []
+    for run in dict.fromkeys(row["run"] for row in rows_of(ADAPTED)):
+        if run in SERIES:
+            continue
+        rows = rows_of(ADAPTED, run=run)
+        rises = [signed(row["rise_after_pct"]) for row in rows]
+        lines.append([run, *rises, f"{float(rows[-1]['kl_after']):.4f}", f"{int(rows[0]['tokens_per_second']):,}"])
+    spans = ", ".join(f"rise % {span(row).replace(',', '')}" for row in rows)
+    return table(f"run, {spans}, KL at the last, tokens a second", lines)
+
+
+def processes() -> str:
+    """The default recipe on several GPUs, beside one."""
+    one = rows_of(ADAPTED, run="base")[0]
+    runs = {row["run"]: row for row in (one, *rows_of("adaptation-processes-h100-2026-11-26"))}
+    lines: list[list[object]] = []
+    for run, row in runs.items():
+        speed = int(row["tokens_per_second"])
+        times = cut(speed / int(one["tokens_per_second"]))
+        lines.append([run, row["processes"], f"{speed:,}", times, row["memory_gib"], row["mfu"]])
+    return table("run, GPUs, tokens a second, times one, GiB a GPU, MFU", lines)
+
+
 TABLES = {
+    "adapted": adapted,
+    "ablations": ablations,
+    "processes": processes,
     "forward": lambda: operation("forward"),
     "backward": lambda: operation("backward"),
     "decoding by length": decoding_by_length,
