@@ -201,7 +201,8 @@ from .tokenization_parts import SUFFIX
 
 class XTokenizer(PreTrainedTokenizerFast):
     def _encode_plus(self, text, *args, **kwargs):
-        return super()._encode_plus(text + SUFFIX, *args, **kwargs)
+        text = text + SUFFIX if isinstance(text, str) else [part + SUFFIX for part in text]
+        return super()._encode_plus(text, *args, **kwargs)
 """
 NAMED = {"AutoTokenizer": [None, "tokenization_x.XTokenizer"]}
 
