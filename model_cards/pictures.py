@@ -73,6 +73,9 @@ def perplexity_picture(training: Result | None, verify: Result | None) -> Callab
     if training:
         held_out = training["held_out"]
         before, after, own_dense = held_out["before"], held_out["after"], held_out["after_own_dense"]
+        if held_out.get("teacher") == "none":  # before it the model knew nothing
+            series = [("sparse, after", BLUE, [row["ppl"] for row in after])]
+            return lambda: perplexity_by_position(own_dense, series, "held-out text, after training")
         series = [
             ("sparse, before training", ORANGE, [row["ppl"] for row in before]),
             ("sparse, after", BLUE, [row["ppl"] for row in after]),
@@ -94,16 +97,18 @@ def training_curve(training: Result) -> Figure:
     dot = {"marker": "o", "markersize": 4} if len(steps) <= 40 else {}
     left.plot(steps, [row["ce"] for row in curve], color=BLUE, linewidth=1.8, **dot)
     style(left, "next-token loss", "step", "nats a token")
-    right.plot(
-        steps, [row["kl"] for row in curve], color=VIOLET, linewidth=1.8, label="training text, each step", **dot
-    )
+    alone = held_out.get("teacher") == "none"
+    if not alone:
+        right.plot(
+            steps, [row["kl"] for row in curve], color=VIOLET, linewidth=1.8, label="training text, each step", **dot
+        )
     for key, name, color in (("kl_before", "before", ORANGE), ("kl_after", "after", GREEN)):
         value = held_out[key]
         if value is not None:
             right.axhline(
                 value, color=color, linewidth=1.4, linestyle=(0, (5, 3)), label=f"held-out, {name}: {value:.4g}"
             )
-    style(right, "KL to the dense teacher", "step", "nats a token")
+    style(right, "KL to the same weights run dense" if alone else "KL to the dense teacher", "step", "nats a token")
     right.set_ylim(bottom=0)
     right.legend(frameon=False, fontsize=8, labelcolor=INK)
     for axes in (left, right):
@@ -136,7 +141,7 @@ def perplexity_by_position(
         bars = right.bar(place + offset, percent, width * 0.9, color=color, label=name)
         right.bar_label(bars, [percent_label(value) for value in percent], fontsize=7, color=MUTED, padding=2)
     style(left, f"perplexity, {what}", "position", "perplexity")
-    style(right, "difference from the dense source", "position", "percent")
+    style(right, "difference from dense", "position", "percent")
     right.axhline(0, color=INK, linewidth=0.9)
     right.margins(y=0.16)
     for axes in (left, right):

@@ -9,6 +9,7 @@ How two models are compared stands in `nsa_hf.conversion.compare.models`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -127,6 +128,11 @@ def mean_kl(rows: Sequence[Row], start: int = 0) -> float | None:
     return sum(row["kl"] * row["tokens"] for row in counted) / tokens if tokens else None
 
 
+def mean_perplexity(rows: Sequence[Row]) -> float:
+    """A sparse model's perplexity over all rows."""
+    return math.exp(sum(math.log(row["ppl"]) * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows))
+
+
 def perplexity(subject: Subject, settings: Settings) -> Row:
     """The suite `ppl`: a sparse model beside the same weights run dense.
 
@@ -186,11 +192,15 @@ def show_rise(row: Row) -> str:
 
 
 def render_before_after(held_out: Row) -> Table:
-    """A run's held-out figures: the dense teacher, the sparse model before and after, and its new weights run dense."""
+    """A run's held-out figures: the dense teacher, the sparse model before and after, and its new weights run dense.
+
+    Without a teacher what stands first is the model before training, run dense.
+    """
     names = held_out["names"]
+    first = "before, run dense" if held_out.get("teacher") == "none" else "teacher"
     more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
     table = Table(title=f"held-out text by position ({', '.join(names[:3])}{more})")
-    headings = ("tokens", "teacher", "before", "after", "after, run dense", "rise before", "rise after")
+    headings = ("tokens", first, "before", "after", "after, run dense", "rise before", "rise after")
     for heading in (*headings, "KL before", "KL after"):
         table.add_column(heading, justify="right")
     for before, after, dense in zip(held_out["before"], held_out["after"], held_out["after_own_dense"], strict=True):

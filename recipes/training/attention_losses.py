@@ -33,7 +33,7 @@ class AttentionLosses(NamedTuple):
     selector: Tensor
 
 
-def loss_model(student: Any, teacher: Any, stage: RunConfig) -> LossModel:
+def loss_model(student: Any, teacher: Any | None, stage: RunConfig) -> LossModel:
     """The student with the losses of a stage."""
     weights: dict[str, Any] = {"ce_weight": stage.ce_weight, "kl_weight": stage.kl_weight, "chunk": stage.loss_chunk}
     needed = teacher if stage.kl_weight or stage.layer_weight else None

@@ -90,6 +90,11 @@ class RunConfig:
         "autocast, weights and optimizer stay fp32: 'no' (fp32), 'bf16', 'fp16'; 'auto': bf16 on a GPU that has it",
         "auto",
     )
+    teacher: str = setting(
+        "'dense': the converted model run dense; 'none': of a model from scratch, whose held-out figures stand beside "
+        "its own weights run dense",
+        "dense",
+    )
     teacher_dtype: str = setting("'float32', 'bfloat16'; 'auto': bfloat16 where mixed_precision is bf16", "auto")
     compile: str = setting("torch.compile of the layers: 'yes', 'no'; 'auto': on a GPU", "auto")
     gradient_checkpointing: int = setting("every how many layers activations are recomputed, to save memory; 0 none", 0)
@@ -124,7 +129,7 @@ class RunConfig:
 # What all stages have in common; every other setting may differ between them.
 WHOLE_RUN = {
     *("model", "out", "stages", "held_out", "held_out_documents", "held_out_length", "mixed_precision"),
-    *("teacher_dtype", "compile", "deterministic", "save_every", "keep", "log_every", "trackers"),
+    *("teacher", "teacher_dtype", "compile", "deterministic", "save_every", "keep", "log_every", "trackers"),
     *("trust_remote_code", "seed"),
 }
 RULES = {
@@ -144,6 +149,7 @@ CHOICES = {
     "schedule": ("cosine", "wsd"),
     "selector_loss": ("kl", "bce"),
     "mixed_precision": ("auto", "no", "bf16", "fp16"),
+    "teacher": ("dense", "none"),
     "teacher_dtype": ("auto", "float32", "bfloat16"),
     "compile": ("auto", "yes", "no"),
 }
@@ -284,10 +290,16 @@ def check_together(stage: RunConfig) -> None:
         raise NsaError(f"{rates}: nothing is trained; raise one of them")
     if bool(stage.topk_start) != bool(stage.topk_steps):
         raise NsaError("topk_start and topk_steps go together: from how many blocks, and over how many steps")
-    if stage.attention == "dense" and not stage.ce_weight:
+    taught = [name for name in ("kl_weight", "layer_weight") if getattr(stage, name)]
+    if stage.teacher == "none" and taught:
+        raise NsaError(
+            f"teacher 'none' with {taught[0]} {getattr(stage, taught[0])}: there is nobody to learn from, set 0"
+        )
+    if stage.attention == "dense" and not stage.ce_weight and stage.teacher_dtype != "bfloat16":
         raise NsaError(
             "attention 'dense' with ce_weight 0: the dense model is its own teacher, from which there is nothing to "
-            "learn; a control has the next-token loss, set ce_weight"
+            "learn; a control has the next-token loss (set ce_weight), or measures how far weights drift after a "
+            "rounded teacher (set teacher_dtype to 'bfloat16')"
         )
     if stage.attention == "dense" and (used := [n for n in ("layer_weight", "selector_weight") if getattr(stage, n)]):
         raise NsaError(f"attention 'dense' with {used[0]}: there is no sparse attention to train; set it to 0")

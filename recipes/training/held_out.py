@@ -1,4 +1,7 @@
-"""The held-out text of a run: the student beside its teacher on it, before and after training."""
+"""The held-out text of a run: the student beside its teacher on it, before and after training.
+
+A model that is trained from scratch has no teacher, and stands beside its own weights run dense, as they are then.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from rich.console import Console
 
 from nsa_hf.conversion.compare.texts import provenance
 
-from ..evaluation.perplexity import Row, Way, compare, mean_kl, render_before_after
+from ..evaluation.perplexity import Row, Way, compare, mean_kl, mean_perplexity, render_before_after
 from .compiling import uncompiled
 from .data import Window
 
@@ -19,28 +22,37 @@ WIDTH = 120  # columns of the figures where they are written to a file
 
 
 class HeldOut:
-    """The held-out windows, and the teacher that a student is compared with on them."""
+    """The held-out windows, and the teacher that a student is compared with on them, if there is one."""
 
-    def __init__(self, windows: Sequence[Window], teacher: Any, autocast: Callable[[], AbstractContextManager]):
+    def __init__(self, windows: Sequence[Window], teacher: Any | None, autocast: Callable[[], AbstractContextManager]):
         """Keeps what it is given.
 
         Args:
             windows: name and token ids of each text.
-            teacher: the converted model, which runs dense.
+            teacher: the converted model, which runs dense; None: the student's own weights run dense.
             autocast: makes the context in which both models run.
         """
         self.windows, self.teacher, self.autocast = windows, teacher, autocast
 
     def compare(self, student: Any) -> list[Row]:
         """The sparse student beside the teacher by position, rows as of `perplexity.compare`."""
-        (rows,) = self._compare([(Way(self.teacher, dense=True), Way(student))])
+        (rows,) = self._compare([(self._reference(student), Way(student))])
         return rows
 
     def compare_trained(self, student: Any) -> tuple[list[Row], list[Row]]:
         """The sparse student beside the teacher, and beside its own new weights run dense."""
         sparse = Way(student)
-        rows, own = self._compare([(Way(self.teacher, dense=True), sparse), (Way(student, dense=True), sparse)])
+        rows, own = self._compare([(self._reference(student), sparse), (Way(student, dense=True), sparse)])
         return rows, own
+
+    def told(self, rows: list[Row]) -> str:
+        """What rows of `compare` say of a student, in a few words."""
+        if self.teacher is None:
+            return f"held-out perplexity {mean_perplexity(rows):.3f}"
+        return f"held-out KL to the teacher {mean_kl(rows):.6f}"
+
+    def _reference(self, student: Any) -> Way:
+        return Way(student if self.teacher is None else self.teacher, dense=True)
 
     def _compare(self, pairs: list[tuple[Way, Way]]) -> list[list[Row]]:
         with uncompiled():  # layers compiled for training: these texts have other shapes
@@ -54,6 +66,7 @@ def held_out_figures(
     before: list[Row],
     after: list[Row],
     after_own_dense: list[Row],
+    teacher: str,
 ) -> dict[str, Any]:
     """What training.json records under "held_out".
 
@@ -63,6 +76,7 @@ def held_out_figures(
         length: tokens of each that were read.
         before, after: the student beside the teacher, before training and after it.
         after_own_dense: the trained student beside its own weights run dense.
+        teacher: the setting; with 'none' all rows are beside the student's own weights run dense.
     """
     exact_tokens = student.config.nsa_sizes.exact_tokens
     return {
@@ -70,6 +84,7 @@ def held_out_figures(
         "texts": provenance(texts),
         "length": length,
         "exact_range": exact_tokens,
+        "teacher": teacher,
         "before": before,
         "after": after,
         "after_own_dense": after_own_dense,
@@ -85,5 +100,9 @@ def print_figures(figures: dict[str, Any], out: Path) -> None:
     console = Console()
     # in a file rich has 80 columns, which cut the figures
     console.print(render_before_after(figures), width=None if console.is_terminal else WIDTH)
-    print(f"held-out KL to the teacher: {figures['kl_before']:.6f} before, {figures['kl_after']:.6f} after")
+    if figures["teacher"] == "none":
+        before, after = (mean_perplexity(figures[when]) for when in ("before", "after"))
+        print(f"held-out perplexity: {before:.3f} before, {after:.3f} after")
+    else:
+        print(f"held-out KL to the teacher: {figures['kl_before']:.6f} before, {figures['kl_after']:.6f} after")
     print(f"trained model: {out}")

@@ -5,10 +5,11 @@
     (a toy size: steps=2 length=1088 held_out_documents=1)
 
 loss = ce_weight * CE(next token) + kl_weight * KL(teacher || student), and more where settings ask for it. The teacher
-has the converted model's own weights, frozen, and runs with dense attention, so it is the dense source. A run has one
-stage or several, each with a fresh optimizer and rates of its own. It lives in `OUT.unfinished` until it is done; then
-OUT appears whole. A run that was killed goes on from its last checkpoint when it is started again with the same
-settings, within a stage or between two, and ends with the same weights.
+has the converted model's own weights, frozen, and runs with dense attention, so it is the dense source; a model that is
+trained from scratch has none. A run has one stage or several, each with a fresh optimizer and rates of its own. It
+lives in `OUT.unfinished` until it is done; then OUT appears whole. A run that was killed goes on from its last
+checkpoint when it is started again with the same settings, within a stage or between two, and ends with the same
+weights.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from nsa_hf.conversion.plan import training_hindrance
 from nsa_hf.conversion.sources import open_source
 from nsa_hf.errors import NsaError
 
-from ..evaluation.perplexity import mean_kl
 from ..load import load_nsa_model
 from .attention_losses import loss_model
 from .checkpoints import Checkpoints, step_of
@@ -111,13 +111,15 @@ def check_model(config: RunConfig) -> Any:
     return model
 
 
-def load_models(config: RunConfig, accelerator: Any) -> tuple[Any, Any]:
-    """The teacher, frozen, and the student, on Accelerate's device.
+def load_models(config: RunConfig, accelerator: Any) -> tuple[Any | None, Any]:
+    """The teacher, frozen, if the run has one, and the student, on Accelerate's device.
 
     Raises:
         NsaError: the model cannot be loaded, or does not have what a stage, maybe a late one, trains.
     """
-    teacher = load_nsa_model(config.model, accelerator.device, config.teacher_dtype).requires_grad_(False)
+    teacher = None
+    if config.teacher != "none":
+        teacher = load_nsa_model(config.model, accelerator.device, config.teacher_dtype).requires_grad_(False)
     student = load_nsa_model(config.model, accelerator.device).train()
     for number, stage_config, _ in stages_of(config):
         try:
@@ -125,14 +127,15 @@ def load_models(config: RunConfig, accelerator: Any) -> tuple[Any, Any]:
         except NsaError as error:
             raise NsaError(f"stage {number}: {error}" if config.stages else str(error)) from None
     if config.compile == "yes":
-        compile_layers(teacher)
-        compile_layers(student)
+        for model in (teacher, student):
+            if model is not None:
+                compile_layers(model)
     return teacher, student
 
 
 def run_stages(
     accelerator: Any,
-    teacher: Any,
+    teacher: Any | None,
     student: Any,
     stages: list[Stage],
     texts: Texts,
@@ -163,7 +166,7 @@ def run_stages(
         elif latest is None:
             with as_result(student, stages):
                 before = call_whole(student, lambda: held_out.compare(student))
-            accelerator.print(f"held-out KL to the teacher before: {mean_kl(before):.6f}")
+            accelerator.print(f"{held_out.told(before)} before")
             state = {"step": 0, "curve": [], "before": before}
         else:
             state = checkpoints.restore(accelerator, latest)
@@ -176,7 +179,7 @@ def run_stages(
     return state, files if len(stages) == 1 and is_all_that_is_trained(stages[0].config) else None
 
 
-def prepare(accelerator: Any, teacher: Any, student: Any, stage: Stage, text: StageText) -> tuple[Any, Prepared]:
+def prepare(accelerator: Any, teacher: Any | None, student: Any, stage: Stage, text: StageText) -> tuple[Any, Prepared]:
     """Makes what a stage begins with: what is trained of the student, its losses, an optimizer and the text.
 
     Returns:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from nsa_hf.fields import FOUND_FIELDS, NSA_FIELDS
+
 from .config import RunConfig
 from .held_out import HeldOut, held_out_figures
 from .sharding import call_whole
@@ -33,13 +35,17 @@ def measure_result(
     with as_result(student, stages):
         after, after_own_dense = call_whole(student, lambda: held_out.compare_trained(student))
     length = config.held_out_length
-    figures = held_out_figures(student, texts.held_out_documents, length, state["before"], after, after_own_dense)
+    before = state["before"]
+    figures = held_out_figures(
+        student, texts.held_out_documents, length, before, after, after_own_dense, config.teacher
+    )
     parameters = {
         "nsa": sum(p.numel() for name, p in student.named_parameters() if ".nsa." in name),
         "all": sum(p.numel() for p in student.parameters()),
     }
     return {
         "warning": harm_done(figures, stages),
+        "nsa": changed_fields(student.config),
         "parameters": parameters,
         "curve": state["curve"],
         "held_out": figures,
@@ -58,16 +64,23 @@ def stage_records(stages: Sequence[Stage], texts: Texts, processes: int) -> list
     ]
 
 
+def changed_fields(config: Any) -> dict[str, Any]:
+    """The `nsa_*` fields of a model's config that are not as by default, but for what a conversion finds out itself."""
+    values = {name: getattr(config, name) for name in NSA_FIELDS if name not in FOUND_FIELDS}
+    return {name: value for name, value in values.items() if (value or None) != (NSA_FIELDS[name].default or None)}
+
+
 def harm_done(figures: dict[str, Any], stages: Sequence[Stage]) -> str | None:
-    """A sentence where the held-out KL is higher after the run than before, with the likely reason; else None.
+    """A sentence where the held-out KL to the teacher has risen, with the likely reason; else None.
 
     Args:
         figures: the run's held-out figures.
         stages: of the run.
     """
     before, after = figures["kl_before"], figures["kl_after"]
+    last = stages[-1].config
     # a control begins at the teacher, and what it measures is how far it goes from there
-    if stages[-1].config.attention == "dense" or after <= before:
+    if last.teacher == "none" or last.attention == "dense" or after <= before:
         return None
     said = f"worse than before: the held-out KL to the teacher rose from {before:.6f} to {after:.6f}"
     settings = [stage.config for stage in stages]

@@ -49,21 +49,30 @@ def settle_machine(config: RunConfig) -> RunConfig:
     Raises:
         NsaError: layers are to be compiled, and looked into.
     """
-    gpu = torch.cuda.is_available()
+    gpu, stages = torch.cuda.is_available(), config.of_stages()
     precision, teacher, compiled = config.mixed_precision, config.teacher_dtype, config.compile
     if precision == "auto":
         precision = "bf16" if gpu and torch.cuda.is_bf16_supported() else "no"
     if teacher == "auto":
         teacher = "bfloat16" if precision == "bf16" else "float32"
-    # what these losses take out of the layers' middle, compiled layers keep to themselves
-    looks_inside = any(stage.layer_weight or stage.selector_weight for stage in config.of_stages())
     if compiled == "auto":
-        # with another share of the gates at every step they would be compiled at every step
-        blends = any(stage.gate_blend_steps for stage in config.of_stages())
-        compiled = "yes" if gpu and not looks_inside and not blends else "no"
-    elif compiled == "yes" and looks_inside:
+        compiled = "yes" if gpu and any(map(runs_compiled, stages)) else "no"
+    elif compiled == "yes" and all(map(looks_inside, stages)):
         raise NsaError("compile 'yes' does not go with layer_weight or selector_weight, which look into the layers")
     return replace(config, mixed_precision=precision, teacher_dtype=teacher, compile=compiled)
+
+
+def looks_inside(stage: RunConfig) -> bool:
+    """Whether a stage's losses take something out of the layers' middle, which compiled layers keep to themselves."""
+    return bool(stage.layer_weight or stage.selector_weight)
+
+
+def runs_compiled(stage: RunConfig) -> bool:
+    """Whether compiled layers run so in a stage, as far as its settings decide.
+
+    With another share of the gates at every step they would be compiled at every step.
+    """
+    return not looks_inside(stage) and not stage.gate_blend_steps
 
 
 def settle_stages(config: RunConfig, model: Any, processes: int) -> RunConfig:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 
 from nsa_hf.errors import NsaError
 
-from .batches import Batches
+from .batches import Batch, Batches
 from .checkpoints import Checkpoints
 from .compiling import uncompiled
 from .config import RunConfig
@@ -20,7 +20,7 @@ from .flops import peak_flops, training_flops
 from .logs import Log
 from .optimizer import set_rates
 from .sharding import whole_tensor
-from .stages import Stage, blend_at, tokens_per_step, topk_at
+from .stages import Stage, blend_at, runs_compiled, tokens_per_step, topk_at
 from .texts import StageText
 
 
@@ -167,8 +167,7 @@ def take_step(
     for _ in range(accumulate):
         with accelerator.accumulate(model):
             batch = {name: tensor.to(accelerator.device) for name, tensor in next(batches).items()}
-            # compiled layers would be compiled anew for each way to pack
-            with uncompiled() if "position_ids" in batch else nullcontext():
+            with as_stage_runs(prepared.text.config, batch):
                 losses = model(**batch)
                 accelerator.backward(losses.total)
             if accelerator.sync_gradients:
@@ -178,6 +177,15 @@ def take_step(
         sums = sums + torch.stack([part.detach() for part in losses]) / accumulate
     total, *parts = accelerator.reduce(sums, "mean").tolist()
     return {"loss": total, **dict(zip(losses._fields[1:], parts, strict=True))}, float(whole_tensor(norm))
+
+
+def as_stage_runs(stage: RunConfig, batch: Batch) -> AbstractContextManager[None]:
+    """Runs layers that are compiled uncompiled where a stage asks for it, or a batch.
+
+    They would be compiled anew for each way to pack.
+    """
+    apart = stage.compile == "yes" and not runs_compiled(stage)
+    return uncompiled() if apart or "position_ids" in batch else nullcontext()
 
 
 def progress_line(row: dict[str, Any], losses: dict[str, float], stage: Stage, steps: int, left: float) -> str:

@@ -132,3 +132,5 @@ def test_before_and_after_stand_in_one_row():
         "0.25000",
         "0.12500",
     ]
+    alone = printed(render_before_after({**held_out, "teacher": "none"}))
+    assert ("teacher" in text, "teacher" in alone, "before, run dense" in alone) == (True, False, True)

@@ -112,6 +112,14 @@ def test_a_control_needs_a_loss_of_its_own(run_file):
         load_run_config(run_file, ["attention=dense"])
     with pytest.raises(NsaError, match="attention 'dense' with selector_weight"):
         load_run_config(run_file, ["attention=dense", "ce_weight=1", "selector_weight=1"])
+    assert load_run_config(run_file, ["attention=dense", "teacher_dtype=bfloat16"]).ce_weight == 0
+
+
+def test_without_a_teacher_nothing_is_learned_from_it(run_file):
+    with pytest.raises(NsaError, match=r"teacher 'none' with kl_weight 1\.0: there is nobody to learn from"):
+        load_run_config(run_file, ["teacher=none", "ce_weight=1"])
+    with pytest.raises(NsaError, match="teacher 'none' with layer_weight"):
+        load_run_config(run_file, ["teacher=none", "ce_weight=1", "kl_weight=0", "layer_weight=0.5"])
 
 
 def test_a_run_that_trains_nothing_is_refused(run_file):
