@@ -5,7 +5,8 @@
 
 Each run is a folder that `nsa-hf train` wrote, or a training.json out of one, named by the folder or file. Rises are of
 the perplexity over the dense teacher's on the same held-out texts, in per cent, with the standard error over documents.
-The picture shows KL and rise over the tokens trained on, of the runs whose names begin with --curve.
+The picture shows KL and rise over the tokens trained on, of the runs whose names begin with --curve. A run without a
+teacher stands beside its own weights run dense: before training in `before`, after it in `after` and `ppl_dense`.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def rows_of(name: str, record: dict[str, Any], commit: str) -> list[dict[str, An
         "tokens_per_second": f"{median(row['tokens_per_second'] for row in curve):.0f}",
         "memory_gib": figure(max(row.get("memory", 0) for row in curve), 1, 1 / 2**30),
         "mfu": figure(median(row.get("mfu", 0.0) for row in curve), 3),
-        "settings": told_settings(record["config"]),
+        "settings": " ".join(filter(None, (told_settings(record["config"]), told_model(record.get("nsa", {}))))),
     }
     ranges = zip(held_out["before"], held_out["after"], held_out["after_own_dense"], strict=True)
     return [
@@ -105,6 +106,11 @@ def told_settings(config: dict[str, Any]) -> str:
         f"{name}={value}" for name, value in stage.items() if name not in LEFT_OUT and value != defaults.get(name)
     )
     return " | ".join(map(differ, config["stages"])) if config.get("stages") else differ(config)
+
+
+def told_model(fields: dict[str, Any]) -> str:
+    """What a model is made with, its `nsa_*` fields that are not as by default, as `name=value name=value`."""
+    return " ".join(f"{name}={str(value).replace(' ', '')}" for name, value in fields.items())
 
 
 def draw(rows: Sequence[dict[str, str]], path: Path) -> None:

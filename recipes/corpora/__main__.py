@@ -4,8 +4,9 @@
     (a toy size: --tokens 1000000 --held-out 20; every package is downloaded all the same)
 
 CORPUS/train.jsonl and CORPUS/held_out.jsonl have rows {"name", "text", "source", "license", "tokens", "kind"}, and
-corpus.json says what they were made of. No held-out document comes from a package or a project that is trained on, or
-shares more than 3 % of its runs of 13 words with the training text.
+corpus.json says what they were made of; held_out_long.jsonl has those held-out documents that have 33,000 tokens or
+more. No held-out document comes from a package or a project that is trained on, or shares more than 3 % of its runs of
+13 words with the training text.
 """
 
 from __future__ import annotations

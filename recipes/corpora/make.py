@@ -259,7 +259,7 @@ def choose_held_out(documents: Iterable[Document], count: int) -> list[Document]
 def make_corpus(
     out: Path, packages: Sequence[Package], count: Count, tokens: int, held_out: int, workers: int = 2
 ) -> dict[str, Any]:
-    """Makes OUT/train.jsonl, OUT/held_out.jsonl and OUT/corpus.json.
+    """Makes OUT/train.jsonl, OUT/held_out.jsonl, of that the longest in OUT/held_out_long.jsonl, and OUT/corpus.json.
 
     Args:
         out: the folder; what an earlier run left in it is used.
@@ -294,9 +294,9 @@ def make_corpus(
     say(f"counting the tokens of {len(chosen):,} documents")
     numbers = count([document.text for document in chosen])
     chosen = by_hash(d._replace(tokens=number) for d, number in zip(chosen, numbers, strict=True))
-    files = {
-        name: write_rows(out / name, rows, read) for name, rows in (("train.jsonl", chosen), ("held_out.jsonl", kept))
-    }
+    long = [document for document in kept if document.tokens >= LONG]
+    written = {"train.jsonl": chosen, "held_out.jsonl": kept, "held_out_long.jsonl": long}
+    files = {name: write_rows(out / name, rows, read) for name, rows in written.items()}
     facts = {
         "format": 1,
         "files": files,

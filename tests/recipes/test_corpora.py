@@ -194,6 +194,7 @@ def test_a_corpus(tiny_corpus, monkeypatch):
     prose = [row for row in held_out if row["source"] == "held"]
     assert len(prose) == 6
     assert sum(row["tokens"] >= 2500 for row in prose) == 1
+    assert read_rows(out / "held_out_long.jsonl") == [row for row in held_out if row["tokens"] >= 2500]
     assert all(row["tokens"] == len(row["text"]) // 4 >= 300 for row in held_out)
     # one document says what another package's said before
     assert sum(sentences(100, 60).strip() in row["text"] for row in train) == 1

@@ -13,7 +13,7 @@ import torch
 from tiny_runs import converted, result_of, stop_at, tiny_run, weights_of
 
 from nsa_hf.errors import NsaError
-from nsa_hf.recipes.training.config import load_run_config, make_run_config
+from nsa_hf.recipes.training.config import load_run_config, make_run_config, read_run_file
 from nsa_hf.recipes.training.loop import train
 from nsa_hf.recipes.training.stages import (
     blend_at,
@@ -258,3 +258,25 @@ def test_the_gates_blend_over_two_stages(tiny_dense_dir, tiny_sizes, texts, tmp_
 
     assert read_config(whole).nsa_gate_blend == read_config(stopped).nsa_gate_blend == 0.5
     assert (stopped / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_the_run_of_the_whole_nsa_ends_with_the_papers_gates(tiny_dense_dir, tiny_sizes, texts, tmp_path):
+    """Its run file, but for lengths: first what scores blocks alone, and at its end every branch is in use."""
+    model = converted(tiny_dense_dir, tmp_path / "nsa", tiny_sizes, gate="blend")
+    settings = read_run_file(RUNS / "paper.yaml")
+    stages = [{**stage, "steps": 2} for stage in settings["stages"]]
+    for stage in stages:
+        del stage["tokens"]
+    stages[1]["gate_blend_steps"] = 1
+    toy = {"length": 128, "stages": stages, "held_out_documents": 2, "ce_weight": 0.0, "lr_nsa": settings["lr_nsa"]}
+    result = result_of(train(tiny_run(model, texts, tmp_path / "out", **toy)))
+    curve = result["curve"]
+    assert [(row["kl"] > 0, row["selector"] > 0) for row in curve[:4:2]] == [(False, True), (True, True)]
+    assert curve[5]["kl"] > 0 and "selector" not in curve[5]
+    assert result["nsa"]["nsa_gate_blend"] == 1.0
+    gates = curve[5]["gates"]["0"]
+    assert all(0.3 < gates[branch] < 0.7 for branch in ("compressed", "selected", "window"))
+    first = weights_of(train(tiny_run(model, texts, tmp_path / "first", **{**toy, "stages": stages[:1]})))
+    before = weights_of(model)
+    changed = {name for name in before if not torch.equal(before[name], first[name])}
+    assert changed and all(".nsa.compress_k." in name for name in changed)
