@@ -98,8 +98,9 @@ def held_out_figures(
 def print_figures(figures: dict[str, Any], out: Path) -> None:
     """Prints a finished run's held-out figures and its folder."""
     console = Console()
-    # in a file rich has 80 columns, which cut the figures
-    console.print(render_before_after(figures), width=None if console.is_terminal else WIDTH)
+    if not console.is_terminal:  # in a file rich has 80 columns, which cut the figures
+        console = Console(width=WIDTH)
+    console.print(render_before_after(figures))
     if figures["teacher"] == "none":
         before, after = (mean_perplexity(figures[when]) for when in ("before", "after"))
         print(f"held-out perplexity: {before:.3f} before, {after:.3f} after")
