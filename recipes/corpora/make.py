@@ -33,8 +33,8 @@ PER_PACKAGE = 6  # held-out documents
 LONG_PER_PACKAGE = 1  # of them, those for the longest windows
 LONG, USUAL = 33_000, 9_000  # tokens that such a document has at least
 MOST_CHARACTERS = 5  # a token has, about, where texts are cut
-PIECE = 60_000  # characters from which a training document is one by itself
-LONGEST_PIECE = 400_000
+ALONE = 60_000  # characters from which a training document is one by itself
+LONGEST = 400_000
 SHARED = 0.03  # the share of runs of 13 words that a held-out document may have in common with others
 REPEATED = 0.5  # and a training document with those before it
 MOST_OF_PACKAGE = 12_000_000  # characters of training text from one package
@@ -198,7 +198,7 @@ def training_documents(
     common: list[np.ndarray] = [np.empty(0, np.uint64)]
     for package, (_, texts) in read:
         characters = 0
-        for document in by_hash(joined(texts, package, PIECE, LONGEST_PIECE)):
+        for document in by_hash(joined(texts, package, ALONE, LONGEST)):
             if characters > MOST_OF_PACKAGE:
                 break
             runs = word_runs(document.text)

@@ -7,15 +7,11 @@ the blocks with the most of them; the first and the local blocks are taken by bo
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
-
-from nsa_hf.attention import nsa_attention_forward
 
 from ..terminal import track
 from ..training.data import Window
@@ -44,22 +40,12 @@ def recall_by_layer(model: Any, windows: Sequence[Window], queries: int = QUERIE
         if len(ids) <= config.nsa_sizes.exact_tokens:
             continue
         rows = torch.linspace(config.nsa_sizes.exact_tokens, len(ids) - 1, queries).long().unique().to(model.device)
-        masses: dict[int, Tensor] = {}
-
-        def keep(
-            layer: int,
-            query: Tensor,
-            key: Tensor,
-            scale: float,
-            rows: Tensor = rows,
-            masses: dict[int, Tensor] = masses,
-        ) -> None:
-            masses[layer] = mass_by_block(query[0, :, rows], key[0], rows, scale, config.nsa_block_size)
-
-        with observed_attention(keep), model.record_selection() as selection:
+        with model.record_attention() as attended, model.record_selection() as selection:
             model.base_model(torch.tensor([ids], device=model.device), use_cache=False)
         for layer, blocks in selection.items():
-            sums[layer].append(compare_blocks(masses[layer], blocks[0, rows], rows, config))
+            query, key, scale = attended[layer].query[0, :, rows], attended[layer].key[0], attended[layer].scale
+            mass = mass_by_block(query, key, rows, scale, config.nsa_block_size)
+            sums[layer].append(compare_blocks(mass, blocks[0, rows], rows, config))
     return [
         dict(zip(("layer", "recall", "captured", "oracle"), (layer, *figures(sums[layer])), strict=True))
         for layer in sorted(sums)
@@ -70,23 +56,6 @@ def figures(parts: list[Tensor]) -> list[float | None]:
     """Sums of `compare_blocks` as recall and the two shares."""
     hits, wanted, captured, oracle, pairs = torch.stack(parts).sum(0).tolist()
     return [hits / wanted if wanted else None, captured / pairs, oracle / pairs]
-
-
-@contextmanager
-def observed_attention(observe: Callable[[int, Tensor, Tensor, float], None]) -> Iterator[None]:
-    """Within it every sparse layer shows its number, queries, keys `[B, H, T, D]` and the scale of its logits."""
-
-    def attention(module: Any, query: Tensor, key: Tensor, *others: Any, **more: Any) -> Any:
-        if module.nsa is not None and not more.get("nsa_only_keys_and_values"):
-            scale = more.get("scaling")
-            observe(module.layer_idx, query, key, query.shape[-1] ** -0.5 if scale is None else scale)
-        return nsa_attention_forward(module, query, key, *others, **more)
-
-    AttentionInterface.register("nsa", attention)
-    try:
-        yield
-    finally:
-        AttentionInterface.register("nsa", nsa_attention_forward)
 
 
 def mass_by_block(query: Tensor, key: Tensor, rows: Tensor, scale: float, block_size: int) -> Tensor:

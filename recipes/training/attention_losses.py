@@ -13,7 +13,7 @@ from nsa_hf.modes import Attended
 
 from .config import RunConfig
 from .losses import LossModel
-from .selector_losses import sample_rows, selector_loss
+from .selector_losses import sample_queries, selector_loss
 
 
 class AttentionLosses(NamedTuple):
@@ -70,7 +70,7 @@ class AttentionLossModel(LossModel):
         sizes = student.config.nsa_sizes
         # in a shorter window every query selects every block
         if stage.selector_weight and input_ids.shape[1] > sizes.exact_tokens:
-            rows = sample_rows(input_ids.shape[1], sizes.exact_tokens, stage.selector_rows, input_ids.device)
+            rows = sample_queries(input_ids.shape[1], sizes.exact_tokens, stage.selector_queries, input_ids.device)
             compressors = {module.layer_idx: module.nsa.compress_k for module in sparse_layers(student).values()}
             each = [selector_loss(attended[i], compressors[i], sizes, rows, stage.selector_loss) for i in attended]
             selector = torch.stack(each).mean()

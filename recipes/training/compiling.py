@@ -10,8 +10,9 @@ has other shapes: `uncompiled()` runs it as it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from torch import nn
 # Graphs of one layer's code: kinds of layers, training or not, teacher and student, lengths. PyTorch's own limit is 8,
 # and beyond it everything runs uncompiled, with a warning that drowns.
 GRAPHS = 64
+# An entry for each `uncompiled()` that is open; of all threads, as a layer is computed again in another one.
+UNCOMPILED: list[None] = []
 
 
 def decoder_layers(model: Any) -> Iterator[nn.Module]:
@@ -38,7 +41,17 @@ def compile_layers(model: Any) -> None:
     Not the module's call: hooks of FSDP and others stay outside. Names, weights and saving are as before.
     """
     for layer in decoder_layers(model):
-        layer.forward = torch.compile(layer.forward, dynamic=False)
+        layer.forward = either(layer.forward, torch.compile(layer.forward, dynamic=False))
+
+
+def either(plain: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer's forward, compiled but within `uncompiled()`."""
+
+    @wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (plain if UNCOMPILED else compiled)(*args, **kwargs)
+
+    return forward
 
 
 def room_for_graphs() -> AbstractContextManager:
@@ -50,6 +63,11 @@ def room_for_graphs() -> AbstractContextManager:
     return torch._dynamo.config.patch(recompile_limit=GRAPHS, optimize_ddp=False)
 
 
-def uncompiled() -> AbstractContextManager:
-    """Within it compiled layers run as if they were not."""
-    return torch.compiler.set_stance("force_eager")
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Within it compiled layers run as if they were not. What else is compiled stays so: losses are, for memory too."""
+    UNCOMPILED.append(None)
+    try:
+        yield
+    finally:
+        UNCOMPILED.pop()

@@ -70,7 +70,7 @@ class RunConfig:
     layer_weight: float = setting("weight of each attention's error beside the teacher's, relative to its size", 0.0)
     selector_weight: float = setting("weight of the selector's loss, for compressors that score blocks", 0.0)
     selector_loss: str = setting("'kl' to the dense attention's mass a block; 'bce' on its top blocks", "kl")
-    selector_rows: int = setting("queries a layer and text that the selector's loss looks at", 256)
+    selector_queries: int = setting("queries a layer and text that the selector's loss looks at", 256)
 
     lr_nsa: float | None = setting(
         "peak rate of the NSA parameters, 0 freezes them; none: 1e-3 where they are in use, else 0", None
@@ -101,7 +101,7 @@ class RunConfig:
     loss_chunk: int = setting("positions whose logits exist at one time; 0: as many as suit the device", 0)
     deterministic: bool = setting("the same weights from the same settings; on a GPU this may cost speed", True)
 
-    save_every: int = setting("steps between checkpoints; 0 saves none", 100)
+    save_every: int = setting("steps between checkpoints; 0: only where a stage begins", 100)
     keep: int = setting("checkpoints kept while running, at least two: one to go back to when the last is damaged", 2)
     log_every: int = setting("steps between progress lines", 1)
     trackers: Names = setting("where else the curve is written: tensorboard, wandb", [])
@@ -133,7 +133,7 @@ WHOLE_RUN = {
     *("trust_remote_code", "seed"),
 }
 RULES = {
-    **dict.fromkeys(("accumulate", "held_out_documents", "log_every", "lora_rank", "selector_rows"), 1),
+    **dict.fromkeys(("accumulate", "held_out_documents", "log_every", "lora_rank", "selector_queries"), 1),
     **dict.fromkeys(("steps", "tokens", "batch_size", "held_out_length", "topk_start", "topk_steps", "loss_chunk"), 0),
     **dict.fromkeys(
         ("warmup_steps", "gate_blend_steps", "gradient_checkpointing", "save_every", "seed", "lr_nsa", "lr_backbone"), 0
@@ -175,7 +175,12 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
         if not equals or not key:
             raise NsaError(f"an override is key=value, got {override!r}")
         changed[key] = parse_value(key, field_type(key), text)
-    return make_run_config({**values, **with_one_extent(changed)})
+    config = make_run_config({**values, **with_one_extent(changed)})
+    for key in () if "stages" in changed else changed:
+        names = {"steps", "tokens"} if key in ("steps", "tokens") else {key}
+        if config.stages and all(names & stage.keys() for stage in config.stages):
+            raise NsaError(f"{key}=... changes nothing: every stage in {path} has its own; change it there")
+    return config
 
 
 def with_one_extent(values: dict[str, Any]) -> dict[str, Any]:
@@ -290,6 +295,12 @@ def check_together(stage: RunConfig) -> None:
         raise NsaError(f"{rates}: nothing is trained; raise one of them")
     if bool(stage.topk_start) != bool(stage.topk_steps):
         raise NsaError("topk_start and topk_steps go together: from how many blocks, and over how many steps")
+    for length in [] if isinstance(stage.length, int) else [entry["length"] for entry in stage.length]:
+        if length < 2 or stage.longest % length:
+            raise NsaError(
+                f"length: each of a mixture is at least 2 and divides the longest, {stage.longest}, so that all "
+                f"batches have as many tokens; got {length}"
+            )
     taught = [name for name in ("kl_weight", "layer_weight") if getattr(stage, name)]
     if stage.teacher == "none" and taught:
         raise NsaError(

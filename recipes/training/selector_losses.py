@@ -37,7 +37,7 @@ class Blocks(NamedTuple):
     open: Tensor
 
 
-def sample_rows(tokens: int, exact_tokens: int, count: int, device: torch.device) -> Tensor:
+def sample_queries(tokens: int, exact_tokens: int, count: int, device: torch.device) -> Tensor:
     """Positions of queries that have a choice, int64 `[count or fewer]`, ascending: by PyTorch's random numbers.
 
     Args:

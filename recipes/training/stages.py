@@ -57,8 +57,11 @@ def settle_machine(config: RunConfig) -> RunConfig:
         teacher = "bfloat16" if precision == "bf16" else "float32"
     if compiled == "auto":
         compiled = "yes" if gpu and any(map(runs_compiled, stages)) else "no"
-    elif compiled == "yes" and all(map(looks_inside, stages)):
-        raise NsaError("compile 'yes' does not go with layer_weight or selector_weight, which look into the layers")
+    elif compiled == "yes" and not any(map(runs_compiled, stages)):
+        raise NsaError(
+            "compile 'yes' does not go with layer_weight or selector_weight, which look into the layers, nor with "
+            "gate_blend_steps, with which they change at every step"
+        )
     return replace(config, mixed_precision=precision, teacher_dtype=teacher, compile=compiled)
 
 
@@ -89,29 +92,30 @@ def settle_stages(config: RunConfig, model: Any, processes: int) -> RunConfig:
     Raises:
         NsaError: a setting does not fit the model, or the stage's length.
     """
-    settled = []
+    settled: list[RunConfig] = []
     for number, stage in enumerate(config.of_stages(), 1):
+        opened = model.nsa_exact_tokens == 0 or any(before.gate_blend_steps for before in settled)
         try:
-            settled.append(settle_stage(stage, model, processes))
+            settled.append(settle_stage(stage, model, processes, opened))
         except NsaError as error:
             raise NsaError(f"stage {number}: {error}" if config.stages else str(error)) from None
     first = replace(settled[0], held_out_length=config.held_out_length or max(stage.longest for stage in settled))
     return replace(first, stages=[stage.own_settings() for stage in settled]) if config.stages else first
 
 
-def settle_stage(stage: RunConfig, model: Any, processes: int) -> RunConfig:
-    """`settle_stages` of one stage."""
+def settle_stage(stage: RunConfig, model: Any, processes: int, opened: bool) -> RunConfig:
+    """`settle_stages` of one stage; `opened`: before it all branches are in use."""
     batch = stage.batch_size
     if batch == 0:
         batch = max(1, TOKENS_ON_A_GPU // stage.longest) if torch.cuda.is_available() else 1
-    stage = replace(stage, batch_size=batch, held_out_length=0, lr_nsa=rate_of_nsa(stage, model))
+    stage = replace(stage, batch_size=batch, held_out_length=0, lr_nsa=rate_of_nsa(stage, opened))
     if stage.tokens:
         stage = replace(stage, tokens=0, steps=math.ceil(stage.tokens / tokens_per_step(stage, processes)))
     check_model_fits(stage, model)
     return stage
 
 
-def rate_of_nsa(stage: RunConfig, model: Any) -> float:
+def rate_of_nsa(stage: RunConfig, opened: bool) -> float:
     """The rate of the NSA parameters; those that are not in use are left as they are.
 
     Gates that start dense (0, 1, 0) hold the other branches shut, and the model is nearest to dense with that.
@@ -120,9 +124,9 @@ def rate_of_nsa(stage: RunConfig, model: Any) -> float:
         return 0.0
     if stage.lr_nsa is not None:
         return stage.lr_nsa
-    gates_open = model.nsa_exact_tokens == 0 or stage.gate_blend_steps > 0
+    in_use = opened or stage.gate_blend_steps or stage.selector_weight
     only_they = stage.trains == "nsa" or stage.lr_backbone == 0
-    return RATE_IN_USE if gates_open or only_they or stage.selector_weight else 0.0
+    return RATE_IN_USE if in_use or only_they else 0.0
 
 
 def tokens_per_step(stage: RunConfig, processes: int) -> int:
@@ -134,8 +138,13 @@ def check_model_fits(stage: RunConfig, model: Any) -> None:
     """NsaError where a stage asks for what the model has not, or for more steps than there are."""
     if stage.gate_blend_steps and model.nsa_gate != "blend":
         raise NsaError(f"gate_blend_steps needs nsa_gate 'blend', the model has {model.nsa_gate!r}")
-    if stage.attention == "dense" and stage.trains == "nsa":
-        raise NsaError("attention 'dense' with trains 'nsa': nothing is trained, take trains 'all'")
+    if stage.gate_blend_steps > stage.steps:
+        raise NsaError(
+            f"gate_blend_steps must be at most the {stage.steps} steps of the stage, or the gates end half open, got "
+            f"{stage.gate_blend_steps} (with more processes a stage has fewer steps)"
+        )
+    if stage.attention == "dense" and (stage.trains == "nsa" or stage.lr_backbone == 0):
+        raise NsaError("attention 'dense' trains the backbone alone: take trains 'all' and a lr_backbone above 0")
     if isinstance(stage.topk_start, int) and 0 < stage.topk_start <= model.nsa_topk:
         raise NsaError(f"topk_start must be above the model's nsa_topk, {model.nsa_topk}, got {stage.topk_start}")
     if stage.topk_steps >= stage.steps > 0 and stage.topk_steps:

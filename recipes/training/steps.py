@@ -93,7 +93,7 @@ def run_steps(
         state=state["text"] if begin else None,
     )
     tokens = tokens_per_step(config, accelerator.num_processes)
-    peak_share = share_of_peak(student, config, accelerator)
+    peak_share = share_of_peak(student, config, prepared.text.lengths, accelerator)
     began = time.perf_counter()
     prepared.model.train()
     with closing(text) as batches:
@@ -131,14 +131,18 @@ def run_steps(
         )
 
 
-def share_of_peak(student: Any, stage: RunConfig, accelerator: Any) -> float:
-    """MFU at one token a second, over all processes; 0 where the device's peak is not known."""
+def share_of_peak(student: Any, stage: RunConfig, lengths: Sequence[tuple[int, float]], accelerator: Any) -> float:
+    """MFU at one token a second, over all processes; 0 where the device's peak is not known.
+
+    Args:
+        lengths: of windows, with their shares of the tokens.
+    """
     peak = peak_flops(accelerator.device)
     if peak is None:
         return 0.0
-    dense = stage.attention == "dense"
-    flops = training_flops(student, stage.longest, teacher=bool(stage.kl_weight or stage.layer_weight), dense=dense)
-    return flops / peak / accelerator.num_processes
+    kind = {"teacher": bool(stage.kl_weight or stage.layer_weight), "dense": stage.attention == "dense"}
+    flops = sum(weight * training_flops(student, length, **kind) for length, weight in lengths)
+    return flops / sum(weight for _, weight in lengths) / peak / accelerator.num_processes
 
 
 def on_gpu(device: torch.device, mfu: float) -> dict[str, float]:

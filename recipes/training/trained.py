@@ -78,6 +78,8 @@ def check_stage(student: Any, stage: RunConfig, sharded: bool) -> None:
     if sharded and stage.selector_weight:
         raise NsaError("selector_weight does not work with FSDP2 yet, which takes the compressors apart: use DDP")
     trained_modules(student, stage)
+    checkpoint_activations(student, stage.gradient_checkpointing)  # refused now, not when the stage begins
+    checkpoint_activations(student, 0)
 
 
 def trained_modules(student: Any, stage: RunConfig) -> list[str]:
@@ -160,7 +162,7 @@ def merge(adapter: Any) -> AdapterFiles:
 
 def is_all_that_is_trained(stage: RunConfig) -> bool:
     """Whether a stage changes nothing but what its adapter holds."""
-    return stage.trains == "lora" and not stage.lr_nsa
+    return stage.trains == "lora" and not stage.lr_nsa and not stage.gate_blend_steps
 
 
 def import_peft() -> Any:

@@ -38,7 +38,7 @@ class Window(NamedTuple):
     name: str
 
 
-class Piece(NamedTuple):
+class Span(NamedTuple):
     """Tokens `start` to `end - 1` of the text with number `text` in a stream's order."""
 
     text: int
@@ -188,10 +188,10 @@ class Lane:
     Attributes:
         text: the number of its text, -1 before it has one.
         offset: tokens that were taken of it.
-        open: pieces that wait until they fill a window.
+        open: spans that wait until they fill a window.
     """
 
-    def __init__(self, text: int = -1, offset: int = 0, open: Sequence[Piece] = ()):
+    def __init__(self, text: int = -1, offset: int = 0, open: Sequence[Span] = ()):
         self.text, self.offset, self.open = text, offset, list(open)
 
 
@@ -242,7 +242,7 @@ class WindowStream:
 
     def advance(self, lane: Lane, length: int) -> Window | None:
         """One step towards a lane's next window of `length` tokens; None when more are needed."""
-        if sum(self.size(piece) for piece in lane.open) >= length:
+        if sum(self.size(span) for span in lane.open) >= length:
             return self.filled(lane, length)
         if lane.text < 0:
             lane.text, lane.offset = self.next, 0
@@ -251,46 +251,46 @@ class WindowStream:
         body = length - len(self.opening)
         left = len(self.tokens[lane.text]) - lane.offset
         if left >= body:
-            piece = Piece(lane.text, lane.offset, lane.offset + body)
+            span = Span(lane.text, lane.offset, lane.offset + body)
             lane.offset += body
-            return self.window([piece], length)
+            return self.window([span], length)
         # What is left over of a long text is not packed: nearly every batch would have some of it, and batches of whole
         # windows are trained on much faster.
         if self.pack and left and lane.offset == 0:
-            lane.open.append(Piece(lane.text, lane.offset, lane.offset + left))
+            lane.open.append(Span(lane.text, lane.offset, lane.offset + left))
         elif lane.offset == 0:
             self.short += 1
         lane.text = -1
         self.forget()
         return None
 
-    def size(self, piece: Piece) -> int:
-        """The tokens of a piece in a window, where it begins as a text does."""
-        return len(self.opening) + piece.end - piece.start
+    def size(self, span: Span) -> int:
+        """The tokens of a span in a window, where it begins as a text does."""
+        return len(self.opening) + span.end - span.start
 
     def filled(self, lane: Lane, length: int) -> Window:
-        """A window of a lane's open pieces; what the last one has too much stays open."""
+        """A window of a lane's open spans; what the last one has too much stays open."""
         taken, room = [], length
         while room > 0:
-            piece = lane.open.pop(0)
-            if self.size(piece) > room:
-                middle = piece.start + max(0, room - len(self.opening))
-                lane.open.insert(0, piece._replace(start=middle))
-                piece = piece._replace(end=middle)
-            taken.append(piece)
-            room -= self.size(piece)
+            span = lane.open.pop(0)
+            if self.size(span) > room:
+                middle = span.start + max(0, room - len(self.opening))
+                lane.open.insert(0, span._replace(start=middle))
+                span = span._replace(end=middle)
+            taken.append(span)
+            room -= self.size(span)
         window = self.window(taken, length)
         self.forget()
         return window
 
-    def window(self, pieces: Sequence[Piece], length: int) -> Window:
-        """The window that consists of `pieces`."""
+    def window(self, spans: Sequence[Span], length: int) -> Window:
+        """The window that consists of `spans`."""
         ids: list[int] = []
         borders = []
-        for piece in pieces:
+        for span in spans:
             borders.append(len(ids))
-            ids += self.opening + self.tokens[piece.text][piece.start : piece.end].tolist()
-        names = ", ".join(f"{self.names[piece.text]}@{piece.start}" for piece in pieces)
+            ids += self.opening + self.tokens[span.text][span.start : span.end].tolist()
+        names = ", ".join(f"{self.names[span.text]}@{span.start}" for span in spans)
         return Window(ids[:length], borders[1:], names)
 
     def read(self, number: int) -> None:
@@ -308,21 +308,21 @@ class WindowStream:
 
     def forget(self) -> None:
         """Drops the texts that no lane needs any more."""
-        needed = {piece.text for lane in self.lanes for piece in lane.open} | {lane.text for lane in self.lanes}
+        needed = {span.text for lane in self.lanes for span in lane.open} | {lane.text for lane in self.lanes}
         for number in self.tokens.keys() - needed:
             del self.tokens[number], self.names[number]
 
     def state(self) -> dict[str, Any]:
         """Where the stream is, as JSON can hold it."""
-        lanes = [[lane.text, lane.offset, [list(piece) for piece in lane.open]] for lane in self.lanes]
+        lanes = [[lane.text, lane.offset, [list(span) for span in lane.open]] for lane in self.lanes]
         return {"next": self.next, "turn": self.turn, "short": self.short, "lanes": lanes}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes to where `state` was taken; only the texts that are needed there are read."""
         self.next, self.turn, self.short = state["next"], state["turn"], state["short"]
-        self.lanes = [Lane(text, offset, [Piece(*piece) for piece in open]) for text, offset, open in state["lanes"]]
+        self.lanes = [Lane(text, offset, [Span(*span) for span in open]) for text, offset, open in state["lanes"]]
         self.tokens, self.names, self.ahead = {}, {}, {}
-        needed = {piece.text for lane in self.lanes for piece in lane.open} | {lane.text for lane in self.lanes} - {-1}
+        needed = {span.text for lane in self.lanes for span in lane.open} | {lane.text for lane in self.lanes} - {-1}
         # one by one: they are far from each other
         for number in sorted(needed):
             [(_, (self.names[number], self.tokens[number]))] = self.tokenised([number])

@@ -16,7 +16,7 @@ from nsa_hf.recipes.training.selector_losses import (
     Blocks,
     bce_of_top_blocks,
     kl_of_mass,
-    sample_rows,
+    sample_queries,
     score_blocks,
     selector_loss,
 )
@@ -157,9 +157,9 @@ def test_the_losses_by_hand():
 
 def test_rows_have_a_choice_and_no_row_comes_twice():
     torch.manual_seed(0)
-    rows = sample_rows(128, 64, 20, torch.device("cpu"))
+    rows = sample_queries(128, 64, 20, torch.device("cpu"))
     assert len(rows) == len(set(rows.tolist())) == 20 and rows.min() >= 64 and rows.max() < 128
-    assert sample_rows(70, 64, 20, torch.device("cpu")).tolist() == list(range(64, 70))
+    assert sample_queries(70, 64, 20, torch.device("cpu")).tolist() == list(range(64, 70))
 
 
 @pytest.mark.parametrize("kind", ["kl", "bce"])
@@ -190,7 +190,7 @@ def test_the_loss_falls_and_the_selector_gets_better(paper, ids, kind):
 
 
 def test_a_run_records_both_and_goes_on_exactly(nsa_dir, texts, tmp_path):
-    settings = {"layer_weight": 0.5, "selector_weight": 0.5, "ce_weight": 0.0, "selector_rows": 16}
+    settings = {"layer_weight": 0.5, "selector_weight": 0.5, "ce_weight": 0.0, "selector_queries": 16}
     whole = train(tiny_run(nsa_dir, texts, tmp_path / "whole", **settings))
     for row in result_of(whole)["curve"]:
         assert row["layer"] > 0 and row["selector"] > 0

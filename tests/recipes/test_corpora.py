@@ -156,7 +156,7 @@ def test_the_same_from_each_package_as_far_as_it_goes():
 @pytest.fixture
 def tiny_corpus(tmp_path, monkeypatch):
     """Packages and the folder in whose `cache` they lie; sizes that fit them."""
-    for name, value in {"LONG": 2500, "USUAL": 300, "PIECE": 4000, "LONGEST_PIECE": 8000}.items():
+    for name, value in {"LONG": 2500, "USUAL": 300, "ALONE": 4000, "LONGEST": 8000}.items():
         monkeypatch.setattr(make, name, value)
     out = tmp_path / "corpus"
     cache = out / "cache"

@@ -129,15 +129,31 @@ def test_a_run_that_trains_nothing_is_refused(run_file):
 
 def test_stages_are_what_differs(run_file):
     stages = (
-        "stages=[{trains: nsa, tokens: 5000}, {lr_backbone: 1e-6, length: [{length: 64}, {length: 96, weight: 2}]}]"
+        "stages=[{trains: nsa, tokens: 5000}, {lr_backbone: 1e-6, length: [{length: 48}, {length: 96, weight: 2}]}]"
     )
     config = load_run_config(run_file, [stages])
     first, second = config.of_stages()
     assert (first.trains, first.tokens, first.steps, first.lr_nsa) == ("nsa", 5000, 0, 1e-3)
     assert (second.trains, second.tokens, second.steps, second.lr_backbone) == ("all", 0, 7, 1e-6)
-    assert second.length == [{"length": 64, "weight": 1.0}, {"length": 96, "weight": 2.0}]
+    assert second.length == [{"length": 48, "weight": 1.0}, {"length": 96, "weight": 2.0}]
     assert (first.longest, second.longest) == (2048, 96)
     assert RunConfig(**config.as_dict()) == config
+
+
+@pytest.mark.parametrize("length", [-5, 0, 1, 50])
+def test_lengths_of_a_mixture_divide_the_longest(run_file, length):
+    with pytest.raises(NsaError, match=f"divides the longest, 96, so that all batches have as many.*got {length}$"):
+        load_run_config(run_file, [f"length=[{{length: {length}}}, {{length: 96}}]"])
+
+
+def test_an_override_of_what_every_stage_sets_is_refused(run_file):
+    run_file.write_text(run_file.read_text() + "stages: [{tokens: 50, lr_nsa: 1e-4}, {tokens: 60}]\n")
+    for override in ("steps=2", "tokens=9"):
+        with pytest.raises(NsaError, match=r"changes nothing: every stage in .* has its own"):
+            load_run_config(run_file, [override])
+    first, second = load_run_config(run_file, ["lr_nsa=1e-2"]).of_stages()
+    assert (first.lr_nsa, second.lr_nsa) == (1e-4, 1e-2)
+    assert load_run_config(run_file, ["stages=[]", "steps=2"]).steps == 2
 
 
 def test_without_stages_a_run_is_one(run_file):

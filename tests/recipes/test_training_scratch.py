@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nsa_hf.model_cards.card import render_card
 from nsa_hf.recipes.training import loop
-from nsa_hf.recipes.training.compiling import decoder_layers
 from nsa_hf.recipes.training.logs import Log
 from nsa_hf.recipes.training.loop import train
 
@@ -112,10 +111,6 @@ def test_stages_that_look_into_the_layers_leave_the_others_compiled(
 ):
     ran, by_stage = [], {}
 
-    def compile_layers(model):
-        for layer in decoder_layers(model):
-            layer.forward = torch.compile(layer.forward, backend=counting, dynamic=False)
-
     def counting(graph, inputs):
         return lambda *args: ran.append(graph) or graph(*args)
 
@@ -123,7 +118,8 @@ def test_stages_that_look_into_the_layers_leave_the_others_compiled(
         by_stage.setdefault(row["stage"], []).append(len(ran))
         ran.clear()
 
-    monkeypatch.setattr(loop, "compile_layers", compile_layers)
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda call, dynamic: compile(call, backend=counting, dynamic=dynamic))
     monkeypatch.setattr(Log, "add", add)
     model = converted(tiny_dense_dir, tmp_path / "nsa", tiny_sizes, gate="blend")
     stages = [

@@ -45,7 +45,7 @@ def test_tokens_become_the_steps_that_read_them():
     assert settled(tokens=1000, length=64, batch_size=2, accumulate=2).steps == 4
     assert settled(tokens=1024, length=64, batch_size=2, accumulate=2, processes=4).steps == 1
     assert settled(steps=5).steps == 5
-    mixed = settled(tokens=1000, batch_size=1, length=[{"length": 64, "weight": 1}, {"length": 100, "weight": 3}])
+    mixed = settled(tokens=1000, batch_size=1, length=[{"length": 50, "weight": 1}, {"length": 100, "weight": 3}])
     assert (mixed.steps, mixed.held_out_length) == (10, 100)
 
 
@@ -103,7 +103,8 @@ def test_parameters_that_are_not_in_use_are_left_alone(model, settings, rate):
         ({"selector_weight": 1.0}, "selector_weight needs a selector with parameters"),
         ({"selector_weight": 1.0, "length": 1024}, "up to 1024 every block is selected"),
         ({"layer_weight": 1.0, "compile": "yes"}, "compile 'yes' does not go with layer_weight"),
-        ({"attention": "dense", "ce_weight": 1.0, "trains": "nsa"}, "attention 'dense' with trains 'nsa'"),
+        ({"attention": "dense", "ce_weight": 1.0, "trains": "nsa"}, "attention 'dense' trains the backbone alone"),
+        ({"attention": "dense", "ce_weight": 1.0, "lr_backbone": 0.0, "lr_nsa": 1e-3}, "trains the backbone alone"),
         ({"stages": [{}, {"gate_blend_steps": 2}]}, "stage 2: gate_blend_steps needs"),
     ],
 )
@@ -135,11 +136,25 @@ def test_blocks_fall_in_halvings():
 
 def test_a_blend_goes_on_where_the_stage_before_has_left_it():
     blend = model_config(nsa_gate="blend")
-    stages = stages_of(
-        settled(blend, stages=[{"steps": 2, "gate_blend_steps": 4}, {"steps": 4, "gate_blend_steps": 2}])
-    )
-    found = [blend_at(step, stages, number, 0.0) for number, steps in ((1, 2), (2, 4)) for step in range(steps)]
+    stages = stages_of(settled(blend, stages=[{"steps": 4, "gate_blend_steps": 4}, {"steps": 2}]))
+    found = [blend_at(step, stages, number, 0.0) for number, steps in ((1, 4), (2, 2)) for step in range(steps)]
     assert found == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_gates_that_would_end_half_open_are_refused():
+    """As with more processes, where the same tokens are fewer steps."""
+    blend = model_config(nsa_gate="blend")
+    opening = {"tokens": 1600, "length": 100, "batch_size": 1, "gate_blend_steps": 10}
+    assert settled(blend, **opening).steps == 16
+    with pytest.raises(NsaError, match="gate_blend_steps must be at most the 8 steps of the stage"):
+        settled(blend, **opening, processes=2)
+
+
+def test_gates_that_a_stage_has_opened_are_trained_in_those_after_it():
+    blend = model_config(nsa_gate="blend")
+    stages = [{"steps": 5}, {"steps": 5, "gate_blend_steps": 5}, {"steps": 5}]
+    rates = [stage.config.lr_nsa for stage in stages_of(settled(blend, stages=stages))]
+    assert rates == [0.0, 1e-3, 1e-3]
 
 
 @pytest.fixture(scope="module")
@@ -249,14 +264,14 @@ def test_the_next_token_loss_is_the_reason_where_it_is_one(nsa_dir, texts, tmp_p
 
 def test_the_gates_blend_over_two_stages(tiny_dense_dir, tiny_sizes, texts, tmp_path):
     model = converted(tiny_dense_dir, tmp_path / "nsa", tiny_sizes, gate="blend")
-    stages = [{"steps": 2, "gate_blend_steps": 4}, {"steps": 2}]
+    stages = [{"steps": 2, "gate_blend_steps": 2}, {"steps": 2}]
     whole = train(tiny_run(model, texts, tmp_path / "whole", stages=stages))
     config = tiny_run(model, texts, tmp_path / "stopped", stages=stages, save_every=1)
     stop_at(config, 3)
     stopped = train(config)
     from nsa_hf.recipes.load import read_config
 
-    assert read_config(whole).nsa_gate_blend == read_config(stopped).nsa_gate_blend == 0.5
+    assert read_config(whole).nsa_gate_blend == read_config(stopped).nsa_gate_blend == 1.0
     assert (stopped / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 

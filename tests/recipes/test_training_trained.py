@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nsa_hf.conversion import export_dense, manifest, verify
 from nsa_hf.conversion.files.checkpoint import SafetensorsCheckpoint
 from nsa_hf.errors import NsaError
+from nsa_hf.recipes.training.config import make_run_config
 from nsa_hf.recipes.training.loop import train
+from nsa_hf.recipes.training.trained import check_stage, is_all_that_is_trained
 
 LORA = {"trains": "lora", "lora_rank": 4, "lr_nsa": 0.0, "lr_backbone": 1e-2}
 
@@ -120,3 +122,19 @@ def test_gradients_are_recomputed_alike_with_an_adapter(lora, nsa_dir, texts, tm
     out = train(tiny_run(nsa_dir, texts, tmp_path / "out", gradient_checkpointing=1, **LORA))
     for one, other in zip(result_of(out)["curve"], result_of(lora)["curve"], strict=True):
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+def test_an_adapter_beside_gates_that_open_is_not_the_whole_difference():
+    one = {"model": "a", "out": "b", "trains": "lora", "lr_nsa": 0.0}
+    assert is_all_that_is_trained(make_run_config(one))
+    assert not is_all_that_is_trained(make_run_config({**one, "gate_blend_steps": 5}))
+
+
+def test_a_stage_of_a_family_without_gradient_checkpointing_is_refused_before_the_first(tiny_nsa_model):
+    model = tiny_nsa_model()
+    stage = make_run_config({"model": "a", "out": "b", "gradient_checkpointing": 1})
+    check_stage(model, stage, sharded=False)
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()), "as it was"
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(NsaError, match="Transformers has none for"):
+        check_stage(model, stage, sharded=False)

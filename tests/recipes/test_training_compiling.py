@@ -1,0 +1,44 @@
+import torch
+
+from nsa_hf.recipes.training.compiling import compile_layers, decoder_layers, uncompiled
+
+
+def counted(monkeypatch):
+    """Runs of compiled graphs, which are noted instead of compiled."""
+    ran = []
+
+    def backend(graph, inputs):
+        return lambda *args: ran.append(graph) or graph(*args)
+
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda call, **options: compile(call, backend=backend, **options))
+    return ran
+
+
+def test_alike_layers_share_a_graph_and_compute_the_same(tiny_nsa_model, monkeypatch):
+    ran = counted(monkeypatch)
+    model = tiny_nsa_model()
+    ids = torch.randint(256, (2, 150), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        plain = model(ids, use_cache=False).logits
+        compile_layers(model)
+        torch.testing.assert_close(model(ids, use_cache=False).logits, plain)
+    assert len(ran) == len(list(decoder_layers(model))) == model.config.num_hidden_layers
+    assert len(set(ran)) == 1
+
+
+def test_only_layers_run_uncompiled(tiny_nsa_model, monkeypatch):
+    ran = counted(monkeypatch)
+    model = tiny_nsa_model()
+    compile_layers(model)
+    other = torch.compile(lambda x: x.sin() + 1)
+    ids = torch.randint(256, (1, 20))
+    with uncompiled(), torch.no_grad():
+        with uncompiled():
+            pass
+        model(ids)
+        assert not ran
+        other(torch.ones(3))
+        assert len(ran) == 1
+    model(ids)
+    assert len(ran) > 1
