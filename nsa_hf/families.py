@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -24,13 +24,14 @@ from transformers.models.auto.configuration_auto import model_type_to_module_nam
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
-from . import from_dense
+from . import adapters, from_dense
 from .attention import NsaAttentionMixin
 from .config import NsaConfigMixin
 from .discovery import DenseFamily, attention_arguments, families_by_class_name, find_family
 from .errors import NotPlain
 from .modeling import NsaModelMixin, NsaPreTrainedMixin
 from .passing import PassesArguments, ReceivesArguments
+from .projections import default_targets
 from .recommend import Choice
 from .registration import PREFIX
 from .releases import note_what_is_recorded, positional_names
@@ -171,6 +172,7 @@ def register_family(family: Family) -> None:
         TOKENIZER_MAPPING.register(config_class, tokenizer, exist_ok=True)
     put_into_transformers(causal_lm_class, sparse_type)
     note_what_is_recorded(family.model_class)
+    adapters.add_family(sparse_type, dense.model_type, partial(default_targets, dense))
     # how checkpoints store experts and the like
     for dense_name, sparse_name in (
         (dense.model_type, sparse_type),

@@ -3,6 +3,7 @@
 `AutoConfig` finds the class of a config by the model's type, in a table of the module `configuration_auto`. A row for
 each sparse family is added to that table: now, if the module has been imported, else as soon as it is. So `import
 nsa_hf` imports neither Transformers nor PyTorch, and a command that needs neither (`nsa-hf --help`) need not wait.
+PEFT's tables are waited for in the same way (adapters.py).
 
 (`nsa-hf` cannot catch a Ctrl-C before this module is imported: it imports next to nothing itself.)
 """
@@ -10,8 +11,11 @@ nsa_hf` imports neither Transformers nor PyTorch, and a command that needs neith
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from . import adapters
 
 if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
@@ -35,11 +39,19 @@ def register(table: Any) -> None:
             table.CONFIG_MAPPING._modules[table.model_type_to_module_name(sparse_type)] = sys.modules["nsa_hf"]
 
 
+# Modules of other packages, and what is called with each as soon as it has been imported.
+AWAITED: dict[str, Callable[[Any], None]] = {
+    TABLE: register,
+    adapters.CONSTANTS: adapters.enter,
+    adapters.TUNERS: adapters.enter,
+}
+
+
 class RegistersWhenImported:
-    """A finder of modules that has the others find them; after the table's module has run, it registers."""
+    """A finder of modules that has the others find them; after one that is awaited has run, it registers."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name != TABLE:
+        if name not in AWAITED:
             return None
         others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
         spec = next(filter(None, others), None)
@@ -48,8 +60,8 @@ class RegistersWhenImported:
 
             def run_and_register(module: Any) -> None:
                 run(module)
-                if module.__name__ == TABLE:
-                    register(module)
+                if module.__name__ == name:
+                    AWAITED[name](module)
 
             spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
         return spec
@@ -62,6 +74,7 @@ def register_now_or_when_imported() -> None:
     for finder in earlier:
         sys.meta_path.remove(finder)
     sys.meta_path.insert(0, RegistersWhenImported())
-    if TABLE in sys.modules:
-        # waits for another thread that is importing it
-        register(import_module(TABLE))
+    for name, enter in AWAITED.items():
+        if name in sys.modules:
+            # waits for another thread that is importing it
+            enter(import_module(name))

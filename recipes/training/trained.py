@@ -14,12 +14,15 @@ from typing import Any, NamedTuple
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from nsa_hf.adapters import import_peft
 from nsa_hf.errors import NsaError
+from nsa_hf.projections import KEYS, OUTPUT, QUERIES, VALUES
 from nsa_hf.releases import checkpoint_activations
 
 from .config import RunConfig
 
-PROJECTIONS = {"qk": ("q_proj", "k_proj"), "qkvo": ("q_proj", "k_proj", "v_proj", "o_proj")}
+PROJECTIONS = {"qk": (QUERIES, KEYS), "qkvo": (QUERIES, KEYS, VALUES, OUTPUT)}
+LORA_NEEDS = "trains 'lora'"
 ADAPTER = "adapter"  # the folder in a trained model's
 
 
@@ -92,7 +95,7 @@ def trained_modules(student: Any, stage: RunConfig) -> list[str]:
         return projections(student, PROJECTIONS[stage.trains])
     if stage.trains != "lora":
         return []
-    import_peft()
+    import_peft(LORA_NEEDS)
     if not stage.lora_targets:
         return projections(student, PROJECTIONS["qkvo"])
     linear = [
@@ -134,7 +137,7 @@ def projections(student: Any, parts: tuple[str, ...]) -> list[str]:
 
 def put_adapter(student: Any, stage: RunConfig, names: list[str]) -> Any:
     """PEFT's model around the student, whose named linear layers have a new adapter; it changes nothing yet."""
-    peft = import_peft()
+    peft = import_peft(LORA_NEEDS)
     config = peft.LoraConfig(
         r=stage.lora_rank, lora_alpha=stage.lora_alpha, target_modules=names, task_type="CAUSAL_LM"
     )
@@ -150,7 +153,7 @@ def merge(adapter: Any) -> AdapterFiles:
     Returns:
         The adapter.
     """
-    peft = import_peft()
+    peft = import_peft(LORA_NEEDS)
     config = adapter.peft_config["default"]
     config.inference_mode, config.target_modules = True, sorted(config.target_modules)
     tensors = {
@@ -163,12 +166,3 @@ def merge(adapter: Any) -> AdapterFiles:
 def is_all_that_is_trained(stage: RunConfig) -> bool:
     """Whether a stage changes nothing but what its adapter holds."""
     return stage.trains == "lora" and not stage.lr_nsa and not stage.gate_blend_steps
-
-
-def import_peft() -> Any:
-    """The package `peft`; NsaError says how to install it where it is missing."""
-    try:
-        import peft
-    except ImportError as error:
-        raise NsaError("trains 'lora' needs the package `peft`: pip install 'nsa-hf[train]'") from error
-    return peft
