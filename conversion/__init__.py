@@ -5,7 +5,18 @@
 from .convert import convert
 from .export import export_dense, render_export
 from .measure import Measuring
+from .merge import merge
 from .plan import plan, render_plan
 from .verify import render_verify, verify
 
-__all__ = ["Measuring", "convert", "export_dense", "plan", "render_export", "render_plan", "render_verify", "verify"]
+__all__ = [
+    "Measuring",
+    "convert",
+    "export_dense",
+    "merge",
+    "plan",
+    "render_export",
+    "render_plan",
+    "render_verify",
+    "verify",
+]

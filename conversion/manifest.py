@@ -155,7 +155,8 @@ def build_trained(
         start: the folder that training started from.
         converted: that folder's manifest; None where it had none.
         companions: names of the tokenizer's and other files written beside.
-        run: the record of the run, by which `is_trained` knows the folder: `steps`, `fingerprint`.
+        run: the record of what changed the weights, by which `is_trained` knows the folder: `fingerprint`, and
+            `steps` of a training run or `merged` (the adapter) of a merge.
     """
     config = read_config(folder)
     if converted is None:
@@ -186,7 +187,11 @@ def build_trained(
 def is_trained(manifest: Mapping[str, Any]) -> bool:
     """Whether a manifest is a trained model's, by the record of its run: the field `trained` alone is no proof."""
     run = manifest.get("training")
-    return manifest["trained"] is True and isinstance(run, dict) and bool(run.get("steps") and run.get("fingerprint"))
+    return (
+        manifest["trained"] is True
+        and isinstance(run, dict)
+        and bool((run.get("steps") or run.get("merged")) and run.get("fingerprint"))
+    )
 
 
 def write(folder: Path, manifest: Mapping[str, Any]) -> None:

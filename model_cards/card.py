@@ -210,7 +210,11 @@ def is_trained(manifest: dict[str, Any]) -> bool | None:
     trained, run = manifest["trained"], manifest.get("training")
     if trained is None:
         return None
-    return trained is True and isinstance(run, dict) and bool(run.get("steps") and run.get("fingerprint"))
+    return (
+        trained is True
+        and isinstance(run, dict)
+        and bool((run.get("steps") or run.get("merged")) and run.get("fingerprint"))
+    )
 
 
 def front_matter(manifest: dict[str, Any]) -> str:

@@ -188,6 +188,23 @@ def export_dense(
 
 
 @app.command()
+def merge(
+    model: Annotated[Path, typer.Argument(help="Converted (or trained) model's folder.")],
+    adapter: Annotated[Path, typer.Argument(help="Folder of a PEFT adapter for it, or for its dense source.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the merged model; new or empty.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model in OUT.")] = False,
+) -> None:
+    """Merge a PEFT adapter (LoRA, IA3) into a model.
+
+    OUT is a plain model that needs no PEFT, with a manifest; whole or not there at all.
+    """
+    from nsa_hf.conversion import merge
+
+    path = merge(model, adapter, out, overwrite=overwrite)
+    print(f"merged model: {path}\nnext: nsa-hf verify SRC {path}, with the dense model that {model} was made from")
+
+
+@app.command()
 def verify(
     src: Src,
     out: Out,

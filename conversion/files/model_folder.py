@@ -182,7 +182,10 @@ def refuse_adapter(folder: Path) -> None:
     )
     weights = {path.name for pattern in WEIGHTS for path in folder.glob(pattern)} - set(adapter)
     if not weights or not (folder / "config.json").is_file():
-        raise NsaError(f"{folder} is a PEFT adapter: merge it into its base model with {how}; then take MERGED")
+        raise NsaError(
+            f"{folder} is a PEFT adapter: merge it into its base model with {how}; then take MERGED (into a converted "
+            "model: nsa-hf merge MODEL ADAPTER MERGED)"
+        )
     raise NsaError(
         f"{folder} holds a PEFT adapter ({', '.join(adapter)}) beside whole weights, which lack it: merge it with "
         f"{how}, and take MERGED; or move the adapter's files away to take the weights without it"

@@ -24,10 +24,9 @@ from safetensors import SafetensorError
 from nsa_hf.conversion import manifest
 from nsa_hf.conversion.files.checkpoint import SafetensorsCheckpoint
 from nsa_hf.conversion.files.hashes import hash_file
-from nsa_hf.conversion.files.loading import transformers_progress
 from nsa_hf.conversion.files.plain_json import read_json
 from nsa_hf.conversion.files.staging import check_output, lock_folder, staged_folder, write_json
-from nsa_hf.conversion.sources import open_source
+from nsa_hf.conversion.saving import save_changed
 from nsa_hf.errors import NsaError
 
 from .config import RunConfig
@@ -239,16 +238,12 @@ def save_trained(
     record = {"format": FORMAT, "fingerprint": fingerprint, "config": config.as_dict(), **result, **machine()}
     with staged_folder(out) as stage:
         try:
-            with transformers_progress(False):
-                student.save_pretrained(stage)
+            companions = save_changed(student, model, stage)
         except SafetensorError as error:
             raise NsaError(
                 f"cannot write the trained model {out} ({error}): once there is room, the same command goes on from "
                 "the last checkpoint"
             ) from error
-        for weights in stage.glob("*.safetensors"):  # which safetensors lets only their owner read
-            shutil.copymode(stage / "config.json", weights)
-        companions = open_source(model).save_companions(stage)
         for write in beside:
             write(stage)
         write_json(stage / RESULT, record)

@@ -34,6 +34,7 @@ def test_there_is_code_to_run() -> None:
     numbers = {path.name: len(blocks(f"docs/{path.name}")) for path in (ROOT / "docs").glob("*.md")}
     # families.md: what it shows are classes that exist already, see test_families_page.py
     assert {name: number for name, number in numbers.items() if number} == {
+        "adapt.md": 1,
         "extending.md": 2,
         "families.md": 1,
         "guide.md": 2,
@@ -41,7 +42,7 @@ def test_there_is_code_to_run() -> None:
     assert len(blocks("README.md")) == 1
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/guide.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/adapt.md", "docs/guide.md"])
 def test_the_code_runs(document: str, tiny_dense_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_dense_dir, tmp_path / "path" / "to" / "llama")
     for code in blocks(document):
