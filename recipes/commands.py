@@ -258,7 +258,8 @@ def train(
 ) -> None:
     """Train a converted model further.
 
-    Next-token loss plus KL to the model's dense self. A run that was stopped goes on when it is started again.
+    By the KL to the model's dense self, and more where settings ask for it. A run that was stopped goes on when it is
+    started again.
 
     On several GPUs: accelerate launch -m nsa_hf.recipes.train RUN.yaml KEY=VALUE
     """

@@ -21,7 +21,7 @@ from typing import Any
 
 from nsa_hf.errors import NsaError
 
-from .common import write_rows
+from .common import git_commit, write_rows
 
 RUN = ("run", "gpus", "processes", "torch", "transformers", "commit", "tokens", "steps")
 SPEED = ("seconds", "tokens_per_second", "memory_gib", "mfu")
@@ -66,8 +66,8 @@ def rows_of(name: str, record: dict[str, Any], commit: str) -> list[dict[str, An
         "steps": len(curve),
         "seconds": f"{sum(row['seconds'] for row in curve):.1f}",
         "tokens_per_second": f"{median(row['tokens_per_second'] for row in curve):.0f}",
-        "memory_gib": figure(max(row.get("memory", 0) for row in curve), 1, 1 / 2**30),
-        "mfu": figure(median(row.get("mfu", 0.0) for row in curve), 3),
+        "memory_gib": figure(max((row["memory"] for row in curve if "memory" in row), default=None), 1, 1 / 2**30),
+        "mfu": figure(median(mfu) if (mfu := [row["mfu"] for row in curve if "mfu" in row]) else None, 3),
         "settings": " ".join(filter(None, (told_settings(record["config"]), told_model(record.get("nsa", {}))))),
     }
     ranges = zip(held_out["before"], held_out["after"], held_out["after_own_dense"], strict=True)
@@ -98,14 +98,20 @@ def figure(value: float | None, digits: int, times: float = 1.0) -> str:
 
 
 def told_settings(config: dict[str, Any]) -> str:
-    """The settings that differ from the defaults, as `name=value name=value`; of several stages, each one's."""
-    from ..training.config import RunConfig
+    """The settings that differ from the defaults, as `name=value name=value`.
+
+    Of several stages: those of the whole run, then each stage's, with bars between them.
+    """
+    from ..training.config import WHOLE_RUN, RunConfig
 
     defaults = RunConfig(model="", out="").as_dict()
     differ = lambda stage: " ".join(  # noqa: E731
         f"{name}={value}" for name, value in stage.items() if name not in LEFT_OUT and value != defaults.get(name)
     )
-    return " | ".join(map(differ, config["stages"])) if config.get("stages") else differ(config)
+    if not config.get("stages"):
+        return differ(config)
+    whole = {name: value for name, value in config.items() if name in WHOLE_RUN}
+    return " | ".join(map(differ, [whole, *config["stages"]]))
 
 
 def told_model(fields: dict[str, Any]) -> str:
@@ -150,13 +156,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs, or their training.json")
     parser.add_argument("--csv", type=Path, required=True, help="rows are appended to it")
-    parser.add_argument("--commit", default="", help="noted in the rows")
+    parser.add_argument("--commit", help="of the code that they ran with; default: git's")
     parser.add_argument("--picture", type=Path, help="PNG to draw of the CSV")
     parser.add_argument("--curve", default="", help="how the names of the runs in the picture begin")
     args = parser.parse_args(arguments)
     try:
         for path in args.runs:
-            write_rows(args.csv, COLUMNS, rows_of(*read_record(path), args.commit))
+            write_rows(args.csv, COLUMNS, rows_of(*read_record(path), args.commit or git_commit()))
     except NsaError as error:
         parser.error(str(error))
     if args.picture:

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nsa_hf.errors import NsaError
 from nsa_hf.model_cards.evaluation import read_suites
 
-from .common import write_rows
+from .common import git_commit, write_rows
 
 ASKED = ("model", "suite", "task", "figure", "tokens", "depth", "prompts")
 FOUND = ("dense", "sparse", "dense_nll", "sparse_nll", "dense_error", "sparse_error")
@@ -79,13 +80,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", type=Path, help="folders of models, or their eval.json")
     parser.add_argument("--csv", type=Path, required=True, help="rows are appended to it")
-    parser.add_argument("--commit", default="", help="noted in the rows")
+    parser.add_argument("--commit", help="of the code that measured them; default: git's")
     args = parser.parse_args(arguments)
-    for path in args.models:
-        rows = rows_of(path.name if path.is_dir() else path.stem, read_suites(evaluation_of(path)), args.commit)
-        if not rows:
-            parser.error(f"{evaluation_of(path)} has none of the suites {', '.join(FIGURES)}: run nsa-hf eval")
-        write_rows(args.csv, COLUMNS, rows)
+    commit = args.commit or git_commit()
+    try:
+        for path in args.models:
+            rows = rows_of(path.name if path.is_dir() else path.stem, read_suites(evaluation_of(path)), commit)
+            if not rows:
+                parser.error(f"{evaluation_of(path)} has none of the suites {', '.join(FIGURES)}: run nsa-hf eval")
+            write_rows(args.csv, COLUMNS, rows)
+    except NsaError as error:
+        parser.error(str(error))
 
 
 def evaluation_of(path: Path) -> Path:

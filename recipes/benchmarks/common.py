@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from nsa_hf.errors import NsaError
+
 # The columns that say which run, machine and versions a row comes from.
 STAMP = ("run_id", "gpu", "torch", "triton", "commit")
 Times = tuple[float, float, float]  # median, 20th and 80th percentile in milliseconds
@@ -168,12 +170,12 @@ def write_rows(path: Path, columns: Sequence[str], rows: list[dict]) -> None:
         rows: values by column.
 
     Raises:
-        ValueError: the file has other columns.
+        NsaError: the file has other columns.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     if not new and (header := path.open().readline().strip()) != ",".join(columns):
-        raise ValueError(f"{path} must have the columns {','.join(columns)}, got {header}: name another file (--out)")
+        raise NsaError(f"{path} must have the columns {','.join(columns)}, got {header}: name another file")
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         if new:

@@ -93,11 +93,11 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         runs = [read_record(path) for path in args.runs]
+        write_rows(args.csv, COLUMNS, [row for run in runs for row in curve_rows(*run)])
+        if args.gates:
+            write_rows(args.gates, GATES, [row for run in runs for row in gate_rows(*run)])
     except NsaError as error:
         parser.error(str(error))
-    write_rows(args.csv, COLUMNS, [row for run in runs for row in curve_rows(*run)])
-    if args.gates:
-        write_rows(args.gates, GATES, [row for run in runs for row in gate_rows(*run)])
     if args.picture:
         draw(runs, args.picture)
 

@@ -47,13 +47,16 @@ class Answered(NamedTuple):
 
 
 def batches(questions: Sequence[Question], device: str) -> list[list[int]]:
-    """Which questions are read together, by their places: prompts of one length, as many as the device takes."""
+    """Which questions are read together, by their places: those alike, as many as the device takes.
+
+    Alike are prompts of one length that may be answered at one length: no answer is longer for its neighbours.
+    """
     room = TOKENS_AT_ONCE if device == "cuda" else 0
     groups: list[list[int]] = []
-    for place in sorted(range(len(questions)), key=lambda place: len(questions[place].prompt)):
-        tokens = len(questions[place].prompt)
-        last = questions[groups[-1][0]] if groups else None
-        if last and len(last.prompt) == tokens and tokens * (len(groups[-1]) + 1) <= room:
+    alike = [(len(question.prompt), question.new_tokens) for question in questions]
+    for place in sorted(range(len(questions)), key=alike.__getitem__):
+        tokens, _ = alike[place]
+        if groups and alike[groups[-1][0]] == alike[place] and tokens * (len(groups[-1]) + 1) <= room:
             groups[-1].append(place)
         else:
             groups.append([place])
@@ -62,12 +65,12 @@ def batches(questions: Sequence[Question], device: str) -> list[list[int]]:
 
 @torch.no_grad()
 def answer(subject: Subject, way: str, questions: Sequence[Question]) -> list[Answered]:
-    """Answers questions whose prompts are of one length.
+    """Answers questions with prompts of one length, and answers of one length at most.
 
     Args:
         subject: the model.
         way: how it runs, one of WAYS.
-        questions: read together.
+        questions: read together, alike as those of `batches`.
     """
     with subject.run(way):
         texts = generate(subject, questions)
@@ -91,7 +94,7 @@ def generate(subject: Subject, questions: Sequence[Question]) -> list[str]:
         ids,
         attention_mask=torch.ones_like(ids),
         do_sample=False,
-        max_new_tokens=max(question.new_tokens for question in questions),
+        max_new_tokens=questions[0].new_tokens,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
     return tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)

@@ -141,8 +141,9 @@ def perplexity(subject: Subject, settings: Settings) -> Row:
         and `recall` by layer (see recall.py).
 
     Raises:
-        NsaError: texts that are too short, or logits that are not finite.
+        NsaError: a length beyond the model's, texts that are too short, or logits that are not finite.
     """
+    subject.check_lengths([settings.length], "--length")
     texts = held_out_documents(settings.text, settings.documents)
     windows = held_out_windows(texts, subject.tokenizer, settings.length)
     model = subject.model

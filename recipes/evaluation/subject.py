@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,9 +114,14 @@ class Subject:
             return list(settings.lengths or LENGTHS)
         if settings.lengths is None:
             return [length for length in LENGTHS if length <= most] or [most]
-        if beyond := [length for length in settings.lengths if length > most]:
+        self.check_lengths(settings.lengths, "--lengths")
+        return list(settings.lengths)
+
+    def check_lengths(self, lengths: Sequence[int], option: str) -> None:
+        """NsaError where the model has no positions for texts of `lengths`, which `option` asks for."""
+        most = self.positions
+        if most is not None and (beyond := [length for length in lengths if length > most]):
             raise NsaError(
                 f"the model has {most:,} positions, and lengths of {', '.join(f'{x:,}' for x in beyond)} were asked "
-                f"for: give shorter --lengths, or --rope-scaling yarn:{-(-max(beyond) // most)}"
+                f"for: give a shorter {option}, or --rope-scaling yarn:{-(-max(beyond) // most)}"
             )
-        return list(settings.lengths)

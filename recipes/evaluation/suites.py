@@ -66,11 +66,11 @@ def evaluate(
         What is in eval.json: `suites`, the results by name, of this call and of earlier ones, and the machine.
 
     Raises:
-        NsaError: no model, a suite that there is not, or one that failed.
+        NsaError: no model, an eval.json that is damaged, a suite that there is not, or one that failed.
     """
     check_suites(suites, settings)
-    subject = Subject.load(out, device, dtype, settings.rope_scaling, trust_remote_code)
     results = read_suites(out / NAME)
+    subject = Subject.load(out, device, dtype, settings.rope_scaling, trust_remote_code)
     failed: dict[str, Exception] = {}
     for suite in suites:
         try:

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from nsa_hf.recipes.benchmarks.adaptation import main
+from nsa_hf.recipes.benchmarks.adaptation import main, told_settings
 
 
 def row(start, end, *, kl, rise, error=0.001):
@@ -52,6 +52,16 @@ def test_a_run_gives_a_row_for_each_range_of_positions(tmp_path):
     assert rows[1]["tokens_per_second"] == "2001"
     assert rows[1]["gpus"] == "A GPU"
     assert rows[1]["settings"] == "lr_backbone=5e-05"
+    assert (rows[1]["memory_gib"], rows[1]["mfu"]) == ("", "")
+    assert rows[1]["commit"] == "abc"
+
+
+def test_all_settings_of_a_run_of_stages():
+    stages = [{"tokens": 5, "selector_weight": 1.0}, {"tokens": 7, "lr_backbone": 2e-5}]
+    config = {"model": "m", "held_out_documents": 64, "mixed_precision": "bf16", "tokens": 5, "stages": stages}
+    assert told_settings(config) == (
+        "held_out_documents=64 mixed_precision=bf16 | tokens=5 selector_weight=1.0 | tokens=7"
+    )
 
 
 def test_a_picture_of_a_series(tmp_path):

@@ -58,6 +58,8 @@ def test_questions_of_one_length_are_read_together_on_a_gpu(monkeypatch):
     assert batches(questions, "cpu") == [[1], [0], [2], [3]]
     monkeypatch.setattr(answers, "TOKENS_AT_ONCE", 60)
     assert batches(questions, "cuda") == [[1], [0, 2], [3]]
+    questions[2] = questions[2]._replace(new_tokens=5)
+    assert batches(questions, "cuda") == [[1], [0, 3], [2]]
 
 
 @torch.no_grad()

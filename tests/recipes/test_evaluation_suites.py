@@ -12,6 +12,7 @@ from tiny_runs import converted, write_texts
 from nsa_hf.errors import NsaError
 from nsa_hf.model_cards.evaluation import read_suites
 from nsa_hf.recipes.evaluation import suites
+from nsa_hf.recipes.evaluation.perplexity import perplexity
 from nsa_hf.recipes.evaluation.subject import Settings, Subject
 from nsa_hf.recipes.evaluation.suites import evaluate, render
 
@@ -63,6 +64,13 @@ def test_needles_are_drawn_beside_the_results(out, settings, monkeypatch):
     assert (out / "needle.png").stat().st_size > 10_000
 
 
+def test_a_damaged_eval_json_is_not_replaced(out, settings):
+    (out / "eval.json").write_text('{"format": 2, "suites": {"needle": {')
+    with pytest.raises(NsaError, match=r"eval.json is damaged"):
+        evaluate(out, ["ppl"], settings)
+    assert "needle" in (out / "eval.json").read_text()
+
+
 @pytest.mark.parametrize("names", [["none"], []])
 def test_suites_that_there_are_not(names, out):
     with pytest.raises(NsaError, match="--suite takes ppl"):
@@ -83,6 +91,8 @@ def test_lengths_that_the_model_can_hold(out):
     assert subject.lengths(Settings(lengths=(100, 4096))) == [100, 4096]
     with pytest.raises(NsaError, match=r"4,096 positions, and lengths of 8,192, 9,000 .*--rope-scaling yarn:3"):
         subject.lengths(Settings(lengths=(100, 8192, 9000)))
+    with pytest.raises(NsaError, match=r"4,096 positions, and lengths of 5,000 .* give a shorter --length,"):
+        perplexity(subject, Settings(length=5000))
     longer = Subject.load(out, "cpu", "float32", "yarn:2")
     assert longer.lengths(Settings()) == [4096, 8192]
     assert longer.model.config.rope_parameters["rope_type"] == "yarn"

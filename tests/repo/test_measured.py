@@ -192,6 +192,7 @@ def whole_model_steps() -> str:
 
 
 ADAPTED = "adaptation-smollm2-h100-2026-11-26"
+MORE = "adaptation-more-h100-2026-11-27"
 SERIES = ("adapt-1m", "adapt-3m", "adapt-10m", "adapt-30m")
 
 
@@ -203,29 +204,45 @@ def span(row: Row) -> str:
     return f"{int(row['from']):,}-{int(row['to']):,}"
 
 
+def plus_minus(row: Row) -> str:
+    """A run's rise at the end, per cent, with its standard error."""
+    return f"{signed(row['rise_after_pct'])} ± {float(row['rise_after_error_pct']):.2f}"
+
+
+def series() -> list[list[Row]]:
+    """The rows of the default recipe by range of positions: after 1M, 3M, 10M and 30M tokens."""
+    return [list(of_range) for of_range in zip(*(rows_of(ADAPTED, run=run) for run in SERIES), strict=True)]
+
+
 def adapted() -> str:
-    """The default recipe: the rise of perplexity over dense by tokens of training, and the KL to dense."""
-    runs = [rows_of(ADAPTED, run=run) for run in SERIES]
+    """The default recipe: the rise of perplexity over dense by tokens of training, and that of the control."""
+    control = rows_of(MORE, run="dense-30m")
     lines: list[list[object]] = []
-    for of_range in zip(*runs, strict=True):
-        first, last = of_range[0], of_range[-1]
-        rises = [signed(row["rise_after_pct"]) for row in of_range]
-        rises[-1] += f" ± {float(last['rise_after_error_pct']):.2f}"
-        kl = [f"{float(row['kl_after']):.4f}" for row in of_range]
-        start = [signed(first["rise_before_pct"]), f"{float(first['kl_before']):.4f}"]
-        lines.append([span(first), first["ppl_dense"], start[0], *rises, start[1], *kl])
-    tokens = [f"{round(int(run[0]['tokens']) / 1e6)}M" for run in runs]
-    columns = ", ".join(f"{what} {when}" for what in ("rise %", "KL") for when in ("untrained", *tokens))
-    return table(f"positions, dense, {columns}", lines)
+    for of_range, dense in zip(series(), control, strict=True):
+        first = of_range[0]
+        rises = [signed(first["rise_before_pct"]), *map(plus_minus, of_range), plus_minus(dense)]
+        lines.append([span(first), first["ppl_dense"], *rises])
+    return table("positions, dense, untrained, 1M, 3M, 10M, 30M, dense after 30M", lines)
+
+
+def adapted_kl() -> str:
+    """The same runs' KL to dense."""
+    control = rows_of(MORE, run="dense-30m")
+    lines: list[list[object]] = []
+    for of_range, dense in zip(series(), control, strict=True):
+        kl = [of_range[0]["kl_before"], *(row["kl_after"] for row in (*of_range, dense))]
+        lines.append([span(dense), *(f"{float(each):.4f}" for each in kl)])
+    return table("positions, untrained, 1M, 3M, 10M, 30M, dense after 30M", lines)
 
 
 def ablations() -> str:
     """One difference each at 5M tokens."""
     lines: list[list[object]] = []
-    for run in dict.fromkeys(row["run"] for row in rows_of(ADAPTED)):
-        if run in SERIES:
+    left_out = {*SERIES, "dense-30m", "one-gpu-8-windows"}
+    for run, name in dict.fromkeys((row["run"], name) for name in (ADAPTED, MORE) for row in rows_of(name)):
+        if run in left_out:
             continue
-        rows = rows_of(ADAPTED, run=run)
+        rows = rows_of(name, run=run)
         rises = [signed(row["rise_after_pct"]) for row in rows]
         lines.append([run, *rises, f"{float(rows[-1]['kl_after']):.4f}", f"{int(rows[0]['tokens_per_second']):,}"])
     spans = ", ".join(f"rise % {span(row).replace(',', '')}" for row in rows)
@@ -244,10 +261,53 @@ def processes() -> str:
     return table("run, GPUs, tokens a second, times one, GiB a GPU, MFU", lines)
 
 
+def one_run(name: str, run: str) -> str:
+    """What one run has brought: over its teacher, and over its own new weights run dense."""
+    lines: list[list[object]] = []
+    for row in rows_of(name, run=run):
+        own = 100 * (float(row["ppl_after"]) / float(row["ppl_own_dense"]) - 1)
+        kl = [f"{float(row[when]):.4f}" for when in ("kl_before", "kl_after")]
+        rises = [signed(row["rise_before_pct"]), plus_minus(row), f"{own:+.2f}"]
+        lines.append([span(row), row["ppl_dense"], *rises, *kl])
+    return table(
+        "positions, dense, rise % untrained, trained, over its weights run dense, KL untrained, trained", lines
+    )
+
+
+def scratch() -> str:
+    """Three models from scratch: held-out perplexity by position, and speed."""
+    lines: list[list[object]] = []
+    for run in ("scratch-dense", "scratch-paper", "scratch-index"):
+        rows = rows_of("scratch-h100-2026-11-27", run=run)
+        lines.append([run, *(row["ppl_after"] for row in rows), f"{int(rows[0]['tokens_per_second']):,}"])
+    return table(f"run, {', '.join(span(row).replace(',', '') for row in rows)}, tokens a second", lines)
+
+
+def answers() -> str:
+    """Needles: the means over depths."""
+    groups: dict[tuple[str, str, int], list[Row]] = {}
+    for row in rows_of("answers-h100-2026-11-27", suite="needle"):
+        groups.setdefault((row["model"], row["task"], int(row["tokens"])), []).append(row)
+    lines: list[list[object]] = []
+    for (model, task, tokens), rows in groups.items():
+        mean = lambda key, rows=rows: sum(float(row[key]) for row in rows) / len(rows)  # noqa: E731
+        prompts = sum(int(row["prompts"]) for row in rows)
+        nats = [f"{mean(f'{way}_nll'):.3f}" for way in ("dense", "sparse")]
+        found = [f"{mean(way):.1%}" for way in ("dense", "sparse")]
+        lines.append([f"{model}, {task}", f"{tokens:,}", prompts, *found, *nats])
+    return table("model and needles, tokens, prompts, found dense, found sparse, nats dense, nats sparse", lines)
+
+
 TABLES = {
     "adapted": adapted,
+    "adapted, KL": adapted_kl,
     "ablations": ablations,
     "processes": processes,
+    "longer": lambda: one_run("adaptation-long-h100-2026-11-27", "long-20m"),
+    "Gemma 3": lambda: one_run("adaptation-gemma3-h100-2026-11-27", "gemma-10m"),
+    "the whole NSA": lambda: one_run("adaptation-paper-h100-2026-11-27", "paper-50m"),
+    "from scratch": scratch,
+    "answers": answers,
     "forward": lambda: operation("forward"),
     "backward": lambda: operation("backward"),
     "decoding by length": decoding_by_length,
