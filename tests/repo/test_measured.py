@@ -239,7 +239,7 @@ def ablations() -> str:
     """One difference each at 5M tokens."""
     lines: list[list[object]] = []
     left_out = {*SERIES, "dense-30m", "one-gpu-8-windows"}
-    for run, name in dict.fromkeys((row["run"], name) for name in (ADAPTED, MORE) for row in rows_of(name)):
+    for run, name in dict.fromkeys((row["run"], file) for file in (ADAPTED, MORE) for row in rows_of(file)):
         if run in left_out:
             continue
         rows = rows_of(name, run=run)
