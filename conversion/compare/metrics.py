@@ -150,6 +150,10 @@ class Accumulator:
         self.documents += other.documents
         self.reached = None
 
+    def __getstate__(self) -> dict:
+        """What goes to another process, which has another GPU: the sums on the CPU."""
+        return {**self.__dict__, "documents": [document.cpu() for document in self.documents]}
+
     def between(self, start: int, end: int) -> Bucket:
         """The sum of the buckets that lie within `start <= t < end`."""
         return self._sum(self._table(), start, end)

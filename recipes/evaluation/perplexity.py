@@ -10,7 +10,7 @@ How two models are compared stands in `nsa_hf.conversion.compare.models`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from ..load import check_token_ids
 from ..terminal import track
 from ..training.data import Window, held_out_documents, held_out_windows
 from .recall import recall_by_layer
+from .share import Share
 from .subject import Settings, Subject
 
 TOKENS_AT_ONCE = 32_768  # of one forward pass on a GPU, which a single text does not fill
@@ -54,6 +55,7 @@ def compare(
     chunk: int | None = None,
     tokens_at_once: int | None = None,
     progress: str | None = None,
+    share: Share = Share(),  # noqa: B008, it is frozen
 ) -> list[list[Row]]:
     """Pairs of models by position: both's perplexity, KL(first || second) and same top-1.
 
@@ -64,6 +66,7 @@ def compare(
         chunk: positions whose logits exist at a time; None takes what suits the device and the vocabulary.
         tokens_at_once: of a forward pass; None takes what suits the device.
         progress: words before a bar; None shows no bar.
+        share: of the texts, that this process reads; the rows are of all of them, in each process.
 
     Returns:
         For each pair rows as `Accumulator.as_dict` has them; one ends where an untrained conversion ceases to be exact.
@@ -75,21 +78,34 @@ def compare(
     for _, ids in windows:
         check_token_ids(ways[0].model, ids)
     longest = max(len(ids) for _, ids in windows)
-    comparisons = [
-        Accumulator(position_edges(longest, [sparse.model.config.nsa_sizes.exact_tokens])) for _, sparse in pairs
-    ]
+    edges = [position_edges(longest, [sparse.model.config.nsa_sizes.exact_tokens]) for _, sparse in pairs]
     device = comparing_device(ways[0].model)
     if tokens_at_once is None:
         tokens_at_once = TOKENS_AT_ONCE if device.type == "cuda" else 0
-    for batch in track(list(batches(windows, tokens_at_once)), progress):
+    every = list(batches(windows, tokens_at_once))
+    found: dict[int, list[Accumulator]] = {}  # by the number of the batch, one for each pair
+    for number in track(share.numbers(len(every)), progress):
+        batch = every[min(number, len(every) - 1)]
         rows = torch.tensor([ids for _, ids in batch], device=device)
         states = {way: way.states(rows, autocast) for way in ways}
+        if number >= len(every):
+            continue
+        found[number] = [Accumulator(each) for each in edges]
         for place, (name, _) in enumerate(batch):
             one = slice(place, place + 1)
-            for comparison, (dense, sparse) in zip(comparisons, pairs, strict=True):
+            for comparison, (dense, sparse) in zip(found[number], pairs, strict=True):
                 sides = (dense.model, [states[dense][one]], sparse.model, [states[sparse][one]])
                 comparison.merge(models.compare_models(*sides, [(name, rows[one])], comparison.edges, chunk=chunk))
-    return [finite_rows(comparison) for comparison in comparisons]
+    return [finite_rows(comparison) for comparison in merged(share.together(found).values(), edges)]
+
+
+def merged(found: Iterable[Sequence[Accumulator]], edges: Sequence[Sequence[int]]) -> list[Accumulator]:
+    """The comparisons of several batches, one for each pair of models, as one for each pair."""
+    totals = [Accumulator(each) for each in edges]
+    for comparisons in found:
+        for total, comparison in zip(totals, comparisons, strict=True):
+            total.merge(comparison)
+    return totals
 
 
 def batches(windows: Sequence[Window], tokens: int) -> Iterator[list[Window]]:

@@ -15,6 +15,7 @@ from rich.console import Console
 from nsa_hf.conversion.compare.texts import provenance
 
 from ..evaluation.perplexity import Row, Way, compare, mean_kl, mean_perplexity, render_before_after
+from ..evaluation.share import Share
 from .compiling import uncompiled
 from .data import Window
 
@@ -24,15 +25,22 @@ WIDTH = 120  # columns of the figures where they are written to a file
 class HeldOut:
     """The held-out windows, and the teacher that a student is compared with on them, if there is one."""
 
-    def __init__(self, windows: Sequence[Window], teacher: Any | None, autocast: Callable[[], AbstractContextManager]):
+    def __init__(
+        self,
+        windows: Sequence[Window],
+        teacher: Any | None,
+        autocast: Callable[[], AbstractContextManager],
+        share: Share = Share(),  # noqa: B008, it is frozen
+    ):
         """Keeps what it is given.
 
         Args:
             windows: name and token ids of each text.
             teacher: the converted model, which runs dense; None: the student's own weights run dense.
             autocast: makes the context in which both models run.
+            share: of the texts, that this process reads.
         """
-        self.windows, self.teacher, self.autocast = windows, teacher, autocast
+        self.windows, self.teacher, self.autocast, self.share = windows, teacher, autocast, share
 
     def compare(self, student: Any) -> list[Row]:
         """The sparse student beside the teacher by position, rows as of `perplexity.compare`."""
@@ -56,7 +64,8 @@ class HeldOut:
 
     def _compare(self, pairs: list[tuple[Way, Way]]) -> list[list[Row]]:
         with uncompiled():  # layers compiled for training: these texts have other shapes
-            return compare(pairs, self.windows, self.autocast, progress="Held-out text")
+            words = "Held-out text" if self.share.index == 0 else None
+            return compare(pairs, self.windows, self.autocast, progress=words, share=self.share)
 
 
 def held_out_figures(

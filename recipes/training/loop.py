@@ -24,6 +24,7 @@ from nsa_hf.conversion.plan import training_hindrance
 from nsa_hf.conversion.sources import open_source
 from nsa_hf.errors import NsaError
 
+from ..evaluation.share import Share
 from ..load import load_nsa_model
 from .attention_losses import loss_model
 from .checkpoints import Checkpoints, step_of
@@ -78,7 +79,8 @@ def run(config: RunConfig) -> Path:
             accelerator.print(f"{out} holds this run already, finished: nothing to do")
             return out
         teacher, student = load_models(config, accelerator)
-        held_out = HeldOut(texts.held_out_windows, teacher, accelerator.autocast)
+        share = Share(accelerator.process_index, accelerator.num_processes)
+        held_out = HeldOut(texts.held_out_windows, teacher, accelerator.autocast, share)
         checkpoints = Checkpoints(folder / "checkpoints", config.keep)
         log = Log(accelerator, folder, config, fingerprint, texts.held_out_windows[0][1])
         state, adapter = run_stages(accelerator, teacher, student, stages, texts, held_out, checkpoints, log)
