@@ -8,10 +8,10 @@ import torch.distributed
 
 
 class Share(NamedTuple):
-    """Every `count`-th piece of work from number `index` on, the part of one of `count` processes."""
+    """Every `step`-th piece of work from number `first` on: the part of one of `step` processes."""
 
-    index: int = 0
-    count: int = 1
+    first: int = 0
+    step: int = 1
 
     def numbers(self, total: int) -> range:
         """The numbers of this process's pieces, of `total`.
@@ -19,12 +19,12 @@ class Share(NamedTuple):
         They are as many in each process, as a model in parts needs all of them for each forward pass: the last may be
         `total` and more, which is to be worked on like any other, and dropped.
         """
-        return range(self.index, -(-total // self.count) * self.count, self.count)
+        return range(self.first, -(-total // self.step) * self.step, self.step)
 
     def together(self, found: dict[int, Any]) -> dict[int, Any]:
         """What all processes found, by the number of the piece; pickled on the way. The same in each of them."""
-        if self.count == 1:
+        if self.step == 1:
             return found
-        parts: list[dict[int, Any]] = [{} for _ in range(self.count)]
+        parts: list[dict[int, Any]] = [{} for _ in range(self.step)]
         torch.distributed.all_gather_object(parts, found)
         return dict(sorted((number, value) for part in parts for number, value in part.items()))

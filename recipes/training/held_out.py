@@ -64,7 +64,7 @@ class HeldOut:
 
     def _compare(self, pairs: list[tuple[Way, Way]]) -> list[list[Row]]:
         with uncompiled():  # layers compiled for training: these texts have other shapes
-            words = "Held-out text" if self.share.index == 0 else None
+            words = "Held-out text" if self.share.first == 0 else None
             return compare(pairs, self.windows, self.autocast, progress=words, share=self.share)
 
 
