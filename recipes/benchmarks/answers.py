@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from nsa_hf.errors import NsaError
-from nsa_hf.model_cards.evaluation import read_suites
 
+from ..evaluation.suites import read_suites
 from .common import git_commit, write_rows
 
 ASKED = ("model", "suite", "task", "figure", "tokens", "depth", "prompts")

@@ -7,6 +7,7 @@ A suite that fails leaves the results of the others.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
@@ -17,7 +18,7 @@ from rich.console import Group
 
 from nsa_hf.conversion.files.staging import write_json
 from nsa_hf.errors import NsaError
-from nsa_hf.model_cards.evaluation import FORMAT, read_suites
+from nsa_hf.model_cards.evaluation import FORMAT, suites_of
 
 from ..training.folder import machine
 from .harness import harness, render_harness
@@ -90,6 +91,26 @@ def evaluate(
     if failed:
         raise_failed(failed, suites, out)
     return {"format": FORMAT, "suites": results}
+
+
+def read_suites(path: Path) -> dict[str, Any]:
+    """The results by suite; none where there is no file.
+
+    Args:
+        path: of eval.json.
+
+    Raises:
+        NsaError: the file is damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no object")
+        return suites_of(content)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise NsaError(f"{path} is damaged ({error}): put it right, or move it away and measure again") from error
 
 
 def check_suites(suites: Sequence[str], settings: Settings) -> None:

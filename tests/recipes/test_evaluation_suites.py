@@ -10,11 +10,10 @@ from rich.console import Console
 from tiny_runs import converted, write_texts
 
 from nsa_hf.errors import NsaError
-from nsa_hf.model_cards.evaluation import read_suites
 from nsa_hf.recipes.evaluation import suites
 from nsa_hf.recipes.evaluation.perplexity import perplexity
 from nsa_hf.recipes.evaluation.subject import Settings, Subject
-from nsa_hf.recipes.evaluation.suites import evaluate, render
+from nsa_hf.recipes.evaluation.suites import evaluate, read_suites, render
 
 
 @pytest.fixture
