@@ -20,8 +20,9 @@ from .remote_code import SavedConfig
 
 CHOICES = {name: member.metadata["choices"] for name, member in NSA_FIELDS.items() if member.metadata["choices"]}
 NOT_YET = {"nsa_rope_order": "pre"}
-# Fields that name a config's own classes and files: not copied from a dense config to a sparse one, or back.
-OWN_TO_A_CONFIG = ("model_type", "architectures", "transformers_version", "auto_map")
+# Fields that name a config's own classes and files: not copied from a dense config to a sparse one, or back. The last
+# is the folder that it was read from, where TRL's trainers look for a reference model.
+OWN_TO_A_CONFIG = ("model_type", "architectures", "transformers_version", "auto_map", "_name_or_path")
 
 
 class NsaConfigMixin(NsaFields, SavedConfig):

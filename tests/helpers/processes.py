@@ -9,6 +9,7 @@ They are forked off a server that has imported everything, for an import takes l
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -69,9 +70,14 @@ def started_run(config: RunConfig, folder: Path, file: str | None = None) -> Abs
 
 @contextmanager
 def started(
-    arguments: list[str], log: Path, *, processes: int = 1, environment: dict[str, str] | None = None
+    arguments: list[str],
+    log: Path,
+    *,
+    program: str = "nsa_hf.recipes.train",
+    processes: int = 1,
+    environment: dict[str, str] | None = None,
 ) -> Iterator[Run]:
-    """Starts `python -m nsa_hf.recipes.train` with these arguments; what is still running at the end is killed."""
+    """Starts `python -m program` with these arguments; what is still running at the end is killed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     shared = {"ACCELERATE_USE_CPU": "true", **(environment or {})}
@@ -82,7 +88,7 @@ def started(
     run = Run([], log)
     for rank in range(processes):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-        process = context.Process(target=train_in_process, args=(arguments, log, {**shared, **own}))
+        process = context.Process(target=run_in_process, args=(program, arguments, log, {**shared, **own}))
         process.start()
         run.processes.append(process)
     try:
@@ -91,12 +97,11 @@ def started(
         run.kill()
 
 
-def train_in_process(arguments: list[str], log: Path, environment: dict[str, str]) -> None:
+def run_in_process(program: str, arguments: list[str], log: Path, environment: dict[str, str]) -> None:
     """What a started process does."""
     import torch
 
-    from nsa_hf.recipes.train import main
-
+    main = importlib.import_module(program).main
     os.environ.update(environment)
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from tiny_models import randomize_nsa
 from torch import Tensor
 
 from nsa_hf.conversion import convert
@@ -21,6 +22,16 @@ WORDS = ("the", "of", "and", "to", "in", "that", "is", "was", "for", "it", "with
 def converted(dense: Path, out: Path, sizes: dict[str, Any], **options: Any) -> Path:
     """A tiny converted model with its tokenizer, exact up to 64 tokens."""
     return convert(dense, out, **{**sizes, **options})
+
+
+def converted_and_opened(dense: Path, out: Path, sizes: dict[str, Any], **options: Any) -> Path:
+    """The same with random NSA parameters: gates and compressors are in use, as after training."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(converted(dense, out, sizes, **options))
+    randomize_nsa(model)
+    model.save_pretrained(out)
+    return out
 
 
 def write_texts(folder: Path, count: int = 6, words: int = 200, seed: int = 0) -> Path:

@@ -26,6 +26,7 @@ def test_the_same_as_a_conversion_on_disk(model_type, branch_kv, tmp_path):
     assert all(torch.equal(value, written.state_dict()[name]) for name, value in model.state_dict().items())
     with torch.no_grad():
         assert torch.equal(model(tokens()).logits, written(tokens()).logits)
+    assert (model.config.name_or_path, model.name_or_path) == ("", "")  # where TRL looks for a reference model
     model.train()(tokens(), labels=tokens()).loss.backward()
     model.save_pretrained(tmp_path / "again")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "again").lm_head.weight.shape == model.lm_head.weight.shape
