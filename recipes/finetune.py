@@ -70,8 +70,13 @@ def finetune(settings: Finetuning, training: TrainingArguments) -> Trainer:
     """Trains and saves the model; gives the Trainer, with what it has logged.
 
     Raises:
-        NsaError: the model is not a converted one, or the data cannot be used.
+        NsaError: the model is not a converted one, the data cannot be used, or one process has several GPUs.
     """
+    if training.n_gpu > 1 and not settings.padded:  # by `nn.DataParallel`, which would cut the list of borders
+        raise NsaError(
+            f"a packed batch is not spread over {training.n_gpu} GPUs by one process: start one for each (accelerate "
+            "launch --num_processes), show it one GPU (CUDA_VISIBLE_DEVICES=0), or give --padded"
+        )
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype="float32")
     if not isinstance(model.config, NsaConfigMixin):
         raise NsaError(f"{settings.model} is a dense model: convert it first, nsa-hf convert {settings.model} OUT")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+import datasets
 from accelerate import Accelerator
 
 from nsa_hf.recipes import finetune
@@ -23,4 +25,5 @@ def init_on_cpu(accelerator: Any, *args: Any, fsdp_plugin: Any = None, **kwargs:
 def main(arguments: list[str]) -> int:
     """The script's own."""
     Accelerator.__init__ = init_on_cpu
+    datasets.config.HF_DATASETS_CACHE = os.environ["HF_DATASETS_CACHE"]  # imported before that was set
     return finetune.main(arguments)

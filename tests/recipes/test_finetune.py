@@ -32,6 +32,15 @@ QUICK = {
 CPU = ["--use_cpu", "--report_to", "none"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Where `datasets` keeps what it has read and tokenised; not the user's."""
+    folder = str(tmp_path_factory.mktemp("datasets"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", folder)
+        yield folder
+
+
 @pytest.fixture(scope="module")
 def model_dir(request, tiny_dense_dir, tiny_sizes, tmp_path_factory):
     """A model whose gates and compressors are in use, exact up to 64 tokens."""
@@ -184,6 +193,10 @@ def test_what_it_cannot_use(model_dir, data, tiny_dense_dir, tmp_path, capsys):
     assert finetune.main(["--model", str(tiny_dense_dir), "--data", str(data), *output]) == 2
     assert "is a dense model: convert it first, nsa-hf convert" in capsys.readouterr().err
     assert finetune.main(["--model", str(model_dir), "--data", str(tmp_path / "none.jsonl"), *output]) == 2
+    arguments = TrainingArguments(str(tmp_path / "out"), use_cpu=True)
+    arguments._n_gpu = 2
+    with pytest.raises(NsaError, match="a packed batch is not spread over 2 GPUs by one process: start one for each"):
+        finetune.finetune(Finetuning(str(model_dir), str(data)), arguments)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     other = tmp_path / "other.jsonl"
     other.write_text('{"words": "a b"}\n')
@@ -198,11 +211,12 @@ def test_what_it_cannot_use(model_dir, data, tiny_dense_dir, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("options", [[], ["--fsdp"]], ids=["ddp", "fsdp2"])
-def test_two_processes_train_as_one(model_dir, data, alone, tmp_path, options):
+def test_two_processes_train_as_one(model_dir, data, alone, cache, tmp_path, options):
     arguments = ["--model", str(model_dir), "--data", str(data), "--output_dir", str(tmp_path / "out"), *CPU, *options]
     arguments += ["--per_device_train_batch_size", "4", "--max_steps", "2", "--learning_rate", "1e-3"]
     arguments += ["--lr_scheduler_type", "constant", "--logging_steps", "1", "--save_steps", "2"]
-    with started(arguments, tmp_path / "log", program="finetune_on_cpus", processes=2) as run:
+    environment = {"HF_DATASETS_CACHE": cache}
+    with started(arguments, tmp_path / "log", program="finetune_on_cpus", processes=2, environment=environment) as run:
         assert run.finish().count("in parts: True") == 2 * len(options)
     state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
     first, second = state["log_history"][:2]

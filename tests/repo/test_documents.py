@@ -49,7 +49,7 @@ def test_the_code_runs(document: str, tiny_dense_dir: Path, tmp_path: Path) -> N
     if document == "docs/finetune.md":  # in one process, since its imports take longer than all else
         codes = ["\n".join(codes)]
     for code in codes:
-        run(code, tmp_path)
+        run(code, tmp_path, HF_DATASETS_CACHE=str(tmp_path / "datasets"))
 
 
 def test_the_kernel_that_a_reader_writes_is_what_its_test_says(tmp_path: Path) -> None:
