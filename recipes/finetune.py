@@ -128,16 +128,12 @@ def read_documents(path: str, tokenizer: Any, max_length: int) -> Dataset:
 def tokenize(row: dict[str, Any], tokenizer: Any, max_length: int) -> dict[str, list[int]]:
     """One document: its tokens, and the labels of those that are learned."""
     prompt, answer = prompt_and_answer(row, tokenizer)
-    # a chat template writes the special tokens itself
-    begin = tokenizer(prompt, add_special_tokens=not row.get("messages")).input_ids
-    end = tokenizer(answer, add_special_tokens=False).input_ids
-    if not row.get("messages"):
-        end = [*end, tokenizer.eos_token_id]
+    plain = not row.get("messages")  # a chat template writes the special tokens itself
+    begin = tokenizer(prompt, add_special_tokens=plain).input_ids
+    end = tokenizer(answer, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] * plain
     ids = begin + end
     labels = [IGNORED] * len(begin) + end
-    labels[0] = (
-        IGNORED  # before the first token of a row padded on the left is padding, which would have to foretell it
-    )
+    labels[0] = IGNORED  # in a row that is padded on the left, padding would have to foretell it
     return {name: values[:max_length] for name, values in zip(COLUMNS, (ids, [1] * len(ids), labels), strict=True)}
 
 
