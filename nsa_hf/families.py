@@ -29,6 +29,7 @@ from .attention import NsaAttentionMixin
 from .config import NsaConfigMixin
 from .discovery import DenseFamily, attention_arguments, families_by_class_name, find_family
 from .errors import NotPlain
+from .heads import HEADS, dense_heads
 from .modeling import NsaModelMixin, NsaPreTrainedMixin
 from .passing import PassesArguments, ReceivesArguments
 from .projections import default_targets
@@ -42,12 +43,21 @@ MAKING = threading.RLock()
 
 @dataclass(frozen=True)
 class Family:
-    """One family's sparse classes, and the dense ones that they are made of."""
+    """One family's sparse classes, and the dense ones that they are made of.
+
+    Attributes:
+        dense: the dense ones.
+        config_class: of the sparse model's config.
+        model_class: the decoder.
+        causal_lm_class: the causal language model.
+        head_classes: the decoder with other heads, by the name of the Auto class that loads it (heads.py).
+    """
 
     dense: DenseFamily
     config_class: type[NsaConfigMixin]
     model_class: type[PreTrainedModel]
     causal_lm_class: type[PreTrainedModel]
+    head_classes: Mapping[str, type[PreTrainedModel]]
 
     @property
     def model_type(self) -> str:
@@ -98,9 +108,20 @@ def make_family(model_type: str) -> Family:
         dense_class=dense.causal_lm,
         **shared,
     )
-    classes = (config_class, *parts.values(), causal_lm_class)
+    head_classes = {
+        auto: make_class(
+            dense,
+            head,
+            (NsaPreTrainedMixin, head),
+            f"`{head.__name__}` with sparse attention.",
+            dense_class=head,
+            **shared,
+        )
+        for auto, head in dense_heads(dense).items()
+    }
+    classes = (config_class, *parts.values(), causal_lm_class, *head_classes.values())
     globals().update({sparse_class.__name__: sparse_class for sparse_class in classes})
-    family = Family(dense, config_class, model_class, causal_lm_class)
+    family = Family(dense, config_class, model_class, causal_lm_class, head_classes)
     register_family(family)
     return family
 
@@ -167,6 +188,8 @@ def register_family(family: Family) -> None:
     # exist_ok: nsa_hf may have been imported before
     AutoModel.register(config_class, family.model_class, exist_ok=True)
     AutoModelForCausalLM.register(config_class, causal_lm_class, exist_ok=True)
+    for auto, head_class in family.head_classes.items():
+        HEADS[auto].register(config_class, head_class, exist_ok=True)
     # for folders whose files do not name their tokenizer's class
     if (tokenizer := TOKENIZER_MAPPING.get(dense.config, None)) is not None:
         TOKENIZER_MAPPING.register(config_class, tokenizer, exist_ok=True)
@@ -178,6 +201,7 @@ def register_family(family: Family) -> None:
         (dense.model_type, sparse_type),
         (dense.model.__name__, f"Nsa{dense.model.__name__}"),
         (dense.causal_lm.__name__, f"Nsa{dense.causal_lm.__name__}"),
+        *((head.dense_class.__name__, head.__name__) for head in family.head_classes.values()),
     ):
         stored = get_checkpoint_conversion_mapping(dense_name)
         if stored is not None:

@@ -12,6 +12,8 @@ from typing import Any
 
 from transformers import AutoModel, AutoModelForCausalLM
 
+from .heads import HEADS
+
 MODULE = "modeling_nsa"
 
 
@@ -33,6 +35,8 @@ class SavedConfig(SavedByImport):
             "AutoModel": AutoModel._model_mapping[type(self)].__name__,
             "AutoModelForCausalLM": AutoModelForCausalLM._model_mapping[type(self)].__name__,
         }
+        heads = {name: auto._model_mapping.get(type(self), None) for name, auto in HEADS.items()}
+        names |= {auto: head.__name__ for auto, head in heads.items() if head is not None}
         self.auto_map = {auto: f"{MODULE}.{name}" for auto, name in names.items()}
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)

@@ -15,11 +15,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import nsa_hf
 from nsa_hf.conversion import convert
 
-LINE = "from nsa_hf import NsaLlamaConfig, NsaLlamaModel, NsaLlamaForCausalLM  # noqa: F401 (pip install nsa-hf)\n"
+LINE = (
+    "from nsa_hf import NsaLlamaConfig, NsaLlamaModel, NsaLlamaForCausalLM, NsaLlamaForSequenceClassification, "
+    "NsaLlamaForTokenClassification, NsaLlamaForQuestionAnswering  # noqa: F401 (pip install nsa-hf)\n"
+)
 AUTO_MAP = {
     "AutoConfig": "modeling_nsa.NsaLlamaConfig",
     "AutoModel": "modeling_nsa.NsaLlamaModel",
     "AutoModelForCausalLM": "modeling_nsa.NsaLlamaForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_nsa.NsaLlamaForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_nsa.NsaLlamaForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_nsa.NsaLlamaForQuestionAnswering",
 }
 
 
