@@ -39,6 +39,7 @@ from transformers import PreTrainedModel
 from nsa_hf.errors import NotPlain, NsaError
 from nsa_hf.families import family_of
 from nsa_hf.from_dense import on_same_weights
+from nsa_hf.heads import check_next_token
 
 from .compare.metrics import Accumulator, position_edges
 from .compare.models import compare_models, final_states
@@ -100,9 +101,11 @@ def measure_conversion(
         See `measured` in what `plan` returns.
 
     Raises:
-        NsaError: no layer would be sparse, there is no tokenizer, or the texts are too short.
+        NsaError: the source is no language model, no layer would be sparse, there is no tokenizer, or the texts are
+            too short.
     """
     began = time.perf_counter()
+    check_next_token(config, source.name)
     check_whole_number("measure_tokens", how.tokens, 2, 1 << 24)
     check_whole_number("measure_documents", how.documents, 1, 10_000)
     sparse_layers = [layer["layer"] for layer in layers if layer["becomes"] == "nsa"]

@@ -94,7 +94,7 @@ def converted_tensors(config: PreTrainedConfig) -> ConvertedTensors:
         config: the sparse model's.
     """
     with torch.device("meta"):
-        model = family_of(config).causal_lm_class(config)
+        model = family_of(config).class_of(config)(config)
     tied = dict(model.all_tied_weights_keys)
     state = model.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}

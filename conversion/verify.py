@@ -23,10 +23,11 @@ import torch
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
-from transformers import PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from nsa_hf.errors import NotPlain, NsaError, check_path
 from nsa_hf.from_dense import on_same_weights
+from nsa_hf.heads import auto_class
 
 from . import manifest as manifests
 from .compare.metrics import Accumulator, Bucket, position_edges
@@ -227,14 +228,15 @@ def compare_with_source(
     dense_states = final_states(dense, windows, progress="Dense model" if progress else None)
     drop_decoder(dense)
     with reading(out):
-        sparse = load_whole(out, dtype=weights_dtype(config)).float().to(device)
+        sparse = load_whole(out, auto_class(config), dtype=weights_dtype(config)).float().to(device)
     models = [sparse, *(on_same_weights(type(sparse), other, sparse) for other in others)]
     states = [final_states(model, windows, progress="NSA model" if progress else None) for model in models]
     for model in models:
         drop_decoder(model)
     edges = position_edges(windows[0][1].shape[1], [config.nsa_sizes.exact_tokens])
+    predicts = has_tokenizer(out) and auto_class(config) is AutoModelForCausalLM
     return [
-        compare_models(dense, dense_states, model, of_model, windows, edges, is_text=has_tokenizer(out))
+        compare_models(dense, dense_states, model, of_model, windows, edges, is_text=predicts)
         for model, of_model in zip(models, states, strict=True)
     ]
 

@@ -44,6 +44,14 @@ SETTINGS = (
     "nsa_gate",
 )
 
+# The Hub's name of a model's task, by how its class ends.
+TASKS = {
+    "ForCausalLM": "text-generation",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+}
+
 MARK = "nsa-hf card"
 # Trainer asks whoever edits its card to take this out.
 TRAINER = (
@@ -152,7 +160,8 @@ def render_text(
         title=title(manifest, folder),
         source_name=source_name(manifest),
         folder=folder.name,
-        front_matter=front_matter(manifest),
+        front_matter=front_matter(manifest, config),
+        auto_class=f"AutoModel{head_of(config)}",
         pictures=pictures,
         samples=samples,
         **{**results, "training": training_rows(results["training"])},
@@ -217,7 +226,13 @@ def is_trained(manifest: dict[str, Any]) -> bool | None:
     )
 
 
-def front_matter(manifest: dict[str, Any]) -> str:
+def head_of(config: dict[str, Any]) -> str:
+    """How the name of a model's class ends: one of TASKS."""
+    names = [name for name in config.get("architectures") or [] if isinstance(name, str)]
+    return next((head for head in TASKS for name in names if name.endswith(head)), "ForCausalLM")
+
+
+def front_matter(manifest: dict[str, Any], config: dict[str, Any]) -> str:
     """The card's YAML header, with what is known only."""
     source = manifest["source"]
     facts: dict[str, Any] = {}
@@ -225,7 +240,7 @@ def front_matter(manifest: dict[str, Any]) -> str:
         facts["license"] = source["license"]
     if source.get("revision"):  # only a Hub id has one
         facts["base_model"] = source["name"]
-    facts |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    facts |= {"library_name": "transformers", "pipeline_tag": TASKS[head_of(config)]}
     facts["tags"] = ["nsa", "native-sparse-attention", "sparse-attention", "long-context"]
     return Markdown(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True).strip())
 

@@ -30,13 +30,12 @@ class NsaConfigMixin(NsaFields, SavedConfig):
 
     Attributes:
         dense_class: the family's config class.
-        dense_causal_lm_name: the name of the family's causal language model.
-        causal_lm_name: the name of the sparse one.
+        names_with_heads: of the family's models with a head, the dense class's name to the sparse one's; the causal
+            language model's first.
     """
 
     dense_class: ClassVar[type[PreTrainedConfig]]
-    dense_causal_lm_name: ClassVar[str]
-    causal_lm_name: ClassVar[str]
+    names_with_heads: ClassVar[Mapping[str, str]]
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
@@ -74,7 +73,10 @@ class NsaConfigMixin(NsaFields, SavedConfig):
         if covers_every_position(dense_config):
             # such a window hides nothing, and caches would be cut to it
             fields["sliding_window"] = None
-        fields["architectures"] = [cls.causal_lm_name]
+        names = [
+            cls.names_with_heads[name] for name in dense_config.architectures or [] if name in cls.names_with_heads
+        ]
+        fields["architectures"] = names[:1] or list(cls.names_with_heads.values())[:1]
         choices = recommend(dense_config, nsa_fields)
         config = cls(**fields, **{**nsa_fields, **chosen_fields(choices)})
         config.check_kinds()
@@ -97,7 +99,9 @@ class NsaConfigMixin(NsaFields, SavedConfig):
         """The dense config of this one: the same without the `nsa_*` fields."""
         fields: dict[str, Any] = self.to_dict()  # type: ignore[attr-defined]
         fields = {name: value for name, value in fields.items() if name not in (*NSA_FIELDS, *OWN_TO_A_CONFIG)}
-        return self.dense_class(**fields, architectures=[self.dense_causal_lm_name])
+        own = self.architectures or []  # type: ignore[attr-defined]
+        names = [dense for dense, sparse in self.names_with_heads.items() if sparse in own]
+        return self.dense_class(**fields, architectures=names[:1] or list(self.names_with_heads)[:1])
 
     @property
     def nsa_sizes(self) -> Sizes:

@@ -29,7 +29,7 @@ from .attention import NsaAttentionMixin
 from .config import NsaConfigMixin
 from .discovery import DenseFamily, attention_arguments, families_by_class_name, find_family
 from .errors import NotPlain
-from .heads import HEADS, dense_heads
+from .heads import HEADS, dense_heads, names_with_heads
 from .modeling import NsaModelMixin, NsaPreTrainedMixin
 from .passing import PassesArguments, ReceivesArguments
 from .projections import default_targets
@@ -63,6 +63,11 @@ class Family:
     def model_type(self) -> str:
         """Of the dense family."""
         return self.dense.model_type
+
+    def class_of(self, config: PreTrainedConfig) -> type[PreTrainedModel]:
+        """That of a sparse model by its config: the class that this names, else the causal language model's."""
+        named = (head for head in self.head_classes.values() if head.__name__ in (config.architectures or []))
+        return next(named, self.causal_lm_class)
 
 
 def define_family(model_type: str) -> Family:
@@ -106,6 +111,7 @@ def make_family(model_type: str) -> Family:
         (NsaPreTrainedMixin, dense.causal_lm, GenerationMixin),
         f"`{dense.causal_lm.__name__}` with sparse attention.",
         dense_class=dense.causal_lm,
+        loaded_by=AutoModelForCausalLM,
         **shared,
     )
     head_classes = {
@@ -115,6 +121,7 @@ def make_family(model_type: str) -> Family:
             (NsaPreTrainedMixin, head),
             f"`{head.__name__}` with sparse attention.",
             dense_class=head,
+            loaded_by=HEADS[auto],
             **shared,
         )
         for auto, head in dense_heads(dense).items()
@@ -144,8 +151,7 @@ def make_config_class(dense: DenseFamily) -> type[Any]:
             base_model_tp_plan=None,
             base_model_pp_plan=None,
             dense_class=dense.config,
-            dense_causal_lm_name=dense.causal_lm.__name__,
-            causal_lm_name=dense.sparse_name(dense.causal_lm),
+            names_with_heads=names_with_heads(dense),
         )
     )
     return config_class
@@ -271,4 +277,4 @@ def chosen_config(dense_config: PreTrainedConfig, nsa_fields: Mapping[str, Any])
 
 def initial_nsa_state(config: PreTrainedConfig, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
     """The parameters that a conversion adds to the model of a sparse config: see `from_dense.initial_nsa_state`."""
-    return from_dense.initial_nsa_state(family_of(config).causal_lm_class, config, seed)
+    return from_dense.initial_nsa_state(family_of(config).class_of(config), config, seed)

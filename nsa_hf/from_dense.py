@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -15,17 +15,22 @@ from .config import NsaConfigMixin
 from .discovery import find_family
 from .errors import NsaError
 from .fields import NSA_FIELDS, full_name
+from .heads import names_with_heads, renamed_decoder
 from .registration import PREFIX
 
 
 class FromDenseMixin:
-    """In front of a sparse causal language model's class: its conversion in memory.
+    """In front of a sparse model's class: its conversion in memory.
 
     Attributes:
         config_class: the sparse config's class.
+        dense_class: the family's class.
+        loaded_by: the Auto class of such models, sparse and dense.
     """
 
     config_class: type[NsaConfigMixin]
+    dense_class: type[PreTrainedModel]
+    loaded_by: ClassVar[Any] = AutoModelForCausalLM
 
     @classmethod
     def from_dense(cls, source: Any, *, seed: int = 0, **options: Any) -> Self:
@@ -34,13 +39,15 @@ class FromDenseMixin:
         A model that is given keeps its own parameters: the new one has copies.
 
         Args:
-            source: a dense model, or what `AutoModelForCausalLM.from_pretrained` takes (a folder, a Hub id).
+            source: a dense model with this class's head, or what the head's `AutoModelFor...from_pretrained` takes (a
+                folder, a Hub id). Of a language model's folder another head is drawn anew, as Transformers does.
             seed: of the new parameters' random part, which changes no output before training.
             options: `nsa_*` fields, with or without the prefix (`topk=32`), chosen as recommended (recommend.py) where
                 they are not given; others go to `from_pretrained`.
 
         Raises:
-            NsaError: the model is of another family or cannot be converted, or an option breaks a rule.
+            NsaError: the model is of another family, has another head or cannot be converted, or an option breaks a
+                rule.
         """
         fields = {full: value for name, value in options.items() if (full := full_name(name)) in NSA_FIELDS}
         for name in fields:
@@ -50,20 +57,30 @@ class FromDenseMixin:
         in_memory = isinstance(source, PreTrainedModel)
         if in_memory and loading:
             raise NsaError(f"unknown option {', '.join(sorted(loading))}: choose among {', '.join(NSA_FIELDS)}")
-        dense = source if in_memory else AutoModelForCausalLM.from_pretrained(source, **{"dtype": "auto", **loading})
-        cls.check_source(dense)
+        if in_memory:
+            dense = source
+        else:
+            renamed = renamed_decoder(cls, find_family(cls.config_class.dense_class.model_type))
+            loading = {"dtype": "auto", **({"key_mapping": renamed} if renamed else {}), **loading}
+            dense = cls.loaded_by.from_pretrained(source, **loading)
+        cls.check_source(dense, stored=not in_memory)
         config: Any = cls.config_class.from_dense_config(dense.config, **fields)
-        config.dtype = dense.dtype
+        config.dtype, config.architectures = dense.dtype, [cls.__name__]
         model: Any = on_same_weights(cls, config, dense, seed=seed, copied=in_memory)
-        model.generation_config = dense.generation_config
+        if dense.can_generate():
+            model.generation_config = dense.generation_config
         return model
 
     @classmethod
-    def check_source(cls, dense: PreTrainedModel) -> None:
+    def check_source(cls, dense: PreTrainedModel, stored: bool) -> None:
         """Whether a model can be converted to this class.
 
+        Args:
+            dense: the model.
+            stored: it was loaded, and its config names the class that was saved.
+
         Raises:
-            NsaError: it is quantised, sparse already, or of another family.
+            NsaError: it is quantised, sparse already, of another family, or has another head.
         """
         if getattr(dense, "hf_quantizer", None) is not None:
             raise NsaError(
@@ -71,9 +88,19 @@ class FromDenseMixin:
                 "and load it with quantization_config, which leaves gates and compressors as they are"
             )
         family = find_family(dense.config.model_type)
-        expected = family.sparse_name(family.causal_lm)
-        if cls.__name__ != expected:
-            raise NsaError(f"{cls.__name__}.from_dense was given a {family.model_type} model: use {expected}")
+        names = names_with_heads(family)
+        causal_lm = family.causal_lm.__name__
+        given = next((base.__name__ for base in type(dense).__mro__ if base.__name__ in names), type(dense).__name__)
+        if stored and (saved := [name for name in dense.config.architectures or [] if name in names]):
+            # a language model's folder may be given another head
+            given = given if saved[0] == causal_lm else saved[0]
+        if given not in names:
+            raise NsaError(f"{cls.__name__}.from_dense was given a {given}: expected a {cls.dense_class.__name__}")
+        if names[given] != cls.__name__:
+            raise NsaError(
+                f"{cls.__name__}.from_dense was given a {family.model_type} model, {given}: use "
+                f"{names[given]}.from_dense"
+            )
 
 
 def on_same_weights(

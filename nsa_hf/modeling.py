@@ -18,10 +18,11 @@ from nsa_hf.kernels import LearnedCompressor, ZeroLinear
 from .attention import IMPLEMENTATIONS, NsaAttentionMixin
 from .cache.adopt import UNUSABLE, check_reached_layers, check_starts, static_length
 from .cache.state import check_states, note_states
-from .discovery import calls_attention
+from .discovery import calls_attention, find_family
 from .errors import NotPlain, NsaError
 from .from_dense import FromDenseMixin
 from .generation import NsaGenerationMixin
+from .heads import renamed_decoder
 from .modes import Attended, Mode, OpenContexts, Recorded, appended
 from .registration import PREFIX
 from .releases import CACHE, by_name, cache_among, tokens_held
@@ -98,12 +99,22 @@ class NsaPreTrainedMixin(FromDenseMixin, SavedByImport, NsaGenerationMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As Transformers'; of a folder that `nsa-hf` wrote only with a config of the model in it.
 
+        The decoder is found where the model with another head that was saved calls it otherwise (see heads.py).
+
         Raises:
             NsaError: layers, sizes or the like were edited in its config.json.
         """
         if isinstance(pretrained_model_name_or_path, str | os.PathLike):
             check_shape(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        renamed = renamed_decoder(cls, find_family(cls.config_class.dense_class.model_type))
+        if renamed:
+            kwargs["key_mapping"] = {**renamed, **(kwargs.get("key_mapping") or {})}
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if used := getattr(model, "_weight_conversions", None):
+            # Transformers would save the names as they were read
+            model._weight_conversions = [one for one in used if not renamed.keys() & set(one.source_patterns)]
+        return loaded
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """The implementation that was asked for; `nsa` where none was.

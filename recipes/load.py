@@ -13,6 +13,7 @@ from nsa_hf.conversion.compare import tokens
 from nsa_hf.conversion.files.loading import load_whole, read_config, transformers_progress
 from nsa_hf.conversion.sources.folder import tokenizer_code
 from nsa_hf.errors import NsaError, check_folder
+from nsa_hf.heads import check_next_token
 
 
 def load_nsa_model(
@@ -30,11 +31,12 @@ def load_nsa_model(
         config: its config with something changed, such as RoPE; None takes the folder's.
 
     Raises:
-        NsaError: there is none, or it is damaged.
+        NsaError: there is none, it is damaged, or it has another head.
     """
     folder = Path(folder)
     try:
         config = config or read_config(folder)
+        check_next_token(config, folder)
         with transformers_progress(False):
             return load_whole(folder, config=config, dtype=dtype).to(device)
     except NsaError:

@@ -24,6 +24,7 @@ from nsa_hf.conversion.files.loading import read_config
 from nsa_hf.conversion.tensors import check_weights
 from nsa_hf.errors import NsaError
 from nsa_hf.generation import PAGED
+from nsa_hf.heads import check_next_token
 
 from .chat_template import apply_chat_template
 from .exit_codes import INTERRUPTED
@@ -44,6 +45,7 @@ def serve_model(out: Path, arguments: list[str]) -> None:
             or continuous batching is asked for.
     """
     config = read_config(out)
+    check_next_token(config, out)
     if "--continuous-batching" in arguments:
         raise NsaError(PAGED)
     if not is_serve_available():

@@ -21,8 +21,10 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from nsa_hf.heads import auto_class
 
 from .metrics import NO_LABEL, Accumulator, positions_at_once
 from .tokens import Window, next_tokens
@@ -108,16 +110,36 @@ def head_of(model: PreTrainedModel) -> Iterator[Head]:
     """A model's head as a function, which runs on the model's device and in its dtype.
 
     It is the model's own forward with the decoder taken out for as long as the context lasts: families scale or cap
-    their logits in it.
+    their logits in it. What a classifier of texts gives at a position is its logits of the text up to there; an
+    answer's start and end have a logit each.
     """
     device, dtype = model.device, model.dtype
     decoder = model.base_model
     with evaluation_mode(model):
         setattr(model, model.base_model_prefix, NoDecoder())
         try:
-            yield lambda states: model(inputs_embeds=states.to(device, dtype)).logits[0]
+            yield lambda states: logits_at(model, states.to(device, dtype))
         finally:
             setattr(model, model.base_model_prefix, decoder)
+
+
+def logits_at(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """What the head of a model without a decoder gives at each position.
+
+    Args:
+        model: its decoder is a `NoDecoder`.
+        states: final hidden states [1, n, hidden].
+
+    Returns:
+        [n, vocabulary], [n, labels], or of question answering [n, 2].
+    """
+    auto = auto_class(model.config)
+    if auto is AutoModelForSequenceClassification:
+        return torch.cat([model(inputs_embeds=state).logits for state in states.split(1, dim=1)])
+    output = model(inputs_embeds=states)
+    if auto is AutoModelForQuestionAnswering:
+        return torch.stack([output.start_logits[0], output.end_logits[0]], dim=-1)
+    return output.logits[0]
 
 
 def drop_decoder(model: PreTrainedModel) -> None:

@@ -46,11 +46,12 @@ def read_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
-def load_whole(folder: Path, **options: Any) -> PreTrainedModel:
+def load_whole(folder: Path, auto: Any = AutoModelForCausalLM, **options: Any) -> PreTrainedModel:
     """Transformers' model of a folder, in evaluation mode.
 
     Args:
         folder: holds config and weights.
+        auto: the Auto class that loads it.
         options: what `from_pretrained` takes.
 
     Raises:
@@ -60,7 +61,7 @@ def load_whole(folder: Path, **options: Any) -> PreTrainedModel:
     """
     refuse_adapter(folder)
     check_shape(folder)
-    model, loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    model, loaded = auto.from_pretrained(folder, output_loading_info=True, **options)
     missing = sorted(loaded["missing_keys"])
     if missing:
         raise NsaError(f"{folder} lacks {len(missing)} tensors that its config asks for, {missing[0]} among them")

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from nsa_hf.errors import NsaError, check_name
+from nsa_hf.heads import auto_class
 from nsa_hf.registration import PREFIX
 
 from ..files.checkpoint import DTYPES, INDEX, SafetensorsCheckpoint
@@ -106,7 +107,11 @@ class SafetensorsSource(Source):
     def load_model(self, dtype: torch.dtype) -> PreTrainedModel:
         with reading(self.folder):
             return load_whole(
-                self.folder, dtype=dtype, attn_implementation="sdpa", trust_remote_code=self.trust_remote_code
+                self.folder,
+                auto_class(self.config),
+                dtype=dtype,
+                attn_implementation="sdpa",
+                trust_remote_code=self.trust_remote_code,
             )
 
     def _companions(self) -> list[Path]:

@@ -23,6 +23,7 @@ from nsa_hf.conversion.files.loading import read_config
 from nsa_hf.conversion.plan import training_hindrance
 from nsa_hf.conversion.sources import open_source
 from nsa_hf.errors import NsaError
+from nsa_hf.heads import check_next_token
 
 from ..evaluation.share import Share
 from ..load import load_nsa_model
@@ -107,6 +108,7 @@ def check_model(config: RunConfig) -> Any:
         NsaError: why not.
     """
     model = read_config(Path(config.model))
+    check_next_token(model, config.model)
     if hindrance := training_hindrance(model):
         raise NsaError(f"{config.model}: {hindrance}")
     open_source(config.model)

@@ -72,6 +72,19 @@ def test_the_header_holds_what_is_known(tmp_path):
     assert "owner/dense, revision `0123abc`" in text
 
 
+@pytest.mark.parametrize(
+    ("name", "auto", "task"),
+    [
+        ("NsaLlamaForCausalLM", "AutoModelForCausalLM", "text-generation"),
+        ("NsaLlamaForTokenClassification", "AutoModelForTokenClassification", "token-classification"),
+    ],
+)
+def test_a_model_is_loaded_with_its_head(name, auto, task, tmp_path):
+    text = card_of(results.write(tmp_path, config={**results.config(), "architectures": [name]}))
+    assert yaml.safe_load(text.split("---")[1])["pipeline_tag"] == task
+    assert f"import {auto}, AutoTokenizer" in text and f"model = {auto}.from_pretrained(" in text
+
+
 def test_a_folder_that_was_saved_elsewhere_claims_nothing(tmp_path):
     """As Trainer, TRL and a merged adapter leave it: no manifest.json."""
     verify = {**results.verify(exact=None), "why": "not proved: 1 of 272 tensors are not the source's"}

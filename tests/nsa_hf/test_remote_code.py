@@ -54,9 +54,9 @@ def run(program: str, *arguments: object, cache: Path) -> subprocess.CompletedPr
 
 LOAD = """
 import sys
-from transformers import AutoModelForCausalLM
+import transformers
 assert "nsa_hf" not in sys.modules
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+model = getattr(transformers, sys.argv[3]).from_pretrained(sys.argv[1], trust_remote_code=True)
 assert type(model).__module__.startswith("nsa_hf"), type(model).__module__
 model.save_pretrained(sys.argv[2])
 model.config.save_pretrained(sys.argv[2] + "-config")
@@ -79,12 +79,20 @@ def test_conversion_writes_the_line_and_names_it(folder):
 
 
 def test_with_trust_alone_it_loads_and_is_saved_as_it_was(folder, tmp_path):
-    done = run(LOAD, folder, tmp_path / "again", cache=tmp_path)
+    done = run(LOAD, folder, tmp_path / "again", "AutoModelForCausalLM", cache=tmp_path)
     assert done.returncode == 0, done.stderr
     check_folder(tmp_path / "again")
     assert (tmp_path / "again-config" / "modeling_nsa.py").read_text() == LINE
     first, again = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (folder, tmp_path / "again"))
     assert all(torch.equal(first[name], tensor) for name, tensor in again.items())
+
+
+def test_with_trust_alone_it_loads_with_another_head(folder, tmp_path):
+    done = run(LOAD, folder, tmp_path / "again", "AutoModelForSequenceClassification", cache=tmp_path)
+    assert done.returncode == 0, done.stderr
+    check_folder(tmp_path / "again")
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert config["architectures"] == ["NsaLlamaForSequenceClassification"]
 
 
 def test_without_the_package_the_error_says_what_to_install(folder, tmp_path):
