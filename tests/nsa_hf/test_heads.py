@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import shutil
 
 import pytest
@@ -29,6 +31,9 @@ from nsa_hf.families import define_family
 from nsa_hf.heads import HEADS, auto_class
 from nsa_hf.modeling import NsaModelMixin
 from nsa_hf.recipes.load import load_nsa_model
+from nsa_hf.recipes.serve import serve_model
+from nsa_hf.recipes.training.config import RunConfig
+from nsa_hf.recipes.training.loop import check_model
 
 # Rounding, as in tiny_families.py.
 CLOSE = {"atol": 5e-5, "rtol": 0}
@@ -105,18 +110,24 @@ def test_in_memory_it_is_as_on_disk(head, tmp_path):
         assert model.state_dict().keys() == written.state_dict().keys()
         assert all(torch.equal(value, written.state_dict()[name]) for name, value in model.state_dict().items())
     model.save_pretrained(tmp_path)
-    again = HEADS[auto].from_pretrained(tmp_path).eval()
-    assert type(again) is type(written)
-    with torch.no_grad():
-        assert torch.equal(outputs(again, tokens()), outputs(written, tokens()))
+    loaded = HEADS[auto].from_pretrained(tmp_path).eval()
+    for again in (loaded, copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded))):
+        assert type(again) is type(written)
+        with torch.no_grad():
+            assert torch.equal(outputs(again, tokens()), outputs(written, tokens()))
 
 
 def test_what_needs_a_language_model_names_the_head(head):
     auto, folder, _, sparse = head
-    with pytest.raises(NsaError, match=rf"no language model.*{type(sparse).__name__}.*load it with {auto}"):
-        load_nsa_model(folder / "nsa")
-    with pytest.raises(NsaError, match=rf"no language model.*{auto}"):
-        plan(folder / "dense", measure=Measuring([]), **SIZES)
+    run = RunConfig(model=str(folder / "nsa"), out=str(folder / "out"))
+    for command in (
+        lambda: load_nsa_model(folder / "nsa"),
+        lambda: serve_model(folder / "nsa", []),
+        lambda: check_model(run),
+        lambda: plan(folder / "dense", measure=Measuring([]), **SIZES),
+    ):
+        with pytest.raises(NsaError, match=rf"no language model.*{type(sparse).__name__}; load it with {auto}"):
+            command()
     assert plan(folder / "dense", **SIZES)["parameters"]["added"] > 0
 
 

@@ -8,12 +8,13 @@ import pickle
 import pytest
 import torch
 from generation_steps import BORDERS
-from tiny_models import TINY_SIZES, tiny_dense_model
+from tiny_models import TINY_SIZES, randomize_nsa, tiny_dense_model
 from transformers import AutoModel, AutoModelForCausalLM, DataCollatorWithFlattening
 from transformers.distributed import DistributedConfig
 
 import nsa_hf
 from nsa_hf import NsaError, NsaLlamaForCausalLM, NsaLlamaModel
+from nsa_hf.conversion import export_dense
 
 EXACT = TINY_SIZES["nsa_topk"] * TINY_SIZES["nsa_block_size"]
 
@@ -185,7 +186,7 @@ def test_other_attention_is_refused_never_used(chosen, tiny_nsa_model, tmp_path)
     model.save_pretrained(tmp_path)
     with pytest.raises(NsaError, match=f"'{chosen}' is not one of a sparse model's"):
         AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=chosen)
-    with pytest.raises(NsaError, match="not one of a sparse model's"):
+    with pytest.raises(NsaError, match=r"not one of a sparse model's: .*`with model.dense_attention\(\):`"):
         model.set_attn_implementation(chosen)
     model.config._attn_implementation = chosen
     with pytest.raises(NsaError, match="not one of a sparse model's"):
@@ -215,6 +216,29 @@ def test_saved_and_loaded_the_same(tiny_nsa_model, tmp_path):
         assert torch.equal(loaded(x).logits, model(x).logits)
         for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert torch.equal(clone(x).logits, model(x).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [False, True])
+def test_saved_in_shards_with_more_or_fewer_tokens_in_its_vocabulary(tied, tmp_path):
+    x = tokens().clamp(max=199)
+    dense = tiny_dense_model(tie_word_embeddings=tied)
+    for count in (264, 200):
+        model = NsaLlamaForCausalLM.from_dense(dense, **TINY_SIZES)
+        randomize_nsa(model)
+        before = model(x).logits
+        model.resize_token_embeddings(count)
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+        logits = model(x).logits
+        assert logits.shape[-1] == model.config.vocab_size == count
+        assert torch.equal(logits[..., :200], before[..., :200])
+        model.save_pretrained(tmp_path / "nsa", max_shard_size="40KB")
+        assert len(list((tmp_path / "nsa").glob("*.safetensors"))) > 2
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "nsa")(x).logits, logits)
+        export_dense(tmp_path / "nsa", tmp_path / "dense", overwrite=True)
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+        with model.dense_attention():
+            torch.testing.assert_close(exported(x).logits, model(x).logits, atol=1e-4, rtol=0)
 
 
 def test_a_dense_checkpoint_loads_with_only_new_parameters_missing(tmp_path):

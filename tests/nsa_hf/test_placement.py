@@ -11,6 +11,7 @@ from accelerate import dispatch_model
 from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module
 from generation_steps import in_steps, left_padded, tokens
 from tiny_families import sparse_of, tiny_dense
+from tiny_families import tokens as tiny_tokens
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -71,6 +72,28 @@ def test_layers_kept_on_disk(options, tiny_nsa_model, tmp_path):
         torch.testing.assert_close(in_steps(model, x, [100, 1, 49], DynamicCache(), **inputs)[1, 37:], expected[1, 37:])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [False, True])
+def test_loaded_with_most_of_it_on_disk(tied, tmp_path):
+    """`device_map="auto"` where memory is short, and saved again from there."""
+    dense = tiny_dense("llama", tie_word_embeddings=tied, num_hidden_layers=4)
+    model, x = sparse_of(dense, random=True), tiny_tokens(2)
+    model.save_pretrained(tmp_path / "whole")
+    room = {"cpu": int(0.6 * sum(parameter.nbytes for parameter in model.parameters()))}
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "whole", device_map="auto", max_memory=room, offload_folder=tmp_path / "disk"
+    )
+    places = [loaded.hf_device_map[f"model.layers.{layer}"] for layer in range(4)]
+    assert places == ["cpu", "disk", "disk", "disk"]
+    assert {parameter.is_meta for parameter in loaded.model.layers[1].self_attn.nsa.parameters()} == {True}
+    assert torch.equal(loaded(x).logits, model(x).logits)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(loaded.generate(x, **options), model.generate(x, **options))
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", device_map="auto", low_cpu_mem_usage=True)
+    assert torch.equal(again(x).logits, model(x).logits)
+
+
 def skipped_by_quantisers(model) -> list[str]:
     return HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
 
@@ -102,3 +125,6 @@ def test_what_is_not_quantised_has_the_models_dtype(dtype, tiny_nsa_model, tmp_p
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     with torch.no_grad():
         assert model(tokens(1, 40)).logits.dtype == dtype
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert {parameter.dtype for parameter in again.parameters()} == {dtype}
