@@ -29,6 +29,7 @@ class ConvertedTensors:
     """What a converted model holds.
 
     Attributes:
+        model: the name of the dense source's class.
         dense: shape of every tensor that the dense source must hold, by name; experts one by one, as published.
         fused: the same as the model itself holds them, all experts of a layer in one tensor; some are saved like that.
         added: shape of every new parameter, by name; all have `.nsa.` in it.
@@ -36,6 +37,7 @@ class ConvertedTensors:
         ignored: patterns of stored tensors that the family does not read.
     """
 
+    model: str
     dense: Mapping[str, tuple[int, ...]]
     fused: Mapping[str, tuple[int, ...]]
     added: Mapping[str, tuple[int, ...]]
@@ -77,7 +79,7 @@ class ConvertedTensors:
                 for what, names in (("missing", missing), ("unknown", unknown))
                 if names
             )
-            raise NsaError(f"{source} does not hold what its config describes: {wrong}")
+            raise NsaError(f"{source} does not hold what its config describes, a {self.model}: {wrong}")
         for name in carried:
             if table[name].shape != self.dense[name]:
                 raise NsaError(
@@ -103,6 +105,7 @@ def converted_tensors(config: PreTrainedConfig) -> ConvertedTensors:
     stored = {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, fused).items()}
     patterns = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     return ConvertedTensors(
+        model=model.dense_class.__name__,
         dense={name: shape for name, shape in stored.items() if name not in tied},
         fused={name: shapes[name] for name in fused if name not in tied},
         added={name: shape for name, shape in shapes.items() if ".nsa." in name},

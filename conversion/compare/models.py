@@ -135,7 +135,9 @@ def logits_at(model: PreTrainedModel, states: Tensor) -> Tensor:
     """
     auto = auto_class(model.config)
     if auto is AutoModelForSequenceClassification:
-        return torch.cat([model(inputs_embeds=state).logits for state in states.split(1, dim=1)])
+        # one token at a time, whichever: without one Transformers warns of padding
+        token = torch.zeros(1, 1, dtype=torch.long, device=states.device)
+        return torch.cat([model(token, inputs_embeds=state).logits for state in states.split(1, dim=1)])
     output = model(inputs_embeds=states)
     if auto is AutoModelForQuestionAnswering:
         return torch.stack([output.start_logits[0], output.end_logits[0]], dim=-1)

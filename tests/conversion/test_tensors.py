@@ -49,7 +49,10 @@ def test_check_keeps_the_source_s_order_and_passes_over_copies_and_ignored(dense
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("model.norm.weight"), r"src does not hold .* 1 missing tensors \(model.norm.weight\)$"),
+        (
+            lambda t: t.pop("model.norm.weight"),
+            r"src does not hold .*, a LlamaForCausalLM: 1 missing tensors \(model.norm.weight\)$",
+        ),
         (lambda t: t.update({"score.weight": t["model.norm.weight"]}), r"1 unknown tensors \(score.weight\)$"),
         (
             lambda t: [t.update({f"model.{name}": t.pop(name)}) for name in list(t)],
