@@ -44,7 +44,8 @@ def test_saved_again_it_is_of_the_newest_format(expected, tmp_path):
     model.save_pretrained(tmp_path)
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (OLD, tmp_path))
     changed = {name for name in before if after[name] != before[name]}
-    assert changed <= {"nsa_format", "transformers_version"} and after.keys() >= NSA_FIELDS.keys()
+    assert changed <= {"nsa_format", "transformers_version", "auto_map"} and after.keys() >= NSA_FIELDS.keys()
+    assert after["auto_map"].items() > before["auto_map"].items(), "classes with other heads are named too"
     assert (after["nsa_format"], after["nsa_selector"], after["nsa_selector_bits"]) == (NSA_FORMAT, "compressed", 16)
     kept, saved = (load_file(folder / "model.safetensors") for folder in (OLD, tmp_path))
     assert kept.keys() == saved.keys() and all(torch.equal(kept[name], saved[name]) for name in kept)
