@@ -18,10 +18,11 @@ from torch import Tensor
 
 from nsa_hf.adapters import import_peft
 from nsa_hf.errors import NsaError, check_folder, check_path
+from nsa_hf.heads import auto_class
 
 from . import manifest as manifests
 from .files.hashes import hash_file
-from .files.loading import load_whole, reading, transformers_progress
+from .files.loading import load_whole, read_config, reading, transformers_progress
 from .files.staging import check_output, staged_folder
 from .saving import save_changed
 
@@ -51,7 +52,7 @@ def merge(model: str | Path, adapter: str | Path, out: str | Path, *, overwrite:
     check_adapter(model, adapter)
     manifest = manifests.find(model)
     with transformers_progress(False):
-        merged = merged_model(load_whole(model, dtype="auto"), adapter)
+        merged = merged_model(load_whole(model, auto_class(read_config(model)), dtype="auto"), adapter)
     hashes = {name: hash_file(adapter / name) for name in (CONFIG, WEIGHTS)}
     run: dict[str, Any] = {"merged": str(adapter), "fingerprint": hashes}
     if manifest is not None and "training" in manifest:

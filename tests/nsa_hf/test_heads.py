@@ -22,7 +22,7 @@ from transformers import (
 
 import nsa_hf
 from nsa_hf import NsaError
-from nsa_hf.conversion import convert, export_dense, plan, verify
+from nsa_hf.conversion import convert, export_dense, merge, plan, verify
 from nsa_hf.conversion.files.checkpoint import SafetensorsCheckpoint
 from nsa_hf.conversion.files.pieces import same_bits
 from nsa_hf.conversion.measure import Measuring
@@ -115,6 +115,24 @@ def test_in_memory_it_is_as_on_disk(head, tmp_path):
         assert type(again) is type(written)
         with torch.no_grad():
             assert torch.equal(outputs(again, tokens()), outputs(written, tokens()))
+
+
+@torch.no_grad()
+def test_an_adapter_is_merged_into_it(head, tmp_path):
+    peft = pytest.importorskip("peft")
+    auto, folder, _, _ = head
+    task = {"Sequence": "SEQ_CLS", "Token": "TOKEN_CLS", "Question": "QUESTION_ANS"}
+    model = HEADS[auto].from_pretrained(folder / "nsa").eval()
+    config = peft.LoraConfig(task_type=next(task[name] for name in task if name in auto), r=4)
+    adapted = peft.get_peft_model(model, config).eval()
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    generator = torch.Generator().manual_seed(0)
+    for parameter in trained:
+        parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    adapted.save_pretrained(tmp_path / "adapter")
+    merge(folder / "nsa", tmp_path / "adapter", tmp_path / "merged")
+    merged = HEADS[auto].from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(outputs(merged, tokens()), outputs(adapted, tokens()), **CLOSE)
 
 
 def test_what_needs_a_language_model_names_the_head(head):
