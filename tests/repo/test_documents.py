@@ -45,11 +45,8 @@ def test_there_is_code_to_run() -> None:
 @pytest.mark.parametrize("document", ["README.md", "docs/finetune.md", "docs/guide.md"])
 def test_the_code_runs(document: str, tiny_dense_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_dense_dir, tmp_path / "path" / "to" / "llama")
-    codes = blocks(document)
-    if document == "docs/finetune.md":  # in one process, since its imports take longer than all else
-        codes = ["\n".join(codes)]
-    for code in codes:
-        run(code, tmp_path, HF_DATASETS_CACHE=str(tmp_path / "datasets"))
+    # a page's blocks in one process, since their imports take longer than all else
+    run("\n".join(blocks(document)), tmp_path, HF_DATASETS_CACHE=str(tmp_path / "datasets"))
 
 
 def test_the_kernel_that_a_reader_writes_is_what_its_test_says(tmp_path: Path) -> None:
