@@ -15,12 +15,13 @@ from .sources import STANDARD_LIBRARY, HubTexts, open_texts
 Window = tuple[str, list[int]]  # name and token ids
 
 
-def held_out_documents(source: str, count: int) -> list[tuple[str, str]]:
+def held_out_documents(source: str, count: int, revision: str | None = None) -> list[tuple[str, str]]:
     """The first held-out documents.
 
     Args:
         source: see sources.py; of 'stdlib' they are the files that are not trained on.
         count: how many.
+        revision: as of `open_texts`.
 
     Returns:
         Name and text of each.
@@ -32,7 +33,7 @@ def held_out_documents(source: str, count: int) -> list[tuple[str, str]]:
         raise NsaError(f"at least one held-out document is needed, got {count}")
     if source == STANDARD_LIBRARY:
         return held_out_texts(HELD_OUT[:count])
-    texts = open_texts(source)
+    texts = open_texts(source, revision=revision)
     if isinstance(texts, HubTexts):
         return texts.first(count)
     return [texts[number] for number in range(min(count, len(texts)))]

@@ -1,8 +1,9 @@
 """The folder in which a run lives until it is done, and the one that it leaves.
 
-`OUT.unfinished/` holds `run.json` (the run's fingerprint) and `checkpoints/`; the process that trains has it locked.
-When the run is done, OUT appears whole and `OUT.unfinished/` is removed. OUT holds the trained model, its tokenizer,
-`manifest.json` with "trained": true, and `training.json`.
+`OUT.unfinished/` holds `run.json` (the run's fingerprint, its id, and the commit of each data set of the Hub that it
+reads) and `checkpoints/`; the process that trains has it locked. When the run is done, OUT appears whole and
+`OUT.unfinished/` is removed. OUT holds the trained model, its tokenizer, `manifest.json` with "trained": true, and
+`training.json`.
 
 A run's fingerprint is all that decides its weights: settings, hashes of the model and of the text, number of processes.
 A run goes on only with the fingerprint that it began with.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -78,7 +80,7 @@ def finished_run(config: RunConfig, fingerprint: dict[str, Any]) -> bool:
     path = Path(config.out) / RESULT
     if not path.is_file():
         return False
-    noted = noted_fingerprint(path)
+    noted = read_record(path)["fingerprint"]
     check_same(config, path, noted, {name: value for name, value in fingerprint.items() if name in noted})
     check_whole(path.parent)
     remove_run_folder(unfinished(config))
@@ -102,13 +104,16 @@ def check_whole(folder: Path) -> None:
 
 
 @contextmanager
-def open_run_folder(config: RunConfig, fingerprint: dict[str, Any]) -> Iterator[Path | None]:
+def open_run_folder(
+    config: RunConfig, fingerprint: dict[str, Any], revisions: dict[str, str] | None = None
+) -> Iterator[Path | None]:
     """Locks the folder of the unfinished run, which is made where it does not exist.
 
     A run that is refused before its first checkpoint leaves nothing.
 
     Args:
         fingerprint: of the run.
+        revisions: the commit of each data set of the Hub that it reads; noted where the run begins.
 
     Yields:
         The folder; None when OUT holds the run finished.
@@ -126,12 +131,15 @@ def open_run_folder(config: RunConfig, fingerprint: dict[str, Any]) -> Iterator[
         if finished_run(config, fingerprint):
             yield None
             return
+        record: dict[str, Any] = {}
         if path.is_file():
-            check_same(config, path, noted_fingerprint(path), fingerprint)
+            record = read_record(path)
+            check_same(config, path, record["fingerprint"], fingerprint)
         elif foreign := [file.name for file in folder.iterdir() if not file.name.startswith(f".{RUN}.")]:
             raise NsaError(f"{folder} is where the run would live, and holds {foreign[0]}: give another out=")
-        else:
-            write_json(path, {"format": FORMAT, "fingerprint": fingerprint})
+        fresh = {"format": FORMAT, "id": uuid.uuid4().hex, "revisions": revisions or {}, "fingerprint": fingerprint}
+        if not fresh.keys() <= record.keys():  # or of an older version
+            write_json(path, {**fresh, **record})
         try:
             yield folder
         except NsaError:
@@ -208,12 +216,23 @@ def check_same(config: RunConfig, path: Path, before: dict[str, Any], now: dict[
         )
 
 
-def noted_fingerprint(path: Path) -> dict[str, Any]:
-    """The fingerprint in a run's record, unfinished or finished; NsaError when it is damaged."""
+def read_record(path: Path) -> dict[str, Any]:
+    """A run's record, unfinished or finished, with its "fingerprint"; NsaError when it is damaged."""
     try:
-        return dict(read_json(path)["fingerprint"])
+        record = dict(read_json(path))
+        return {**record, **{name: dict(record[name]) for name in ("fingerprint", *record.keys() & {"revisions"})}}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise NsaError(f"{path} is damaged ({error!r}): remove its folder and run again") from error
+
+
+def noted_revisions(config: RunConfig) -> dict[str, str]:
+    """The commits that this OUT's run began with, finished or not, by source; none where no run is there.
+
+    Raises:
+        NsaError: its record is damaged.
+    """
+    found = [path for path in (Path(config.out) / RESULT, unfinished(config) / RUN) if path.is_file()]
+    return read_record(found[0]).get("revisions", {}) if found else {}
 
 
 def save_trained(

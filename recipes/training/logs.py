@@ -1,6 +1,6 @@
 """The curve of a run while it goes: a line a step in log.jsonl, and the trackers that were asked for.
 
-    log = Log(accelerator, folder, config, fingerprint, text)
+    log = Log(accelerator, folder, config, text)
     log.go_on(state["curve"])           # the steps that count, of a checkpoint or none
     log.add(row)                        # a step's
     log.finish()
@@ -8,12 +8,11 @@
 
 A checkpoint holds the rows up to its step. A run that goes on from it writes the file anew with them, so that no step
 is missing or there twice after a kill. Trackers write into `OUT.trackers`, which stays beside OUT. Of steps that are
-taken again TensorBoard hides the first time, and W&B keeps it.
+taken again TensorBoard hides the first time, and W&B keeps it, which knows a run by its id in run.json.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -24,16 +23,18 @@ from typing import Any
 
 import torch
 
+from nsa_hf.conversion.compare.models import evaluation_mode
 from nsa_hf.errors import NsaError
 
 from ..inspection import BRANCHES, record_gates
 from .compiling import uncompiled
 from .config import RunConfig
-from .folder import LOG
+from .folder import LOG, RUN, read_record
 from .sharding import call_whole
 
 Row = dict[str, Any]
 PICTURE = "curve.png"
+PROJECT = "nsa-hf"  # of all runs, in trackers
 # Packages of which one is needed, by tracker.
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 GATES_TOKENS = 8192  # of the text on which gates are looked at
@@ -52,22 +53,18 @@ def check_trackers(names: Sequence[str]) -> None:
 class Log:
     """A run's log.jsonl and its trackers. Only the main process writes."""
 
-    def __init__(
-        self, accelerator: Any, folder: Path, config: RunConfig, fingerprint: dict[str, Any], text: Sequence[int]
-    ):
+    def __init__(self, accelerator: Any, folder: Path, config: RunConfig, text: Sequence[int]):
         """Opens nothing yet.
 
         Args:
             accelerator: Accelerate's, of this process.
             folder: of the unfinished run.
             config: the run's.
-            fingerprint: by which W&B knows the run again.
             text: tokens on which gates are looked at.
         """
         self.text = text
-        self.accelerator, self.config, self.path = accelerator, config, folder / LOG
+        self.accelerator, self.config, self.folder, self.path = accelerator, config, folder, folder / LOG
         self.trackers = Path(config.out).resolve().with_name(f"{Path(config.out).resolve().name}.trackers")
-        self.id = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
         self.file: Any = None
 
     def go_on(self, rows: Sequence[Row]) -> None:
@@ -85,16 +82,15 @@ class Log:
             return
         from accelerate.tracking import filter_trackers
 
-        name = Path(self.config.out).resolve().name
-        if self.accelerator.is_main_process:
+        wandb = {"name": Path(self.config.out).resolve().name, "resume": "allow", "dir": str(self.trackers)}
+        if self.accelerator.is_main_process:  # which alone has W&B's run
             self.trackers.mkdir(parents=True, exist_ok=True)
+            wandb["id"] = read_record(self.folder / RUN)["id"]
         self.accelerator.project_configuration.set_directories(str(self.trackers))
         self.accelerator.log_with = filter_trackers(list(self.config.trackers), self.accelerator.logging_dir)
-        again = {
-            "tensorboard": {"purge_step": steps + 1},
-            "wandb": {"id": self.id, "name": name, "resume": "allow", "dir": str(self.trackers)},
-        }
-        self.accelerator.init_trackers(name, config=None if steps else flat(self.config.as_dict()), init_kwargs=again)
+        again = {"tensorboard": {"purge_step": steps + 1}, "wandb": wandb}
+        config = None if steps else flat(self.config.as_dict())
+        self.accelerator.init_trackers(PROJECT, config=config, init_kwargs=again)
 
     def add(self, row: Row) -> None:
         """Writes a step's row."""
@@ -169,7 +165,8 @@ def flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
 def gate_means(student: Any, ids: Sequence[int], autocast: Any) -> dict[str, dict[str, float]] | None:
     """The mean gate of each branch in each layer on a text, by layer and branch; None where no gate is trained.
 
-    To be called in all processes.
+    In evaluation mode, so that it draws no random numbers: how often a run is saved must not change its weights. To be
+    called in all processes.
 
     Args:
         student: the model, sharded or not.
@@ -181,7 +178,7 @@ def gate_means(student: Any, ids: Sequence[int], autocast: Any) -> dict[str, dic
     inputs = torch.tensor([list(ids)[:GATES_TOKENS]], device=student.device)
 
     def run() -> dict[int, list[float]]:
-        with torch.no_grad(), uncompiled(), record_gates(student) as gates, autocast():
+        with torch.no_grad(), evaluation_mode(student), uncompiled(), record_gates(student) as gates, autocast():
             student.base_model(input_ids=inputs, use_cache=False)
         return gates
 

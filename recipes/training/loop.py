@@ -31,7 +31,7 @@ from .attention_losses import loss_model
 from .checkpoints import Checkpoints, step_of
 from .compiling import compile_layers, room_for_graphs
 from .config import RunConfig
-from .folder import check_out, open_run_folder, save_trained, settings_fingerprint
+from .folder import check_out, noted_revisions, open_run_folder, save_trained, settings_fingerprint
 from .held_out import HeldOut, print_figures
 from .launch import deterministic, make_accelerator, on_main_process, prepare_model
 from .logs import Log, check_trackers
@@ -40,7 +40,7 @@ from .result import as_result, measure_result, stage_records
 from .sharding import call_whole, gather_weights
 from .stages import Stage, settle_machine, settle_stages, stage_at, stages_of
 from .steps import Prepared, Schedule, run_steps, save
-from .texts import StageText, Texts, read_texts
+from .texts import StageText, Texts, read_texts, revisions_of
 from .trained import AdapterFiles, check_stage, choose_trained, is_all_that_is_trained, merge
 
 
@@ -72,10 +72,12 @@ def run(config: RunConfig) -> Path:
     stages = stages_of(config)
     with deterministic(config.deterministic), room_for_graphs(), ExitStack() as stack:
         fingerprint = settings_fingerprint(config)
-        texts = read_texts(config, stages)
+        revisions = on_main_process(accelerator, lambda: revisions_of(config, stages, noted_revisions(config)))
+        texts = read_texts(config, stages, revisions)
         fingerprint |= {**texts.fingerprint(), "processes": accelerator.num_processes, "sharded": accelerator.is_fsdp2}
         # locked by the main process until the run ends
-        folder = on_main_process(accelerator, lambda: stack.enter_context(open_run_folder(config, fingerprint)))
+        opened = open_run_folder(config, fingerprint, revisions)
+        folder = on_main_process(accelerator, lambda: stack.enter_context(opened))
         if folder is None:
             accelerator.print(f"{out} holds this run already, finished: nothing to do")
             return out
@@ -83,13 +85,13 @@ def run(config: RunConfig) -> Path:
         share = Share(accelerator.process_index, accelerator.num_processes)
         held_out = HeldOut(texts.held_out_windows, teacher, accelerator.autocast, share)
         checkpoints = Checkpoints(folder / "checkpoints", config.keep)
-        log = Log(accelerator, folder, config, fingerprint, texts.held_out_windows[0][1])
+        log = Log(accelerator, folder, config, texts.held_out_windows[0][1])
         state, adapter = run_stages(accelerator, teacher, student, stages, texts, held_out, checkpoints, log)
         log.finish()
         result = measure_result(student, config, stages, texts, held_out, state)
         processes = accelerator.num_processes
         result |= {"stages": stage_records(stages, texts, processes), "processes": processes}
-        result |= {"sharded": accelerator.is_fsdp2}
+        result |= {"sharded": accelerator.is_fsdp2, "revisions": revisions}
         gather_weights(student, keep=accelerator.is_main_process)
         if accelerator.is_main_process:
             beside = [lambda stage: log.save(stage, state["curve"]), *([] if adapter is None else [adapter.save])]

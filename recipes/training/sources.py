@@ -23,7 +23,7 @@ from typing import Any
 from nsa_hf.conversion.compare.texts import HELD_OUT, held_out_texts
 from nsa_hf.errors import NsaError, check_name, check_path
 
-STANDARD_LIBRARY = "stdlib"
+STANDARD_LIBRARY, ON_THE_HUB = "stdlib", "hub:"
 HUB = re.compile(
     r"hub:(?P<name>[^/:@\s]+(/[^/:@\s]+)?)(/(?P<config>[^/:@\s]+))?(@(?P<revision>[^:\s]+))?(:(?P<split>\S+))?"
 )
@@ -125,12 +125,13 @@ class HubTexts:
         revision: the commit that is read, whatever is uploaded later.
     """
 
-    def __init__(self, source: str, column: str):
+    def __init__(self, source: str, column: str = "text", revision: str | None = None):
         """Finds the data set.
 
         Args:
             source: "hub:owner/name", behind it "/config", "@revision" and ":split" where they are not the usual ones.
             column: that has the texts.
+            revision: the commit to read; None asks the Hub which one it is now.
 
         Raises:
             NsaError: it is not there, or the Hub cannot be reached.
@@ -139,7 +140,7 @@ class HubTexts:
         if not found:
             raise NsaError(f"expected hub:owner/name[/config][@revision][:split], got {source!r}")
         self.source, self.column, self.parts = source, column, found
-        self.revision = self.ask(lambda: hub_revision(found["name"], found["revision"]))
+        self.revision = revision or self.ask(lambda: hub_revision(found["name"], found["revision"]))
 
     def shuffled(self, seed: int) -> Iterator[Named]:
         """Name and text of each row, in the order of `seed`; NsaError where a row has no text or cannot be had."""
@@ -189,20 +190,21 @@ def hub_revision(name: str, revision: str | None) -> str:
     return str(HfApi().dataset_info(name, revision=revision).sha)
 
 
-def open_texts(source: str, column: str = "text") -> Sequence[Named] | HubTexts:
+def open_texts(source: str, column: str = "text", revision: str | None = None) -> Sequence[Named] | HubTexts:
     """The texts of a source, of 'stdlib' those that are trained on.
 
     Args:
         source: see the top of this file.
         column: that has the texts, where the source has columns.
+        revision: the commit to read of a data set of the Hub; None asks which one it is now.
 
     Raises:
         NsaError: there is no text, or it cannot be read.
     """
     if source == STANDARD_LIBRARY:
         return FileTexts(standard_library_files(), errors="replace")
-    if source.startswith("hub:"):
-        return HubTexts(source, column)
+    if source.startswith(ON_THE_HUB):
+        return HubTexts(source, column, revision)
     path = check_path(source)
     suffix = path.suffix.lower()
     texts: Sequence[Named]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from nsa_hf.conversion.files.hashes import hash_parts
@@ -12,11 +12,13 @@ from ..load import load_tokenizer
 from .batches import Batches, Weighted
 from .config import RunConfig
 from .data import Window, hash_texts, hash_windows, held_out_documents, held_out_windows
-from .sources import open_texts
+from .sources import ON_THE_HUB, HubTexts, open_texts
 from .stages import Stage
 from .windows import Parts, WindowStream, parts_of
 
-SEED_STEP = 7919  # between two stages' seeds, so that a stage does not read what the one before has read
+# Between two stages' seeds: each stage reads its texts from the first on, in an order of its own. What the stage before
+# has read of the same sources comes again.
+SEED_STEP = 7919
 
 
 class StageText(NamedTuple):
@@ -95,18 +97,35 @@ class Texts(NamedTuple):
         return {**self.hashes, "held_out_text": hash_texts(self.held_out_documents)}
 
 
-def read_texts(config: RunConfig, stages: Sequence[Stage]) -> Texts:
+def revisions_of(config: RunConfig, stages: Sequence[Stage], noted: Mapping[str, str]) -> dict[str, str]:
+    """The commit of each data set of the Hub that a run reads, by its source.
+
+    Args:
+        config: settled (see stages.py).
+        stages: of it.
+        noted: those that the run began with, which it goes on with whatever was uploaded since.
+
+    Raises:
+        NsaError: one is not there, or the Hub cannot be reached.
+    """
+    sources = [config.held_out, *(entry["source"] for stage in stages for entry in sources_of(stage.config))]
+    on_hub = [source for source in dict.fromkeys(sources) if source.startswith(ON_THE_HUB)]
+    return {source: noted.get(source) or HubTexts(source).revision for source in on_hub}
+
+
+def read_texts(config: RunConfig, stages: Sequence[Stage], revisions: Mapping[str, str]) -> Texts:
     """Opens all that the run will read, and reads its beginning.
 
     Args:
         config: settled (see stages.py).
         stages: of it.
+        revisions: see `revisions_of`.
 
     Raises:
         NsaError: text is missing or too short.
     """
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
-    held_out = held_out_documents(config.held_out, config.held_out_documents)
+    held_out = held_out_documents(config.held_out, config.held_out_documents, revisions.get(config.held_out))
     held_out_ids = held_out_windows(held_out, tokenizer, config.held_out_length)
     opened: dict[str, Parts] = {}
     longest = max(stage.config.longest for stage in stages)
@@ -114,8 +133,9 @@ def read_texts(config: RunConfig, stages: Sequence[Stage]) -> Texts:
     for stage in stages:
         entries = sources_of(stage.config)
         for entry in entries:
-            if (key := json.dumps([entry["source"], entry.get("text_column")])) not in opened:
-                opened[key] = parts_of(open_texts(entry["source"], entry.get("text_column", "text")), longest)
+            source, column = entry["source"], entry.get("text_column")
+            if (key := json.dumps([source, column])) not in opened:
+                opened[key] = parts_of(open_texts(source, column or "text", revisions.get(source)), longest)
             entry["parts"] = opened[key]
         seed = (config.seed + SEED_STEP * (stage.number - 1)) % 2**32
         read.append(StageText(stage.config, tokenizer, seed, [(entry["parts"], entry["weight"]) for entry in entries]))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from accelerate import tracking
-from tiny_runs import result_of, tiny_run
+from tiny_runs import result_of, stop_at, tiny_run
 
 from nsa_hf.errors import NsaError
 from nsa_hf.recipes.training import logs
@@ -84,11 +85,42 @@ class Tracker(tracking.GeneralTracker):
         self.finished = True
 
 
-def test_trackers_get_each_step_and_go_on_where_the_run_does(nsa_dir, texts, tmp_path, monkeypatch):
-    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", Tracker)
-    monkeypatch.setattr(tracking, "_available_trackers", [tracking.LoggerType("tensorboard")])
-    monkeypatch.setitem(logs.TRACKERS, "tensorboard", ("json",))
+class WithoutFolder(Tracker):
+    """As W&B's is made."""
+
+    requires_logging_directory = False
+
+    def __init__(self, run_name, **options):
+        super().__init__(run_name, None, **options)
+
+
+@pytest.fixture
+def trackers(monkeypatch):
+    """Both trackers, which only keep what they are given; gives all that are made."""
+    for name, kind in {"tensorboard": Tracker, "wandb": WithoutFolder}.items():
+        monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, name, kind)
+        monkeypatch.setitem(logs.TRACKERS, name, ("json",))
+    monkeypatch.setattr(tracking, "_available_trackers", [*map(tracking.LoggerType, ("tensorboard", "wandb"))])
     monkeypatch.setattr(Tracker, "all", [])
+    return Tracker.all
+
+
+def test_wandb_knows_each_run_by_an_id_of_its_own(nsa_dir, texts, tmp_path, trackers):
+    """The same for a run that goes on; another for the same settings elsewhere, and for a run begun anew."""
+    config = tiny_run(nsa_dir, texts, tmp_path / "out", trackers=["wandb"], steps=2, save_every=1)
+    stop_at(config, 1)
+    train(config)
+    shutil.rmtree(config.out)
+    train(config)
+    train(tiny_run(nsa_dir, texts, tmp_path / "other", trackers=["wandb"], steps=2, save_every=1))
+    first, second, anew, other = (tracker.options for tracker in trackers)
+    assert first == second
+    assert len({first["id"], anew["id"], other["id"]}) == 3
+    assert [options["name"] for options in (first, anew, other)] == ["out", "out", "other"]
+    assert {tracker.run_name for tracker in trackers} == {"nsa-hf"}
+
+
+def test_trackers_get_each_step_and_go_on_where_the_run_does(nsa_dir, texts, tmp_path, monkeypatch, trackers):
     config = tiny_run(nsa_dir, texts, tmp_path / "out", trackers=["tensorboard"])
     save = Checkpoints.save
 
@@ -100,8 +132,8 @@ def test_trackers_get_each_step_and_go_on_where_the_run_does(nsa_dir, texts, tmp
         patch.setattr(Checkpoints, "save", stop)
         train(config)
     train(config)
-    first, second = Tracker.all
-    assert first.run_name == second.run_name == "out"
+    first, second = trackers
+    assert first.run_name == second.run_name == "nsa-hf"
     assert first.folder == second.folder == str(tmp_path / "out.trackers")
     assert (first.options, second.options) == ({"purge_step": 1}, {"purge_step": 3})
     assert first.config["lr_backbone"] == 1e-3 and first.config["trackers"] == '["tensorboard"]'

@@ -74,7 +74,7 @@ def test_packed_texts_count_as_each_by_itself(nsa_dir, tmp_path):
     config = tiny_run(nsa_dir, texts, tmp_path / "out", steps=1, ce_weight=1.0, held_out_length=32, batch_size=2)
     row = result_of(train(config))["curve"][0]
     stages = stages_of(config)
-    with closing(read_texts(config, stages).stages[0].batches(0, 1, vocabulary=10**6)) as batches:
+    with closing(read_texts(config, stages, {}).stages[0].batches(0, 1, vocabulary=10**6)) as batches:
         batch = next(batches)
     assert batch["input_ids"].shape == (1, 256)
     model = AutoModelForCausalLM.from_pretrained(nsa_dir).eval()

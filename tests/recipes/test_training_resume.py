@@ -13,10 +13,13 @@ from pathlib import Path
 import pytest
 from processes import Run, started_run
 from safetensors.torch import load_file, save_file
-from tiny_runs import folder_hashes, result_of, tiny_run, write_texts
+from tiny_families import SIZES, tiny_dense
+from tiny_models import byte_tokenizer
+from tiny_runs import converted, folder_hashes, result_of, tiny_run, write_texts
 
 from nsa_hf.conversion.files.hashes import hash_file
 from nsa_hf.errors import NsaError
+from nsa_hf.recipes.training import sources
 from nsa_hf.recipes.training.checkpoints import Checkpoints, damage_of
 from nsa_hf.recipes.training.loop import run_steps, train
 
@@ -161,6 +164,59 @@ def test_a_run_goes_on_in_the_middle_of_mixed_texts_and_lengths(nsa_dir, texts, 
     for at in (1, 4):
         stopped(config, at)
     assert (train(config) / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+class Uploads:
+    """A data set of the Hub whose rows change with each upload, as `datasets` streams it."""
+
+    commit = 1
+
+    def load_dataset(self, name, config, *, revision, **options):
+        letter = chr(96 + int(revision))
+        self.rows = [{"text": f"{letter}{number} " * 100} for number in range(6)]
+        return self
+
+    def shuffle(self, seed, buffer_size):
+        return self.rows
+
+    def take(self, count):
+        return self.rows[:count]
+
+
+def test_an_upload_to_the_hub_does_not_lose_a_run(nsa_dir, tmp_path, stopped, monkeypatch, capsys):
+    """It goes on with the commits that it began with; another run reads the new ones."""
+    hub = Uploads()
+    monkeypatch.setattr(sources, "import_datasets", lambda: hub)
+    monkeypatch.setattr(sources, "hub_revision", lambda name, revision: str(hub.commit))
+    data, held_out = "hub:owner/texts", "hub:owner/texts:test"
+    settings = {"held_out": held_out, "steps": 2, "save_every": 1}
+    whole, config = (tiny_run(nsa_dir, data, tmp_path / name, **settings) for name in ("whole", "out"))
+    train(whole)
+    work = stopped(config, at=1)
+    hub.commit = 2
+    assert json.loads((work / "run.json").read_text())["revisions"] == {data: "1", held_out: "1"}
+    out = train(config)
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert result_of(out)["revisions"] == {data: "1", held_out: "1"}
+    capsys.readouterr()
+    train(config)
+    assert "finished: nothing to do" in capsys.readouterr().out
+    with pytest.raises(NsaError, match="the training text, data=hub:owner/texts, has changed"):
+        (out / "training.json").write_text((out / "training.json").read_text().replace('"revisions"', '"others"'))
+        train(config)
+
+
+def test_how_often_it_is_saved_changes_no_weight_of_a_model_with_dropout(tmp_path, texts):
+    dense = tmp_path / "dense"
+    tiny_dense("phi3", vocab_size=256, resid_pdrop=0.1).save_pretrained(dense)
+    byte_tokenizer().save_pretrained(dense)
+    model = converted(dense, tmp_path / "nsa", SIZES)
+    often, seldom, other = (
+        train(tiny_run(model, texts, tmp_path / f"out{number}", steps=2, save_every=every, seed=seed))
+        for number, (every, seed) in enumerate([(1, 0), (2, 0), (1, 1)])
+    )
+    assert (often / "model.safetensors").read_bytes() == (seldom / "model.safetensors").read_bytes()
+    assert (often / "model.safetensors").read_bytes() != (other / "model.safetensors").read_bytes()
 
 
 def test_an_unfinished_run_is_not_continued_with_other_settings(nsa_dir, texts, tmp_path, stopped, capsys):
