@@ -13,6 +13,7 @@ from __future__ import annotations
 import queue
 import random
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ class Batches(Iterator[Batch]):
 
     Attributes:
         state: where the text stands behind the last batch, the same in every process, as JSON can hold it.
+        waited: seconds for which the next batch was not made yet when it was asked for, all together.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class Batches(Iterator[Batch]):
         """
         self.sources, self.lengths, self.batch_size, self.seed = sources, lengths, batch_size, seed
         self.process, self.processes, self.vocabulary = process, processes, vocabulary
-        self.rounds = self.windows = 0
+        self.rounds, self.windows, self.waited = 0, 0, 0.0
         if state is not None:
             self.rounds, self.windows = state["rounds"], state["windows"]
             for (stream, _), at in zip(sources, state["sources"], strict=True):
@@ -78,7 +80,9 @@ class Batches(Iterator[Batch]):
         self.maker.start()
 
     def __next__(self) -> Batch:
+        asked = time.perf_counter()
         got = self.made.get()
+        self.waited += time.perf_counter() - asked
         if isinstance(got, BaseException):
             self.made.put(got)  # for whoever asks again
             raise got

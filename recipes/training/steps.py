@@ -98,7 +98,7 @@ def run_steps(
     prepared.model.train()
     with closing(text) as batches:
         for step in range(begin, config.steps):
-            start = time.perf_counter()
+            start, waited = time.perf_counter(), batches.waited
             rates, changed = set_rates(prepared.optimizer, step, config), schedule.set(stage, step)
             done = stage.first + step + 1
             # inside it the backward pass is dense too
@@ -110,6 +110,7 @@ def run_steps(
             seconds = time.perf_counter() - start
             row: dict[str, Any] = {"step": done, "stage": stage.number, **losses}
             row |= {"grad_norm": norm, **rates, **changed, "seconds": seconds, "tokens_per_second": tokens / seconds}
+            row |= {"waited": batches.waited - waited}
             row |= on_gpu(accelerator.device, peak_share * tokens / seconds)
             row |= {"tokens": tokens + (state["curve"][-1]["tokens"] if state["curve"] else 0)}
             saves = bool(config.save_every) and done % config.save_every == 0

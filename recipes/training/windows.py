@@ -8,20 +8,24 @@
 A text of `length` tokens and more gives windows of its own, so that their first tokens say something about their last
 ones; what is left over at its end is dropped. Shorter texts are packed: they follow each other until a window is full,
 and each begins at position 0 (`borders`). Several texts are read at a time, in lanes, so that windows that follow each
-other are of different ones. Only texts that are being read are in memory, and a run that goes on reads only those
-again.
+other are of different ones. Only texts that are being read are in memory, with the whole of the one of which a part was
+read last; and a run that goes on reads only those again.
 """
 
 from __future__ import annotations
 
 import random
+import sys
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerFast
 
 from nsa_hf.conversion.files.hashes import hash_parts
 from nsa_hf.errors import NsaError
 
+from .data import hash_texts
 from .sources import HubTexts, Named
 
 LANES = 16  # texts that are read at a time
@@ -63,19 +67,17 @@ class StoredParts:
         """
         self.texts, self.longest = texts, longest
         self.owners, self.starts, self.ends = array("q"), array("q"), array("q")
-        self.hash = hash_parts(self.read_once())
+        self.hash = hash_texts(self.read_once())
         self.count = len(self.owners)
 
-    def read_once(self) -> Iterator[bytes]:
-        """Bytes that say all: each name and text, with where it ends; notes where texts are cut."""
+    def read_once(self) -> Iterator[Named]:
+        """The texts; notes where they are cut."""
         for owner, (name, text) in enumerate(self.texts):
             for start, end in cut(text, self.longest):
                 self.owners.append(owner)
                 self.starts.append(start)
                 self.ends.append(end)
-            for part in (name.encode(), text.encode()):
-                yield len(part).to_bytes(8, "little")
-                yield part
+            yield name, text
 
     def ordered(self, seed: int) -> StoredOrder:
         """The parts in the order of a seed."""
@@ -93,14 +95,29 @@ class StoredOrder:
         self.parts, self.seed = parts, seed
         self.count = parts.count
         self.times, self.order = -1, array("q")
+        self.owner, self.owned = -1, ("", "")  # the text of which a part was read last
 
-    def __getitem__(self, number: int) -> Named:
+    def read(self, numbers: Sequence[int]) -> list[Named]:
+        """Name and text of the parts with these numbers; a text that several are of is read once for them."""
+        parts, owners = [self.part(number) for number in numbers], self.parts.owners
+        places = sorted(range(len(parts)), key=lambda place: (owners[parts[place]] != self.owner, owners[parts[place]]))
+        found = {place: self.read_part(parts[place]) for place in places}
+        return [found[place] for place in range(len(parts))]
+
+    def part(self, number: int) -> int:
+        """Which of the stored parts has a number in this order."""
         times, place = divmod(number, self.count)
         if times != self.times:
             self.times, self.order = times, array("q", range(self.count))
             random.Random(f"{self.seed} {times}").shuffle(self.order)
-        part, parts = self.order[place], self.parts
-        name, text = parts.texts[parts.owners[part]]
+        return self.order[place]
+
+    def read_part(self, part: int) -> Named:
+        """Name and text of a stored part."""
+        parts, owner = self.parts, self.parts.owners[part]
+        if owner != self.owner:
+            self.owner, self.owned = owner, parts.texts[owner]
+        name, text = self.owned
         return name, text[parts.starts[part] : parts.ends[part]]
 
 
@@ -147,7 +164,12 @@ class StreamedOrder:
                 raise NsaError(f"found no text in {self.texts.source}")
             self.count = count
 
-    def __getitem__(self, number: int) -> Named:
+    def read(self, numbers: Sequence[int]) -> list[Named]:
+        """Name and text of the parts with these numbers, which ascend."""
+        return [self.read_part(number) for number in numbers]
+
+    def read_part(self, number: int) -> Named:
+        """Name and text of the part with a number."""
         if number < self.next:
             self.next, self.parts = 0, self.all_parts()
         while self.next < number:
@@ -199,7 +221,8 @@ class WindowStream:
     """Windows out of the texts of one source.
 
     Attributes:
-        short: texts that were dropped since they are shorter than a window (where nothing is packed).
+        short: texts that were dropped since they are shorter than a window (where nothing is packed), each counted
+            when it was read for the first time.
     """
 
     def __init__(self, parts: Parts, tokenizer: Any, *, pack: bool, seed: int):
@@ -212,7 +235,7 @@ class WindowStream:
             seed: of the order of the texts.
         """
         self.order: StoredOrder | StreamedOrder = parts.ordered(seed)
-        self.tokenizer, self.pack = tokenizer, pack
+        self.encode, self.pack = encoder(tokenizer), pack
         self.opening = opening_tokens(tokenizer)
         self.next = self.turn = self.short = 0
         self.lanes = [Lane() for _ in range(min(LANES, self.order.count or LANES))]
@@ -259,7 +282,7 @@ class WindowStream:
         if self.pack and left and lane.offset == 0:
             lane.open.append(Span(lane.text, lane.offset, lane.offset + left))
         elif lane.offset == 0:
-            self.short += 1
+            self.short += lane.text < (self.order.count or sys.maxsize)
         lane.text = -1
         self.forget()
         return None
@@ -301,8 +324,8 @@ class WindowStream:
 
     def tokenised(self, numbers: Sequence[int]) -> Iterator[tuple[int, tuple[str, array[int]]]]:
         """Number, name and tokens of texts."""
-        named = [self.order[number] for number in numbers]
-        rows = self.tokenizer([text for _, text in named], add_special_tokens=False, verbose=False)["input_ids"]
+        named = self.order.read(numbers)
+        rows = self.encode([text for _, text in named])
         for number, (name, _), ids in zip(numbers, named, rows, strict=True):
             yield number, (name, array("i", ids))
 
@@ -323,9 +346,25 @@ class WindowStream:
         self.lanes = [Lane(text, offset, [Span(*span) for span in open]) for text, offset, open in state["lanes"]]
         self.tokens, self.names, self.ahead = {}, {}, {}
         needed = {span.text for lane in self.lanes for span in lane.open} | {lane.text for lane in self.lanes} - {-1}
-        # one by one: they are far from each other
-        for number in sorted(needed):
-            [(_, (self.names[number], self.tokens[number]))] = self.tokenised([number])
+        for number, (name, tokens) in self.tokenised(sorted(needed)):
+            self.names[number], self.tokens[number] = name, tokens
+
+
+def encoder(tokenizer: Any) -> Callable[[Sequence[str]], list[list[int]]]:
+    """What gives the token ids of texts, without special tokens: those of the tokenizer's own call.
+
+    The library behind a fast tokenizer has a faster one, which does not note where in the text each token is. It is
+    taken where the tokenizer does nothing of its own around that library.
+    """
+    ways = ("__call__", "_encode_plus", "_batch_encode_plus")
+    fast = PreTrainedTokenizerFast
+    if isinstance(tokenizer, fast) and all(getattr(type(tokenizer), w, 0) is getattr(fast, w, 0) for w in ways):
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = tokenizer.split_special_tokens
+        return lambda texts: [row.ids for row in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    return lambda texts: tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def opening_tokens(tokenizer: Any) -> list[int]:

@@ -27,6 +27,7 @@ def test_a_step_is_a_line(finished):
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert [row["tokens"] for row in rows] == [128, 256, 384, 512]
     assert {"stage", "loss", "ce", "kl", "lr_nsa", "lr_backbone", "grad_norm", "tokens_per_second"} <= rows[0].keys()
+    assert all(0 <= row["waited"] < row["seconds"] for row in rows)
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
