@@ -5,8 +5,8 @@
 
 CORPUS/train.jsonl and CORPUS/held_out.jsonl have rows {"name", "text", "source", "license", "tokens", "kind"}, and
 corpus.json says what they were made of; held_out_long.jsonl has those held-out documents that have 33,000 tokens or
-more. No held-out document comes from a package or a project that is trained on, or shares more than 3 % of its runs of
-13 words with the training text.
+more. No held-out document comes from a package that is trained on (nor, but for one, from a project: packages.py), or
+shares more than 3 % of its runs of 13 words with the training text.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from nsa_hf.errors import NsaError
 
+from ..load import load_tokenizer
 from .make import Count, make_corpus
 from .packages import PACKAGES
 
@@ -50,11 +51,11 @@ def smollm2(cache: Path) -> str:
 
 
 def counter(folder: str) -> Count:
-    """What counts the tokens of texts, by the tokenizer in `folder`."""
+    """What counts the tokens of texts, by the tokenizer in `folder`; NsaError where there is none."""
     from transformers import AutoTokenizer
 
     gguf = next(iter(Path(folder).glob("*.gguf")), None)
-    tokenizer = AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf.name} if gguf else {}))
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name) if gguf else load_tokenizer(folder)
 
     def count(texts: Sequence[str]) -> list[int]:
         numbers: list[int] = []

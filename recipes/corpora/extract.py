@@ -67,6 +67,7 @@ BREAKS = frozenset(
 )
 VOID = frozenset({"br", "hr", "img", "input", "link", "meta", "col", "area", "base", "wbr"})
 LARGEST = 16 << 20  # bytes of a file
+EXTRACTION = 1  # raised with each change of what this file finds in a package
 ENOUGH = {False: 12_000_000, True: 5_000_000}  # characters of a package that is trained on, or held out
 
 

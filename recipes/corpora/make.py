@@ -10,9 +10,9 @@ import gzip
 import hashlib
 import json
 import multiprocessing
+import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -24,8 +24,9 @@ from nsa_hf.conversion.files.staging import write_json
 from nsa_hf.errors import NsaError
 
 from ..fetch import sha256
+from ..terminal import track
 from ..training.windows import cut
-from .extract import PackageTexts, package_texts
+from .extract import EXTRACTION, PackageTexts, package_texts
 from .packages import Package
 from .similar import known, shared, word_runs
 
@@ -70,11 +71,13 @@ def download(package: Package, folder: Path) -> Path:
     """
     if found := sorted(folder.glob(f"{package.name}_*.deb")):
         return found[-1]
-    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of a download that was killed
+    partial.mkdir(parents=True)
     command = ["apt-get", "download", "-q", package.name]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    if found := sorted(folder.glob(f"{package.name}_*.deb")):
-        return found[-1]
+    done = subprocess.run(command, cwd=partial, capture_output=True, text=True, check=False)
+    if done.returncode == 0 and (found := sorted(partial.glob(f"{package.name}_*.deb"))):
+        return found[-1].rename(folder / found[-1].name)
     raise NsaError(
         f"apt-get cannot download {package.name}; the corpus is made of Debian 12's packages, after `apt-get update`: "
         f"{done.stderr.strip()[-300:]}"
@@ -84,17 +87,18 @@ def download(package: Package, folder: Path) -> Path:
 def read_package(deb: Path, package: Package, folder: Path) -> PackageTexts:
     """What the package says, from `folder` where it was read before."""
     kept = folder / f"{package.name}.jsonl.gz"
-    mark = sha256(deb)
+    # all that decides what is found
+    mark = [sha256(deb), package.only, package.code, package.held_out, EXTRACTION]
     if kept.is_file():
         with gzip.open(kept, "rt", encoding="utf-8") as lines:
             first = json.loads(next(lines))
-            if first["sha256"] == mark:
+            if first.get("made_of") == mark:
                 return PackageTexts(first["licence"], [tuple(json.loads(line)) for line in lines])
     read = package_texts(deb, package)
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = kept.with_suffix(".unfinished")
     with gzip.open(unfinished, "wt", encoding="utf-8", compresslevel=1) as lines:
-        lines.writelines(json.dumps(row) + "\n" for row in ({"sha256": mark, "licence": read.licence}, *read.texts))
+        lines.writelines(json.dumps(row) + "\n" for row in ({"made_of": mark, "licence": read.licence}, *read.texts))
     unfinished.rename(kept)
     return read
 
@@ -273,21 +277,18 @@ def make_corpus(
     """
     cache = out / "cache"
     debs = {}
-    for number, package in enumerate(packages, 1):
-        say(f"package {number}/{len(packages)}: {package.name}")
+    for package in track(packages, "packages downloaded"):
         debs[package.name] = download(package, cache / "packages")
     names = [package.name for package in packages]
     read = dict(zip(names, read_all(debs, packages, cache / "texts", workers), strict=True))
     held = HeldOut()
-    for package in packages:
-        if package.held_out:
-            held.add_from(read[package.name].texts, package, count)
-            say(f"held-out documents: {len(held.documents)}, {package.name} last")
+    for package in track([package for package in packages if package.held_out], "held-out packages read"):
+        held.add_from(read[package.name].texts, package, count)
     trained = [(package, read[package.name]) for package in packages if not package.held_out]
-    documents, common = training_documents(progress(trained, "packages compared"), held)
+    documents, common = training_documents(track(trained, "packages compared"), held)
     kept = choose_held_out(list(held.apart_from(common)), held_out)
     chosen = even_share(documents, int(tokens * CHARACTERS))
-    say(f"counting the tokens of {len(chosen):,} documents")
+    print(f"counting the tokens of {len(chosen):,} documents", file=sys.stderr, flush=True)
     numbers = count([document.text for document in chosen])
     chosen = by_hash(d._replace(tokens=number) for d, number in zip(chosen, numbers, strict=True))
     long = [document for document in kept if document.tokens >= LONG]
@@ -308,7 +309,7 @@ def read_all(debs: dict[str, Path], packages: Sequence[Package], folder: Path, w
         return [read_package(debs[package.name], package, folder) for package in packages]
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         waiting = [pool.submit(read_package, debs[package.name], package, folder) for package in packages]
-        return [future.result() for future in progress(waiting, "packages read")]
+        return [future.result() for future in track(waiting, "packages read")]
 
 
 def write_rows(path: Path, documents: Sequence[Document], read: dict[str, PackageTexts]) -> dict[str, Any]:
@@ -344,15 +345,3 @@ def package_facts(
         "documents": len(mine),
         "tokens": sum(document.tokens for document in mine),
     }
-
-
-def progress(items: Sequence[Any], what: str) -> Iterator[Any]:
-    """The items, each counted in a line of standard error that stays one line."""
-    for number, item in enumerate(items, 1):
-        yield item
-        say(f"{what}: {number}/{len(items)}")
-
-
-def say(line: str) -> None:
-    """Shows how far the work is."""
-    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)

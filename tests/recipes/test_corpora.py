@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from nsa_hf.errors import NsaError
+from nsa_hf.recipes.corpora import __main__ as corpora
 from nsa_hf.recipes.corpora import make
 from nsa_hf.recipes.corpora.extract import file_text, package_texts, wanted
 from nsa_hf.recipes.corpora.make import even_share, joined, make_corpus, parts
-from nsa_hf.recipes.corpora.packages import PACKAGES, Package
+from nsa_hf.recipes.corpora.packages import ONLY, PACKAGES, Package
 from nsa_hf.recipes.corpora.similar import shared, word_runs
 
 WORDS = "river stone light engine window garden paper signal market winter copper letter".split()  # noqa: SIM905
@@ -219,6 +220,56 @@ def test_a_package_that_is_not_to_be_had_is_named(tmp_path, monkeypatch):
         make.download(Package("nothing", False, False), tmp_path)
 
 
+def test_a_download_that_was_killed_leaves_no_package(tmp_path, monkeypatch):
+    def apt(content, code, error=None):
+        def run(command, *, cwd, **options):
+            (cwd / f"{command[-1]}_1.0_all.deb").write_text(content)
+            if error:
+                raise error
+            return subprocess.CompletedProcess(command, code, "", "E: it broke off")
+
+        return run
+
+    package = Package("x", False, False)
+    monkeypatch.setattr(make.subprocess, "run", apt("ha", 0, KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        make.download(package, tmp_path)
+    monkeypatch.setattr(make.subprocess, "run", apt("half", 100))
+    with pytest.raises(NsaError, match=r"cannot download x.*it broke off"):
+        make.download(package, tmp_path)
+    monkeypatch.setattr(make.subprocess, "run", apt("whole", 0))
+    assert make.download(package, tmp_path).read_text() == "whole"
+    monkeypatch.setattr(make.subprocess, "run", None)
+    assert make.download(package, tmp_path) == tmp_path / "x_1.0_all.deb"
+
+
+def test_a_package_is_read_again_where_something_else_is_read_of_it(tmp_path, monkeypatch):
+    code = "int f(int a) {\n    return a + a;\n}\n" * 40
+    deb = build(tmp_path, "x", {"usr/a/a.txt": sentences(1, 40), "usr/b/b.txt": sentences(2, 40), "usr/b/c.c": code})
+    package = Package("x", False, False)
+
+    def read(package):
+        return [path for path, _ in make.read_package(deb, package, tmp_path / "texts").texts]
+
+    assert read(package) == ["/usr/a/a.txt", "/usr/b/b.txt"]
+    assert read(package._replace(only="/b/")) == ["/usr/b/b.txt"]
+    assert read(package._replace(code=True)) == ["/usr/b/c.c"]
+    texts = read(package)
+    monkeypatch.setattr(make, "package_texts", None)  # what is kept now is all that is read
+    assert read(package) == texts
+    with pytest.raises(TypeError):
+        read(package._replace(held_out=True))
+    monkeypatch.setattr(make, "EXTRACTION", make.EXTRACTION + 1)
+    with pytest.raises(TypeError):
+        read(package)
+
+
+def test_a_mistyped_tokenizer_is_named(tmp_path, capsys):
+    assert corpora.main([str(tmp_path), "--tokenizer", str(tmp_path / "nothing")]) == 2
+    assert f"error: {tmp_path / 'nothing'} does not exist" in capsys.readouterr().err
+
+
 def test_no_package_is_named_twice():
     names = [package.name for package in PACKAGES]
     assert len(names) == len(set(names))
+    assert ONLY.keys() <= set(names)
