@@ -43,7 +43,9 @@ class RunConfig:
     )
     length: Lengths = setting("tokens of a training window; or a mixture, [{length: 2048, weight: 1}, ...]", 2048)
     pack: bool = setting("short documents share a window, each attending to itself only; false drops them", True)
-    held_out: str = setting("evaluation text, a source as of data; of 'stdlib' the files training never sees", "stdlib")
+    held_out: str = setting(
+        "evaluation text: one source, with its texts in 'text'; of 'stdlib' the files training never sees", "stdlib"
+    )
     held_out_documents: int = setting("held-out documents evaluated before and after", 2)
     held_out_length: int = setting("tokens of each; 0: as the longest training window", 0)
 
