@@ -15,6 +15,7 @@ from nsa_hf.recipes.load import load_nsa_model
 from nsa_hf.recipes.training.folder import (
     finished_run,
     machine,
+    noted_revisions,
     open_run_folder,
     save_trained,
     settings_fingerprint,
@@ -50,6 +51,11 @@ def test_an_unfinished_run_is_found_again(nsa_dir, tmp_path):
     before = (folder / "run.json").read_bytes()
     assert opened(config) == folder
     assert (folder / "run.json").read_bytes() == before
+    # an older version noted less
+    (folder / "run.json").write_text(json.dumps({"fingerprint": depends(config)}))
+    with open_run_folder(config, depends(config), {"hub:a/b": "1"}):
+        assert json.loads((folder / "run.json").read_text()).keys() == json.loads(before).keys()
+    assert noted_revisions(config) == {"hub:a/b": "1"}
     with pytest.raises(NsaError, match="seed: 0 -> 1"):
         opened(tiny_run(nsa_dir, tmp_path, config.out, seed=1))
     assert not finished_run(config, depends(config))
