@@ -28,7 +28,7 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-newest test-oldest gpu lint format typecheck clean
+.PHONY: help setup demo test test-all fuzz test-newest test-oldest gpu lint format typecheck clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "%-16s %s\n", $$1, $$2}'
@@ -50,6 +50,9 @@ test: $(READY) ## the tests
 
 test-all: $(READY) ## the tests and the slow ones
 	$(PYTEST) -m 'not gpu' $(ARGS)
+
+fuzz: $(READY) ## 10,000 random cases against the reference; `ARGS="--cases 500 --seed 7"` for others
+	OMP_NUM_THREADS=1 $(PY) tests/fuzz.py $(ARGS)
 
 test-newest: $(READY) ## the tests with the newest release of every package, in .venv-newest
 test-oldest: $(READY) ## the tests with every lower bound of pyproject.toml, in .venv-oldest

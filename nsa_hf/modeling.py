@@ -345,6 +345,11 @@ class NsaModelMixin(NsaPreTrainedMixin):
         inputs = input_ids if input_ids is not None else inputs_embeds
         if inputs is None:
             raise NsaError("give input_ids [batch, tokens] or inputs_embeds [batch, tokens, hidden]")
+        if inputs.dim() != (2 if inputs is input_ids else 3) or 0 in inputs.shape:
+            raise NsaError(
+                "give input_ids [batch, tokens] or inputs_embeds [batch, tokens, hidden] with at least one row of at "
+                f"least one token, got {list(inputs.shape)}"
+            )
         if cache is not None and not isinstance(cache, Cache):
             raise NsaError(UNUSABLE.format(type(cache).__name__))
         segments = self.segments_of(arguments, inputs)

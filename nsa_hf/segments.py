@@ -76,8 +76,10 @@ def find_segments(
     Raises:
         NsaError: a mask with holes, of four dimensions or of a wrong size; packing with several rows or a cache.
     """
+    check_positions(position_ids, batch, tokens)
     cu_seqlens = cu_seq_lens_k if cu_seq_lens_q is None else cu_seq_lens_q
     if cu_seqlens is not None:
+        check_borders(cu_seqlens)
         if cu_seq_lens_k is not None and cu_seq_lens_k is not cu_seqlens:
             if not torch.equal(cu_seq_lens_k, cu_seqlens):
                 raise NsaError("cu_seq_lens_q and cu_seq_lens_k must be equal: queries and keys are the same documents")
@@ -97,6 +99,35 @@ def find_segments(
         borders = [0, *(restarts[0].nonzero().flatten() + 1).tolist(), tokens]
         return packed_segments(borders, position_ids.new_tensor(borders), batch, tokens, past)
     return Segments(past=past)
+
+
+def check_positions(position_ids: Tensor | None, batch: int, tokens: int) -> None:
+    """Checks the shape of position ids.
+
+    Raises:
+        NsaError: it is neither `[batch or 1, tokens]` nor that of RoPE in several dimensions.
+    """
+    if position_ids is None:
+        return
+    *several, rows, places = position_ids.shape if position_ids.dim() > 1 else (0, 0)
+    if len(several) > 1 or rows not in (1, batch) or places != tokens:
+        raise NsaError(
+            f"position_ids must be [{batch} or 1, {tokens}] (rows and new tokens), or [3 or 4, {batch}, {tokens}] for "
+            f"RoPE in several dimensions, got {list(position_ids.shape)}"
+        )
+
+
+def check_borders(cu_seqlens: Tensor) -> None:
+    """Checks that documents' borders are whole numbers in a row.
+
+    Raises:
+        NsaError: they are not.
+    """
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise NsaError(
+            "cu_seq_lens_q and cu_seq_lens_k must be int32 or int64 [documents + 1], got "
+            f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+        )
 
 
 def text_positions(position_ids: Tensor | None) -> Tensor | None:
@@ -152,6 +183,7 @@ def static_segments(
         RuntimeError: a mask that is wrong in a compiled step, or in a step of one token on a GPU, where looking at it
             would stall the step. It is raised by the next call that waits for the GPU, after which CUDA is unusable.
     """
+    check_positions(position_ids, batch, tokens)
     may_look = not torch.compiler.is_compiling() and (tokens > 1 or device.type == "cpu")
     positions = text_positions(position_ids) if may_look and tokens > 1 and attention_mask is None else None
     restarts = positions is not None and bool((positions.diff(dim=-1) != 1).any())
