@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -31,6 +33,13 @@ MODELS = {
     ),
 }
 PROMPT = "The capital of France is"
+
+
+@pytest.fixture(autouse=True)
+def header_read_once(monkeypatch):
+    """A file's header (Gemma's has 262,144 words) is read with the `gguf` package a dozen times, by Transformers and by
+    us: it gives the same each time, and took most of the time here."""
+    monkeypatch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
 
 
 @pytest.mark.parametrize("name", MODELS)
