@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import shutil
 import signal
@@ -321,6 +322,15 @@ def test_a_server_that_is_asked_to_stop_has_not_failed():
     """By SIGTERM; by Ctrl-C where the servers above are stopped."""
     done = subprocess.run([sys.executable, "-c", STOPPED], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "closed\n"), done.stderr
+
+
+def test_the_server_listens_on_this_machine_only_unless_told_otherwise():
+    """What docs/security.md says of Transformers' defaults."""
+    from transformers.cli import serve  # here: it needs the server's packages
+
+    defaults = inspect.signature(serve.Serve.__init__).parameters
+    said = {name: defaults[name].default for name in ("host", "port", "enable_cors", "trust_remote_code")}
+    assert said == {"host": "localhost", "port": 8000, "enable_cors": False, "trust_remote_code": False}
 
 
 def test_a_model_that_lacks_weights_is_not_served(nsa_dir, tmp_path):

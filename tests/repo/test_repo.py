@@ -119,6 +119,15 @@ def test_links_in_documents_lead_somewhere(document: str) -> None:
         assert not heading or heading in headings(target), f"{document}: {link}"
 
 
+def test_tests_that_hold_a_statement_exist() -> None:
+    """Named as `tests/...py::test_...`."""
+    named = {
+        found for name in DOCUMENTS for found in re.findall(r"(tests/[\w/]+\.py)::(\w+)", (ROOT / name).read_text())
+    }
+    assert named
+    assert [pair for pair in sorted(named) if f"def {pair[1]}(" not in (ROOT / pair[0]).read_text()] == []
+
+
 @pytest.mark.parametrize("document", [name for name in DOCUMENTS if name != "CHANGELOG.md"])
 def test_files_named_in_documents_exist(document: str) -> None:
     """Paths that begin with a folder of the repository, but for those of a tree, and of the changelog's past."""
