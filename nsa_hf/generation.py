@@ -1,4 +1,4 @@
-"""What `generate()` does differently with a sparse model: masks of fixed shape, caches adopted early or refused."""
+"""What `generate()` does differently with a sparse model: padding moved left, caches adopted early or refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .cache.adopt import OFFLOADED_ON_CPU, adopt_layer, adopt_window_layer, stat
 from .cache.static import OFFLOADED_STATIC
 from .errors import NsaError
 from .releases import CACHE, cache_among
-from .segments import refuse_right_padding, row_runs, static_mask
+from .segments import is_left_padded, padding_first, refuse_unfinished, static_mask
 
 REFUSED = {
     "quantized": (
@@ -35,6 +35,30 @@ FILLED = (
 class NsaGenerationMixin:
     """In front of a model's class: overrides of Transformers' `GenerationMixin`."""
 
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers'. Rows that are not padded on the left are generated as if they were.
+
+        So each row goes on from its last real token, as it would alone. The sequences that come back begin with the
+        prompt as it was given; what else `return_dict_in_generate` gives of the prompt has its padding on the left.
+        """
+        mask, embeds = kwargs.get("attention_mask"), kwargs.get("inputs_embeds")
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or is_left_padded(mask):
+            return super().generate(inputs, *args, **kwargs)
+        order = padding_first(mask)
+        for prompt in (ids, embeds):
+            if isinstance(prompt, Tensor) and prompt.shape[1] and prompt.shape[:2] != mask.shape:
+                raise NsaError(
+                    f"attention_mask must have the prompt's shape {list(prompt.shape[:2])}, got {list(mask.shape)}"
+                )
+        moved = {name: reordered(value, order) for name, value in kwargs.items()}
+        out = super().generate(reordered(inputs, order), *args, **moved)
+        sequences = out if isinstance(out, Tensor) else out.sequences
+        if isinstance(ids, Tensor) and ids.shape[1]:
+            rows = torch.arange(len(ids), device=ids.device).repeat_interleave(len(sequences) // len(ids))
+            sequences[:, : ids.shape[1]] = ids[rows].to(sequences.device)
+        return out
+
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
         kind = generation_config.cache_implementation
         if kind in REFUSED:
@@ -44,7 +68,7 @@ class NsaGenerationMixin:
         mask = model_kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2:
             # once, on the host: a compiled step cannot look at it
-            refuse_right_padding(mask)
+            refuse_unfinished(mask)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         cache = model_kwargs.get(CACHE)
         if cache is not None:
@@ -68,16 +92,16 @@ class NsaGenerationMixin:
             NsaError: `pad_token_id` stands behind other tokens.
         """
         mask = super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
-        starts, _ = row_runs(mask)
-        left = (torch.arange(mask.shape[1], device=mask.device) >= starts[:, None]).to(mask.dtype)
-        if not generation_config.is_assistant and not torch.equal(mask, left):
-            pad = int(generation_config._pad_token_tensor)
-            raise NsaError(
-                f"no attention_mask was given, and pad_token_id {pad} stands behind other tokens, which Transformers "
-                "takes for padding: give attention_mask=torch.ones_like(input_ids) "
-                "where it is text, and pad prompts on the left (tokenizer.padding_side='left')"
-            )
-        return left
+        if is_left_padded(mask):
+            return mask
+        if generation_config.is_assistant:
+            starts = (mask == 0).long().cumprod(-1).sum(-1, keepdim=True)
+            return (torch.arange(mask.shape[1], device=mask.device) >= starts).to(mask.dtype)
+        pad = int(generation_config._pad_token_tensor)
+        raise NsaError(
+            f"no attention_mask was given, and pad_token_id {pad} stands behind other tokens, which Transformers "
+            "takes for padding: give the tokenizer's attention_mask, or torch.ones_like(input_ids) where it is text"
+        )
 
     @staticmethod
     def create_masks_for_generate(
@@ -98,3 +122,10 @@ class NsaGenerationMixin:
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NsaError(PAGED)
+
+
+def reordered(value: Any, order: Tensor) -> Any:
+    """A prompt's tensor `[B, P, ...]` with its positions in another order `[B, P]`; anything else as it is."""
+    if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[:2] != order.shape:
+        return value
+    return value[torch.arange(len(order), device=value.device)[:, None], order.to(value.device)]

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from .errors import NsaError
 
+# Of an assertion on the device; on a GPU it may have 255 letters.
+HOLES = "attention_mask has holes (a row is 1, then 0, then 1 again): pad on the left (tokenizer.padding_side='left')"
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -179,7 +182,7 @@ def static_segments(
         attention_mask: `[B, past + T]`, or `[B, room]` filled up with zeros, which has the same shape at every step.
 
     Raises:
-        NsaError: packed documents; a mask that is wrong as in `find_segments`, or padded on the right.
+        NsaError: packed documents; a mask that is wrong as in `find_segments`.
         RuntimeError: a mask that is wrong in a compiled step, or in a step of one token on a GPU, where looking at it
             would stall the step. It is raised by the next call that waits for the GPU, after which CUDA is unusable.
     """
@@ -199,12 +202,9 @@ def static_segments(
     check_mask(attention_mask, batch, {int(past) + tokens, room} if may_look else None)
     starts, runs = row_runs(attention_mask)
     if may_look:
-        refuse_right_padding(attention_mask[:, : int(past) + tokens])
+        refuse_holes(int(runs.max()))
     else:
-        last = attention_mask.gather(1, lengths[:, None].long() - 1)[:, 0]
-        # on a GPU a message may have 255 letters
-        message = "attention_mask has holes or is padded on the right: pad on the left (tokenizer.padding_side='left')"
-        torch._assert_async((runs + (last == 0) <= 1).all(), message)
+        torch._assert_async((runs <= 1).all(), HOLES)
     return Segments(starts=starts, lengths=lengths)
 
 
@@ -260,7 +260,17 @@ def row_runs(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     return first.to(torch.int32), run_begins.sum(-1).to(torch.int32)
 
 
-def refuse_right_padding(attention_mask: Tensor) -> None:
+def is_left_padded(attention_mask: Tensor) -> bool:
+    """Whether all padding of the mask `[B, tokens]` stands before its row's tokens."""
+    return bool((attention_mask[:, 1:].bool() | ~attention_mask[:, :-1].bool()).all())
+
+
+def padding_first(attention_mask: Tensor) -> Tensor:
+    """The order `[B, tokens]` in which each row's padding comes first, and then its tokens as they were."""
+    return attention_mask.bool().int().argsort(dim=1, stable=True)
+
+
+def refuse_unfinished(attention_mask: Tensor) -> None:
     """Refuses rows that cannot be continued: the next token would come behind a hole.
 
     Raises:
@@ -273,7 +283,7 @@ def refuse_holes(most_runs: int) -> None:
     """Refuses a mask of which a row has more than one run of real positions."""
     if most_runs > 1:
         raise NsaError(
-            "attention_mask has holes (a row is 1, then 0, then 1 again, or ends with 0 and is to be continued): "
-            "sparse attention supports padding on the left, and on the right where no token comes behind; pad "
-            "generation prompts on the left (tokenizer.padding_side='left')"
+            "attention_mask has holes (a row is 1, then 0, then 1 again): sparse attention takes padding on the left "
+            "and on the right, but nothing behind that. In a loop of your own pad prompts on the left "
+            "(tokenizer.padding_side='left'); generate() does so by itself"
         )

@@ -179,14 +179,49 @@ def test_the_mask_that_is_inferred_where_none_is_given(tiny_nsa_model):
         model.generate(x, **options)
 
 
+# Where the real tokens of three rows stand in prompts of 90 tokens: right padding, none, both sides.
+SPANS = [(0, 70), (0, 90), (13, 77)]
+
+
+def spans_mask(x, spans=SPANS) -> torch.Tensor:
+    place = torch.arange(x.shape[1])
+    return torch.stack([((place >= start) & (place < stop)).long() for start, stop in spans])
+
+
 @pytest.mark.parametrize("kind", [None, "static"])
-def test_rows_padded_on_the_right_are_not_continued(kind, tiny_nsa_model):
-    """Before anything is compiled: a compiled step cannot look at its mask."""
-    model, x = tiny_nsa_model(), tokens(2, 40)
-    mask = torch.ones_like(x)
-    mask[1, 30:] = 0
-    with pytest.raises(NsaError, match="ends with 0 and is to be continued"):
-        model.generate(x, attention_mask=mask, max_new_tokens=1, cache_implementation=kind, **GREEDY)
+@pytest.mark.parametrize("given", ["inputs", "input_ids", "inputs_embeds"])
+def test_greedy_of_a_right_padded_batch_is_that_of_each_row_alone(given, kind, tiny_nsa_model):
+    """Transformers warns and goes on; so does this, from each row's last real token."""
+    model, x = tiny_nsa_model(), tokens(3, 90)
+    prompt = {given: model.get_input_embeddings()(x) if given == "inputs_embeds" else x}
+    options = {"max_new_tokens": 20, "cache_implementation": kind, **GREEDY}
+    together = model.generate(**prompt, attention_mask=spans_mask(x), **options)
+    if given != "inputs_embeds":
+        assert torch.equal(together[:, :90], x), "the prompt as it was given"
+    for row, (start, stop) in enumerate(SPANS):
+        alone = x[row : row + 1, start:stop]
+        alone = model.generate(alone, attention_mask=torch.ones_like(alone), **options)[0, stop - start :]
+        assert torch.equal(together[row, -20:], alone)
+
+
+def test_a_right_padded_batch_in_beams_and_as_a_conversation(tiny_nsa_model):
+    model, x, cache = tiny_nsa_model(), tokens(2, 90), DynamicCache()
+    mask = spans_mask(x, SPANS[:2])
+    options = {"max_new_tokens": 10, **GREEDY}
+    beams = model.generate(x, attention_mask=mask, num_beams=3, num_return_sequences=2, **options)
+    assert torch.equal(beams[:, :90], x.repeat_interleave(2, 0))
+    alone = model.generate(x[:1, :70], attention_mask=torch.ones(1, 70), num_beams=3, num_return_sequences=2, **options)
+    assert torch.equal(beams[:2, 90:], alone[:, 70:])
+    first = model.generate(x, attention_mask=mask, return_dict_in_generate=True, **{CACHE: cache}, **options)
+    turn = torch.cat([first.sequences, tokens(2, 12)], dim=1)
+    mask = torch.cat([mask, torch.ones(2, 22, dtype=torch.long)], dim=1)  # as a dense model's user goes on
+    second = model.generate(turn, attention_mask=mask, **{CACHE: cache}, **options)
+    assert torch.equal(second, model.generate(turn, attention_mask=mask, **options))
+    alone = torch.cat([turn[:1, :70], turn[:1, 90:]], dim=1)
+    alone = model.generate(alone, attention_mask=torch.ones_like(alone), **options)
+    assert torch.equal(second[0, -10:], alone[0, -10:])
+    with pytest.raises(NsaError, match=r"must have the prompt's shape \[2, 12\]"):
+        model.generate(turn[:, -12:], attention_mask=mask, **options)
 
 
 @pytest.mark.parametrize(
