@@ -28,7 +28,7 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all fuzz test-newest test-oldest gpu lint format typecheck clean
+.PHONY: help setup demo test test-all fuzz test-newest test-oldest test-common gpu lint format typecheck clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "%-16s %s\n", $$1, $$2}'
@@ -53,6 +53,9 @@ test-all: $(READY) ## the tests and the slow ones
 
 fuzz: $(READY) ## 10,000 random cases against the reference; `ARGS="--cases 500 --seed 7"` for others
 	OMP_NUM_THREADS=1 $(PY) tests/fuzz.py $(ARGS)
+
+test-common: $(READY) ## Transformers' own tests of models, against the sparse classes; some minutes
+	$(PY) .ci/common $(ARGS)
 
 test-newest: $(READY) ## the tests with the newest release of every package, in .venv-newest
 test-oldest: $(READY) ## the tests with every lower bound of pyproject.toml, in .venv-oldest

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from nsa_hf.kernels import Placement, ZeroLinear, build_compressor, nsa_attention, reference_attention
+from nsa_hf.kernels import (
+    Placement,
+    ZeroLinear,
+    build_compressor,
+    exported_attention,
+    nsa_attention,
+    reference_attention,
+)
 
 from .branches import BRANCHES, KeysAndValues, attention_of_branch, branch_modules
 from .cache.adopt import CACHE_LOST, adopt_layer, adopt_window_layer, check_lengths
@@ -27,7 +34,7 @@ from .index import Index, IndexKeys, index_of_layer
 from .modes import Attended, Mode
 from .releases import by_name, cache_among
 from .segments import Segments
-from .sliding import dense_weights, sliding_attention
+from .sliding import dense_weights, sliding_attention, weighted_values
 
 # The user's choice in `attn_implementation`, and the backend of `nsa_attention` that it means.
 IMPLEMENTATIONS = {"nsa": "auto", "eager": "reference"}
@@ -239,6 +246,8 @@ def nsa_attention_forward(
     weights = None
     if mode.weights and (module.window is not None or nsa is None or mode.runs_dense(module.layer_idx)):
         weights = dense_weights(query, key, scaling, module.window, segments, nsa_static)
+    if weights is not None and not dropout:
+        return weighted_values(weights, value), weights
     if module.window is not None:
         window_of_layer = (module.window, segments, nsa_static)
         return sliding_attention(module, query, key, value, scaling, dropout, *window_of_layer), weights
@@ -326,13 +335,21 @@ def sparse_attention(
     compressed = (None, None) if entries is None else (x.to(value.dtype) for x in entries)
     inputs = (*(x.transpose(1, 2) for x in (query, key, value)), *compressed, gates)
     # so the selection, which is always made, is no wider than the text needs
-    sizes = mode.sizes.within(key.shape[2])
+    exporting = torch.compiler.is_exporting()
+    sizes = mode.sizes if exporting else mode.sizes.within(key.shape[2])
     places: dict[str, Any] = {"starts": segments.starts, "lengths": segments.lengths, "cu_seqlens": segments.cu_seqlens}
     more: dict[str, Any] = {"k_win": k_win, "v_win": v_win}
     if module.nsa_index is not None and index_keys is not None:
         more |= module.nsa_index.arguments(query, index_keys)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     weights = None
+    if exporting and not mode.weights:
+        more |= {"starts": segments.starts, "lengths": segments.lengths}
+        more = dict.fromkeys(("q_index", "k_index", "k_index_scales")) | more
+        more.pop("index_scale", None)  # of no consequence
+        return exported_attention(
+            *inputs, **more, sizes=list(sizes.by_name().values()), scale=scale, backend=mode.backend
+        ), None
     if mode.weights:
         more |= {"placement": Placement(**places), "return_weights": True}
         out, selection, weights = reference_attention(*inputs, sizes=sizes, scale=scale, **more)

@@ -8,9 +8,10 @@ The classes are attributes of this module by name (`NsaQwen3ForCausalLM`); `Auto
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from types import ModuleType
@@ -102,6 +103,7 @@ def make_family(model_type: str) -> Family:
         f"`{dense.model.__name__}` with sparse attention.",
         is_recurrent=dense.is_recurrent,
         forward_names=positional_names(dense.model.forward),
+        forward=forward_like(dense.model.forward),
         dense_class=dense.model,
         **shared,
     )
@@ -131,6 +133,17 @@ def make_family(model_type: str) -> Family:
     family = Family(dense, config_class, model_class, causal_lm_class, head_classes)
     register_family(family)
     return family
+
+
+def forward_like(dense_forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The sparse decoder's forward with the signature of the family's, which tells others what arguments there are."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return NsaModelMixin.forward(self, *args, **kwargs)
+
+    forward.__signature__ = inspect.signature(dense_forward)  # type: ignore[attr-defined]
+    forward.__doc__ = NsaModelMixin.forward.__doc__
+    return forward
 
 
 def make_class(dense: DenseFamily, dense_class: type, bases: tuple[type, ...], text: str, /, **members: Any) -> Any:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
@@ -45,6 +47,8 @@ def by_name(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, 
     if cache is not None:
         if arguments.get(CACHE) is not None:
             raise NsaError(f"{CACHE} and {OTHER_CACHE} are two names of one argument, got both: give {CACHE}")
+        if OTHER_CACHE == "past_key_values" and not torch.compiler.is_compiling():
+            warnings.warn(f"`{OTHER_CACHE}` is deprecated in Transformers: use `{CACHE}`", FutureWarning, stacklevel=3)
         arguments[CACHE] = cache
     return arguments
 

@@ -90,6 +90,10 @@ def find_segments(
     if attention_mask is not None:
         return Segments(starts=padding_starts(attention_mask, batch, past + tokens), past=past)
     position_ids = text_positions(position_ids)
+    if position_ids is not None and torch.compiler.is_exporting():
+        rises = (position_ids.diff(dim=-1) == 1).all()
+        torch._assert_async(rises, "position_ids restart: packed documents cannot be given to an exported model")
+        return Segments(past=past)
     if position_ids is not None and tokens > 1:
         restarts = position_ids.diff(dim=-1) != 1
         if not bool(restarts.any()):
@@ -199,7 +203,7 @@ def static_segments(
         lengths = torch.full((batch,), past + tokens, dtype=torch.int32, device=device)
     if attention_mask is None:
         return Segments(lengths=lengths)
-    check_mask(attention_mask, batch, {int(past) + tokens, room} if may_look else None)
+    check_mask(attention_mask, batch, (int(past) + tokens, room) if may_look else None)
     starts, runs = row_runs(attention_mask)
     if may_look:
         refuse_holes(int(runs.max()))
@@ -216,15 +220,25 @@ def static_mask(attention_mask: Tensor | None, room: int) -> Tensor | None:
 
 
 def padding_starts(attention_mask: Any, batch: int, keys: int) -> Tensor | None:
-    """First real position of each row, int32 `[B]`, or None where no row is padded on the left."""
-    check_mask(attention_mask, batch, {keys})
+    """First real position of each row, int32 `[B]`, or None where no row is padded on the left.
+
+    In a graph (`torch.compile`, `torch.export`), which cannot look at the mask, never None.
+
+    Raises:
+        NsaError: the mask has holes or a wrong shape.
+        RuntimeError: it has holes, in a graph.
+    """
+    check_mask(attention_mask, batch, (keys,))
     starts, runs = row_runs(attention_mask)
+    if torch.compiler.is_compiling():
+        torch._assert_async((runs <= 1).all(), HOLES)
+        return starts
     most_runs, last_start = torch.stack([runs.max(), starts.max()]).tolist()
     refuse_holes(most_runs)
     return starts if last_start > 0 else None
 
 
-def check_mask(attention_mask: Any, batch: int, widths: set[int] | None) -> None:
+def check_mask(attention_mask: Any, batch: int, widths: tuple[int, ...] | None) -> None:
     """Checks a mask's shape.
 
     Args:
@@ -239,8 +253,9 @@ def check_mask(attention_mask: Any, batch: int, widths: set[int] | None) -> None
             f"sparse attention takes a 2D attention_mask [batch, tokens] (padding only), got {got}: "
             "for packed documents give position_ids that restart, or cu_seq_lens_q"
         )
-    if attention_mask.shape[0] != batch or (widths is not None and attention_mask.shape[1] not in widths):
-        expected = " or ".join(str([batch, width]) for width in sorted(widths or {attention_mask.shape[1]}))
+    rows, width = attention_mask.shape
+    if rows != batch or (widths is not None and not any(width == other for other in widths)):
+        expected = " or ".join(str([batch, other]) for other in dict.fromkeys(widths or (width,)))
         raise NsaError(
             f"attention_mask must be {expected} (rows, cached and new tokens), got {list(attention_mask.shape)}"
         )
@@ -251,9 +266,9 @@ def row_runs(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
 
     A row without any real position starts behind its end.
     """
-    batch, keys = attention_mask.shape
+    keys = attention_mask.shape[1]
     real = attention_mask != 0
-    run_begins = real.long().diff(dim=-1, prepend=real.new_zeros(batch, 1).long()) == 1
+    run_begins = real.long().diff(dim=-1, prepend=real.new_zeros(real.shape[0], 1).long()) == 1
     # int64 until the end: PyTorch 2.11 cannot compile the minimum of int32 beside a number of tokens that varies
     position = torch.arange(keys, device=attention_mask.device)
     first = torch.where(real, position, keys).amin(-1)

@@ -55,8 +55,9 @@ def sliding_attention(
         )
     chunk = max(window, LEAST_CHUNK)
     out = []
-    for start in range(0, tokens, chunk):
-        stop = min(start + chunk, tokens)
+    # the graph of any length has one chunk
+    for start in (0,) if torch.compiler.is_exporting() else range(0, tokens, chunk):
+        stop = tokens if torch.compiler.is_exporting() else min(start + chunk, tokens)
         position = torch.arange(past + start, past + stop, device=query.device)
         # a cache that was reset may hold zeros from before (Transformers 5.17)
         low = max(past + start - window + 1, dropped, 0)
@@ -144,3 +145,9 @@ def dense_weights(
     grouped = query.unflatten(1, (key.shape[1], -1))
     logits = (grouped @ key[:, :, None].transpose(-1, -2) * scale).flatten(1, 2)
     return logits.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(query.dtype)
+
+
+def weighted_values(weights: Tensor, value: Tensor) -> Tensor:
+    """The output `[B, T, Hq, Dv]` of weights `[B, Hq, T, S]` and values `[B, Hk, S, Dv]`: its gradients reach both."""
+    out = weights.unflatten(1, (value.shape[1], -1)) @ value[:, :, None]
+    return out.flatten(1, 2).transpose(1, 2).contiguous()

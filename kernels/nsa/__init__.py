@@ -12,6 +12,7 @@ from .compression import (
     compress,
     compress_blocks,
 )
+from .exported import exported_attention
 from .index_keys import dequantize_index_keys, quantize_index_keys
 from .placement import Placement
 from .reference import reference_attention
@@ -31,6 +32,7 @@ __all__ = [
     "compress",
     "compress_blocks",
     "dequantize_index_keys",
+    "exported_attention",
     "n_blocks",
     "nsa_attention",
     "quantize_index_keys",

@@ -96,8 +96,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, weights: bool) -> t
         if weights:
             logits = (q.flatten(2, 3) @ k.transpose(-1, -2)).unflatten(2, (group, tokens))
             probabilities = logits.masked_fill(hidden.unsqueeze(2), float("-inf")).softmax(-1)
-            out = (probabilities.flatten(2, 3) @ v).unflatten(2, (group, tokens))
             probabilities = probabilities.masked_fill(~sees.unsqueeze(2), 0)
+            out = (probabilities.flatten(2, 3) @ v).unflatten(2, (group, tokens))
         else:
             bias = q.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
             heads = [scaled_dot_product_attention(head, k, v, attn_mask=bias, scale=1.0) for head in q.unbind(2)]
@@ -278,6 +278,12 @@ def reference_attention(
     out = torch.cat([result[0] for result in results], dim=3)
     selection = torch.cat([result[1] for result in results], dim=2)
     weights = torch.cat([result[2] for result in results], dim=3).flatten(1, 2) if return_weights else None
+    if weights is not None:
+        # made of what is returned, so that gradients of the output reach it
+        by_group = weights.unflatten(1, (kv_heads, -1))
+        with torch.autocast(q.device.type, enabled=False):
+            selected = (by_group.flatten(2, 3) @ tensors[1]).unflatten(2, by_group.shape[2:4])
+        out = out + gate[..., 1:2] * selected
     return ReferenceResult(
         out.flatten(1, 2).transpose(1, 2).contiguous().to(q.dtype),
         selection.transpose(1, 2).contiguous().to(torch.int32),
@@ -312,7 +318,8 @@ def attend_chunk(
         q_index: `[B, Hk, Gi, T, c]` of these queries; k_index: `[B, Hj, S, c]`.
 
     Returns:
-        Output `[B, Hk, G, T, Dv]`, selection `[B, Hk, T, topk]`, weights `[B, Hk, G, T, S]` or None.
+        Output `[B, Hk, G, T, Dv]`, selection `[B, Hk, T, topk]`, weights `[B, Hk, G, T, S]` or None. With weights the
+        output is without the selected branch, which is made of them.
     """
     position = positions.query[:, queries[0] : queries[1], None]
     start = positions.query_start[:, queries[0] : queries[1], None]
@@ -352,7 +359,9 @@ def attend_chunk(
     near = slice(window_low - offset, seen[1] - offset)
     out_win, _ = attend(q, k_win[:, :, near], v_win[:, :, near], inside[:, None], weights=False)
 
-    out = gate[..., 1:2] * out_slc + gate[..., 2:3] * out_win
+    out = gate[..., 2:3] * out_win
+    if not return_weights:
+        out = gate[..., 1:2] * out_slc + out
     if out_cmp is not None:
         out = gate[..., 0:1] * out_cmp + out
     weights = None if p_slc is None else torch.nn.functional.pad(p_slc, (seen[0], keys - seen[1]))
