@@ -5,6 +5,8 @@ A program that was exported runs where `nsa_hf` is imported, which defines the n
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,7 @@ def exported_attention(
     from .attention import nsa_attention
     from .sizes import Sizes
 
+    named: dict[str, Any] = Sizes(*sizes).by_name()
     out = nsa_attention(
         q,
         k,
@@ -39,7 +42,7 @@ def exported_attention(
         k_cmp,
         v_cmp,
         gates,
-        **Sizes(*sizes).by_name(),
+        **named,
         k_win=k_win,
         v_win=v_win,
         q_index=q_index,
