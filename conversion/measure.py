@@ -38,8 +38,8 @@ from transformers import PreTrainedModel
 
 from nsa_hf.errors import NotPlain, NsaError
 from nsa_hf.families import family_of
-from nsa_hf.from_dense import on_same_weights
 from nsa_hf.heads import check_next_token
+from nsa_hf.in_memory import on_same_weights
 
 from .compare.metrics import Accumulator, position_edges
 from .compare.models import compare_models, final_states

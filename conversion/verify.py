@@ -26,8 +26,8 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from nsa_hf.errors import NotPlain, NsaError, check_path
-from nsa_hf.from_dense import on_same_weights
 from nsa_hf.heads import auto_class
+from nsa_hf.in_memory import on_same_weights
 
 from . import manifest as manifests
 from .compare.metrics import Accumulator, Bucket, position_edges

@@ -25,7 +25,7 @@ from transformers.models.auto.configuration_auto import model_type_to_module_nam
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
-from . import adapters, from_dense
+from . import adapters, in_memory
 from .attention import NsaAttentionMixin
 from .config import NsaConfigMixin
 from .discovery import DenseFamily, attention_arguments, families_by_class_name, find_family
@@ -289,5 +289,5 @@ def chosen_config(dense_config: PreTrainedConfig, nsa_fields: Mapping[str, Any])
 
 
 def initial_nsa_state(config: PreTrainedConfig, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """The parameters that a conversion adds to the model of a sparse config: see `from_dense.initial_nsa_state`."""
-    return from_dense.initial_nsa_state(family_of(config).class_of(config), config, seed)
+    """The parameters that a conversion adds to the model of a sparse config: see `in_memory.initial_nsa_state`."""
+    return in_memory.initial_nsa_state(family_of(config).class_of(config), config, seed)

@@ -20,9 +20,9 @@ from .cache.adopt import UNUSABLE, check_reached_layers, check_starts, static_le
 from .cache.state import check_states, note_states
 from .discovery import calls_attention, find_family
 from .errors import NotPlain, NsaError
-from .from_dense import FromDenseMixin
 from .generation import NsaGenerationMixin
 from .heads import renamed_decoder
+from .in_memory import FromDenseMixin
 from .modes import Attended, Mode, OpenContexts, Recorded, appended
 from .registration import PREFIX
 from .releases import CACHE, by_name, cache_among, tokens_held

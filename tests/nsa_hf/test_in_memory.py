@@ -1,4 +1,4 @@
-"""nsa_hf/from_dense.py: converted in memory, as a conversion on disk is."""
+"""nsa_hf/in_memory.py: converted in memory, as a conversion on disk is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import nsa_hf
 from nsa_hf import NsaError
 from nsa_hf.conversion import convert
-from nsa_hf.from_dense import on_same_weights
+from nsa_hf.in_memory import on_same_weights
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "qwen3_moe"])
