@@ -54,6 +54,10 @@ def convert(
 ) -> Path:
     """Converts a dense model.
 
+        >>> nsa_hf.convert("path/to/llama", "llama-nsa", topk=32).name
+        'llama-nsa'
+        >>> model = AutoModelForCausalLM.from_pretrained("llama-nsa")
+
     Args:
         src: a local folder, a .gguf file or a folder with one, or a Hub id.
         out: the folder to write; new or empty unless `overwrite`.

@@ -48,6 +48,11 @@ def export_dense(
 ) -> dict[str, Any]:
     """Writes the dense model that an NSA checkpoint holds.
 
+        >>> from nsa_hf.conversion import export_dense
+        >>> report = export_dense(nsa_hf.convert("path/to/llama", "llama-nsa"), "llama-again")
+        >>> report["as_in_source"] == report["tensors"]
+        True
+
     Args:
         src: a folder that `convert` wrote, or one trained from it, here or elsewhere.
         out: the folder to write; new or empty unless `overwrite`.
@@ -160,7 +165,11 @@ def _perplexity(src: Path) -> list[dict[str, Any]] | None:
 
 
 def render_export(report: dict[str, Any]) -> RenderableType:
-    """The report as rich tables, for `rich.print`."""
+    """The report as rich tables, for `rich.print`.
+
+    >>> from nsa_hf.conversion import export_dense, render_export
+    >>> tables = render_export(export_dense(nsa_hf.convert("path/to/llama", "llama-nsa"), "llama-again"))
+    """
     facts = Table(title=f"Dense {escape(report['model_type'])}", show_header=False)
     tensors = f"{report['as_in_source']} of {report['tensors']} bit for bit the source's"
     if report["as_in_source"] is None:

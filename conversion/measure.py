@@ -66,6 +66,12 @@ POSITIONS = 1024
 class Measuring:
     """What a conversion is measured on.
 
+        >>> from nsa_hf.conversion import Measuring, plan
+        >>> texts = [("mine", "word after word, " * 40)]
+        >>> planned = plan("path/to/llama", measure=Measuring(texts, tokens=400, documents=1), topk=4)
+        >>> planned["measured"]["documents"]
+        [{'name': 'mine', 'tokens': 400}]
+
     Attributes:
         texts: (name, text) pairs, read as far as they are needed.
         tokens: of each text; fewer where no text has so many, or the model no such position.

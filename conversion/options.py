@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from nsa_hf.errors import NsaError
 from nsa_hf.families import chosen_config
-from nsa_hf.fields import FOUND_FIELDS, NSA_FIELDS, full_name
+from nsa_hf.fields import FOUND_FIELDS, full_name, named_fields, unknown_option
 from nsa_hf.recommend import Choice
 
 from .rope import parse_rope_scaling, scaled_config
@@ -56,22 +55,13 @@ def nsa_options(options: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         NsaError: a name that is no field (the message names the nearest), or one given with and without its prefix.
     """
-    named: dict[str, Any] = {}
-    for option, value in options.items():
-        if option == "rope_scaling":
-            named |= {option: parse_rope_scaling(value)} if value is not None else {}
-            continue
-        name = full_name(option)
-        if name not in NSA_FIELDS or name in FOUND_FIELDS:
-            choices = [field.removeprefix("nsa_") for field in NSA_FIELDS if field not in FOUND_FIELDS]
-            near = get_close_matches(name.removeprefix("nsa_"), choices, n=1)
-            advice = f"did you mean {near[0]}?" if near else f"choose among {', '.join(choices)}"
-            raise NsaError(f"unknown option {option!r}: {advice}")
-        if name in named:
-            raise NsaError(f"{name} is given twice, with and without its prefix: give it once")
-        if value is not None:
-            named[name] = value
-    return named
+    scaling = parse_rope_scaling(options.get("rope_scaling"))
+    fields = {option: value for option, value in options.items() if option != "rope_scaling"}
+    for option in fields:
+        if full_name(option) in FOUND_FIELDS:
+            raise unknown_option(option)
+    named = {name: value for name, value in named_fields(fields).items() if value is not None}
+    return named if scaling is None else {**named, "rope_scaling": scaling}
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

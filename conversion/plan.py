@@ -47,6 +47,10 @@ def plan(
 ) -> dict[str, Any]:
     """Describes a conversion.
 
+        >>> from nsa_hf.conversion import plan
+        >>> plan("path/to/llama", topk=32)["exact_up_to"]  # tokens
+        2048
+
     Args:
         src, dtype, revision, allow_pickle, trust_remote_code, options: as `convert` takes them.
         lengths: tokens at which to count the cache's bytes.
@@ -152,7 +156,11 @@ def _layer(config: PreTrainedConfig, expected: ConvertedTensors, index: int) -> 
 
 
 def render_plan(plan: dict[str, Any]) -> RenderableType:
-    """The plan as rich tables, for `rich.print`."""
+    """The plan as rich tables, for `rich.print`.
+
+    >>> from nsa_hf.conversion import plan, render_plan
+    >>> tables = render_plan(plan("path/to/llama"))
+    """
     source, parameters, pays = plan["source"], plan["parameters"], plan["pays_from"]
     facts = Table(title=f"{escape(source['name'])}: {source['model_type']} to {plan['model_type']}", show_header=False)
     facts.add_row("Source", f"{source['kind']}, {source['dtype']}" + _if_other(plan["dtype"], source["dtype"]))

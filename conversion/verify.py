@@ -72,6 +72,11 @@ def verify(
 ) -> dict[str, Any]:
     """Compares a converted model with its dense source and writes `out/verify.json`.
 
+        >>> from nsa_hf.conversion import verify
+        >>> folder = nsa_hf.convert("path/to/llama", "llama-nsa", topk=4)
+        >>> verify("path/to/llama", folder, length=300, documents=1)["exact"]
+        True
+
     Args:
         src: the dense source, as `convert` takes it.
         out: a folder that `convert` wrote, or one trained from it, here or elsewhere.
@@ -281,7 +286,12 @@ def judge(
 
 
 def render_verify(result: dict[str, Any]) -> RenderableType:
-    """The result as rich tables, for `rich.print`."""
+    """The result as rich tables, for `rich.print`.
+
+    >>> from nsa_hf.conversion import render_verify, verify
+    >>> folder = nsa_hf.convert("path/to/llama", "llama-nsa", topk=4)
+    >>> tables = render_verify(verify("path/to/llama", folder, length=300, documents=1))
+    """
     tensors, exact = result["tensors"], result["exact_range"]
     verdict = {True: "[green]exact[/]: ", False: "[red]NOT exact[/]: ", None: ""}[result["exact"]]
     facts = Table(title=f"{escape(result['source'])} and its {result['model_type']}", show_header=False)

@@ -1,8 +1,18 @@
 """Native Sparse Attention for Transformers. Importing this registers the model classes with the Auto classes.
 
+    >>> model = nsa_hf.from_dense("path/to/llama")  # or a Hub id, or a model in memory; any supported family
+    >>> folder = nsa_hf.convert("path/to/llama", "llama-nsa")  # the same on the disk
+    >>> model = AutoModelForCausalLM.from_pretrained("llama-nsa")
+    >>> with model.dense_attention():  # the same weights, dense
+    ...     logits = model(torch.arange(100)[None]).logits
+
+The classes of a family are attributes by name, made when they are asked for: `nsa_hf.NsaQwen3ForCausalLM`. `help()` of
+one says what is sparse about it. `nsa_hf.kernels` is the operation, `nsa_hf.conversion` what the commands do.
+
 Neither PyTorch nor Transformers is imported until an attribute that needs them is used.
 """
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from .errors import NsaError
@@ -10,7 +20,9 @@ from .registration import register_now_or_when_imported
 from .tested import warn_if_newer
 
 if TYPE_CHECKING:
-    from .families import nsa_config_from_dense
+    from nsa_hf.conversion import convert
+
+    from .families import from_dense, nsa_config_from_dense
     from .fields import NSA_FIELDS
 
 __version__ = "0.1.0.dev0"
@@ -19,8 +31,11 @@ __all__ = [
     "NsaError",
     "__version__",
     "convert",
+    "from_dense",
     "nsa_config_from_dense",
 ]
+# Packages in this one that are for users too, imported when they are asked for.
+PACKAGES = ("conversion", "kernels", "model_cards", "recipes")
 
 warn_if_newer()
 register_now_or_when_imported()
@@ -37,7 +52,7 @@ def __getattr__(name: str) -> Any:
         return convert
     if name == "NSA_FIELDS":
         return import_module(".fields", __name__).NSA_FIELDS
-    if name.startswith("Nsa") or name == "nsa_config_from_dense":
+    if name.startswith("Nsa") or name in ("from_dense", "nsa_config_from_dense"):
         # a family's classes, NsaLlamaForCausalLM for one: made when they are asked for
         return getattr(import_module(".families", __name__), name)
     if find_spec(f"{__name__}.{name}") is not None:
@@ -46,4 +61,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    # of the families' classes those that are made: completion looks at each name, and would make all of them
+    families = sys.modules.get(f"{__name__}.families")
+    made = {name for name in vars(families or object) if name.startswith("Nsa") and not name.endswith("Mixin")}
+    return sorted({*__all__, *PACKAGES, *made, *(name for name in globals() if name.startswith("__"))})

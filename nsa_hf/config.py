@@ -14,7 +14,7 @@ from nsa_hf.kernels import Sizes
 
 from .channels import slowest_channels
 from .errors import NotPlain, NsaError
-from .fields import NSA_FIELDS, NSA_FORMAT, NsaFields
+from .fields import NSA_FIELDS, NSA_FORMAT, NsaFields, named_fields
 from .recommend import Choice, chosen_fields, recommend
 from .remote_code import SavedConfig
 
@@ -58,7 +58,8 @@ class NsaConfigMixin(NsaFields, SavedConfig):
 
         Args:
             dense_config: of `dense_class`.
-            nsa_fields: `nsa_*` fields; what is not given is chosen as recommended, see recommend.py.
+            nsa_fields: `nsa_*` fields, with or without the prefix; what is not given is chosen as recommended, see
+                recommend.py.
 
         Returns:
             The config, and the choices by name.
@@ -66,9 +67,7 @@ class NsaConfigMixin(NsaFields, SavedConfig):
         Raises:
             NsaError: a field is unknown or breaks a rule, or no layer has full attention.
         """
-        unknown = set(nsa_fields) - set(NSA_FIELDS)
-        if unknown:
-            raise NsaError(f"unknown option {', '.join(sorted(unknown))}: choose among {', '.join(NSA_FIELDS)}")
+        nsa_fields = named_fields(nsa_fields)
         fields = {name: value for name, value in dense_config.to_dict().items() if name not in OWN_TO_A_CONFIG}
         if covers_every_position(dense_config):
             # such a window hides nothing, and caches would be cut to it

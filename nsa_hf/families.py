@@ -9,34 +9,46 @@ The classes are attributes of this module by name (`NsaQwen3ForCausalLM`); `Auto
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
-from . import adapters, in_memory
+from . import adapters, class_docs, in_memory
 from .attention import NsaAttentionMixin
 from .config import NsaConfigMixin
 from .discovery import DenseFamily, attention_arguments, families_by_class_name, find_family
-from .errors import NotPlain
-from .heads import HEADS, dense_heads, names_with_heads
+from .errors import NotPlain, NsaError
+from .heads import HEADS, auto_class, dense_heads, names_with_heads
 from .modeling import NsaModelMixin, NsaPreTrainedMixin
 from .passing import PassesArguments, ReceivesArguments
 from .projections import default_targets
 from .recommend import Choice
 from .registration import PREFIX
 from .releases import note_what_is_recorded, positional_names
+
+if TYPE_CHECKING:  # what every family's classes are, to type checkers and editors
+
+    class SparseConfig(NsaConfigMixin, PreTrainedConfig):
+        """A config with the `nsa_*` fields."""
+
+    class SparseCausalLM(NsaPreTrainedMixin, PreTrainedModel, GenerationMixin):
+        """A sparse causal language model."""
+
+        config: SparseConfig
+
 
 # Locked while a family is made: threads that ask for it at once get the same classes.
 MAKING = threading.RLock()
@@ -100,7 +112,7 @@ def make_family(model_type: str) -> Family:
         dense,
         dense.model,
         (NsaModelMixin, dense.model),
-        f"`{dense.model.__name__}` with sparse attention.",
+        class_docs.MODEL.format(dense=dense.model.__name__, causal_lm=dense.sparse_name(dense.causal_lm)),
         is_recurrent=dense.is_recurrent,
         forward_names=positional_names(dense.model.forward),
         forward=forward_like(dense.model.forward),
@@ -111,7 +123,9 @@ def make_family(model_type: str) -> Family:
         dense,
         dense.causal_lm,
         (NsaPreTrainedMixin, dense.causal_lm, GenerationMixin),
-        f"`{dense.causal_lm.__name__}` with sparse attention.",
+        class_docs.CAUSAL_LM.format(
+            dense=dense.causal_lm.__name__, folder=dense.model_type, config=config_class.__name__
+        ),
         dense_class=dense.causal_lm,
         loaded_by=AutoModelForCausalLM,
         **shared,
@@ -159,7 +173,9 @@ def make_config_class(dense: DenseFamily) -> type[Any]:
             dense,
             dense.config,
             (NsaConfigMixin, dense.config),
-            f"`{dense.config.__name__}` with the `nsa_*` fields.",
+            class_docs.CONFIG.format(
+                dense=dense.config.__name__, folder=dense.model_type, fields=class_docs.described_fields()
+            ),
             model_type=PREFIX + dense.model_type,
             base_model_tp_plan=None,
             base_model_pp_plan=None,
@@ -265,12 +281,69 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def nsa_config_from_dense(dense_config: PreTrainedConfig, **nsa_fields: Any) -> Any:
+def from_dense(
+    model_or_path: PreTrainedModel | str | os.PathLike[str], *, seed: int = 0, **options: Any
+) -> SparseCausalLM:
+    """A sparse model of a dense one of any supported family, converted in memory: nothing is written.
+
+        >>> model = nsa_hf.from_dense("path/to/llama", topk=32)
+        >>> type(model).__name__, model.config.nsa_topk
+        ('NsaLlamaForCausalLM', 32)
+
+    A model that is given keeps its own parameters: the new one has copies. `nsa_hf.convert` does the same on the disk,
+    for models that are larger than memory.
+
+    Args:
+        model_or_path: a dense model, or what `from_pretrained` takes (a folder, a Hub id); its head is kept. Of a
+            `PeftModel` its base model, if the adapter is merged into that.
+        seed: of the new parameters' random part, which changes no output before training.
+        options: `nsa_*` fields (`nsa_hf.NSA_FIELDS`), with or without the prefix, chosen as recommended (recommend.py)
+            where they are not given; `attn_implementation` of the sparse model; and of a path what `from_pretrained`
+            takes, such as `dtype`, `device_map` and `revision`.
+
+    Raises:
+        NsaError: the model is of a family that cannot be converted, is quantised, has an adapter that is not merged, or
+            is not all in one place; or an option is unknown or breaks a rule.
+    """
+    return class_for(model_or_path, options).from_dense(model_or_path, seed=seed, **options)
+
+
+def class_for(source: Any, options: Mapping[str, Any]) -> type[Any]:
+    """The sparse class that a dense model is converted to: of its family, with its head.
+
+    Args:
+        source: the model, or where it is loaded from.
+        options: of `from_dense`.
+
+    Raises:
+        NsaError: there is none, or the source is no model.
+    """
+    if isinstance(source, str | os.PathLike):
+        if os.path.isfile(source):
+            raise NsaError(
+                f"{source} is a file: expected a folder or a Hub id; nsa_hf.convert(source, out) takes .gguf files"
+            )
+        given = {name: value for name, value in options.items() if name in in_memory.WHERE}
+        config: Any = options.get("config") or AutoConfig.from_pretrained(source, **given)
+        family = named_family(config.model_type)
+        return family.head_classes.get(auto_class(config).__name__, family.causal_lm_class)
+    model = in_memory.dense_model(source)
+    family = named_family(model.config.model_type)
+    with_heads = {head.dense_class: head for head in family.head_classes.values()}
+    return with_heads.get(type(model), family.causal_lm_class)
+
+
+def nsa_config_from_dense(dense_config: PreTrainedConfig, **nsa_fields: Any) -> SparseConfig:
     """The sparse config of a dense one.
+
+        >>> config = nsa_hf.nsa_config_from_dense(AutoConfig.from_pretrained("path/to/llama"), topk=32)
+        >>> config.model_type, config.nsa_topk
+        ('nsa_llama', 32)
 
     Args:
         dense_config: of a supported family.
-        nsa_fields: `nsa_*` fields; what is not given is chosen as recommended, see recommend.py.
+        nsa_fields: `nsa_*` fields, with or without the prefix; what is not given is chosen as recommended, see
+            recommend.py.
 
     Raises:
         NsaError: the family or a feature of it is not supported, a field is unknown, or a field breaks a rule.
@@ -278,14 +351,24 @@ def nsa_config_from_dense(dense_config: PreTrainedConfig, **nsa_fields: Any) -> 
     return chosen_config(dense_config, nsa_fields)[0]
 
 
-def chosen_config(dense_config: PreTrainedConfig, nsa_fields: Mapping[str, Any]) -> tuple[Any, dict[str, Choice]]:
+def chosen_config(
+    dense_config: PreTrainedConfig, nsa_fields: Mapping[str, Any]
+) -> tuple[SparseConfig, dict[str, Choice]]:
     """As `nsa_config_from_dense`, with what was chosen and why."""
-    model_type = dense_config.model_type
+    config_class: Any = named_family(dense_config.model_type).config_class
+    return config_class.chosen_from_dense(dense_config, nsa_fields)
+
+
+def named_family(model_type: str) -> Family:
+    """As `define_family`, with a refusal that names the family.
+
+    Raises:
+        NotPlain: the family has a feature that sparse attention does not have.
+    """
     try:
-        family = define_family(model_type)
+        return define_family(model_type)
     except NotPlain as reason:
         raise NotPlain(f"the family {model_type!r} cannot be converted: {reason}") from None
-    return family.config_class.chosen_from_dense(dense_config, nsa_fields)
 
 
 def initial_nsa_state(config: PreTrainedConfig, seed: int = 0) -> Iterator[tuple[str, Tensor]]:

@@ -6,9 +6,12 @@ The options of `nsa-hf convert` are made from them. This module imports neither 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from typing import Any
 
+from .errors import NsaError
 from .registration import PREFIX
 
 # Written into configs; older formats load, newer ones are refused.
@@ -81,3 +84,37 @@ RECOMMENDED_FIELDS = ("nsa_selector", "nsa_selector_bits", "nsa_compression")
 def full_name(option: str) -> str:
     """A field's full name: of `topk` and of `nsa_topk` it is `nsa_topk`."""
     return option if option.startswith(PREFIX) else PREFIX + option
+
+
+def named_fields(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by their full names.
+
+    Args:
+        options: fields with or without the prefix.
+
+    Raises:
+        NsaError: a name that is no field (the message names the nearest), or one given with and without its prefix.
+    """
+    named: dict[str, Any] = {}
+    for option, value in options.items():
+        name = full_name(option)
+        if name not in NSA_FIELDS:
+            raise unknown_option(option)
+        if name in named:
+            raise NsaError(f"{name} is given twice, with and without its prefix: give it once")
+        named[name] = value
+    return named
+
+
+def unknown_option(option: str, others: Iterable[str] = ()) -> NsaError:
+    """The error of an option that is none: it names the nearest one, or all where none is near.
+
+    Args:
+        option: as it was given.
+        others: options that may be given beside the fields.
+    """
+    fields_to_give = [name.removeprefix(PREFIX) for name in NSA_FIELDS if name not in FOUND_FIELDS]
+    choices = [*fields_to_give, *others]
+    near = get_close_matches(option.removeprefix(PREFIX), choices, n=1)
+    advice = f"did you mean {near[0]}?" if near else f"choose among {', '.join(choices)}"
+    return NsaError(f"unknown option {option!r}: {advice}")

@@ -1,22 +1,60 @@
-"""A dense model in memory to a sparse one: `NsaLlamaForCausalLM.from_dense("path/to/llama", topk=32)`."""
+"""A dense model to a sparse one in memory, nothing written: `nsa_hf.from_dense`, and `from_dense` of each class."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from .adapted import plain_weights, without_peft
 from .attention import NsaAttentionMixin
 from .branches import dense_twin
 from .config import NsaConfigMixin
 from .discovery import find_family
 from .errors import NsaError
-from .fields import NSA_FIELDS, full_name
+from .fields import NSA_FIELDS, full_name, named_fields, unknown_option
 from .heads import names_with_heads, renamed_decoder
-from .registration import PREFIX
+
+# What `from_pretrained` is given beside the fields, where the dense model is not in memory.
+LOADING = (
+    "dtype",
+    "torch_dtype",
+    "config",
+    "device_map",
+    "max_memory",
+    "revision",
+    "subfolder",
+    "variant",
+    "gguf_file",
+    "key_mapping",
+    "use_safetensors",
+    "weights_only",
+    "low_cpu_mem_usage",
+    "trust_remote_code",
+    "code_revision",
+    "quantization_config",
+    "token",
+    "cache_dir",
+    "local_files_only",
+    "force_download",
+    "proxies",
+)
+# Those of them that say where it is.
+WHERE = (
+    "revision",
+    "subfolder",
+    "trust_remote_code",
+    "code_revision",
+    "token",
+    "cache_dir",
+    "local_files_only",
+    "proxies",
+)
 
 
 class FromDenseMixin:
@@ -33,40 +71,25 @@ class FromDenseMixin:
     loaded_by: ClassVar[Any] = AutoModelForCausalLM
 
     @classmethod
-    def from_dense(cls, source: Any, *, seed: int = 0, **options: Any) -> Self:
-        """A sparse model of a dense one, converted in memory: nothing is written.
+    def from_dense(cls, source: PreTrainedModel | str | os.PathLike[str], *, seed: int = 0, **options: Any) -> Self:
+        """As `nsa_hf.from_dense`, of a model of this class's family and with its head.
 
-        A model that is given keeps its own parameters: the new one has copies.
+            >>> nsa_hf.NsaLlamaForCausalLM.from_dense("path/to/llama", topk=32).config.nsa_topk
+            32
 
-        Args:
-            source: a dense model with this class's head, or what the head's `AutoModelFor...from_pretrained` takes (a
-                folder, a Hub id). Of a language model's folder another head is drawn anew, as Transformers does.
-            seed: of the new parameters' random part, which changes no output before training.
-            options: `nsa_*` fields, with or without the prefix (`topk=32`), chosen as recommended (recommend.py) where
-                they are not given; others go to `from_pretrained`.
+        Of a language model's folder another head is drawn anew, as Transformers does.
 
         Raises:
-            NsaError: the model is of another family, has another head or cannot be converted, or an option breaks a
-                rule.
+            NsaError: as there; or the model is of another family, or has another head.
         """
-        fields = {full: value for name, value in options.items() if (full := full_name(name)) in NSA_FIELDS}
-        for name in fields:
-            if name in options and name.removeprefix(PREFIX) in options:
-                raise NsaError(f"{name} is given twice, with and without its prefix: give it once")
-        loading = {name: value for name, value in options.items() if full_name(name) not in NSA_FIELDS}
-        in_memory = isinstance(source, PreTrainedModel)
-        if in_memory and loading:
-            raise NsaError(f"unknown option {', '.join(sorted(loading))}: choose among {', '.join(NSA_FIELDS)}")
-        if in_memory:
-            dense = source
-        else:
-            renamed = renamed_decoder(cls, find_family(cls.config_class.dense_class.model_type))
-            loading = {"dtype": "auto", **({"key_mapping": renamed} if renamed else {}), **loading}
-            dense = cls.loaded_by.from_pretrained(source, **loading)
-        cls.check_source(dense, stored=not in_memory)
-        config: Any = cls.config_class.from_dense_config(dense.config, **fields)
+        opened = open_dense(cls, source, options)
+        dense = opened.model
+        cls.check_source(dense, opened.stored)
+        config: Any = cls.config_class.from_dense_config(dense.config, **opened.fields)
         config.dtype, config.architectures = dense.dtype, [cls.__name__]
-        model: Any = on_same_weights(cls, config, dense, seed=seed, copied=in_memory)
+        if opened.attention is not None:
+            config._attn_implementation = opened.attention
+        model: Any = on_same_weights(cls, config, dense, seed=seed, weights=opened.weights)
         if dense.can_generate():
             model.generation_config = dense.generation_config
         return model
@@ -80,13 +103,8 @@ class FromDenseMixin:
             stored: it was loaded, and its config names the class that was saved.
 
         Raises:
-            NsaError: it is quantised, sparse already, of another family, or has another head.
+            NsaError: it is sparse already, of another family, or has another head.
         """
-        if getattr(dense, "hf_quantizer", None) is not None:
-            raise NsaError(
-                "from_dense takes plain weights, and this model is quantised: convert its plain checkpoint, save that "
-                "and load it with quantization_config, which leaves gates and compressors as they are"
-            )
         family = find_family(dense.config.model_type)
         names = names_with_heads(family)
         causal_lm = family.causal_lm.__name__
@@ -103,21 +121,106 @@ class FromDenseMixin:
             )
 
 
+@dataclass(frozen=True)
+class DenseModel:
+    """A dense model in memory that is to be converted.
+
+    Attributes:
+        model: itself, without what PEFT has put around it.
+        weights: its state dict; copies where somebody else has the model.
+        fields: `nsa_*` fields that were asked for.
+        attention: the sparse model's `attn_implementation`; None: its default.
+        stored: it was loaded, and its config names the class that was saved.
+    """
+
+    model: PreTrainedModel
+    weights: Mapping[str, Tensor]
+    fields: Mapping[str, Any]
+    attention: str | None
+    stored: bool
+
+
+def open_dense(
+    sparse_class: type[FromDenseMixin], source: PreTrainedModel | str | os.PathLike[str], options: Mapping[str, Any]
+) -> DenseModel:
+    """A dense model, loaded where it is not in memory, with what is asked of its conversion.
+
+    Args:
+        sparse_class: what it is to become.
+        source: a dense model, also inside a `PeftModel`; a folder; a Hub id.
+        options: `nsa_*` fields with or without the prefix, `attn_implementation`; and where `source` is no model
+            those of LOADING and fields of its config.
+
+    Raises:
+        NsaError: an option is unknown or given twice, or the model is not of plain weights in one place.
+    """
+    options = dict(options)
+    attention = options.pop("attn_implementation", None)
+    fields = named_fields({name: value for name, value in options.items() if full_name(name) in NSA_FIELDS})
+    loading = {name: value for name, value in options.items() if full_name(name) not in NSA_FIELDS}
+    is_path = isinstance(source, str | os.PathLike)
+    family = find_family(sparse_class.config_class.dense_class.model_type)
+    own = {*family.config().to_dict(), "num_labels", "label2id", "id2label"} if is_path else set()
+    for name in loading.keys() - own:
+        if name not in LOADING:
+            raise unknown_option(name, ("attn_implementation", "seed", *(LOADING if is_path else ())))
+        if not is_path:
+            raise NsaError(f"{name} is for loading, and the model is loaded already: load it so, and leave {name} out")
+    if isinstance(source, str | os.PathLike):
+        renamed = renamed_decoder(sparse_class, family)
+        defaults = {} if "torch_dtype" in loading else {"dtype": "auto"}
+        defaults |= {"key_mapping": renamed} if renamed else {}
+        model = sparse_class.loaded_by.from_pretrained(source, **{**defaults, **loading})
+    else:
+        model = dense_model(source)
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise NsaError(
+            "from_dense takes plain weights, and this model is quantised: convert its plain checkpoint, save that "
+            "and load it with quantization_config, which leaves gates and compressors as they are"
+        )
+    weights = plain_weights(model)
+    devices = sorted({str(value.device) for value in weights.values()})
+    if len(devices) > 1 or devices == ["meta"]:
+        raise NsaError(
+            f"from_dense takes weights on one device, and this model's are on {', '.join(devices)}: convert its folder "
+            "with nsa_hf.convert(source, out), and load that with device_map"
+        )
+    if not is_path:
+        weights = {name: value.clone() for name, value in weights.items()}
+    return DenseModel(model, weights, fields, attention, is_path)
+
+
+def dense_model(source: Any) -> PreTrainedModel:
+    """A model of Transformers that is in memory, without a `PeftModel` around it; NsaError where it is none."""
+    model = without_peft(source)
+    if not isinstance(model, PreTrainedModel):
+        raise NsaError(
+            "from_dense takes a model of Transformers, a folder or a Hub id, got a "
+            f"{type(source).__name__}: give the model itself, without what is wrapped around it"
+        )
+    return model
+
+
 def on_same_weights(
-    model_class: type[Any], config: PreTrainedConfig, model: PreTrainedModel, *, seed: int = 0, copied: bool = False
+    model_class: type[Any],
+    config: PreTrainedConfig,
+    model: PreTrainedModel,
+    *,
+    seed: int = 0,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Any:
-    """A sparse model on the weights of another model, which share their memory unless they are copied.
+    """A sparse model on the weights of another model.
 
     Args:
         model_class: of the new model.
         config: of the new model.
         model: a dense one, or a sparse one that has all parameters of the new one.
         seed: of new parameters' random part.
-        copied: the new model has copies, so that either can be changed.
+        weights: what the new model is given for the other's state dict; None: that itself, in the same memory.
     """
     with torch.device("meta"):
         new_model: Any = model_class(config)
-    state = {name: value.clone() if copied else value for name, value in model.state_dict().items()}
+    state = dict(model.state_dict() if weights is None else weights)
     for name in new_model.state_dict().keys() - state.keys():
         if (twin := dense_twin(name)) is not None:
             state[name] = state[twin].clone()

@@ -166,6 +166,13 @@ class NsaPreTrainedMixin(FromDenseMixin, SavedByImport, NsaGenerationMixin):
     def dense_attention(self, layers: Iterable[int] | None = None) -> Iterator[None]:
         """Runs the same weights dense inside the block: for verification, as a teacher, for evaluation beside.
 
+            >>> model = nsa_hf.from_dense("path/to/llama")
+            >>> ids = torch.arange(200)[None]
+            >>> with torch.no_grad(), model.dense_attention():
+            ...     dense = model(ids).logits
+            >>> bool((dense - model(ids).logits).abs().max() < 1e-3)  # within config.nsa_exact_tokens
+            True
+
         What this thread runs inside it is dense, and stays so when a backward pass computes it again behind it. The
         gates and compressors are not used. A cache filled here can be continued sparse, and the other way round.
 
@@ -188,6 +195,12 @@ class NsaPreTrainedMixin(FromDenseMixin, SavedByImport, NsaGenerationMixin):
     def record_selection(self) -> Iterator[dict[int, Tensor]]:
         """Gives a dict that each forward of this thread inside the block fills: layer to its selected blocks.
 
+            >>> model = nsa_hf.from_dense("path/to/llama", topk=4)
+            >>> with model.record_selection() as blocks:
+            ...     logits = model(torch.arange(256)[None]).logits
+            >>> blocks[0][0, -1, 0].tolist()[:1]  # the last query of layer 0 selects, first of all, the first block
+            [0]
+
         Values are int32 `[B, T, Hk, topk]`, ascending, -1 for unused places (of a topk far beyond the text, as many
         places as it needs); blocks count from the row's (or document's) first real token. Layers that are dense are
         absent.
@@ -200,6 +213,12 @@ class NsaPreTrainedMixin(FromDenseMixin, SavedByImport, NsaGenerationMixin):
     def record_attention(self) -> Iterator[dict[int, Attended]]:
         """Gives a dict that each forward of this thread inside the block fills: sparse layer to what it attended with.
 
+            >>> model = nsa_hf.from_dense("path/to/llama")
+            >>> with model.record_attention() as attended:
+            ...     logits = model(torch.arange(200)[None]).logits
+            >>> sorted(attended) == list(range(model.config.num_hidden_layers))
+            True
+
         For losses of the selector. Layers that run dense are absent.
         """
         record: dict[int, Attended] = {}
@@ -208,6 +227,11 @@ class NsaPreTrainedMixin(FromDenseMixin, SavedByImport, NsaGenerationMixin):
 
     def set_gate_blend(self, share: float) -> None:
         """Sets the paper's share of the gates of a model with `nsa_gate="blend"`: 0 is dense, 1 the paper's model.
+
+            >>> model = nsa_hf.from_dense("path/to/llama", gate="blend")
+            >>> model.set_gate_blend(0.5)
+            >>> model.config.nsa_gate_blend
+            0.5
 
         Raises:
             NsaError: the model has other gates, or the share is not between 0 and 1.

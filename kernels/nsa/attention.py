@@ -46,6 +46,14 @@ def nsa_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Native Sparse Attention (arXiv 2502.11089, eq. 5): the gated sum of three attentions over a causal past.
 
+        >>> q, k, v = (torch.randn(1, 256, heads, 16) for heads in (4, 2, 2))  # [B, T, H, D]
+        >>> mean = MeanCompressor(kernel_size=32, head_dim=16)
+        >>> k_cmp, v_cmp = (compress(x, mean, kernel_stride=16) for x in (k, v))
+        >>> gates = torch.ones(1, 256, 4, 3)  # compressed, selected, window
+        >>> out, blocks = nsa_attention(q, k, v, k_cmp, v_cmp, gates, topk=3, return_selection=True)
+        >>> out.shape, blocks[0, -1, 0].tolist()[:1]
+        (torch.Size([1, 256, 4, 16]), [0])
+
     Row `b`'s real tokens are the positions `[starts[b], lengths[b])`; its queries are the last T before `lengths[b]`. A
     query before `starts[b]` gives output 0, selection -1 and no gradient. What stands outside the real tokens, or
     behind a row's own entries, may be anything, NaN included, and gets zero gradient.

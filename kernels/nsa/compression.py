@@ -97,6 +97,9 @@ COMPRESSORS = ("mean", "linear", "mlp")
 def build_compressor(kind: str, kernel_size: int, head_dim: int, hidden_dim: int = 128) -> MeanCompressor:
     """A compressor of the given kind.
 
+        >>> build_compressor("mlp", kernel_size=32, head_dim=64)(torch.randn(5, 32, 64)).shape
+        torch.Size([5, 64])
+
     Args:
         kind: `mean`, `linear` or `mlp`.
         kernel_size: tokens of a block [l].
@@ -147,6 +150,10 @@ def compress(
 ) -> Tensor:
     """The compressed keys (or values) of a whole text, laid out as `nsa_attention` wants them.
 
+        >>> keys = torch.randn(1, 256, 2, 16)  # [B, S, H, D]
+        >>> compress(keys, build_compressor("mean", 32, 16), kernel_stride=16).shape
+        torch.Size([1, 15, 2, 16])
+
     Args:
         x: `[B, S, H, D]`, keys after RoPE, or values.
         compressor: maps `[..., l, D]` to `[..., D]`.
@@ -192,6 +199,10 @@ def compress_blocks(
     x: Tensor, compressor: MeanCompressor, block_start: Tensor, complete: Tensor | None = None
 ) -> Tensor:
     """The compressed entries of chosen blocks.
+
+        >>> keys = torch.randn(1, 256, 2, 16)  # [B, S, H, D]
+        >>> compress_blocks(keys, build_compressor("mean", 32, 16), torch.tensor([[0, 64]])).shape
+        torch.Size([1, 2, 2, 16])
 
     Args:
         x: `[B, S, H, D]`.

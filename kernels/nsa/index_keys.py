@@ -16,6 +16,10 @@ LARGEST = 127
 def quantize_index_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
     """Keys `[..., c]` as `codes * scales`, to within half a scale.
 
+        >>> codes, scales = quantize_index_keys(torch.tensor([[0.5, -1.0]]))
+        >>> codes.tolist(), scales.tolist()
+        ([[32, -64]], [0.015625])
+
     Returns:
         `codes [..., c]` int8 within -127 .. 127, and `scales [...]` bfloat16: of each token and head the smallest power
         of two with which its largest magnitude fits; NaN for a key that is not finite.
@@ -30,7 +34,12 @@ def quantize_index_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_index_keys(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The keys `[..., c]` that `codes [..., c]` and `scales [...]` stand for; exact where `dtype` can hold them."""
+    """The keys `[..., c]` that `codes [..., c]` and `scales [...]` stand for; exact where `dtype` can hold them.
+
+    >>> codes, scales = quantize_index_keys(torch.tensor([[0.5, -1.0]]))
+    >>> dequantize_index_keys(codes, scales, torch.float32).tolist()
+    [[0.5, -1.0]]
+    """
     # of float16's largest numbers the nearest code may stand for one that is larger
     most = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
     return (codes.float() * scales.float()[..., None]).clamp(-most, most).to(dtype)

@@ -214,6 +214,12 @@ def reference_attention(
 ) -> ReferenceResult:
     """`nsa_attention` as the specification has it; arguments as there, already checked.
 
+        >>> q, k, v = (torch.randn(1, 256, heads, 16) for heads in (4, 2, 2))  # [B, T, H, D]
+        >>> k_cmp, v_cmp = (compress(x, MeanCompressor(32, 16), kernel_stride=16) for x in (k, v))
+        >>> gates = torch.ones(1, 256, 4, 3)  # compressed, selected, window
+        >>> reference_attention(q, k, v, k_cmp, v_cmp, gates, sizes=Sizes(topk=3), scale=0.25).out.shape
+        torch.Size([1, 256, 4, 16])
+
     Args:
         placement: `starts`, `lengths` and `cu_seqlens` as one value.
         return_weights: also the selected branch's probabilities, `[B, Hq, T, S]`: T*S numbers a head.

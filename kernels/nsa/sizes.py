@@ -14,6 +14,9 @@ FEW_BLOCKS, FEW_TOKENS = 64, 4096
 class Sizes:
     """The sizes of the three branches, in tokens or blocks (paper's letters in brackets).
 
+        >>> Sizes(topk=32).exact_tokens
+        2048
+
     Args:
         kernel_size: tokens of an entry, a compressed key and value [l].
         kernel_stride: tokens between the starts of two entries [d]; divides `kernel_size` and `block_size`.
@@ -131,5 +134,9 @@ def power_of_2(count: int, least: int) -> int:
 
 
 def n_blocks(tokens: int, kernel_size: int, kernel_stride: int) -> int:
-    """How many complete entries `tokens` tokens hold (eq. 7): entry `i` covers `[i*d, i*d + l)`."""
+    """How many complete entries `tokens` tokens hold (eq. 7): entry `i` covers `[i*d, i*d + l)`.
+
+    >>> n_blocks(256, kernel_size=32, kernel_stride=16)
+    15
+    """
     return 0 if tokens < kernel_size else (tokens - kernel_size) // kernel_stride + 1

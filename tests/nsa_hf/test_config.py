@@ -108,7 +108,8 @@ def test_from_dense_keeps_every_dense_field():
 
 
 def test_from_dense_refuses_what_it_cannot_convert():
-    with pytest.raises(NsaError, match="unknown option nsa_top_k"):
+    assert nsa_config_from_dense(LlamaConfig(), topk=4).nsa_topk == 4
+    with pytest.raises(NsaError, match="unknown option 'nsa_top_k': did you mean topk"):
         nsa_config_from_dense(LlamaConfig(), nsa_top_k=4)
     with pytest.raises(NsaError, match="already a sparse one"):
         nsa_config_from_dense(NsaLlamaConfig())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from tiny_families import EXACT, SIZES, sparse_of, tiny_dense, tokens
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import nsa_hf
 from nsa_hf import NsaError
@@ -71,7 +73,7 @@ def test_what_does_not_fit_is_refused():
         nsa_hf.NsaQwen3ForCausalLM.from_dense(tiny_dense("llama"))
     with pytest.raises(NsaError, match="nsa_topk is given twice, with and without its prefix"):
         nsa_hf.NsaLlamaForCausalLM.from_dense(tiny_dense("llama"), topk=4, nsa_topk=8)
-    with pytest.raises(NsaError, match="unknown option top_k"):
+    with pytest.raises(NsaError, match="unknown option 'top_k': did you mean topk"):
         nsa_hf.NsaLlamaForCausalLM.from_dense(tiny_dense("llama"), top_k=3)
     with pytest.raises(NsaError, match="nsa_topk counts the forced blocks"):
         nsa_hf.NsaLlamaForCausalLM.from_dense(tiny_dense("llama"), topk=1)
@@ -83,3 +85,85 @@ def test_a_quantised_model_is_refused():
     dense.hf_quantizer = object()  # where `from_pretrained(quantization_config=...)` leaves it
     with pytest.raises(NsaError, match=r"takes plain weights, and this model is quantised: .*quantization_config"):
         nsa_hf.NsaLlamaForCausalLM.from_dense(dense)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_no_familys_name_is_needed(model_type, tmp_path):
+    dense = tiny_dense(model_type)
+    dense.save_pretrained(tmp_path)
+    models = [nsa_hf.from_dense(source, seed=3, **SIZES) for source in (dense, tmp_path, str(tmp_path))]
+    own = getattr(nsa_hf, f"Nsa{type(dense).__name__}").from_dense(dense, seed=3, **SIZES)
+    x = tokens(1, EXACT + 20)
+    with torch.no_grad():
+        assert all(type(model) is type(own) and torch.equal(model(x).logits, own(x).logits) for model in models)
+        assert torch.equal(models[0](x[:, :EXACT]).logits, own(x[:, :EXACT]).logits)
+        torch.testing.assert_close(models[0](x[:, :EXACT]).logits, dense(x[:, :EXACT]).logits, atol=5e-5, rtol=0)
+    assert nsa_hf.from_dense(tmp_path, attn_implementation="eager").config._attn_implementation == "eager"
+
+
+def test_what_one_entry_refuses(tmp_path):
+    dense = tiny_dense("llama")
+    dense.save_pretrained(tmp_path)
+    (tmp_path / "model.gguf").touch()
+    for source, options, message in [
+        (dense, {"top_k": 4}, "unknown option 'top_k': did you mean topk?"),
+        (tmp_path, {"top_k": 4}, "unknown option 'top_k': did you mean topk?"),
+        (tmp_path, {"revison": "main"}, "unknown option 'revison': did you mean revision?"),
+        (dense, {"dtype": torch.float16}, "dtype is for loading, and the model is loaded already"),
+        (dense, {"topk": 4, "nsa_topk": 4}, "nsa_topk is given twice"),
+        (
+            dense,
+            {"attn_implementation": "sdpa"},
+            "attn_implementation='sdpa' is not one of a sparse",
+        ),
+        (tmp_path / "model.gguf", {}, "is a file: expected a folder or a Hub id; nsa_hf.convert"),
+        (dense.model, {}, "was given a LlamaModel: expected a LlamaForCausalLM"),
+        (torch.nn.Linear(2, 2), {}, "got a Linear: give the model itself"),
+        (nsa_hf.from_dense(dense, **SIZES), {}, "already a sparse one"),
+        (GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=8)), {}, "the family 'gpt2' cannot be"),
+        (tiny_dense("llama").to("meta"), {}, "weights on one device, and this model's are on meta"),
+    ]:
+        with pytest.raises(NsaError, match=re.escape(message)):
+            nsa_hf.from_dense(source, **options)
+
+
+def lora(dense, **settings):
+    """A dense model with a LoRA adapter that changes it."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(dense, peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=2, **settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter)) if "lora_" in name else None
+    return model.eval()
+
+
+def test_a_merged_adapter_is_part_of_the_weights():
+    adapted = lora(tiny_dense("llama"))
+    x = tokens(1, EXACT)
+    with torch.no_grad():
+        expected = adapted(x).logits
+        for source in (adapted, adapted.get_base_model()):
+            with pytest.raises(NsaError, match=r"adapter 'default' is not merged .*: give what peft_model.merge"):
+                nsa_hf.from_dense(source, **SIZES)
+        adapted.merge_adapter()
+        for source in (adapted, adapted.get_base_model()):
+            model = nsa_hf.from_dense(source, **SIZES)
+            torch.testing.assert_close(model(x).logits, expected, atol=5e-5, rtol=0)
+            assert all(parameter.requires_grad for parameter in model.parameters())
+        adapted.unmerge_adapter()
+        torch.testing.assert_close(adapted(x).logits, expected, atol=5e-5, rtol=0)
+        merged = nsa_hf.from_dense(adapted.merge_and_unload(), **SIZES)
+        torch.testing.assert_close(merged(x).logits, expected, atol=5e-5, rtol=0)
+
+
+def test_adapters_that_no_merged_weights_hold_are_refused():
+    adapted = lora(tiny_dense("llama"), modules_to_save=["lm_head"])
+    adapted.merge_adapter()
+    with pytest.raises(NsaError, match="adapter 'default' is not merged"):
+        nsa_hf.from_dense(adapted, **SIZES)
+    peft = pytest.importorskip("peft")
+    prompt = peft.get_peft_model(
+        tiny_dense("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    )
+    with pytest.raises(NsaError, match="'default' is a learned prompt"):
+        nsa_hf.from_dense(prompt, **SIZES)
