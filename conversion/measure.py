@@ -40,6 +40,7 @@ from nsa_hf.errors import NotPlain, NsaError
 from nsa_hf.families import family_of
 from nsa_hf.heads import check_next_token
 from nsa_hf.in_memory import on_same_weights
+from nsa_hf.model_cards.escaping import figure
 
 from .compare.metrics import Accumulator, position_edges
 from .compare.models import compare_models, final_states
@@ -391,4 +392,4 @@ def render_measured(measured: dict[str, Any]) -> RenderableType:
 
 
 def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:+.2%}"
+    return "-" if share is None else figure(share, "+.2%")

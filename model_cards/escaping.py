@@ -32,7 +32,13 @@ def code(value: Any) -> str:
 
 def number(value: Any, form: str) -> str:
     """A number by a format specification; a dash for one that was not measured."""
-    return Markdown("–" if value is None else format(value, form))
+    return Markdown("–" if value is None else figure(value, form))
+
+
+def figure(value: float, form: str) -> str:
+    """A number by a format specification; what is shown as zero has no sign."""
+    text = format(value, form)
+    return text if re.search(r"[1-9a-z]", text) else text.lstrip("+-")
 
 
 def scientific(value: float | None) -> str:

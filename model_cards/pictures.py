@@ -23,6 +23,8 @@ BLUE, ORANGE, GREEN, VIOLET = "#2563c9", "#dd6b20", "#23875a", "#7c4dbd"
 SHADES = LinearSegmentedColormap.from_list("selected", ["#f4f7fb", "#a9c7ee", "#3f7fd6", "#123a7a", "#071a3d"])
 DPI = 160
 NEEDLES = "needle.png"
+TRAINING = "training.png"
+RATES = (("lr_backbone", "backbone"), ("lr_nsa", "NSA parameters"))  # in a step's row, and their names
 MAPS_ACROSS, MAPS_DOWN = 6, 4  # layers and heads shown at most
 
 
@@ -32,7 +34,7 @@ def pictures_of(
     """The card's pictures, which are not drawn yet; `evaluation` is by suite, see evaluation.py."""
     needles, recall = (evaluation or {}).get("needle"), ((evaluation or {}).get("ppl") or {}).get("recall")
     return {
-        "training.png": (lambda: training_curve(training)) if training else None,
+        TRAINING: (lambda: training_curve(training)) if training else None,
         "perplexity.png": perplexity_picture(training, verify),
         "selection.png": (lambda: selection_maps(inspection)) if inspection and inspection["layers"] else None,
         "gates.png": (lambda: gate_lines(inspection)) if inspection and inspection["layers"] else None,
@@ -89,31 +91,46 @@ def perplexity_picture(training: Result | None, verify: Result | None) -> Callab
 
 
 def training_curve(training: Result) -> Figure:
-    """Next-token loss and KL to the teacher by step, with lines for the held-out KL before and after."""
+    """By step next-token loss, KL to the teacher with lines for the held-out KL before and after, and the rates.
+
+    The rates are left out where the result has none, as it had in older versions.
+    """
     curve, held_out = training["curve"], training["held_out"]
     steps = [row["step"] for row in curve]
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    dot = {"marker": "o", "markersize": 4} if len(steps) <= 40 else {}
-    left.plot(steps, [row["ce"] for row in curve], color=BLUE, linewidth=1.8, **dot)
+    rates = [(key, name) for key, name in RATES if any(row.get(key) for row in curve)]
+    panels = 3 if rates else 2
+    figure = Figure(figsize=(9 if panels == 2 else 11.5, 3.7), layout="constrained")
+    left, middle, *others = figure.subplots(1, panels)
+    line: dict[str, Any] = {"linewidth": 1.8, **({"marker": "o", "markersize": 4} if len(steps) <= 40 else {})}
+    left.plot(steps, as_array([row["ce"] for row in curve]), color=BLUE, **line)
     style(left, "next-token loss", "step", "nats a token")
     alone = held_out.get("teacher") == "none"
     if not alone:
-        right.plot(
-            steps, [row["kl"] for row in curve], color=VIOLET, linewidth=1.8, label="training text, each step", **dot
-        )
+        kl = as_array([row["kl"] for row in curve])
+        middle.plot(steps, kl, color=VIOLET, label="training text, each step", **line)
     for key, name, color in (("kl_before", "before", ORANGE), ("kl_after", "after", GREEN)):
-        value = held_out[key]
-        if value is not None:
-            right.axhline(
-                value, color=color, linewidth=1.4, linestyle=(0, (5, 3)), label=f"held-out, {name}: {value:.4g}"
-            )
-    style(right, "KL to the same weights run dense" if alone else "KL to the dense teacher", "step", "nats a token")
-    right.set_ylim(bottom=0)
-    right.legend(frameon=False, fontsize=8, labelcolor=INK)
-    for axes in (left, right):
+        if held_out[key] is not None:
+            label = f"held-out, {name}: {held_out[key]:.4g}"
+            middle.axhline(held_out[key], color=color, linewidth=1.4, linestyle=(0, (5, 3)), label=label)
+    style(middle, "KL to the same weights run dense" if alone else "KL to the dense teacher", "step", "nats a token")
+    middle.set_ylim(bottom=0)
+    for axes in others:
+        for (key, name), color in zip(rates, (GREEN, ORANGE), strict=False):
+            # a zero has no place on a logarithmic axis
+            axes.plot(steps, as_array([row.get(key) or None for row in curve]), color=color, label=name, **line)
+        axes.set_yscale("log")
+        style(axes, "rates", "step", "rate")
+    for axes in (middle, *others):  # below the axes, where no line is
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, frameon=False, fontsize=8, labelcolor=INK)
+    for axes in (left, middle, *others):
         axes.xaxis.get_major_locator().set_params(integer=True)
     return figure
+
+
+def draw_training(folder: Path, training: Result) -> None:
+    """Draws `training_curve` into a folder; a file that is a link is replaced."""
+    (folder / TRAINING).unlink(missing_ok=True)
+    training_curve(training).savefig(folder / TRAINING, dpi=DPI, facecolor="white", metadata={"Software": None})
 
 
 def perplexity_by_position(

@@ -22,6 +22,7 @@ from nsa_hf.conversion.compare import models
 from nsa_hf.conversion.compare.metrics import Accumulator, position_edges
 from nsa_hf.conversion.compare.texts import provenance
 from nsa_hf.errors import NsaError
+from nsa_hf.model_cards.escaping import figure
 
 from ..load import check_token_ids
 from ..terminal import track
@@ -235,4 +236,4 @@ def span(row: Row) -> str:
 
 def show(value: float | None, form: str) -> str:
     """A figure, or "-" where nothing was measured; `form` as `format` takes it."""
-    return "-" if value is None else format(value, form)
+    return "-" if value is None else figure(value, form)

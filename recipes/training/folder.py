@@ -271,6 +271,18 @@ def save_trained(
     remove_run_folder(unfinished(config))
 
 
+def read_result(out: Path) -> dict[str, Any]:
+    """What a finished run recorded in its folder's training.json.
+
+    Raises:
+        NsaError: it is not there, or damaged.
+    """
+    try:
+        return dict(read_json(out / RESULT))
+    except (OSError, ValueError, TypeError) as error:
+        raise NsaError(f"{out / RESULT} is damaged ({error!r}): move {out} away and run again") from error
+
+
 def machine() -> dict[str, Any]:
     """The hardware and versions of this machine, beside which measured figures are recorded."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

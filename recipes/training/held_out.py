@@ -56,8 +56,8 @@ class HeldOut:
     def told(self, rows: list[Row]) -> str:
         """What rows of `compare` say of a student, in a few words."""
         if self.teacher is None:
-            return f"held-out perplexity {mean_perplexity(rows):.3f}"
-        return f"held-out KL to the teacher {mean_kl(rows):.6f}"
+            return f"perplexity {mean_perplexity(rows):.3f}"
+        return f"KL to the teacher {mean_kl(rows):.6f}"
 
     def _reference(self, student: Any) -> Way:
         return Way(student if self.teacher is None else self.teacher, dense=True)
@@ -112,7 +112,8 @@ def print_figures(figures: dict[str, Any], out: Path) -> None:
     console.print(render_before_after(figures))
     if figures["teacher"] == "none":
         before, after = (mean_perplexity(figures[when]) for when in ("before", "after"))
-        print(f"held-out perplexity: {before:.3f} before, {after:.3f} after")
+        print(f"held-out text: perplexity {before:.3f} before training, {after:.3f} after")
     else:
-        print(f"held-out KL to the teacher: {figures['kl_before']:.6f} before, {figures['kl_after']:.6f} after")
+        before, after = figures["kl_before"], figures["kl_after"]
+        print(f"held-out text: KL to the teacher {before:.6f} before training, {after:.6f} after")
     print(f"trained model: {out}")

@@ -4,7 +4,8 @@
     log.go_on(state["curve"])           # the steps that count, of a checkpoint or none
     log.add(row)                        # a step's
     log.finish()
-    log.save(out, state["curve"])       # log.jsonl and curve.png
+    log.save(out)                       # log.jsonl
+    draw(out, result)                   # training.png
 
 A checkpoint holds the rows up to its step. A run that goes on from it writes the file anew with them, so that no step
 is missing or there twice after a kill. Trackers write into `OUT.trackers`, which stays beside OUT. Of steps that are
@@ -33,7 +34,7 @@ from .folder import LOG, RUN, read_record
 from .sharding import call_whole
 
 Row = dict[str, Any]
-PICTURE = "curve.png"
+TRAINING = "training.png"  # as in model_cards/pictures.py, which needs matplotlib
 PROJECT = "nsa-hf"  # of all runs, in trackers
 # Packages of which one is needed, by tracker.
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
@@ -112,38 +113,24 @@ class Log:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
 
-    def save(self, folder: Path, rows: Sequence[Row]) -> None:
-        """Puts log.jsonl and curve.png into a folder, from the main process; without matplotlib it says so."""
+    def save(self, folder: Path) -> None:
+        """Puts log.jsonl into a folder, from the main process."""
         shutil.copyfile(self.path, folder / LOG)
-        if find_spec("matplotlib") is None:
-            print(f"no {PICTURE}, since matplotlib is not installed: pip install 'nsa-hf[eval]'")
-        else:
-            draw_curve(rows).savefig(folder / PICTURE, dpi=160)
 
 
-def draw_curve(rows: Sequence[Row]) -> Any:
-    """The loss and its parts, and the rates, by tokens that were trained on; a matplotlib Figure."""
-    from matplotlib.figure import Figure
+def draw(out: Path, result: dict[str, Any]) -> None:
+    """Draws a finished run's picture, the one of its model card; without matplotlib it says so.
 
-    from nsa_hf.model_cards.pictures import BLUE, GREEN, INK, ORANGE, VIOLET, style
+    Args:
+        out: the trained model's folder.
+        result: as training.json records it.
+    """
+    if find_spec("matplotlib") is None:
+        print(f"no {TRAINING}, since matplotlib is not installed: pip install 'nsa-hf[eval]'")
+    else:
+        from nsa_hf.model_cards.pictures import draw_training
 
-    tokens = [row["tokens"] / 1e6 for row in rows]
-    dot = {"marker": "o", "markersize": 3} if len(rows) <= 40 else {}
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for axes, lines in (
-        (left, (("kl", "KL to the teacher", VIOLET), ("ce", "next token", BLUE), ("loss", "loss", INK))),
-        (right, (("lr_backbone", "backbone", GREEN), ("lr_nsa", "NSA parameters", ORANGE))),
-    ):
-        for key, name, color in lines:
-            values = [row.get(key) or float("nan") for row in rows]  # a zero has no place on a logarithmic axis
-            if any(value == value for value in values):
-                axes.plot(tokens, values, color=color, linewidth=1.6, label=name, **dot)
-        axes.set_yscale("log")
-        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
-    style(left, "losses, training text", "million tokens", "nats a token")
-    style(right, "rates", "million tokens", "rate")
-    return figure
+        draw_training(out, result)
 
 
 def line_of(row: Row) -> str:

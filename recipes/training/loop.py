@@ -34,7 +34,7 @@ from .config import RunConfig
 from .folder import check_out, noted_revisions, open_run_folder, save_trained, settings_fingerprint
 from .held_out import HeldOut, print_figures
 from .launch import deterministic, make_accelerator, on_main_process, prepare_model
-from .logs import Log, check_trackers
+from .logs import Log, check_trackers, draw
 from .optimizer import make_optimizer
 from .result import as_result, measure_result, stage_records
 from .sharding import call_whole, gather_weights
@@ -94,8 +94,9 @@ def run(config: RunConfig) -> Path:
         result |= {"sharded": accelerator.is_fsdp2, "revisions": revisions}
         gather_weights(student, keep=accelerator.is_main_process)
         if accelerator.is_main_process:
-            beside = [lambda stage: log.save(stage, state["curve"]), *([] if adapter is None else [adapter.save])]
+            beside = [log.save, *([] if adapter is None else [adapter.save])]
             save_trained(student, config, fingerprint, result, beside)
+            draw(out, result)
             if result["warning"]:
                 print(result["warning"])
             print_figures(result["held_out"], out)
@@ -172,7 +173,7 @@ def run_stages(
         elif latest is None:
             with as_result(student, stages):
                 before = call_whole(student, lambda: held_out.compare(student))
-            accelerator.print(f"{held_out.told(before)} before")
+            accelerator.print(f"held-out text before training: {held_out.told(before)}")
             state = {"step": 0, "curve": [], "before": before}
         else:
             state = checkpoints.restore(accelerator, latest)

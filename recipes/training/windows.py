@@ -161,7 +161,7 @@ class StreamedOrder:
                     count += 1
                     yield name, text[start:end]
             if not count:
-                raise NsaError(f"found no text in {self.texts.source}")
+                raise NsaError(f"found no text in {self.texts.source}: give other data")
             self.count = count
 
     def read(self, numbers: Sequence[int]) -> list[Named]:

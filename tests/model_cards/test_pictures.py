@@ -42,6 +42,13 @@ def test_the_curve_shows_the_measured_values():
     assert left.lines[0].get_ydata() == pytest.approx([row["ce"] for row in training["curve"]])
     assert right.lines[0].get_ydata() == pytest.approx([row["kl"] for row in training["curve"]])
     assert [line.get_ydata()[0] for line in right.lines[1:]] == [0.0315, 0.0161]
+    rated = [{**row, "lr_backbone": 1e-5, "lr_nsa": 0.0} for row in training["curve"]]
+    figure = training_curve({**training, "curve": rated})
+    figure.draw_without_rendering()
+    *_, middle, rates = figure.axes
+    assert [(line.get_label(), line.get_ydata()[0]) for line in rates.lines] == [("backbone", 1e-5)]
+    for axes in (middle, rates):  # no legend lies over a line
+        assert axes.get_legend().get_window_extent().y1 < axes.get_window_extent().y0
 
 
 def test_layers_are_bars_and_those_worth_leaving_dense_stand_out(tmp_path):

@@ -9,6 +9,8 @@ from nsa_hf.recipes.evaluation.perplexity import (
     compare,
     mean_kl,
     render_before_after,
+    show,
+    show_rise,
 )
 
 
@@ -134,3 +136,9 @@ def test_before_and_after_stand_in_one_row():
     ]
     alone = printed(render_before_after({**held_out, "teacher": "none"}))
     assert ("teacher" in text, "teacher" in alone, "before, run dense" in alone) == (True, False, True)
+
+
+def test_what_is_shown_as_zero_has_no_sign():
+    assert [show(value, ".5f") for value in (-1e-7, 0.0, -0.25, None)] == ["0.00000", "0.00000", "-0.25000", "-"]
+    assert show_rise({"rise": -1e-6, "rise_error": 0.001}) == "0.00% ± 0.10%"
+    assert [show_rise({"rise": rise}) for rise in (1e-6, -0.01, 0.01)] == ["0.00%", "-1.00%", "+1.00%"]

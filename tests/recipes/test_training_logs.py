@@ -28,7 +28,7 @@ def test_a_step_is_a_line(finished):
     assert [row["tokens"] for row in rows] == [128, 256, 384, 512]
     assert {"stage", "loss", "ce", "kl", "lr_nsa", "lr_backbone", "grad_norm", "tokens_per_second"} <= rows[0].keys()
     assert all(0 <= row["waited"] < row["seconds"] for row in rows)
-    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_gates_are_looked_at_where_a_checkpoint_is_written(finished, nsa_dir, texts, tmp_path):
@@ -158,5 +158,5 @@ def test_a_tracker_that_is_not_there_is_named(nsa_dir, texts, tmp_path, monkeypa
 def test_without_matplotlib_there_is_no_picture_and_it_is_said(nsa_dir, texts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(logs, "find_spec", lambda name: None)
     out = train(tiny_run(nsa_dir, texts, tmp_path / "out", steps=1))
-    assert not (out / "curve.png").exists() and len(lines_of(out)) == 1
-    assert "no curve.png, since matplotlib is not installed" in capsys.readouterr().out
+    assert not (out / "training.png").exists() and len(lines_of(out)) == 1
+    assert "no training.png, since matplotlib is not installed" in capsys.readouterr().out

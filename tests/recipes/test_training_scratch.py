@@ -79,7 +79,7 @@ def test_what_is_said_of_it_names_no_teacher(nsa_dir, texts, tmp_path, capsys):
     result, printed = result_of(out), capsys.readouterr().out
     before, after = (math.prod(row["ppl"] for row in result["held_out"][when]) ** 0.5 for when in ("before", "after"))
     assert result["held_out"]["kl_after"] > result["held_out"]["kl_before"] and result["warning"] is None
-    assert f"held-out perplexity: {before:.3f} before, {after:.3f} after" in printed
+    assert f"held-out text: perplexity {before:.3f} before training, {after:.3f} after" in printed
     assert "teacher" not in printed and "…" not in printed
     text = render_card(out).read_text()
     assert "The model had no teacher." in text and "| positions | before, run dense |" in text
