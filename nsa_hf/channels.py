@@ -84,7 +84,9 @@ def slowest_of(near: Tensor, far: Tensor, count: int | None) -> list[int]:
     """The slowest channels of the rotations by NEAR and by FAR positions, `[D, D]` each."""
     count = len(near) // 2 if count is None else count
     if count > len(near):
-        raise NotPlain(f"a head has {len(near)} channels, and {count} of them were asked for")
+        raise NotPlain(
+            f"a head has {len(near)} channels, and {count} of them were asked for: give a smaller nsa_selector_dim"
+        )
     turns = [torch.atan2(off_diagonal(one).amax(1), one.diagonal()) for one in (near, far)]
     slow = turns[0] < 1 / FAR
     turn = torch.where(slow, turns[1] / FAR, turns[0])

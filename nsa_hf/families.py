@@ -50,6 +50,8 @@ if TYPE_CHECKING:  # what every family's classes are, to type checkers and edito
         config: SparseConfig
 
 
+FAMILIES = "nsa-hf's docs/families.md says which can be, and why others cannot"
+
 # Locked while a family is made: threads that ask for it at once get the same classes.
 MAKING = threading.RLock()
 
@@ -368,7 +370,7 @@ def named_family(model_type: str) -> Family:
     try:
         return define_family(model_type)
     except NotPlain as reason:
-        raise NotPlain(f"the family {model_type!r} cannot be converted: {reason}") from None
+        raise NotPlain(f"the family {model_type!r} cannot be converted: {reason} ({FAMILIES})") from None
 
 
 def initial_nsa_state(config: PreTrainedConfig, seed: int = 0) -> Iterator[tuple[str, Tensor]]:

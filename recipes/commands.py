@@ -5,6 +5,7 @@ PyTorch and Transformers are imported by the command that runs, so that `--help`
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -20,7 +21,7 @@ from nsa_hf.errors import check_folder
 from .exit_codes import FAILED
 from .measuring import measuring, save_plan
 from .nsa_options import options_of, with_nsa_options
-from .terminal import numbers, read_text, show, split
+from .terminal import numbers, read_text, result_alone, show, show_json, split
 from .training.config import load_run_config, settings_help
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -40,7 +41,9 @@ TrustRemoteCode = Annotated[
 TrustTokenizer = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code of its own that OUT's tokenizer may have.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of tables.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print the result as one JSON object; all else goes to standard error.")
+]
 
 
 def show_version(wanted: bool) -> None:
@@ -105,9 +108,10 @@ def plan(
 
     options = {**options_of(nsa), "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     texts = measuring(measure, measure_tokens, measure_documents, device, save)
-    planned = plan(src, dtype=dtype, revision=revision, measure=texts, **options)
-    if save is not None:
-        save_plan(save, planned)
+    with result_alone(as_json):
+        planned = plan(src, dtype=dtype, revision=revision, measure=texts, **options)
+        if save is not None:
+            save_plan(save, planned)
     show(planned, render_plan, as_json)
 
 
@@ -126,6 +130,7 @@ def convert(
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="ID", help="Then upload it to this Hub repository, its model card included.")
     ] = None,
+    as_json: Json = False,
     **nsa: Any,
 ) -> None:
     """Make an NSA checkpoint of a dense one.
@@ -146,27 +151,34 @@ def convert(
             raise NsaError(f"the model card that goes along needs {', '.join(missing)}: pip install 'nsa-hf[eval]'")
         hub.check_upload(push_to_hub)
     try:
-        path = convert(
-            src,
-            out,
-            dtype=dtype,
-            overwrite=overwrite,
-            max_shard_size=max_shard_size,
-            seed=seed,
-            revision=revision,
-            allow_pickle=allow_pickle,
-            trust_remote_code=trust_remote_code,
-            progress=sys.stderr.isatty(),
-            **options_of(nsa),
-        )
+        with result_alone(as_json):
+            path = convert(
+                src,
+                out,
+                dtype=dtype,
+                overwrite=overwrite,
+                max_shard_size=max_shard_size,
+                seed=seed,
+                revision=revision,
+                allow_pickle=allow_pickle,
+                trust_remote_code=trust_remote_code,
+                progress=sys.stderr.isatty(),
+                **options_of(nsa),
+            )
     except KeyboardInterrupt:
         print("stopped: the same command goes on where it was", file=sys.stderr)
         raise
-    print(*lines_of(manifest.read(path)["choices"]), sep="\n")
-    print(f"converted model: {path}\nnext: nsa-hf verify {src} {path}")
-    if push_to_hub:
-        render_card(path)
-        print(f"uploaded: {hub.upload(path, push_to_hub)}")
+    choices, next_command = manifest.read(path)["choices"], f"nsa-hf {shlex.join(['verify', src, str(path)])}"
+    uploaded = None
+    with result_alone(as_json):
+        print(*lines_of(choices), sep="\n")
+        print(f"converted model: {path}\nnext: {next_command}")
+        if push_to_hub:
+            render_card(path)
+            uploaded = hub.upload(path, push_to_hub)
+            print(f"uploaded: {uploaded}")
+    if as_json:
+        show_json({"out": str(path), "choices": choices, "next": next_command, "uploaded": uploaded})
 
 
 @app.command("export-dense")
@@ -184,7 +196,11 @@ def export_dense(
     """
     from nsa_hf.conversion import export_dense, render_export
 
-    show(export_dense(out, dense, overwrite=overwrite, max_shard_size=max_shard_size), render_export, as_json)
+    with result_alone(as_json):
+        report = export_dense(
+            out, dense, overwrite=overwrite, max_shard_size=max_shard_size, progress=sys.stderr.isatty()
+        )
+    show(report, render_export, as_json)
 
 
 @app.command()
@@ -231,19 +247,20 @@ def verify(
     from .load import pick_device
 
     texts = [(path.name, read_text(path)) for path in text] if text else None
-    result = verify(
-        src,
-        out,
-        length=length,
-        documents=len(texts) if texts else documents,
-        texts=texts,
-        compare_selectors=compare_selectors,
-        device=pick_device(device),
-        revision=revision,
-        allow_pickle=allow_pickle,
-        trust_remote_code=trust_remote_code,
-        progress=sys.stderr.isatty(),
-    )
+    with result_alone(as_json):
+        result = verify(
+            src,
+            out,
+            length=length,
+            documents=len(texts) if texts else documents,
+            texts=texts,
+            compare_selectors=compare_selectors,
+            device=pick_device(device),
+            revision=revision,
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
+            progress=sys.stderr.isatty(),
+        )
     show(result, render_verify, as_json)
     if result["exact"] is False:
         raise typer.Exit(FAILED)
@@ -255,6 +272,7 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that differ.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Train a converted model further.
 
@@ -264,9 +282,13 @@ def train(
     On several GPUs: accelerate launch -m nsa_hf.recipes.train RUN.yaml KEY=VALUE
     """
     config = load_run_config(run, overrides or [])
+    from .training.folder import read_result
     from .training.loop import train
 
-    train(config)
+    with result_alone(as_json):
+        out = train(config)
+    if as_json:
+        show_json({"out": str(out), **read_result(out)})
 
 
 @app.command("eval")
@@ -322,9 +344,10 @@ def evaluate(
         few_shot=few_shot,
         limit=limit,
     )
-    result = evaluate(
-        out, suites, settings, device=pick_device(device), dtype=dtype, trust_remote_code=trust_remote_code
-    )
+    with result_alone(as_json):
+        result = evaluate(
+            out, suites, settings, device=pick_device(device), dtype=dtype, trust_remote_code=trust_remote_code
+        )
     show(result, lambda measured: render(measured, suites, out), as_json)
 
 
@@ -347,7 +370,8 @@ def inspect(
     from .load import pick_device
 
     named_text = (text.name, read_text(text)) if text else None
-    result = inspect_model(out, named_text, length, pick_device(device), trust_remote_code)
+    with result_alone(as_json):
+        result = inspect_model(out, named_text, length, pick_device(device), trust_remote_code)
     show(result, render_inspection, as_json)
 
 
@@ -367,6 +391,7 @@ def generate(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     save: Annotated[Path | None, typer.Option(help="Also write prompt, text and speed to this JSON file.")] = None,
     trust_remote_code: TrustTokenizer = False,
+    as_json: Json = False,
 ) -> None:
     """Generate from a prompt.
 
@@ -378,21 +403,24 @@ def generate(
     if (prompt is None) == (prompt_file is None):
         raise NsaError("give the prompt once: --prompt TEXT or --prompt-file FILE")
     text = read_text(prompt_file) if prompt_file is not None else str(prompt)
-    generate_text(
-        out,
-        text,
-        chat=chat,
-        prompt_tokens=prompt_tokens,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        device=pick_device(device),
-        dtype=dtype,
-        save=save,
-        trust_remote_code=trust_remote_code,
-    )
+    with result_alone(as_json):
+        result = generate_text(
+            out,
+            text,
+            chat=chat,
+            prompt_tokens=prompt_tokens,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            device=pick_device(device),
+            dtype=dtype,
+            save=save,
+            trust_remote_code=trust_remote_code,
+        )
+    if as_json:
+        show_json(result)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -411,6 +439,7 @@ def serve(context: typer.Context, out: Out) -> None:
 def card(
     out: Out,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a README.md written by hand.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Write the model card.
 
@@ -418,7 +447,12 @@ def card(
     """
     from nsa_hf.model_cards.card import render_card
 
-    print(f"model card: {render_card(check_folder(out), overwrite)}")
+    with result_alone(as_json):
+        path = render_card(check_folder(out), overwrite)
+    if as_json:
+        show_json({"card": str(path)})
+    else:
+        print(f"model card: {path}")
 
 
 @app.command()
@@ -428,6 +462,7 @@ def demo(
     run: Annotated[
         Path | None, typer.Option(help="The training run's settings. [default: the package's demo.yaml]")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Walk the whole path on a real small model.
 
@@ -435,4 +470,7 @@ def demo(
     """
     from .demo import run_demo
 
-    run_demo(work, run, context.obj)
+    with result_alone(as_json):
+        result = run_demo(work, run, context.obj)
+    if as_json:
+        show_json(result)

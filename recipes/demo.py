@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nsa_hf.errors import NsaError
 
@@ -73,13 +74,16 @@ def demo_steps(work: Path, run: Path) -> list[Step]:
     ]
 
 
-def run_demo(work: Path, run: Path | None, run_command: Callable[[list[str]], int]) -> None:
+def run_demo(work: Path, run: Path | None, run_command: Callable[[list[str]], int]) -> dict[str, Any]:
     """Runs the demo in a folder.
 
     Args:
         work: the folder for everything that it makes.
         run: the training run's settings; None for the package's own.
         run_command: runs one command line of `nsa-hf` and gives its exit code.
+
+    Returns:
+        JSON-able: `out`, the trained model's folder; `peak_gib` of memory; `steps`, each with its `seconds`.
 
     Raises:
         NsaError: a step failed; started again, the demo goes on from there.
@@ -96,7 +100,10 @@ def run_demo(work: Path, run: Path | None, run_command: Callable[[list[str]], in
     print("\n# done")
     for title, seconds in [*times, ("all", time.perf_counter() - began)]:
         print(f"{seconds:7.1f} s  {title}")
-    print(f"{peak_gib():7.2f} GiB of memory at most\nmodel and card: {work / 'trained'}")
+    peak, out = peak_gib(), work / "trained"
+    print(f"{peak:7.2f} GiB of memory at most\nmodel and card: {out}")
+    steps = [{"step": title, "seconds": seconds} for title, seconds in times]
+    return {"out": str(out), "peak_gib": peak, "steps": steps}
 
 
 def run_step(step: Step, run_command: Callable[[list[str]], int]) -> None:

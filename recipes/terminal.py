@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +15,14 @@ from nsa_hf.errors import NsaError
 
 Item = TypeVar("Item")
 LINE_EVERY = 60  # seconds
+# What to do about errors of the system, by number; our own say it.
+ADVICE = {
+    errno.ENOSPC: "make room, or name a folder on another disk, and give the same command again",
+    errno.EDQUOT: "make room, or name a folder on another disk, and give the same command again",
+    errno.EACCES: "name a file or folder that you may use, or change its permissions",
+    errno.EROFS: "name a folder that can be written",
+    errno.ENOENT: "look at the path; `nsa-hf COMMAND --help` says what each is",
+}
 
 
 def show(result: dict[str, Any], render: Callable[[dict[str, Any]], Any], as_json: bool) -> None:
@@ -24,11 +34,23 @@ def show(result: dict[str, Any], render: Callable[[dict[str, Any]], Any], as_jso
         as_json: print it as JSON instead.
     """
     if as_json:
-        print(json.dumps(result, indent=2))
+        show_json(result)
         return
     from rich.console import Console
 
     Console().print(render(result))
+
+
+def show_json(result: dict[str, Any]) -> None:
+    """Prints a result as one JSON object."""
+    print(json.dumps(result, indent=2))
+
+
+@contextmanager
+def result_alone(as_json: bool) -> Iterator[None]:
+    """While a command works: what it says goes to standard error where its result is JSON, which stands alone then."""
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        yield
 
 
 def track(items: Sequence[Item], words: str | None) -> Iterator[Item]:
@@ -98,7 +120,8 @@ def report(error: Exception) -> bool:
         hint = f" ({context.command_path} --help shows how)" if context else ""
         print(f"error: {error.format_message()}{hint}", file=sys.stderr)
     elif isinstance(error, (NsaError, OSError)) or type(error).__name__ == "CardError":
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        advice = f": {ADVICE[error.errno]}" if isinstance(error, OSError) and error.errno in ADVICE else ""
+        print(f"error: {' '.join(str(error).split())}{advice}", file=sys.stderr)
     else:
         return False
     return True

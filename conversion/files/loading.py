@@ -64,11 +64,15 @@ def load_whole(folder: Path, auto: Any = AutoModelForCausalLM, **options: Any) -
     model, loaded = auto.from_pretrained(folder, output_loading_info=True, **options)
     missing = sorted(loaded["missing_keys"])
     if missing:
-        raise NsaError(f"{folder} lacks {len(missing)} tensors that its config asks for, {missing[0]} among them")
+        raise NsaError(
+            f"{folder} lacks {len(missing)} tensors that its config asks for, {missing[0]} among them: "
+            "bring its files there again, whole"
+        )
     left_over = sorted(name for name in loaded["unexpected_keys"] if not IGNORED.search(name))
     if left_over:
         raise NsaError(
-            f"{folder} holds {len(left_over)} tensors that its config does not ask for, {left_over[0]} among them"
+            f"{folder} holds {len(left_over)} tensors that its config does not ask for, {left_over[0]} among them: "
+            "bring back the config.json that belongs to its weights"
         )
     return model.eval()
 

@@ -46,7 +46,7 @@ class PickleCheckpoint:
                 if not expected or not all(isinstance(name, str) for name in expected.values()):
                     raise ValueError("its weight_map must give each tensor's file in this folder")
             except (OSError, ValueError, KeyError, TypeError) as error:
-                raise NsaError(f"{folder / INDEX} is not an index of weights ({error!r})") from error
+                raise NsaError(f"{folder / INDEX} is not an index of weights ({error!r}): download it again") from error
         paths = [folder / name for name in sorted({*expected.values()} or {SINGLE})]
         self.files = [*paths, folder / INDEX] if expected else paths
         for path in paths:

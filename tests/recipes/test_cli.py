@@ -89,6 +89,38 @@ def test_nsa_options_are_the_configs_fields(tiny_nsa_model):
     }
 
 
+def test_every_command_that_has_a_result_gives_it_as_json():
+    options = {name: {option for one in command.params for option in one.opts} for name, command in COMMANDS.items()}
+    assert {name for name in COMMANDS if "--json" not in options[name]} == {"serve"}
+
+
+def alone(capsys, arguments):
+    """The one JSON object that a command leaves on standard output, and what it said beside."""
+    assert run([str(argument) for argument in [*arguments, "--json"]]) == 0
+    captured = capsys.readouterr()
+    return json.loads(captured.out), captured.err
+
+
+def test_results_as_json_stand_alone(tiny_dense_dir, tiny_sizes, nsa_dir, tmp_path, capsys):
+    out = tmp_path / "out"
+    result, said = alone(capsys, ["convert", tiny_dense_dir, out])
+    assert result["out"] == str(out) and result["next"] == f"nsa-hf verify {tiny_dense_dir} {out}"
+    assert result["choices"] == json.loads((out / "manifest.json").read_text())["choices"]
+    assert "converted model:" in said and result["uploaded"] is None
+    result, said = alone(capsys, ["generate", nsa_dir, "--prompt", "hello", "--max-new-tokens", "3", "--device", "cpu"])
+    assert result["new_tokens"] == 3 and "3 new]" in said
+    result, _ = alone(capsys, ["card", nsa_dir])
+    assert result == {"card": str(nsa_dir / "README.md")}
+    report, _ = alone(capsys, ["export-dense", nsa_dir, tmp_path / "dense"])
+    assert report["tensors"] == report["as_in_source"]
+    run_file, trained = tmp_path / "run.yaml", tmp_path / "trained"
+    texts = write_texts(tmp_path / "texts")
+    run_file.write_text(f"data: {texts}\nheld_out: {texts}\nlength: 100\nsteps: 1\nheld_out_documents: 1\n")
+    for word in ("before training", "finished: nothing to do"):
+        result, said = alone(capsys, ["train", run_file, f"model={nsa_dir}", f"out={trained}"])
+        assert result == {"out": str(trained), **json.loads((trained / "training.json").read_text())} and word in said
+
+
 @pytest.mark.parametrize("command", ["plan", "convert"])
 def test_every_field_is_an_option(command):
     options = {option for parameter in COMMANDS[command].params for option in parameter.opts}

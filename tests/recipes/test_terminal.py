@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from nsa_hf.errors import NsaError
-from nsa_hf.recipes.terminal import numbers, read_text, report, show, split, track
+from nsa_hf.recipes.terminal import numbers, read_text, report, result_alone, show, split, track
 
 
 def test_results_as_json_or_as_what_is_rendered(capsys):
@@ -14,6 +14,14 @@ def test_results_as_json_or_as_what_is_rendered(capsys):
     assert json.loads(capsys.readouterr().out) == {"a": [1, None]}
     show({"a": 1}, lambda result: f"rendered {result['a']}", False)
     assert capsys.readouterr().out == "rendered 1\n"
+
+
+def test_what_is_said_beside_a_result_is_not_in_it(capsys):
+    for as_json, expected in ((True, ("", "said\n")), (False, ("said\n", ""))):
+        with result_alone(as_json):
+            print("said")
+        captured = capsys.readouterr()
+        assert (captured.out, captured.err) == expected
 
 
 def test_texts(tmp_path, monkeypatch):
@@ -32,7 +40,10 @@ def test_only_what_a_user_can_act_upon_is_reported(capsys):
     assert report(NsaError("expected 1, got 2"))
     assert capsys.readouterr().err == "error: expected 1, got 2\n"
     assert report(PermissionError(13, "Permission denied", "x"))
-    assert "Permission denied: 'x'" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith(
+        "Permission denied: 'x': name a file or folder that you may use, or change its permissions\n"
+    )
+    assert report(OSError("of another kind")) and capsys.readouterr().err == "error: of another kind\n"
     assert not report(RuntimeError("a bug"))
     assert capsys.readouterr().err == ""
 

@@ -33,7 +33,7 @@ def check_tensors(contents: GgufContents, config: PreTrainedConfig) -> None:
     for name, parts in tensor_parts(contents.architecture, contents.layers, model).items():
         needed.update(parts)
         if missing := [part for part in parts if part not in contents.tensors]:
-            raise NsaError(f"{contents.path} lacks {missing[0]}, which is the model's {name}")
+            raise NsaError(f"{contents.path} lacks {missing[0]}, which is the model's {name}: download it again")
         shapes = [contents.tensors[part].shape.tolist()[::-1] for part in parts]
         count = math.prod(shapes[0]) * len(parts)
         if count != state[name].numel() or shapes[0][-1] not in (*state[name].shape, 1):
