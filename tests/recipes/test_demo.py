@@ -51,7 +51,7 @@ def test_its_steps_are_ordinary_commands(tmp_path):
 def test_the_whole_path_and_nothing_twice(tiny_source, run_file, tmp_path, capsys):
     work = tmp_path / "work dir"
     result = run_demo(work, run_file, run)
-    assert result["out"] == str(work / "trained") and len(result["steps"]) == len(COMMANDS) + 2
+    assert result["out"] == str(work / "trained") and len(result["steps"]) == 1 + len(COMMANDS)
     first = capsys.readouterr().out
     assert re.findall(r"^\$ nsa-hf (\w+)", first, flags=re.MULTILINE) == COMMANDS
     assert f"$ nsa-hf convert '{work / 'source'}' '{work / 'nsa'}'" in first
