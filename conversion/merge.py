@@ -32,6 +32,14 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 def merge(model: str | Path, adapter: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
     """Writes the model that a sparse model and an adapter are together.
 
+        >>> from nsa_hf.conversion import merge
+        >>> from peft import LoraConfig, get_peft_model
+        >>> folder = nsa_hf.convert("path/to/llama", "llama-nsa")
+        >>> model = AutoModelForCausalLM.from_pretrained(folder)
+        >>> get_peft_model(model, LoraConfig()).save_pretrained("adapter")
+        >>> merge(folder, "adapter", "llama-merged").name
+        'llama-merged'
+
     Weights keep their dtype: what the adapter makes of them is computed in float32, 4 bytes a weight, and rounded once.
 
     Args:

@@ -20,7 +20,7 @@ from .registration import register_now_or_when_imported
 from .tested import warn_if_newer
 
 if TYPE_CHECKING:
-    from nsa_hf.conversion import convert
+    from nsa_hf.conversion.convert import convert
 
     from .families import from_dense, nsa_config_from_dense
     from .fields import NSA_FIELDS

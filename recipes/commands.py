@@ -209,6 +209,7 @@ def merge(
     adapter: Annotated[Path, typer.Argument(help="Folder of a PEFT adapter for it, or for its dense source.")],
     out: Annotated[Path, typer.Argument(help="Folder for the merged model; new or empty.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model in OUT.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Merge a PEFT adapter (LoRA, IA3) into a model.
 
@@ -216,7 +217,11 @@ def merge(
     """
     from nsa_hf.conversion import merge
 
-    path = merge(model, adapter, out, overwrite=overwrite)
+    with result_alone(as_json):
+        path = merge(model, adapter, out, overwrite=overwrite)
+    if as_json:
+        show_json({"out": str(path)})
+        return
     print(f"merged model: {path}\nnext: nsa-hf verify SRC {path}, with the dense model that {model} was made from")
 
 
