@@ -168,7 +168,7 @@ def open_dense(
             raise NsaError(f"{name} is for loading, and the model is loaded already: load it so, and leave {name} out")
     if isinstance(source, str | os.PathLike):
         renamed = renamed_decoder(sparse_class, family)
-        defaults = {} if "torch_dtype" in loading else {"dtype": "auto"}
+        defaults: dict[str, Any] = {} if "torch_dtype" in loading else {"dtype": "auto"}
         defaults |= {"key_mapping": renamed} if renamed else {}
         model = sparse_class.loaded_by.from_pretrained(source, **{**defaults, **loading})
     else:

@@ -185,6 +185,7 @@ def test_from_dense_names_the_class_of_the_head(language_model, tmp_path):
                 NsaError, match=r"LlamaForSequenceClassification: use NsaLlamaForSequenceClassification.from_dense"
             ):
                 wrong.from_dense(source)
+        assert type(nsa_hf.from_dense(source, **SIZES)) is nsa_hf.NsaLlamaForSequenceClassification
     with pytest.raises(NsaError, match=r"LlamaForCausalLM: use NsaLlamaForCausalLM.from_dense"):
         nsa_hf.NsaLlamaForSequenceClassification.from_dense(tiny_dense("llama"))
     with pytest.raises(NsaError, match=r"was given a LlamaModel: expected a LlamaForCausalLM"):
