@@ -160,7 +160,7 @@ def perplexity(subject: Subject, settings: Settings) -> Row:
     Raises:
         NsaError: a length beyond the model's, texts that are too short, or logits that are not finite.
     """
-    subject.check_lengths([settings.length], "--length")
+    subject.check_lengths([settings.length], "a shorter --length")
     texts = held_out_documents(settings.text, settings.documents)
     windows = held_out_windows(texts, subject.tokenizer, settings.length)
     model = subject.model

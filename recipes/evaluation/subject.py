@@ -114,14 +114,14 @@ class Subject:
             return list(settings.lengths or LENGTHS)
         if settings.lengths is None:
             return [length for length in LENGTHS if length <= most] or [most]
-        self.check_lengths(settings.lengths, "--lengths")
+        self.check_lengths(settings.lengths, "shorter --lengths")
         return list(settings.lengths)
 
     def check_lengths(self, lengths: Sequence[int], option: str) -> None:
-        """NsaError where the model has no positions for texts of `lengths`, which `option` asks for."""
+        """NsaError where the model has no positions for texts of `lengths`; `option` is what to give in their place."""
         most = self.positions
         if most is not None and (beyond := [length for length in lengths if length > most]):
             raise NsaError(
                 f"the model has {most:,} positions, and lengths of {', '.join(f'{x:,}' for x in beyond)} were asked "
-                f"for: give a shorter {option}, or --rope-scaling yarn:{-(-max(beyond) // most)}"
+                f"for: give {option}, or --rope-scaling yarn:{-(-max(beyond) // most)}"
             )
