@@ -24,7 +24,7 @@ from torch import Tensor
 from ..index_keys import dequantize_index_keys
 from ..placement import FULL, Placement
 from ..sizes import Sizes
-from .common import LOG2E, largest_part
+from .common import LOG2E, largest_part, operator_name
 from .decode.op import decode_op, last_contiguous, takes_decode
 from .gates import combine, gate_gradient
 from .gather import Chunks, Gather, count_slots, gather_queries
@@ -87,7 +87,7 @@ def attend_selected(
     return out, lse, gather.order, gather.offsets
 
 
-@torch.library.custom_op("nsa_hf::forward", mutates_args=())
+@torch.library.custom_op(operator_name("forward"), mutates_args=())
 def forward_op(
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor | None, v_cmp: Tensor | None, gates: Tensor, k_win: Tensor | None,
     v_win: Tensor | None, q_index: Tensor | None, k_index: Tensor | None, cu_seqlens: Tensor | None,
@@ -134,7 +134,7 @@ def _(q, k, v, k_cmp, v_cmp, gates, k_win, v_win, q_index, k_index, cu_seqlens, 
     return [outs[0], selection, *outs[1:], *lses, *layout, index(order), index(offsets)]
 
 
-@torch.library.custom_op("nsa_hf::backward", mutates_args=())
+@torch.library.custom_op(operator_name("backward"), mutates_args=())
 def backward_op(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor | None, v_cmp: Tensor | None, gates: Tensor,
     k_win: Tensor | None, v_win: Tensor | None, packed: bool, selection: Tensor, saved: list[Tensor],

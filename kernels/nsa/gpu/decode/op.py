@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ...placement import Placement
 from ...sizes import Sizes
-from ..common import LOG2E, cdiv, in_chain, next_power_of_2, padded, wait_for_previous
+from ..common import LOG2E, cdiv, in_chain, next_power_of_2, operator_name, padded, wait_for_previous
 from ..scores.selection import check_limits, count_blocks
 from .index import IndexScores, index_maxima
 from .scores import GROWING, CompressedScores, compressed_partials, compressed_shape, row_place
@@ -96,7 +96,7 @@ def combine(
     )
 
 
-@torch.library.custom_op("nsa_hf::decode", mutates_args=())
+@torch.library.custom_op(operator_name("decode"), mutates_args=())
 def decode_op(
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor | None, v_cmp: Tensor | None, gates: Tensor, k_win: Tensor | None,
     v_win: Tensor | None, q_index: Tensor | None, k_index: Tensor | None, k_index_scales: Tensor | None,
