@@ -34,6 +34,12 @@ from .shape import check_shape
 NOT_QUANTISED = r".*\.nsa"
 # Families whose layers begin their state anew with several tokens at once: Transformers hands their scan none.
 ONE_TOKEN = {f"{PREFIX}jamba"}
+# To vLLM and SGLang, which ask a class before they build it, and then set an `attn_implementation` of these names.
+SERVED = (
+    "vLLM and SGLang cannot serve sparse models: they would put dense attention of their own in the place of ours. Use "
+    "`nsa-hf serve`, or generate() in Python; docs/serving.md of nsa-hf says what is missing"
+)
+ENGINES = ("vllm", "sglang")
 # What a forward is given as tensors; the mask is looked at in segments.py.
 TENSORS = ("input_ids", "inputs_embeds", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k")
 
@@ -69,6 +75,15 @@ class NsaPreTrainedMixin(FromDenseMixin, SavedByImport, NsaGenerationMixin):
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return True
+
+    @classmethod
+    def is_backend_compatible(cls) -> bool:
+        """Never. vLLM and SGLang ask, and nobody else: with False, vLLM would go on and fail later, out of sight.
+
+        Raises:
+            NsaError: always; says how to serve a sparse model.
+        """
+        raise NsaError(f"{cls.__name__}: {SERVED}")
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -123,6 +138,8 @@ class NsaPreTrainedMixin(FromDenseMixin, SavedByImport, NsaGenerationMixin):
             NsaError: it is not one of `IMPLEMENTATIONS`.
         """
         implementation = requested_attention or "nsa"
+        if implementation.startswith(ENGINES):
+            raise NsaError(SERVED)
         if implementation not in IMPLEMENTATIONS:
             raise NsaError(
                 f"attn_implementation={implementation!r} is not one of a sparse model's: use 'nsa' (the kernels) or "

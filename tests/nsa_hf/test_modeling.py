@@ -193,6 +193,18 @@ def test_other_attention_is_refused_never_used(chosen, tiny_nsa_model, tmp_path)
         model(tokens())
 
 
+def test_serving_engines_are_told_that_they_cannot_serve_it(tiny_nsa_model, tmp_path):
+    """vLLM (seen in 0.32) and SGLang (0.5.23) ask the class, and then set these implementations in its config."""
+    model = tiny_nsa_model()
+    with pytest.raises(NsaError, match=r"NsaLlamaForCausalLM: vLLM and SGLang cannot serve sparse models"):
+        type(model).is_backend_compatible()
+    for chosen in ("vllm", "vllm_mla", "sglang"):
+        model.config._attn_implementation = chosen
+        with pytest.raises(NsaError, match="vLLM and SGLang cannot serve sparse models"):
+            AutoModel.from_config(model.config)
+    assert not type(model)._supports_attention_backend
+
+
 def test_eager_is_the_reference_not_the_dense_attention(tiny_nsa_model, tmp_path):
     model, x = tiny_nsa_model(), tokens()
     model.save_pretrained(tmp_path)
