@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .families import from_dense, nsa_config_from_dense
     from .fields import NSA_FIELDS
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.2.0"
 __all__ = [
     "NSA_FIELDS",
     "NsaError",

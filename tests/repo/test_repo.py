@@ -66,7 +66,7 @@ def test_make_targets_named_in_documents_exist(document: str) -> None:
 def test_make_help_names_every_target() -> None:
     text = subprocess.run(["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True).stdout
     assert set(re.findall(r"^make ([a-z-]+)", text, flags=re.MULTILINE)) == make_targets()
-    assert {"setup", "demo", "test", "test-all", "gpu", "lint", "typecheck", "clean", "help"} <= make_targets()
+    assert {"setup", "demo", "test", "test-all", "gpu", "lint", "typecheck", "dist", "clean", "help"} <= make_targets()
 
 
 def test_commands_named_in_documents_exist() -> None:
