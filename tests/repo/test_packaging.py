@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from hf_kernels import install_kernels
+from packaging.metadata import Metadata
 
 import nsa_hf
 
@@ -123,6 +124,17 @@ def test_wheel_holds_every_file(wheel: Path) -> None:
     assert {"nsa_hf/py.typed", "nsa_hf/kernels/__init__.py"} <= names
     assert any(name.endswith(".yaml") for name in names)
     assert any(name.endswith(".j2") for name in names)
+
+
+def test_the_wheel_is_what_pypi_takes(wheel: Path) -> None:
+    """Its metadata are valid, and the changelog tells of its version."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = Metadata.from_email(archive.read(name), validate=True)
+    assert str(metadata.version) == nsa_hf.__version__
+    assert metadata.description_content_type == "text/markdown" and metadata.license_expression == "Apache-2.0"
+    headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert nsa_hf.__version__ in headings[:2]
 
 
 def test_wheel_from_the_source_distribution_is_the_same(wheel: Path, built: Path) -> None:
