@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .operators import operator_name
 
-@torch.library.custom_op("nsa_hf::attention", mutates_args=())
+
+@torch.library.custom_op(operator_name("attention"), mutates_args=())
 def exported_attention(
     q: Tensor,
     k: Tensor,

@@ -19,15 +19,6 @@ LOG2E = math.log2(math.e)
 SMALL_SHARED_MEMORY = 120 * 1024
 
 
-def operator_name(name: str) -> str:
-    """An operator's name for PyTorch: `nsa_hf::NAME`.
-
-    As a kernel of the Hub the package has a name of its own for each version, and so have its operators: a process
-    that holds two of them, or one beside nsa_hf, has each call its own.
-    """
-    return f"{__name__.partition('.')[0]}::{name}"
-
-
 @triton.jit
 def load_tile(base, rows, stride, row_mask, D: tl.constexpr, DP: tl.constexpr):
     """Rows `[R]` of a matrix whose rows stand `stride` apart as `[R, DP]`, zero outside the mask and behind `D`."""

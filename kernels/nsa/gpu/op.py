@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from ..index_keys import dequantize_index_keys
+from ..operators import operator_name
 from ..placement import FULL, Placement
 from ..sizes import Sizes
-from .common import LOG2E, largest_part, operator_name
+from .common import LOG2E, largest_part
 from .decode.op import decode_op, last_contiguous, takes_decode
 from .gates import combine, gate_gradient
 from .gather import Chunks, Gather, count_slots, gather_queries

@@ -21,9 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...operators import operator_name
 from ...placement import Placement
 from ...sizes import Sizes
-from ..common import LOG2E, cdiv, in_chain, next_power_of_2, operator_name, padded, wait_for_previous
+from ..common import LOG2E, cdiv, in_chain, next_power_of_2, padded, wait_for_previous
 from ..scores.selection import check_limits, count_blocks
 from .index import IndexScores, index_maxima
 from .scores import GROWING, CompressedScores, compressed_partials, compressed_shape, row_place
