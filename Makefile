@@ -28,7 +28,7 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all fuzz test-newest test-oldest test-common gpu lint format typecheck dist hub-kernel clean
+.PHONY: help setup demo test test-all fuzz test-newest test-oldest test-common gpu lint format typecheck dist hub-kernel api clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "%-16s %s\n", $$1, $$2}'
@@ -86,6 +86,9 @@ dist: $(READY) ## wheel and source distribution of the last commit in dist/, bui
 
 hub-kernel: $(READY) ## the operation as a kernel of Hugging Face's Hub, in build/hub-kernel
 	$(PY) .ci/hub_kernel.py build/hub-kernel
+
+api: ## docs/api.md anew from the docstrings
+	$(PYTHON) .ci/api.py
 
 clean: ## remove what was built and .venv; what the demo made stays
 	rm -rf .venv .venv-newest .venv-oldest build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
