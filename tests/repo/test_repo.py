@@ -17,7 +17,13 @@ import typer.main
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "examples/README.md",
+    *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md")),
+]
 # What docs/extending.md has a reader make, and what CONTRIBUTING.md says there must not be, or any of many.
 EXAMPLES = {
     "kernels/nsa/gpu/mean.py",
@@ -26,7 +32,7 @@ EXAMPLES = {
     "conversion/files/x.py",
     "tests/conversion/test_x.py",
 }
-FOLDERS = ["nsa_hf", "kernels", "conversion", "recipes", "model_cards", "docs", "tests", ".ci"]
+FOLDERS = ["nsa_hf", "kernels", "conversion", "recipes", "model_cards", "docs", "examples", "tests", ".ci"]
 
 
 def text_files() -> list[Path]:
@@ -132,7 +138,7 @@ def test_tests_that_hold_a_statement_exist() -> None:
 def test_files_named_in_documents_exist(document: str) -> None:
     """Paths that begin with a folder of the repository, but for those of a tree, and of the changelog's past."""
     text = re.sub(r"^ {4} *\S+  +.*$", "", (ROOT / document).read_text(), flags=re.MULTILINE)
-    folders = "kernels|nsa_hf|conversion|recipes|model_cards|tests|docs|\\.ci"
+    folders = "kernels|nsa_hf|conversion|recipes|model_cards|tests|docs|examples|\\.ci"
     names = set(re.findall(rf"(?<![\w./-])((?:{folders})/[\w./-]*\w)", text)) - EXAMPLES
     assert [name for name in sorted(names) if not (ROOT / name).exists()] == []
 

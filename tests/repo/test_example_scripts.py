@@ -1,0 +1,88 @@
+"""The examples run, with a tiny model in the place of the demo's, and print what they promise."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for all of them, so that a model is converted once."""
+    return tmp_path_factory.mktemp("examples")
+
+
+@pytest.fixture
+def run_example(work, tiny_dense_dir, monkeypatch, capsys):
+    """Runs a script in this process with a tiny model, and gives what it printed."""
+
+    def run(name: str, *arguments: str) -> str:
+        monkeypatch.chdir(work)
+        monkeypatch.setenv("COLUMNS", "160")
+        monkeypatch.setattr(sys, "argv", [name, str(tiny_dense_dir), *arguments])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def number(pattern: str, text: str) -> float:
+    found = re.search(pattern, text)
+    assert found is not None, text
+    return float(found[1])
+
+
+def test_convert_and_generate(run_example) -> None:
+    text = run_example("convert_and_generate.py", "--prompt-tokens", "1100", "--new-tokens", "2")
+    assert number(r"up to token 1,024: ([\d.e+-]+)", text) < 1e-3
+    assert "sparse" in text and "dense: " in text
+
+
+def test_long_question(run_example, work) -> None:
+    text = run_example("long_question.py", "--tokens", "1200", "--new-tokens", "2")
+    block = number(r"the sentence is in block (\d+)", text)
+    # "user: " and 40 % of 1,200 bytes stand before it
+    assert block == (480 + len("user: ") + 2) // 64
+    assert (work / "demo/examples/blocks.png").stat().st_size > 1000
+
+
+def test_finetune_lora(run_example) -> None:
+    pytest.importorskip("peft")
+    text = run_example("finetune_lora.py", "--length", "1088", "--steps", "2")
+    assert number(r"logits differ by ([\d.e+-]+)", text) < 1e-3
+    assert number(r"([\d.]+) after", text) < number(r"([\d.]+) before", text)
+
+
+def test_compare_selectors(run_example, work) -> None:
+    text = run_example("compare_selectors.py", "--length", "1088")
+    assert all(name in text for name in ("channels, 8 bits", "compressed keys", "KL"))
+    rows = [
+        json.loads((work / "demo/examples/selectors" / name / "eval.json").read_text())["suites"]["ppl"]["rows"]
+        for name in ("channels-8-bits", "compressed-keys")
+    ]
+    # up to 1,024 tokens both are dense attention; beyond they choose differently
+    assert all(way[0]["kl"] < 1e-6 for way in rows)
+    assert rows[0][-1]["kl"] != rows[1][-1]["kl"]
+
+
+def test_the_tour_runs(work, tiny_dense_dir, monkeypatch, capsys) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    notebook = json.loads((EXAMPLES / "tour.ipynb").read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert cells[0]["metadata"]["tags"] == ["parameters"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
+    monkeypatch.chdir(work)
+    names = {"MODEL": str(tiny_dense_dir), "WORK": "demo/tour"}
+    for cell in cells[1:]:
+        exec(compile("".join(cell["source"]), f"{cell['id']} of tour.ipynb", "exec"), names)
+    assert "exact: True" in capsys.readouterr().out
