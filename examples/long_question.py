@@ -28,7 +28,7 @@ arguments.add_argument("model", nargs="?", help="default: the demo's model")
 arguments.add_argument("--out", type=Path, default=Path("demo/examples/nsa"), help="folder of the converted model")
 arguments.add_argument("--tokens", type=int, default=3000, help="of the text around the sentence")
 arguments.add_argument("--depth", type=float, default=0.4, help="where the sentence stands: 0 first, 1 last")
-arguments.add_argument("--new-tokens", type=int, default=12)
+arguments.add_argument("--new-tokens", type=int, default=16)
 arguments.add_argument("--picture", type=Path, default=Path("demo/examples/blocks.png"))
 args = arguments.parse_args()
 
