@@ -44,7 +44,9 @@ def test_there_is_code_to_run() -> None:
     assert len(blocks("README.md")) == 1
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/finetune.md", "docs/guide.md", "docs/kernels.md", "docs/serving.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/finetune.md", "docs/guide.md", "docs/kernels.md", "docs/serving.md"]
+)
 def test_the_code_runs(document: str, tiny_dense_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_dense_dir, tmp_path / "path" / "to" / "llama")
     # a page's blocks in one process, since their imports take longer than all else
