@@ -37,15 +37,15 @@ def test_there_is_code_to_run() -> None:
         "extending.md": 2,
         "families.md": 1,
         "finetune.md": 3,
-        "guide.md": 3,
         "kernels.md": 1,
+        "python.md": 3,
         "serving.md": 1,
     }
     assert len(blocks("README.md")) == 1
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "docs/finetune.md", "docs/guide.md", "docs/kernels.md", "docs/serving.md"]
+    "document", ["README.md", "docs/finetune.md", "docs/python.md", "docs/kernels.md", "docs/serving.md"]
 )
 def test_the_code_runs(document: str, tiny_dense_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_dense_dir, tmp_path / "path" / "to" / "llama")

@@ -84,10 +84,10 @@ def test_commands_named_in_documents_exist() -> None:
     assert named <= commands
 
 
-def test_the_guide_names_every_command() -> None:
+def test_the_start_page_names_every_command() -> None:
     from nsa_hf.recipes.commands import app
 
-    named = re.findall(r"^\| `nsa-hf ([a-z-]+)", (ROOT / "docs" / "guide.md").read_text(), flags=re.MULTILINE)
+    named = re.findall(r"^\| `nsa-hf ([a-z-]+)", (ROOT / "docs" / "start.md").read_text(), flags=re.MULTILINE)
     assert set(named) == set(typer.main.get_command(app).commands)
 
 
