@@ -49,7 +49,8 @@ def test_every_tensor_and_file_of_it_has_its_hash(finished):
     out, _, _ = finished
     record = manifest.read(out)
     assert manifest.is_trained(record) and manifest.changed_files(record, out) == []
-    beside = {path.name for path in out.iterdir()} - {"manifest.json", "model.safetensors"}
+    # the picture is drawn again with the model's card
+    beside = {path.name for path in out.iterdir()} - {"manifest.json", "model.safetensors", "training.png"}
     assert record["files"].keys() == beside and "training.json" in beside
 
 
