@@ -344,12 +344,11 @@ def sparse_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     weights = None
     if exporting and not mode.weights:
-        more |= {"starts": segments.starts, "lengths": segments.lengths}
-        more = dict.fromkeys(("q_index", "k_index", "k_index_scales")) | more
-        more.pop("index_scale", None)  # of no consequence
-        return exported_attention(
-            *inputs, **more, sizes=list(sizes.by_name().values()), scale=scale, backend=mode.backend
-        ), None
+        # a node of a graph has all its arguments
+        index = {name: more.get(name) for name in ("q_index", "k_index", "k_index_scales")}
+        node = {"k_win": k_win, "v_win": v_win, **index, "starts": segments.starts, "lengths": segments.lengths}
+        numbers = {"sizes": list(sizes.by_name().values()), "scale": scale, "backend": mode.backend}
+        return exported_attention(*inputs, **node, **numbers), None
     if mode.weights:
         more |= {"placement": Placement(**places), "return_weights": True}
         out, selection, weights = reference_attention(*inputs, sizes=sizes, scale=scale, **more)
