@@ -1,4 +1,4 @@
-"""`nsa-hf`, the program: runs one command (commands.py), prints its error, leaves with its exit code.
+"""`nsa-hf`, the program: runs one command (commands/), prints its error, leaves with its exit code.
 
     nsa-hf --help
     python -m nsa_hf.recipes.cli demo

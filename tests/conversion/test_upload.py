@@ -86,7 +86,9 @@ def test_what_cannot_be_uploaded_is_not_converted_first(hub, here, tiny_dense_di
 
 
 def test_without_the_packages_of_the_card_it_is_not_begun(tiny_dense_dir, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("nsa_hf.recipes.commands.find_spec", lambda name: None if name == "jinja2" else object())
+    monkeypatch.setattr(
+        "nsa_hf.recipes.commands.converting.find_spec", lambda name: None if name == "jinja2" else object()
+    )
     assert run(["convert", str(tiny_dense_dir), str(tmp_path / "out"), "--push-to-hub", "owner/x"]) == 2
     assert "the model card that goes along needs jinja2: pip install 'nsa-hf[eval]'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,8 @@ import nsa_hf
 from nsa_hf.errors import NsaError
 from nsa_hf.fields import FOUND_FIELDS, NSA_FIELDS
 from nsa_hf.recipes.cli import main, run
-from nsa_hf.recipes.commands import app, convert, versions
+from nsa_hf.recipes.commands.app import app, versions
+from nsa_hf.recipes.commands.converting import convert
 from nsa_hf.recipes.nsa_options import NSA_OPTIONS, options_of
 
 COMMANDS = typer.main.get_command(app).commands
