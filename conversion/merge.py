@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from nsa_hf.adapters import import_peft
 from nsa_hf.errors import NsaError, check_folder, check_path
@@ -109,6 +110,10 @@ def merged_model(model: Any, adapter: Path) -> Any:
         config.inference_mode, config.base_model_name_or_path = True, None
     if config.is_prompt_learning:
         raise NsaError(f"{adapter} is a {config.peft_type.value} adapter, which cannot be merged: use it by PEFT")
+    tied = dict(model.all_tied_weights_keys)
+    for name in tied:  # apart, so that what belongs to one of the two is not put into both
+        owner, _, key = name.rpartition(".")
+        setattr(model.get_submodule(owner), key, nn.Parameter(model.get_parameter(name).detach().clone()))
     dtypes = {name: tensor.dtype for name, tensor in tensors_of(model)}
     model.float()
     try:
@@ -136,6 +141,13 @@ def merged_model(model: Any, adapter: Path) -> Any:
         raise NsaError(f"cannot merge {adapter}: {error}") from error
     for name, tensor in tensors_of(merged):
         tensor.data = tensor.data.to(dtypes[name])
+    for name, other in tied.items():
+        if not torch.equal(merged.get_parameter(name), merged.get_parameter(other)):
+            raise NsaError(
+                f"{adapter} makes {name} another than {other}, which are one in this model (tie_word_embeddings): use "
+                "it beside the model"
+            )
+    merged.tie_weights()
     return merged
 
 

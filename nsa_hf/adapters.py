@@ -107,7 +107,10 @@ def narrow_all_linear(tuners: Any) -> None:
             found.target_modules = {name for name in found.target_modules if not IS_NEW.search(name)}
         return found
 
-    setattr(tuners, FIND_LINEAR, find_dense_layers)
+    # some of PEFT's modules have imported it by its name
+    for module in [module for name, module in sys.modules.items() if name.partition(".")[0] == "peft"]:
+        if vars(module).get(FIND_LINEAR) is find:
+            setattr(module, FIND_LINEAR, find_dense_layers)
 
 
 def import_peft(needed_by: str) -> Any:

@@ -326,13 +326,15 @@ def class_for(source: Any, options: Mapping[str, Any]) -> type[Any]:
                 f"{source} is a file: expected a folder or a Hub id; nsa_hf.convert(source, out) takes .gguf files"
             )
         given = {name: value for name, value in options.items() if name in in_memory.WHERE}
-        config: Any = options.get("config") or AutoConfig.from_pretrained(source, **given)
+        config: Any = options.get("config")
+        if not isinstance(config, PreTrainedConfig):
+            config = AutoConfig.from_pretrained(config or source, **given)
         family = named_family(config.model_type)
         return family.head_classes.get(auto_class(config).__name__, family.causal_lm_class)
     model = in_memory.dense_model(source)
     family = named_family(model.config.model_type)
     with_heads = {head.dense_class: head for head in family.head_classes.values()}
-    return with_heads.get(type(model), family.causal_lm_class)
+    return next((with_heads[base] for base in type(model).__mro__ if base in with_heads), family.causal_lm_class)
 
 
 def nsa_config_from_dense(dense_config: PreTrainedConfig, **nsa_fields: Any) -> SparseConfig:

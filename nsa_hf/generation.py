@@ -51,7 +51,8 @@ class NsaGenerationMixin:
                 raise NsaError(
                     f"attention_mask must have the prompt's shape {list(prompt.shape[:2])}, got {list(mask.shape)}"
                 )
-        moved = {name: reordered(value, order) for name, value in kwargs.items()}
+        # a negative prompt has padding of its own
+        moved = {n: value if n.startswith("negative_") else reordered(value, order) for n, value in kwargs.items()}
         out = super().generate(reordered(inputs, order), *args, **moved)
         sequences = out if isinstance(out, Tensor) else out.sequences
         if isinstance(ids, Tensor) and ids.shape[1]:

@@ -46,6 +46,7 @@ LOADING = (
 )
 # Those of them that say where it is.
 WHERE = (
+    "gguf_file",
     "revision",
     "subfolder",
     "trust_remote_code",
@@ -169,7 +170,8 @@ def open_dense(
     if isinstance(source, str | os.PathLike):
         renamed = renamed_decoder(sparse_class, family)
         defaults: dict[str, Any] = {} if "torch_dtype" in loading else {"dtype": "auto"}
-        defaults |= {"key_mapping": renamed} if renamed else {}
+        if renamed:
+            loading["key_mapping"] = {**renamed, **(loading.get("key_mapping") or {})}
         model = sparse_class.loaded_by.from_pretrained(source, **{**defaults, **loading})
     else:
         model = dense_model(source)

@@ -75,34 +75,47 @@ def find_positions(
     return Positions(query, start[:, None].expand(-1, tokens), start[:, None].expand(-1, keys), block_first, None)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, weights: bool) -> tuple[Tensor, Tensor | None]:
-    """Softmax attention in which a query that sees nothing gives zero, and no gradient.
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    """Softmax attention `[B, Hk, G, T, Dv]`, in which a query that sees nothing gives zero, and no gradient.
+
+    It is PyTorch's fused attention: `weighted(probabilities(...), v)` in less time and memory.
 
     Args:
         q: `[B, Hk, G, T, Dk]`, already scaled.
         k, v: `[B, Hk, S, Dk]`, `[B, Hk, S, Dv]`.
         visible: bool, broadcasts to `[B, Hk, T, S]`.
-        weights: also the probabilities; without them PyTorch's fused attention does the same in less time and memory.
-
-    Returns:
-        Output `[B, Hk, G, T, Dv]` and probabilities `[B, Hk, G, T, S]`, zero where nothing is seen, or None.
     """
-    group, tokens = q.shape[2:4]
-    sees = visible.any(-1, keepdim=True)
-    # a query that sees nothing sees everything here, so that no softmax is empty; its result is set to zero below
-    hidden = ~(visible | ~sees)
-    probabilities = None
+    sees, hidden = seen_and_hidden(visible)
     with torch.autocast(q.device.type, enabled=False):
-        if weights:
-            logits = (q.flatten(2, 3) @ k.transpose(-1, -2)).unflatten(2, (group, tokens))
-            probabilities = logits.masked_fill(hidden.unsqueeze(2), float("-inf")).softmax(-1)
-            probabilities = probabilities.masked_fill(~sees.unsqueeze(2), 0)
-            out = (probabilities.flatten(2, 3) @ v).unflatten(2, (group, tokens))
-        else:
-            bias = q.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
-            heads = [scaled_dot_product_attention(head, k, v, attn_mask=bias, scale=1.0) for head in q.unbind(2)]
-            out = torch.stack(heads, dim=2)
-    return out.masked_fill(~sees.unsqueeze(2), 0), probabilities
+        bias = q.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+        heads = [scaled_dot_product_attention(head, k, v, attn_mask=bias, scale=1.0) for head in q.unbind(2)]
+        out = torch.stack(heads, dim=2)
+    return out.masked_fill(~sees.unsqueeze(2), 0)
+
+
+def probabilities(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+    """The softmax of `attend`, `[B, Hk, G, T, S]`, zero where nothing is seen."""
+    sees, hidden = seen_and_hidden(visible)
+    with torch.autocast(q.device.type, enabled=False):
+        logits = (q.flatten(2, 3) @ k.transpose(-1, -2)).unflatten(2, q.shape[2:4])
+        shares = logits.masked_fill(hidden.unsqueeze(2), float("-inf")).softmax(-1)
+    return shares.masked_fill(~sees.unsqueeze(2), 0)
+
+
+def weighted(shares: Tensor, v: Tensor) -> Tensor:
+    """The mean `[B, Hk, G, T, Dv]` of values `[B, Hk, S, Dv]` by the shares of `probabilities`."""
+    with torch.autocast(v.device.type, enabled=False):
+        out = (shares.flatten(2, 3) @ v).unflatten(2, shares.shape[2:4])
+    return out.masked_fill(~shares.any(-1, keepdim=True), 0)
+
+
+def seen_and_hidden(visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Which queries see anything, `[..., T, 1]`, and what is hidden from each.
+
+    A query that sees nothing sees everything there, so that no softmax is empty; its result is set to zero after it.
+    """
+    sees = visible.any(-1, keepdim=True)
+    return sees, ~(visible | ~sees)
 
 
 def compressed_importance(
@@ -286,10 +299,7 @@ def reference_attention(
     weights = torch.cat([result[2] for result in results], dim=3).flatten(1, 2) if return_weights else None
     if weights is not None:
         # made of what is returned, so that gradients of the output reach it
-        by_group = weights.unflatten(1, (kv_heads, -1))
-        with torch.autocast(q.device.type, enabled=False):
-            selected = (by_group.flatten(2, 3) @ tensors[1]).unflatten(2, by_group.shape[2:4])
-        out = out + gate[..., 1:2] * selected
+        out = out + gate[..., 1:2] * weighted(weights.unflatten(1, (kv_heads, -1)), by_head(v))
     return ReferenceResult(
         out.flatten(1, 2).transpose(1, 2).contiguous().to(q.dtype),
         selection.transpose(1, 2).contiguous().to(torch.int32),
@@ -337,7 +347,8 @@ def attend_chunk(
     if k_cmp is not None and v_cmp is not None:
         first = positions.block_first[:, None, :]
         visible = (first >= start) & (first + sizes.kernel_size - 1 <= position)
-        out_cmp, p_cmp = attend(q, k_cmp, v_cmp, visible[:, None], weights=True)
+        p_cmp = probabilities(q, k_cmp, visible[:, None])
+        out_cmp = weighted(p_cmp, v_cmp)
 
     # selected: blocks scored and picked, their tokens attended to
     with torch.no_grad():
@@ -355,7 +366,7 @@ def attend_chunk(
         index = key_block[:, None, None, :].expand(q.shape[0], q.shape[1], q.shape[3], -1)
         tokens = picked.expand(q.shape[0], -1, -1, -1).gather(-1, index) & inside[:, None]
     span = slice(*seen)
-    out_slc, p_slc = attend(q, k[:, :, span], v[:, :, span], tokens, weights=return_weights)
+    p_slc = probabilities(q, k[:, :, span], tokens) if return_weights else None
 
     # window: the last w tokens, the query's own counted; `k_win` holds the last Sw positions
     offset = keys - k_win.shape[2]
@@ -363,11 +374,9 @@ def attend_chunk(
     key = torch.arange(window_low, seen[1], device=q.device)
     inside = (key >= start) & (key <= position) & (key > position - sizes.window_size)
     near = slice(window_low - offset, seen[1] - offset)
-    out_win, _ = attend(q, k_win[:, :, near], v_win[:, :, near], inside[:, None], weights=False)
-
-    out = gate[..., 2:3] * out_win
-    if not return_weights:
-        out = gate[..., 1:2] * out_slc + out
+    out = gate[..., 2:3] * attend(q, k_win[:, :, near], v_win[:, :, near], inside[:, None])
+    if p_slc is None:
+        out = gate[..., 1:2] * attend(q, k[:, :, span], v[:, :, span], tokens) + out
     if out_cmp is not None:
         out = gate[..., 0:1] * out_cmp + out
     weights = None if p_slc is None else torch.nn.functional.pad(p_slc, (seen[0], keys - seen[1]))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nsa_hf.kernels import Placement, Sizes, compress
-from nsa_hf.kernels.reference import Positions, attend, compressed_importance, find_positions
+from nsa_hf.kernels.reference import Positions, compressed_importance, find_positions, probabilities
 from nsa_hf.modes import Attended
 
 SMALLEST = 1e-9  # a score of nothing, whose logarithm is finite
@@ -113,10 +113,9 @@ def score_blocks(attended: Attended, compressor: Any, sizes: Sizes, rows: Tensor
     first = found.block_first[:, None, :]
     visible = (first >= start[..., None]) & (first + sizes.kernel_size - 1 <= position[..., None])
     entries = entries.transpose(1, 2)
-    _, probabilities = attend(query, entries, entries, visible[:, None], weights=True)
-    assert probabilities is not None
+    shares = probabilities(query, entries, visible[:, None])
     count = -(-keys // sizes.block_size)
-    scores = compressed_importance(probabilities, found, (0, len(rows)), count, sizes)
+    scores = compressed_importance(shares, found, (0, len(rows)), count, sizes)
     own = (position - start) // sizes.block_size
     block = torch.arange(count, device=rows.device)
     is_open = (block >= sizes.init_blocks) & (block <= (own - sizes.local_blocks)[..., None])

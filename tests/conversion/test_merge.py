@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny_families import tiny_dense
 from tiny_runs import converted
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -43,7 +44,7 @@ def adapter_for(model_dir, out, config):
 
 @torch.no_grad()
 def logits(model):
-    return model.eval()(IDS).logits
+    return model.eval()(IDS % model.config.vocab_size).logits
 
 
 def load(folder):
@@ -61,6 +62,35 @@ def test_merged_is_unmerged(config, nsa_dir, tiny_dense_dir, tmp_path):
     assert (
         AutoTokenizer.from_pretrained(out)("a b").input_ids == AutoTokenizer.from_pretrained(nsa_dir)("a b").input_ids
     )
+
+
+ON_EMBEDDINGS = {
+    "head": LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"]),
+    "embeddings": LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "embed_tokens"]),
+    "whole head": LoraConfig(task_type="CAUSAL_LM", modules_to_save=["lm_head"]),
+    "some tokens": LoraConfig(task_type="CAUSAL_LM", trainable_token_indices=[1, 5]),
+}
+
+
+@pytest.fixture(scope="module")
+def tied_dir(tiny_sizes, tmp_path_factory):
+    """A model whose head is its embeddings."""
+    folder = tmp_path_factory.mktemp("tied")
+    tiny_dense("llama", tie_word_embeddings=True).save_pretrained(folder / "dense")
+    return converted(folder / "dense", folder / "model", tiny_sizes)
+
+
+@pytest.mark.parametrize("name", ON_EMBEDDINGS)
+def test_an_adapter_on_tied_embeddings_is_merged_right_or_not_at_all(name, tied_dir, tmp_path):
+    adapter = adapter_for(tied_dir, tmp_path / "adapter", ON_EMBEDDINGS[name])
+    if name == "some tokens":  # PEFT puts these into both
+        expected = logits(PeftModel.from_pretrained(load(tied_dir), adapter))
+        merged = load(merge(tied_dir, adapter, tmp_path / "out"))
+        torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=0)
+    else:
+        with pytest.raises(NsaError, match="which are one in this model"):
+            merge(tied_dir, adapter, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 def test_its_manifest_says_so_and_verify_reads_it(nsa_dir, tiny_dense_dir, tmp_path, capsys):

@@ -54,11 +54,15 @@ import nsa_hf
 nsa_hf.NsaQwen2MoeForCausalLM, nsa_hf.NsaLlamaForCausalLM
 from peft.utils import constants
 from peft.tuners import tuners_utils
+from peft.tuners.randlora import model as randlora
 lora = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-print(lora["nsa_qwen2_moe"], lora["nsa_llama"], tuners_utils._maybe_include_all_linear_layers.__code__.co_name)
+find = [module._maybe_include_all_linear_layers.__code__.co_name for module in (tuners_utils, randlora)]
+print(lora["nsa_qwen2_moe"], lora["nsa_llama"], *find)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.stdout.strip() == "['q_proj', 'v_proj'] ['q_proj', 'v_proj'] find_dense_layers", done.stderr
+    assert done.stdout.strip() == "['q_proj', 'v_proj'] ['q_proj', 'v_proj'] find_dense_layers find_dense_layers", (
+        done.stderr
+    )
 
 
 def test_every_family_has_targets():

@@ -204,6 +204,16 @@ def test_greedy_of_a_right_padded_batch_is_that_of_each_row_alone(given, kind, t
         assert torch.equal(together[row, -20:], alone)
 
 
+def test_a_negative_prompt_keeps_its_own_order(tiny_nsa_model):
+    model, x = tiny_nsa_model(), tokens(2, 40)
+    mask = spans_mask(x, [(0, 30), (0, 40)])
+    left = x.clone()
+    left[0] = x[0].roll(10)
+    options = {"guidance_scale": 2.0, "negative_prompt_ids": tokens(2, 80)[:, 40:], "max_new_tokens": 6, **GREEDY}
+    expected = model.generate(left, attention_mask=spans_mask(x, [(10, 40), (0, 40)]), **options)[:, 40:]
+    assert torch.equal(model.generate(x, attention_mask=mask, **options)[:, 40:], expected)
+
+
 def test_a_right_padded_batch_in_beams_and_as_a_conversation(tiny_nsa_model):
     model, x, cache = tiny_nsa_model(), tokens(2, 90), DynamicCache()
     mask = spans_mask(x, SPANS[:2])

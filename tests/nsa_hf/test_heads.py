@@ -164,7 +164,8 @@ def test_a_new_head_on_a_language_model_keeps_its_decoder(auto, language_model, 
     decoder = AutoModelForCausalLM.from_pretrained(language_model / "nsa").model.state_dict()
     head_class = define_family("llama").head_classes[auto]
     loaded = HEADS[auto].from_pretrained(language_model / "nsa", num_labels=LABELS)
-    made = head_class.from_dense(language_model / "dense", num_labels=LABELS, **SIZES)
+    more = {"key_mapping": {"^other": "names"}}  # beside those by which the decoder is found
+    made = head_class.from_dense(language_model / "dense", num_labels=LABELS, **more, **SIZES)
     for model in (loaded, made):
         assert type(model) is head_class
         state = model.base_model.state_dict()
@@ -186,6 +187,8 @@ def test_from_dense_names_the_class_of_the_head(language_model, tmp_path):
             ):
                 wrong.from_dense(source)
         assert type(nsa_hf.from_dense(source, **SIZES)) is nsa_hf.NsaLlamaForSequenceClassification
+    mine = type("Mine", (type(dense),), {})(dense.config)
+    assert type(nsa_hf.from_dense(mine, **SIZES)) is nsa_hf.NsaLlamaForSequenceClassification
     with pytest.raises(NsaError, match=r"LlamaForCausalLM: use NsaLlamaForCausalLM.from_dense"):
         nsa_hf.NsaLlamaForSequenceClassification.from_dense(tiny_dense("llama"))
     with pytest.raises(NsaError, match=r"was given a LlamaModel: expected a LlamaForCausalLM"):

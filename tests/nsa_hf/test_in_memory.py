@@ -99,6 +99,7 @@ def test_no_familys_name_is_needed(model_type, tmp_path):
         assert torch.equal(models[0](x[:, :EXACT]).logits, own(x[:, :EXACT]).logits)
         torch.testing.assert_close(models[0](x[:, :EXACT]).logits, dense(x[:, :EXACT]).logits, atol=5e-5, rtol=0)
     assert nsa_hf.from_dense(tmp_path, attn_implementation="eager").config._attn_implementation == "eager"
+    assert type(nsa_hf.from_dense(tmp_path, config=str(tmp_path))) is type(own)
 
 
 def test_what_one_entry_refuses(tmp_path):
