@@ -17,6 +17,7 @@ from nsa_hf.kernels import (
     ZeroLinear,
     build_compressor,
     exported_attention,
+    is_exporting,
     nsa_attention,
     reference_attention,
 )
@@ -335,7 +336,7 @@ def sparse_attention(
     compressed = (None, None) if entries is None else (x.to(value.dtype) for x in entries)
     inputs = (*(x.transpose(1, 2) for x in (query, key, value)), *compressed, gates)
     # so the selection, which is always made, is no wider than the text needs
-    exporting = torch.compiler.is_exporting()
+    exporting = is_exporting()
     sizes = mode.sizes if exporting else mode.sizes.within(key.shape[2])
     places: dict[str, Any] = {"starts": segments.starts, "lengths": segments.lengths, "cu_seqlens": segments.cu_seqlens}
     more: dict[str, Any] = {"k_win": k_win, "v_win": v_win}

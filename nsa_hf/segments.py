@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsa_hf.kernels import is_exporting
+
 from .errors import NsaError
 
 # Of an assertion on the device; on a GPU it may have 255 letters.
@@ -90,7 +92,7 @@ def find_segments(
     if attention_mask is not None:
         return Segments(starts=padding_starts(attention_mask, batch, past + tokens), past=past)
     position_ids = text_positions(position_ids)
-    if position_ids is not None and torch.compiler.is_exporting():
+    if position_ids is not None and is_exporting():
         rises = (position_ids.diff(dim=-1) == 1).all()
         torch._assert_async(rises, "position_ids restart: packed documents cannot be given to an exported model")
         return Segments(past=past)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from nsa_hf.kernels import is_exporting
+
 from .errors import NsaError
 from .segments import Segments
 
@@ -56,8 +58,8 @@ def sliding_attention(
     chunk = max(window, LEAST_CHUNK)
     out = []
     # the graph of any length has one chunk
-    for start in (0,) if torch.compiler.is_exporting() else range(0, tokens, chunk):
-        stop = tokens if torch.compiler.is_exporting() else min(start + chunk, tokens)
+    for start in (0,) if is_exporting() else range(0, tokens, chunk):
+        stop = tokens if is_exporting() else min(start + chunk, tokens)
         position = torch.arange(past + start, past + stop, device=query.device)
         # a cache that was reset may hold zeros from before (Transformers 5.17)
         low = max(past + start - window + 1, dropped, 0)

@@ -14,6 +14,7 @@ from .compression import (
 )
 from .exported import exported_attention
 from .index_keys import dequantize_index_keys, quantize_index_keys
+from .operators import is_exporting
 from .placement import Placement
 from .reference import reference_attention
 from .sizes import Sizes, n_blocks
@@ -33,6 +34,7 @@ __all__ = [
     "compress_blocks",
     "dequantize_index_keys",
     "exported_attention",
+    "is_exporting",
     "n_blocks",
     "nsa_attention",
     "quantize_index_keys",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import check_placement, check_tensor
+from .operators import is_exporting
 from .placement import Placement
 from .sizes import check_int, n_blocks
 
@@ -182,7 +183,7 @@ def compress(
         block_start, _ = packed_block_starts(cu_seqlens, size, kernel_stride)
         return compress_blocks(x, compressor, block_start[None])
     # in a graph of any length more than there may be, and at least two: it must not depend on whether there is one
-    exporting = torch.compiler.is_exporting() and starts is not None
+    exporting = is_exporting() and starts is not None
     count = x.shape[1] // kernel_stride + 2 if exporting else n_blocks(x.shape[1], size, kernel_stride)
     if not exporting and count == 0:
         return compressor(x[:, :0, :, None].expand(-1, -1, -1, size, -1))
@@ -220,6 +221,6 @@ def compress_blocks(
         return compressor(x[row, token].transpose(2, 3))
     # [B, N, l, H, D]: what stands in an incomplete block may be anything, NaN too, so it is replaced, not multiplied
     blocks = x[row, token.clamp(0, x.shape[1] - 1)].masked_fill(~complete[..., None, None, None], 0)
-    if torch.compiler.is_exporting():  # which understands how a number that varies is split when it stands last
+    if is_exporting():  # which understands how a number that varies is split when it stands last
         return compressor(blocks.permute(0, 3, 1, 2, 4)).transpose(1, 2).masked_fill(~complete[..., None, None], 0)
     return compressor(blocks.transpose(2, 3)).masked_fill(~complete[..., None, None], 0)

@@ -96,6 +96,19 @@ def test_on_a_gpu(run: Callable[..., dict[str, Tensor]], selector: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("selector", SELECTORS)
+def test_a_compiled_model_trains_on_a_gpu(selector: str) -> None:
+    model = tiny_sparse_model("cuda", **SELECTORS[selector])
+    x = torch.randint(3, 256, (1, TOKENS), device="cuda", generator=torch.Generator("cuda").manual_seed(6))
+    plain = gradients(model, x)
+    model.zero_grad()
+    model.compile()
+    for name, gradient in gradients(model, x).items():
+        torch.testing.assert_close(gradient, plain[name], atol=1e-4, rtol=1e-3, msg=name)
+    torch._dynamo.reset()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("selector", SELECTORS)
 def test_generation_on_a_gpu_is_that_on_the_cpu(selector: str) -> None:
     x = torch.randint(3, 256, (2, TOKENS), generator=torch.Generator().manual_seed(5))
     mask = torch.ones_like(x)
