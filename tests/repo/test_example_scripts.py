@@ -81,8 +81,11 @@ def test_the_tour_runs(work, tiny_dense_dir, monkeypatch, capsys) -> None:
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert cells[0]["metadata"]["tags"] == ["parameters"]
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
-    monkeypatch.chdir(work)
-    names = {"MODEL": str(tiny_dense_dir), "WORK": "demo/tour"}
+    (work / "examples").mkdir()
+    monkeypatch.chdir(work / "examples")  # where Jupyter starts it
+    names = {"MODEL": str(tiny_dense_dir), "WORK": "../demo/tour"}
     for cell in cells[1:]:
         exec(compile("".join(cell["source"]), f"{cell['id']} of tour.ipynb", "exec"), names)
     assert "exact: True" in capsys.readouterr().out
+    assert (work / "demo/tour/examples/nsa/manifest.json").is_file()
+    assert not list((work / "examples").iterdir())
