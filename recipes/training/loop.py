@@ -130,7 +130,7 @@ def load_models(config: RunConfig, accelerator: Any) -> tuple[Any | None, Any]:
     student = load_nsa_model(config.model, accelerator.device).train()
     for number, stage_config, _ in stages_of(config):
         try:
-            check_stage(student, stage_config, accelerator.is_fsdp2)
+            check_stage(student, stage_config, accelerator.is_fsdp2, number)
         except NsaError as error:
             raise NsaError(f"stage {number}: {error}" if config.stages else str(error)) from None
     if config.compile == "yes":

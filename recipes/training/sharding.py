@@ -88,7 +88,7 @@ def prepare_sharded(
         student: the causal language model in it.
 
     Raises:
-        NsaError: the model does not say which classes its layers have, or has new parameters in a later stage.
+        NsaError: the model does not say which classes its layers have.
     """
     from torch.distributed.fsdp import register_fsdp_forward_method
     from torch.distributed.tensor import DTensor
@@ -99,13 +99,10 @@ def prepare_sharded(
         model, optimizer = accelerator.prepare(Sharded(student, accelerator.autocast), optimizer)
         register_fsdp_forward_method(model, "call")
         student.__dict__[WHOLE] = model
-    elif all(isinstance(parameter, DTensor) for parameter in student.parameters()):
+    else:
+        assert all(isinstance(parameter, DTensor) for parameter in student.parameters()), "see check_stage"
         # the optimizer has the parts already, which `accelerator.prepare` would look for
         model, optimizer = accelerator.prepare_model(whole), accelerator.prepare_optimizer(optimizer)
-    else:
-        raise NsaError(
-            "FSDP2: a stage adds parameters to a model that is in parts already: take ddp.yaml, or one stage"
-        )
     model.losses = [losses]
     begin_state(model, optimizer)
     return model, optimizer

@@ -20,6 +20,7 @@ from nsa_hf.projections import KEYS, OUTPUT, QUERIES, VALUES
 from nsa_hf.releases import checkpoint_activations
 
 from .config import RunConfig
+from .sharding import whole_tensor
 
 PROJECTIONS = {"qk": (QUERIES, KEYS), "qkvo": (QUERIES, KEYS, VALUES, OUTPUT)}
 LORA_NEEDS = "trains 'lora'"
@@ -65,19 +66,23 @@ def choose_trained(student: Any, stage: RunConfig) -> Any:
     return adapter
 
 
-def check_stage(student: Any, stage: RunConfig, sharded: bool) -> None:
+def check_stage(student: Any, stage: RunConfig, sharded: bool, number: int = 1) -> None:
     """Whether a stage can train what it says.
 
     Args:
         student: the model, before its first stage.
         stage: the stage's settings.
         sharded: whether the model is trained in parts (FSDP2).
+        number: the stage's, counted from 1.
 
     Raises:
         NsaError: why not.
     """
-    if sharded and stage.trains == "lora":
-        raise NsaError("trains 'lora' does not work with FSDP2 yet: an adapter needs little memory, use DDP")
+    if sharded and stage.trains == "lora" and number > 1:
+        raise NsaError(
+            "trains 'lora' works with FSDP2 in the first stage only, since a model that is in parts takes no new "
+            "parameters: put that stage first, or use DDP"
+        )
     if sharded and stage.selector_weight:
         raise NsaError("selector_weight does not work with FSDP2 yet, which takes the compressors apart: use DDP")
     trained_modules(student, stage)
@@ -148,16 +153,17 @@ def merge(adapter: Any) -> AdapterFiles:
     """Adds an adapter to the weights of the student that it is on, and takes it off.
 
     Args:
-        adapter: of `choose_trained`.
+        adapter: of `choose_trained`; in all processes, where the student is in parts.
 
     Returns:
-        The adapter.
+        The adapter, whole.
     """
     peft = import_peft(LORA_NEEDS)
     config = adapter.peft_config["default"]
     config.inference_mode, config.target_modules = True, sorted(config.target_modules)
     tensors = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in peft.get_peft_model_state_dict(adapter).items()
+        name: whole_tensor(tensor.detach()).cpu().contiguous()
+        for name, tensor in peft.get_peft_model_state_dict(adapter).items()
     }
     adapter.merge_and_unload()
     return AdapterFiles(config, tensors)

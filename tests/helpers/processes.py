@@ -26,7 +26,14 @@ import yaml
 
 from nsa_hf.recipes.training.config import RunConfig
 
-PRELOADED = ["nsa_hf.recipes.training.loop", "nsa_hf.recipes.train", "accelerate", "datasets", "torch.distributed.fsdp"]
+PRELOADED = [
+    "nsa_hf.recipes.training.loop",
+    "nsa_hf.recipes.train",
+    "accelerate",
+    "datasets",
+    "torch.distributed.fsdp",
+    "peft",
+]
 ACCELERATE = Path(__file__).parents[2] / "recipes" / "accelerate"
 DEADLINE = 240  # seconds
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands import launch
+from peft import PeftModel
 from processes import ACCELERATE, launcher_environment, started_run
 from tiny_runs import result_of, tiny_run, weights_of
 from transformers import AutoModelForCausalLM
@@ -91,9 +92,9 @@ def test_the_launcher_asks_how_many_processes():
             launch._validate_launch_command(launch.launch_command_parser().parse_args(arguments))
 
 
-# In the second stage more is trained than in the first; in the third the gates are not in use.
+# An adapter beside the NSA parameters, which is merged; then all is trained; in the third the gates are not in use.
 STAGES = [
-    {"trains": "nsa", "steps": 2},
+    {"trains": "lora", "lora_rank": 3, "steps": 2},
     {"trains": "all", "steps": 2, "accumulate": 2, "gradient_checkpointing": 2},
     {"attention": "dense", "steps": 1},
 ]
@@ -150,6 +151,19 @@ def test_bf16_is_autocast_where_the_model_is_in_parts_too(nsa_dir, texts, tmp_pa
         losses.append(result_of(Path(config.out))["curve"][0])
     for key in ("ce", "kl", "grad_norm"):
         assert losses[0][key] == pytest.approx(losses[1][key], rel=2e-4), key
+
+
+def test_of_a_model_in_parts_the_adapter_is_saved_whole(nsa_dir, texts, tmp_path):
+    settings = {"trains": "lora", "lora_rank": 3, "lr_nsa": 0.0, "lr_backbone": 1e-2, "steps": 2}
+    config = tiny_run(nsa_dir, texts, tmp_path / "out", **settings)
+    with started_run(config, tmp_path, "fsdp2") as run:
+        run.finish()
+    converted, merged = (AutoModelForCausalLM.from_pretrained(folder) for folder in (nsa_dir, config.out))
+    ids = torch.randint(3, 256, (1, 200), generator=torch.Generator().manual_seed(0))
+    before, after = converted(ids).logits, merged(ids).logits
+    adapted = PeftModel.from_pretrained(converted, tmp_path / "out" / "adapter")
+    assert torch.allclose(adapted(ids).logits, after, atol=1e-5)
+    assert not torch.allclose(before, after, atol=1e-2)
 
 
 def test_a_model_whose_layers_have_no_known_class_is_not_sharded():

@@ -44,7 +44,8 @@ LINE = re.compile(r"^step \d+/", re.MULTILINE)
 
 def killed_run(model: Path, texts: Path, out: Path, way: str | None):
     """Two stages, with a checkpoint after each step."""
-    stages = [{"steps": 3, "accumulate": 2, "trains": "nsa"}, {"steps": STEPS[way] - 3, "schedule": "wsd"}]
+    trains = "lora" if way == "fsdp2" else "nsa"
+    stages = [{"steps": 3, "accumulate": 2, "trains": trains}, {"steps": STEPS[way] - 3, "schedule": "wsd"}]
     return tiny_run(model, texts, out, stages=stages, save_every=1)
 
 

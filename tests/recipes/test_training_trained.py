@@ -130,6 +130,13 @@ def test_an_adapter_beside_gates_that_open_is_not_the_whole_difference():
     assert not is_all_that_is_trained(make_run_config({**one, "gate_blend_steps": 5}))
 
 
+def test_a_model_in_parts_gets_no_adapter_in_a_later_stage(tiny_nsa_model):
+    stage = make_run_config({"model": "a", "out": "b", "trains": "lora"})
+    check_stage(tiny_nsa_model(), stage, sharded=True)
+    with pytest.raises(NsaError, match="works with FSDP2 in the first stage only"):
+        check_stage(tiny_nsa_model(), stage, sharded=True, number=2)
+
+
 def test_a_stage_of_a_family_without_gradient_checkpointing_is_refused_before_the_first(tiny_nsa_model):
     model = tiny_nsa_model()
     stage = make_run_config({"model": "a", "out": "b", "gradient_checkpointing": 1})
