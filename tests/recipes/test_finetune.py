@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from by_hand import gradient_norm, loss_alone, words
+from finetune_on_cpus import adapted
 from processes import started
 from safetensors.torch import load_file
 from tiny_runs import converted_and_opened
@@ -65,12 +66,13 @@ def data(tmp_path_factory):
     return path
 
 
-def trainer_of(model_dir, data, out, padding="packed", layers=3, **settings):
+def trainer_of(model_dir, data, out, padding="packed", layers=3, lora=False, **settings):
     """A Trainer as the script makes it."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir, **({} if padding == "packed" else {"padding_side": padding}))
     documents = read_documents(str(data), tokenizer, 8192)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, num_hidden_layers=layers)
     return Trainer(
-        AutoModelForCausalLM.from_pretrained(model_dir, num_hidden_layers=layers),
+        adapted(model) if lora else model,
         TrainingArguments(str(out), **{**QUICK, **settings}),
         train_dataset=documents,
         eval_dataset=documents.select(range(3)),
@@ -210,16 +212,20 @@ def test_what_it_cannot_use(model_dir, data, tiny_dense_dir, tmp_path, capsys):
     assert not (tmp_path / "out").exists() and Finetuning("a", "b").max_length == 8192
 
 
-def test_two_processes_train_as_one(model_dir, data, alone, cache, tmp_path):
-    """With the model in parts (FSDP2); with DDP the batch is shared out in the same way."""
-    arguments = ["--model", str(model_dir), "--data", str(data), "--output_dir", str(tmp_path / "out"), *CPU, "--fsdp"]
+def history_of_two_processes(model_dir, data, cache, folder, *more):
+    """What was logged of two steps with the model in parts (FSDP2); the result is `folder / "out"`."""
+    arguments = ["--model", str(model_dir), "--data", str(data), "--output_dir", str(folder / "out"), *CPU, "--fsdp"]
     arguments += ["--per_device_train_batch_size", "4", "--max_steps", "2", "--learning_rate", "1e-3"]
-    arguments += ["--lr_scheduler_type", "constant", "--logging_steps", "1", "--save_steps", "2"]
+    arguments += ["--lr_scheduler_type", "constant", "--logging_steps", "1", "--save_steps", "2", *more]
     environment = {"HF_DATASETS_CACHE": cache}
-    with started(arguments, tmp_path / "log", program="finetune_on_cpus", processes=2, environment=environment) as run:
+    with started(arguments, folder / "log", program="finetune_on_cpus", processes=2, environment=environment) as run:
         assert run.finish().count("in parts: True") == 2
-    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
-    first, second = state["log_history"][:2]
+    return json.loads((folder / "out" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"][:2]
+
+
+def test_two_processes_train_as_one(model_dir, data, alone, cache, tmp_path):
+    """With DDP the batch is shared out in the same way."""
+    first, second = history_of_two_processes(model_dir, data, cache, tmp_path)
     assert (first["loss"], first["grad_norm"]) == pytest.approx(alone[:2], rel=1e-3)
     one = trainer_of(model_dir, data, tmp_path / "one", max_steps=2)
     one.train()
@@ -227,3 +233,17 @@ def test_two_processes_train_as_one(model_dir, data, alone, cache, tmp_path):
     two = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     # AdamW makes of a rounding in a tiny gradient a step of some size
     assert all((value - two[name]).abs().max() < 2e-4 for name, value in one.model.state_dict().items())
+
+
+def test_two_processes_train_an_adapter_as_one(model_dir, data, cache, tmp_path):
+    """Beside gates that are trained whole: most of what is in parts gets no gradient."""
+    history = history_of_two_processes(model_dir, data, cache, tmp_path, "--lora")
+    one = trainer_of(model_dir, data, tmp_path / "one", lora=True, max_steps=2)
+    one.train()
+    assert [row["loss"] for row in history] == pytest.approx(losses(one), rel=1e-4)
+    one.save_model()
+    saved = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "out")]
+    assert saved[0].keys() == saved[1].keys() and any("nsa.gate" in name for name in saved[0])
+    # AdamW makes of a rounding in a tiny gradient a step of some size
+    assert all((value - saved[1][name]).abs().max() < 2e-4 for name, value in saved[0].items())
+    assert all(value.abs().max() > 1e-3 for name, value in saved[1].items() if "lora_B" in name), "trained"
