@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, MODEL_MAPPING_NAMES
 
 import nsa_hf  # noqa: F401  (registers the sparse classes)
@@ -78,6 +79,7 @@ class ModelTester:
             # the tests know by these tables which classes have no loss
             MODEL_MAPPING_NAMES[sparse.config_class.model_type] = sparse.model_class.__name__
         self.config_class = type(self.get_config())
+        self.head_classes = heads_of(self.config_class)
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -101,6 +103,17 @@ class ModelTester:
     prepare_config_and_inputs_for_common = prepare_config_and_inputs
 
 
+def heads_of(config_class: type) -> list[type]:
+    """The classes of a family with other heads than the next token's, which the tests then know to give labels."""
+    found = []
+    for kind in ("SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING"):
+        head = getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING").get(config_class, None)
+        if head is not None:
+            getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES")[config_class.model_type] = head.__name__
+            found.append(head)
+    return found
+
+
 def make_test(family: str, variant: str) -> type[unittest.TestCase]:
     """The common tests of one family and variant, as a class for pytest."""
     from tests.generation.test_utils import GenerationTesterMixin
@@ -114,7 +127,7 @@ def make_test(family: str, variant: str) -> type[unittest.TestCase]:
 
     more = {
         "setUp": set_up,
-        "all_model_classes": classes,
+        "all_model_classes": (*classes, *tester.head_classes),
         "all_generative_model_classes": classes[1:],
         "pipeline_model_mapping": {},
         "test_can_init_all_missing_weights_before_2023": True,
