@@ -15,6 +15,7 @@ from .branches import FILLED_BY_ANOTHER, NsaIndependentLayer
 from .dynamic import NsaDynamicLayer
 from .extras import Extras
 from .static import OFFLOADED_STATIC, NsaStaticLayer, NsaStaticWindowLayer, in_a_graph
+from .static_branches import NsaStaticIndependentLayer
 
 OFFLOADED_ON_CPU = "an offloaded cache waits in CPU memory for the GPU, and this model is on the CPU: do without"
 
@@ -56,17 +57,13 @@ def adopt_layer(cache: Cache, layer_idx: int, extras: Extras, device: torch.devi
     if type(layer) is DynamicLayer:
         layer = cache.layers[layer_idx] = (NsaIndependentLayer if extras.independent else NsaDynamicLayer).adopt(layer)
     if type(layer) is StaticLayer:
-        if extras.independent:
-            raise NsaError(
-                "a model with nsa_branch_kv='independent' does not support the static cache yet: use DynamicCache(), "
-                "which generate() makes by itself when cache_implementation is not set"
-            )
-        layer = cache.layers[layer_idx] = NsaStaticLayer.adopt(layer, extras)
-    if isinstance(layer, NsaDynamicLayer) and isinstance(layer, NsaIndependentLayer) is not extras.independent:
-        raise NsaError(FILLED_BY_ANOTHER)
+        static = NsaStaticIndependentLayer if extras.independent else NsaStaticLayer
+        layer = cache.layers[layer_idx] = static.adopt(layer, extras)
     if not isinstance(layer, NsaDynamicLayer | NsaStaticLayer):
         kind = type(cache).__name__ if layer is None else f"{type(cache).__name__} ({type(layer).__name__})"
         raise NsaError(UNUSABLE.format(kind))
+    if isinstance(layer, NsaIndependentLayer | NsaStaticIndependentLayer) is not extras.independent:
+        raise NsaError(FILLED_BY_ANOTHER)
     check_extras(layer, extras)
     return layer
 

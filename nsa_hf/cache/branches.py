@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
@@ -51,7 +53,7 @@ class NsaIndependentLayer(NsaDynamicLayer):
         self.padded = False
 
     @classmethod
-    def adopt(cls, layer: DynamicLayer) -> NsaIndependentLayer:
+    def adopt(cls, layer: DynamicLayer) -> Self:
         if layer.get_seq_length():
             raise NsaError(FILLED_BY_ANOTHER)
         return super().adopt(layer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ class NsaDynamicLayer(DynamicLayer):
         self.offloaded = False
 
     @classmethod
-    def adopt(cls, layer: DynamicLayer) -> NsaDynamicLayer:
+    def adopt(cls, layer: DynamicLayer) -> Self:
         """Takes over what a plain layer holds."""
         adopted = cls()
         adopted.__dict__.update(layer.__dict__)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
@@ -39,11 +41,13 @@ class NsaStaticLayer(StaticLayer):
         starts: int32 `[B]`, the rows' first real positions when they were written outside of a graph; None = 0.
         knows_starts: whether any were.
         catches_up: False, so `extend` runs with every forward, dense ones too: later it would need other shapes.
+        EXTRA: the names of the tensors that a plain layer does not have.
     """
 
     # `crop` puts everything back as it was
     is_croppable = True
     catches_up = False
+    EXTRA: tuple[str, ...] = (*COMPRESSED, *INDEX)
 
     def __init__(self, max_cache_len: int, extras: Extras) -> None:
         super().__init__(max_cache_len)
@@ -58,7 +62,7 @@ class NsaStaticLayer(StaticLayer):
         self.knows_starts = False
 
     @classmethod
-    def adopt(cls, layer: StaticLayer, extras: Extras) -> NsaStaticLayer:
+    def adopt(cls, layer: StaticLayer, extras: Extras) -> Self:
         """Takes over a plain layer's buffers and what they hold."""
         adopted = cls(layer.max_cache_len, extras)
         adopted.__dict__.update(layer.__dict__)
@@ -187,12 +191,12 @@ class NsaStaticLayer(StaticLayer):
     def reset(self) -> None:
         super().reset()
         self.behind = self.knows_starts = False
-        for name in (*COMPRESSED, *INDEX):
+        for name in self.EXTRA:
             if getattr(self, name) is not None:
                 getattr(self, name).zero_()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        for name in ("keys", "values", *COMPRESSED, *INDEX):
+        for name in ("keys", "values", *self.EXTRA):
             if (buffer := getattr(self, name)) is not None:
                 # in place: graphs know the buffers by their addresses
                 buffer.copy_(buffer.index_select(0, beam_idx.to(buffer.device)))

@@ -45,11 +45,9 @@ def test_it_gives_the_logits_that_it_gave(kept, expected):
     model, loaded = AutoModelForCausalLM.from_pretrained(kept, output_loading_info=True)
     assert not loaded["missing_keys"] and not loaded["unexpected_keys"]
     ids = expected["ids"].long()
-    # keys and values per branch have no static cache
-    static = [] if model.config.nsa_branch_kv == "independent" else [StaticCache(model.config, max_cache_len=50)]
     with torch.no_grad():
         assert relative(model(ids).logits, expected["logits"]) < 1e-5
-        for cache in (DynamicCache(), *static):
+        for cache in (DynamicCache(), StaticCache(model.config, max_cache_len=50)):
             assert relative(in_steps(model, ids, [30, 1, 1, 16], cache), expected["logits"]) < 1e-5
         with model.dense_attention():
             assert relative(model(ids).logits, expected["logits"]) > 0.1, "else this would show little"

@@ -188,6 +188,7 @@ CACHES = {
     "configured": lambda model: DynamicCache(config=model.config),
     "static": lambda model: StaticCache(model.config, max_cache_len=LENGTH),
     "per branch": lambda model: DynamicCache(),
+    "static per branch": lambda model: StaticCache(model.config, max_cache_len=LENGTH),
 }
 
 
@@ -196,7 +197,7 @@ CACHES = {
 @pytest.mark.parametrize("steps", [[100] + [1] * 50, [41, 1, 7, 61] + [1] * 40])
 def test_a_loop_of_ones_own_without_position_ids(steps, kind, dense, tiny_nsa_model):
     """The mask grows with every token, as in any loop that was written by hand."""
-    model = tiny_nsa_model(nsa_branch_kv="independent" if kind == "per branch" else "shared")
+    model = tiny_nsa_model(nsa_branch_kv="independent" if kind.endswith("per branch") else "shared")
     x = tokens(3)
     mask = left_padded(x, STARTS)["attention_mask"]
     with torch.no_grad(), model.dense_attention() if dense else nullcontext():

@@ -123,7 +123,7 @@ def test_generation_on_a_gpu_is_that_on_the_cpu(selector: str) -> None:
     fields = {**SELECTORS[selector], "nsa_compression": "mlp", "nsa_branch_kv": "independent"}
     independent = [tiny_sparse_model(device, **fields) for device in ("cpu", "cuda")]
     expected = independent[0].generate(x, attention_mask=mask, **options)
-    for kind in (None, "offloaded"):
+    for kind in (None, "static", "offloaded"):
         generated = independent[1].generate(x.cuda(), attention_mask=mask.cuda(), cache_implementation=kind, **options)
         assert torch.equal(generated.cpu(), expected), kind
 

@@ -66,8 +66,9 @@ def test_a_dynamic_cache_gives_what_one_pass_gives(tiny_nsa_model, branches):
     assert relative(stepwise[1, 13:], whole[1, 13:]) < 1e-5
 
 
-def test_a_static_cache_gives_what_one_pass_gives(model):
-    x = tokens()
+@pytest.mark.parametrize("branches", ["shared", "independent"])
+def test_a_static_cache_gives_what_one_pass_gives(tiny_nsa_model, branches):
+    model, x = tiny_nsa_model(nsa_branch_kv=branches), tokens()
     inputs = left_padded(x, [0, 13])
     with torch.no_grad():
         whole = model(x, use_cache=False, **inputs).logits
