@@ -46,9 +46,17 @@ def padded_and_static(model: nsa_hf.NsaLlamaForCausalLM, x: Tensor) -> dict[str,
     return padded_and_cached(model, x, StaticCache(model.config, max_cache_len=TOKENS + 9))
 
 
-def own_keys_and_cached(model: nsa_hf.NsaLlamaForCausalLM, x: Tensor) -> dict[str, Tensor]:
+def with_own_keys(model: nsa_hf.NsaLlamaForCausalLM, x: Tensor) -> nsa_hf.NsaLlamaForCausalLM:
     fields = {"nsa_selector": model.config.nsa_selector, "nsa_selector_bits": model.config.nsa_selector_bits}
-    return padded_and_cached(tiny_sparse_model(x.device.type, nsa_branch_kv="independent", **fields), x)
+    return tiny_sparse_model(x.device.type, nsa_branch_kv="independent", **fields)
+
+
+def own_keys_and_cached(model: nsa_hf.NsaLlamaForCausalLM, x: Tensor) -> dict[str, Tensor]:
+    return padded_and_cached(with_own_keys(model, x), x)
+
+
+def own_keys_and_static(model: nsa_hf.NsaLlamaForCausalLM, x: Tensor) -> dict[str, Tensor]:
+    return padded_and_static(with_own_keys(model, x), x)
 
 
 def gradients(model: nsa_hf.NsaLlamaForCausalLM, x: Tensor) -> dict[str, Tensor]:
@@ -88,7 +96,7 @@ def test_interpreted(run: Callable[..., dict[str, Tensor]], selector: str) -> No
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("selector", SELECTORS)
-@pytest.mark.parametrize("run", [*RUNS, own_keys_and_cached])
+@pytest.mark.parametrize("run", [*RUNS, own_keys_and_cached, own_keys_and_static])
 def test_on_a_gpu(run: Callable[..., dict[str, Tensor]], selector: str) -> None:
     # the model's own matrix products round differently there, so a selection may differ at a tie: none does here
     assert largest_difference(run, "cuda", selector) < 1e-4
