@@ -26,7 +26,7 @@ from nsa_hf.registration import PREFIX
 from . import manifest as manifests
 from .files.checkpoint import SafetensorsCheckpoint
 from .files.hashes import HASH
-from .files.loading import read_config, reading, transformers_progress
+from .files.loading import read_config, reading, refuse_quantised, transformers_progress
 from .files.model_folder import copy_file, refuse_adapter
 from .files.pieces import same_bits
 from .files.plain_json import read_json
@@ -76,6 +76,7 @@ def export_dense(
         refuse_adapter(src)
         manifest = manifests.find(src)
         config = read_config(src)
+        refuse_quantised(src, config)
         checkpoint = SafetensorsCheckpoint(src)
         expected = converted_tensors(config).as_stored(checkpoint.table)
         added = set(map(place_of, expected.added))

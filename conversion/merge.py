@@ -23,7 +23,7 @@ from nsa_hf.heads import auto_class
 
 from . import manifest as manifests
 from .files.hashes import hash_file
-from .files.loading import load_whole, read_config, reading, transformers_progress
+from .files.loading import load_whole, read_config, reading, refuse_quantised, transformers_progress
 from .files.staging import check_output, staged_folder
 from .saving import save_changed
 
@@ -59,9 +59,10 @@ def merge(model: str | Path, adapter: str | Path, out: str | Path, *, overwrite:
     model, adapter, out = check_folder(check_path(model)), check_folder(check_path(adapter)), check_path(out)
     check_output(out, overwrite, keep=(model, adapter))
     check_adapter(model, adapter)
-    manifest = manifests.find(model)
+    manifest, config = manifests.find(model), read_config(model)
+    refuse_quantised(model, config)
     with transformers_progress(False):
-        merged = merged_model(load_whole(model, auto_class(read_config(model)), dtype="auto"), adapter)
+        merged = merged_model(load_whole(model, auto_class(config), dtype="auto"), adapter)
     hashes = {name: hash_file(adapter / name) for name in (CONFIG, WEIGHTS)}
     run: dict[str, Any] = {"merged": str(adapter), "fingerprint": hashes}
     if manifest is not None and "training" in manifest:

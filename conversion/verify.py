@@ -37,7 +37,7 @@ from .compare.texts import held_out_texts, provenance
 from .compare.tokens import Window, has_tokenizer, token_windows
 from .compare.weights import compare_tensors, matches_manifest
 from .files.checkpoint import SafetensorsCheckpoint
-from .files.loading import load_whole, read_config, reading, transformers_progress
+from .files.loading import load_whole, read_config, reading, refuse_quantised, transformers_progress
 from .files.staging import write_json
 from .options import dtype_name
 from .rope import added_scaling, scale_model
@@ -110,6 +110,7 @@ def verify(
         source = open_source(src, revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
         checkpoint = SafetensorsCheckpoint(out)
         config = read_config(out)
+        refuse_quantised(out, config)
         try:
             configs = [config, *([other_selector(config)] if compare_selectors else [])]
         except NotPlain as reason:

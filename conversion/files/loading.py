@@ -46,6 +46,25 @@ def read_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
+def refuse_quantised(name: str | Path, config: PreTrainedConfig) -> None:
+    """Refuses a model in few bits, as `save_pretrained` writes one that was loaded so.
+
+    Args:
+        name: the model's, for the message.
+        config: the model's.
+
+    Raises:
+        NsaError: names the quantisation.
+    """
+    quantization = getattr(config, "quantization_config", None)
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
+        raise NsaError(
+            f"{name} is quantised ({method}): expected plain weights: give the checkpoint that it was made from, or "
+            "dequantise it first"
+        )
+
+
 def load_whole(folder: Path, auto: Any = AutoModelForCausalLM, **options: Any) -> PreTrainedModel:
     """Transformers' model of a folder, in evaluation mode.
 

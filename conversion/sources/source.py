@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from nsa_hf.errors import NsaError
-
 from ..files.hashes import describe_file
+from ..files.loading import refuse_quantised
 from ..files.pieces import Piece, TensorInfo, pieces_of
 
 
@@ -35,9 +34,7 @@ class Source(ABC):
 
     def __init__(self, name: str, folder: Path, config: PreTrainedConfig, revision: str | None):
         self.name, self.folder, self.config, self.revision = name, folder, config, revision
-        quantization = getattr(config, "quantization_config", None)
-        if quantization:
-            raise NsaError(f"{name} is quantised ({quantization}): expected plain weights, so dequantise it first")
+        refuse_quantised(name, config)
 
     @property
     @abstractmethod

@@ -153,7 +153,7 @@ SOURCES = {
     "code of its own": (config(auto_map=REMOTE), [], "is defined by code of its own (modeling_x.XForCausalLM)"),
     "an unknown type with code": (config(model_type="x", auto_map=REMOTE), [], "--trust-remote-code"),
     "trusted code that is not there": (config(auto_map=REMOTE), ["--trust-remote-code"], "configuration_x.py"),
-    "quantised": (config(quantization_config=GPTQ), [], "is quantised ({'quant_method': 'gptq'"),
+    "quantised": (config(quantization_config=GPTQ), [], "is quantised (gptq): expected plain weights"),
     "float8": (weights(lambda t: t.update({UP: t[UP].to(torch.float8_e4m3fn)})), [], f"{UP} has dtype F8_E4M3"),
     "integers": (weights(lambda t: t.update({UP: t[UP].to(torch.int8)})), [], f"{UP} is stored as int8"),
     "complex": (weights(lambda t: t.update({UP: t[UP].to(torch.complex64)})), [], f"{UP} has dtype C64"),
