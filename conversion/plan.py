@@ -163,7 +163,7 @@ def render_plan(plan: dict[str, Any]) -> RenderableType:
     """
     source, parameters, pays = plan["source"], plan["parameters"], plan["pays_from"]
     facts = Table(title=f"{escape(source['name'])}: {source['model_type']} to {plan['model_type']}", show_header=False)
-    facts.add_row("Source", f"{source['kind']}, {source['dtype']}" + _if_other(plan["dtype"], source["dtype"]))
+    facts.add_row("Source", _source(source, plan["dtype"]))
     facts.add_row("Is the dense model up to", _exactness(plan))
     facts.add_row("Parameters", f"{parameters['dense']:,} + {parameters['added']:,} ({parameters['added_share']:.1%})")
     facts.add_row("Weights", f"{_bytes(plan['bytes']['dense'])} to {_bytes(plan['bytes']['nsa'])}")
@@ -181,7 +181,7 @@ def render_plan(plan: dict[str, Any]) -> RenderableType:
         indices = [row["layer"] for row in run]
         span = f"{indices[0]} - {indices[-1]}" if len(indices) > 1 else str(indices[0])
         layers.add_row(span, becomes, why, f"{new:,}")
-    cache = Table(title="KV cache of one sequence")
+    cache = Table(title=f"KV cache of one sequence, {plan['dtype']}")
     for column in ("tokens", "dense", "NSA", "read per token: dense", "NSA", "times less"):
         cache.add_column(column, justify="right")
     for row in plan["kv_cache"]:
@@ -216,8 +216,14 @@ def _exactness(plan: dict[str, Any]) -> str:
     return _tokens(plan["exact_up_to"]) + alike
 
 
-def _if_other(dtype: str, source: str) -> str:
-    return f", rounded to {dtype}" if dtype != source else ""
+def _source(source: dict[str, Any], dtype: str) -> str:
+    """What the weights are, and what they become in this dtype."""
+    said = f"{source['kind']}, {source['dtype']}"
+    if dtype != source["dtype"]:
+        return f"{said}, rounded to {dtype}"
+    if source["kind"] == "gguf":
+        return f"{said}, whatever the file's bits: --dtype bfloat16 halves weights and caches"
+    return said
 
 
 def _tokens(count: int | None) -> str:

@@ -95,18 +95,19 @@ class NsaPreTrainedMixin(FromDenseMixin, SavedByImport, NsaGenerationMixin):
         """As Transformers', which asks for it at loading.
 
         Raises:
-            NsaError: the model is to be divided within its layers or between them.
+            NsaError: the model is to be divided within its layers or between them; in one process too, where a plan
+                would divide nothing.
         """
         config = distributed_config
         if isinstance(config, dict):
             config = DistributedConfig.from_dict(config)
-        for size in ("tp_size", "pp_size"):
-            if (getattr(config, size, None) or 1) > 1:
+        for name, nothing in (("tp_plan", {}), ("tp_size", 1), ("pp_size", 1)):
+            asked = getattr(config, name, None) or nothing
+            if asked != nothing:
                 raise NsaError(
-                    f"sparse models cannot be loaded with tensor or pipeline parallelism yet, got {size}="
-                    f"{getattr(config, size)} (tp_plan, tp_size or distributed_config): use FSDP, as "
-                    "distributed_config={'fsdp_size': N} or Accelerate's, or device_map='auto', which puts whole "
-                    "layers onto each GPU"
+                    f"sparse models cannot be loaded with tensor or pipeline parallelism yet, got {name}={asked!r} "
+                    "(tp_plan, tp_size or distributed_config): use FSDP, as distributed_config={'fsdp_size': N} or "
+                    "Accelerate's, or device_map='auto', which puts whole layers onto each GPU"
                 )
         return super().prepare_distribute_model(distributed_config, *args, **kwargs)
 

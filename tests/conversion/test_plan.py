@@ -8,11 +8,12 @@ import shutil
 
 import pytest
 import torch
+from gguf_file import write_gguf
 from packaging.version import Version
 from rich.console import Console
 from tiny_families import tiny_config
 from tiny_models import SELECTORS, tiny_dense_model
-from transformers import StaticCache
+from transformers import AutoModelForCausalLM, StaticCache
 
 import nsa_hf
 from nsa_hf.conversion import convert, plan, render_plan
@@ -77,6 +78,25 @@ def test_cache_bytes_are_those_of_a_cache_that_was_filled(options, kind, tiny_de
     layer_bytes = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
     assert row["dense_bytes"] == sum(layer_bytes)
     assert row["nsa_bytes"] == sum(nbytes(layer) for layer in cache.layers)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_of_a_gguf_file_it_counts_what_the_converted_model_has(dtype, tiny_sizes, tmp_path):
+    source = write_gguf(tmp_path / "tiny.gguf")
+    planned = plan(source, dtype=dtype, lengths=[99], **tiny_sizes)
+    out = convert(source, tmp_path / "out", dtype=dtype, **tiny_sizes)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    with torch.no_grad():
+        cache = model(torch.arange(99)[None], use_cache=True)[CACHE]
+    tensors = [x for layer in cache.layers for x in vars(layer).values() if isinstance(x, torch.Tensor)]
+    assert planned["kv_cache"][0]["nsa_bytes"] == sum(tensor.nbytes for tensor in tensors)
+    assert planned["bytes"]["nsa"] == sum(parameter.nbytes for parameter in model.parameters())
+    console = Console(file=io.StringIO(), width=200)
+    console.print(render_plan(planned))
+    said = (
+        "whatever the file's bits: --dtype bfloat16 halves" if dtype is None else "gguf, float32, rounded to bfloat16"
+    )
+    assert said in console.file.getvalue() and f"one sequence, {dtype or 'float32'}" in console.file.getvalue()
 
 
 def test_read_bytes_by_hand():

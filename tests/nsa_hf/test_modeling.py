@@ -292,20 +292,23 @@ def test_no_split_modules_exist(tiny_nsa_model):
 
 
 @pytest.mark.parametrize(
-    ("options", "size"),
+    ("options", "processes", "asked"),
     [
-        ({"tp_plan": "auto"}, "tp_size=2"),
-        ({"tp_size": 2}, "tp_size=2"),
-        ({"distributed_config": {"tp_size": 2, "tp_plan": {"layers.*.mlp.up_proj": "colwise"}}}, "tp_size=2"),
-        ({"distributed_config": DistributedConfig(pp_size=2)}, "pp_size=2"),
+        ({"tp_plan": "auto"}, 2, "tp_plan='auto'"),
+        ({"tp_plan": "auto"}, 1, "tp_plan='auto'"),
+        ({"tp_size": 2}, 2, "tp_size=2"),
+        ({"distributed_config": {"tp_size": 2, "tp_plan": {"layers.*.mlp.up_proj": "colwise"}}}, 2, "tp_plan={'lay"),
+        ({"distributed_config": DistributedConfig(pp_size=2)}, 2, "pp_size=2"),
     ],
 )
-def test_a_model_divided_within_or_between_layers_is_refused(options, size, tiny_nsa_model, tmp_path, monkeypatch):
+def test_a_model_divided_within_or_between_layers_is_refused(
+    options, processes, asked, tiny_nsa_model, tmp_path, monkeypatch
+):
     model = tiny_nsa_model()
     assert not model.tp_plan and not model.config.base_model_tp_plan and not model.supports_tp_plan, "others' plans"
     model.save_pretrained(tmp_path)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(NsaError, match=f"tensor or pipeline parallelism yet, got {size} .*: use FSDP"):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    with pytest.raises(NsaError, match=f"tensor or pipeline parallelism yet, got {asked}.*: use FSDP"):
         AutoModelForCausalLM.from_pretrained(tmp_path, **options)
     monkeypatch.setenv("WORLD_SIZE", "1")
     alone = AutoModelForCausalLM.from_pretrained(tmp_path, distributed_config={"fsdp_size": 1})
