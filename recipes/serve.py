@@ -33,12 +33,13 @@ from .load import check_token_ids, load_tokenizer
 from .request_checks import NEEDED, check_request
 
 
-def serve_model(out: Path, arguments: list[str]) -> None:
+def serve_model(out: Path, arguments: list[str], listening: Callable[[str], None] | None = None) -> None:
     """Serves until it is interrupted.
 
     Args:
         out: the converted model's folder; requests name it as their model.
         arguments: further options of `transformers serve`, such as `--host`, `--port`, `--device`, `--dtype`.
+        listening: is called with the server's address as soon as it takes requests.
 
     Raises:
         NsaError: no model is there, or not all of it, its chat template goes wrong, the server's packages are missing,
@@ -58,11 +59,11 @@ def serve_model(out: Path, arguments: list[str]) -> None:
         apply_chat_template(tokenizer, [{"role": "user", "content": "hello"}])
     from transformers.cli.transformers import app  # here: it needs the packages just asked for
 
-    adapt_server()
+    adapt_server(listening)
     app(["serve", str(out), *arguments], prog_name="nsa-hf")
 
 
-def adapt_server() -> None:
+def adapt_server(listening: Callable[[str], None] | None = None) -> None:
     """Puts this module's parts into Transformers' server, for good: the process is the server."""
     from transformers.cli.serving import response, server, utils
 
@@ -74,7 +75,7 @@ def adapt_server() -> None:
     ):
         setattr(handler, name, staticmethod(refusing(getattr(handler, name))))
     utils.GenerateManager = limited(utils.GenerateManager, stopping)
-    server.build_server = with_refusals(server.build_server, server.JSONResponse, stopping)
+    server.build_server = with_refusals(server.build_server, server.JSONResponse, stopping, listening)
 
 
 def checked_first(validate: Callable[..., Any]) -> Callable[..., Any]:
@@ -157,13 +158,19 @@ def limit_answer(model: Any, ids: torch.Tensor, config: Any) -> None:
         config.max_length = min(config.max_length, limit)
 
 
-def with_refusals(build: Callable[..., Any], response: Callable[..., Any], stopping: Event) -> Callable[..., Any]:
+def with_refusals(
+    build: Callable[..., Any],
+    response: Callable[..., Any],
+    stopping: Event,
+    listening: Callable[[str], None] | None = None,
+) -> Callable[..., Any]:
     """The function that builds the server's application, which then answers a ValueError with status 400.
 
     Args:
         build: Transformers' `build_server`.
         response: the server's class of JSON responses.
         stopping: is set when the server is to stop (see `stop_without_failure`).
+        listening: as of `serve_model`.
     """
 
     async def refuse(request: Any, error: Exception) -> Any:
@@ -174,10 +181,30 @@ def with_refusals(build: Callable[..., Any], response: Callable[..., Any], stopp
         # Transformers' own refusals of settings are ValueErrors, as ours are
         application.add_exception_handler(ValueError, refuse)
         # what runs it, imported by Transformers just before
-        stop_without_failure(sys.modules["uvicorn"].Server, stopping)
+        server_class = sys.modules["uvicorn"].Server
+        stop_without_failure(server_class, stopping)
+        if listening is not None:
+            say_where(server_class, listening)
         return application
 
     return build_with_refusals
+
+
+def say_where(server_class: Any, listening: Callable[[str], None]) -> None:
+    """Has a server say its address, with the port that the system chose where it was asked for 0.
+
+    Args:
+        server_class: uvicorn's `Server`, which is changed.
+        listening: is called with the address.
+    """
+    startup = server_class.startup
+
+    async def start_and_say(self: Any, *args: Any, **kwargs: Any) -> None:
+        await startup(self, *args, **kwargs)
+        host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
+        listening(f"http://{host}:{self.servers[0].sockets[0].getsockname()[1]}/v1")
+
+    server_class.startup = start_and_say
 
 
 def stop_without_failure(server_class: Any, stopping: Event) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -86,15 +88,28 @@ def generate(
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def serve(context: typer.Context, out: Out) -> None:
+def serve(
+    context: typer.Context,
+    out: Out,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print its address as one JSON object when it listens; all else goes to stderr."),
+    ] = False,
+) -> None:
     """Serve OUT over HTTP, compatible with OpenAI's API.
 
-    It is `transformers serve` with the sparse classes known; further options are that command's: --host, --port,
-    --device, --dtype, --compile, ... Needs `pip install 'nsa-hf[serve]'`.
+    It is `transformers serve` with the sparse classes known; further options are that command's: --host, --port (0: any
+    that is free), --device, --dtype, --compile, ... Needs `pip install 'nsa-hf[serve]'`.
     """
     from ..serve import serve_model
 
-    serve_model(out, context.args)
+    standard_output = sys.stdout
+
+    def listening(url: str) -> None:
+        print(json.dumps({"model": str(out), "url": url}), file=standard_output, flush=True)
+
+    with result_alone(as_json):
+        serve_model(out, context.args, listening if as_json else None)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 import os
 import shutil
 import signal
@@ -57,32 +58,49 @@ COMMANDS = {
 def client(request, nsa_dir, tmp_path_factory):
     import openai
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    ours = request.param == "nsa-hf serve"
+    port = 0 if ours else free_port()
     log = tmp_path_factory.mktemp("log") / "serve.log"
-    command = [sys.executable, *COMMANDS[request.param], str(nsa_dir), "--host", "127.0.0.1"]
+    command = [sys.executable, *COMMANDS[request.param], str(nsa_dir), "--host", "127.0.0.1", "--port", str(port)]
     with log.open("w") as output:
         server = subprocess.Popen(
-            [*command, "--port", str(port), "--device", "cpu", "--dtype", "float32"],
-            stdout=output,
-            stderr=subprocess.STDOUT,
+            [*command, "--device", "cpu", "--dtype", "float32", *["--json"] * ours],
+            stdout=subprocess.PIPE if ours else output,
+            stderr=output,
+            text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
     try:
-        for _ in range(240):
-            with socket.socket() as ready:
-                if ready.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert server.poll() is None, log.read_text()
-            time.sleep(0.5)
-        else:
-            raise AssertionError(log.read_text())
-        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
+        url = said_by(server, nsa_dir) if ours else f"http://127.0.0.1:{port}/v1"
+        wait_for(server, int(url.rpartition(":")[2].removesuffix("/v1")), log)
+        yield openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60)
     finally:
         server.send_signal(signal.SIGINT)
-        code = server.wait(timeout=30)
-        assert code == 0 or request.param == "transformers serve", log.read_text()
+        code, rest = server.wait(timeout=30), server.stdout.read() if ours else ""
+        assert (code == 0 or not ours) and rest == "", log.read_text()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def said_by(server: subprocess.Popen, nsa_dir) -> str:
+    """The address on the one line that `--json` prints."""
+    said = json.loads(server.stdout.readline() or "{}")
+    assert said.keys() == {"model", "url"} and said["model"] == str(nsa_dir), said
+    return said["url"]
+
+
+def wait_for(server: subprocess.Popen, port: int, log) -> None:
+    for _ in range(240):
+        with socket.socket() as ready:
+            if ready.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        assert server.poll() is None, log.read_text()
+        time.sleep(0.5)
+    raise AssertionError(log.read_text())
 
 
 @pytest.fixture(scope="module")
