@@ -101,9 +101,9 @@ class NsaPreTrainedMixin(FromDenseMixin, SavedByImport, NsaGenerationMixin):
         config = distributed_config
         if isinstance(config, dict):
             config = DistributedConfig.from_dict(config)
-        for name, nothing in (("tp_plan", {}), ("tp_size", 1), ("pp_size", 1)):
-            asked = getattr(config, name, None) or nothing
-            if asked != nothing:
+        for name in ("tp_plan", "tp_size", "pp_size"):
+            asked = getattr(config, name, None) or 1
+            if asked != 1:
                 raise NsaError(
                     f"sparse models cannot be loaded with tensor or pipeline parallelism yet, got {name}={asked!r} "
                     "(tp_plan, tp_size or distributed_config): use FSDP, as distributed_config={'fsdp_size': N} or "
