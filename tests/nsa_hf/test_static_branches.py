@@ -163,7 +163,7 @@ def test_generate_compiles_the_prompts_pieces_and_the_steps(model):
     assert torch.equal(model.generate(x, **options, **given), model.generate(x, **given))
 
 
-def test_caches_of_other_models_are_refused(model, tiny_nsa_model):
+def test_caches_of_other_models_are_refused(model, tiny_nsa_model, monkeypatch):
     x = tokens(1, 20)
     for maker, user in ((tiny_dense_model(), model), (tiny_nsa_model(), model), (model, tiny_nsa_model())):
         cache = StaticCache(model.config, max_cache_len=30)
@@ -174,6 +174,7 @@ def test_caches_of_other_models_are_refused(model, tiny_nsa_model):
     cache = StaticCache(model.config, max_cache_len=30)
     with torch.no_grad():
         tiny_dense_model()(x, **{CACHE: cache})
-    layer, extras = cache.layers[0], model.model.layers[0].self_attn.extras()
+    # a graph cannot look (PyTorch 2.11 does not compile this at all)
+    monkeypatch.setattr("nsa_hf.cache.static_branches.in_a_graph", lambda: True)
     with pytest.raises(RuntimeError, match="neither can continue the other's cache"):
-        torch.compile(NsaStaticIndependentLayer.adopt, backend="eager", fullgraph=True)(layer, extras)
+        NsaStaticIndependentLayer.adopt(cache.layers[0], model.model.layers[0].self_attn.extras())
