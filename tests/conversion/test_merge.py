@@ -87,6 +87,9 @@ def test_an_adapter_on_tied_embeddings_is_merged_right_or_not_at_all(name, tied_
         expected = logits(PeftModel.from_pretrained(load(tied_dir), adapter))
         merged = load(merge(tied_dir, adapter, tmp_path / "out"))
         torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=0)
+        assert merged.config.tie_word_embeddings
+        names = [{name for name, _ in SafetensorsCheckpoint(each).tensors()} for each in (tied_dir, tmp_path / "out")]
+        assert names[0] == names[1]
     else:
         with pytest.raises(NsaError, match="which are one in this model"):
             merge(tied_dir, adapter, tmp_path / "out")

@@ -3,21 +3,28 @@ import re
 import shutil
 
 import pytest
+from peft import LoraConfig, PeftConfig, get_peft_model
+from safetensors.torch import load_file
 from tiny_runs import folder_hashes
 from transformers import AutoModelForCausalLM
 
 from nsa_hf.errors import NsaError
 from nsa_hf.recipes import demo as module
 from nsa_hf.recipes.cli import run
-from nsa_hf.recipes.demo import RUN, demo_steps, run_demo
+from nsa_hf.recipes.demo import ADAPTER, RUN, demo_steps, run_demo
 from nsa_hf.recipes.training.config import load_run_config
 
-COMMANDS = ["plan", "convert", "verify", "train", "verify", "generate", "generate", "inspect", "card", "card"]
+LOOKED_AT = ["generate", "generate", "inspect"]
+COMMANDS = ["plan", "convert", "verify", "train", "verify", "merge", "verify", *LOOKED_AT, "card", "card", "card"]
 
 
 @pytest.fixture
-def tiny_source(monkeypatch, tiny_dense_dir):
-    """The demo with a tiny dense model in the place of the downloaded one; everything else is as it is."""
+def tiny_source(monkeypatch, tiny_dense_dir, tmp_path):
+    """The demo with a tiny dense model in the place of the downloaded one, and an adapter for it."""
+    dense = AutoModelForCausalLM.from_pretrained(tiny_dense_dir)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(dense, config).save_pretrained(tmp_path / "adapter")
+    monkeypatch.setattr(module, "ADAPTER", tmp_path / "adapter")
 
     def fetch(package, version, downloads, out):
         if not out.exists():
@@ -51,20 +58,20 @@ def test_its_steps_are_ordinary_commands(tmp_path):
 def test_the_whole_path_and_nothing_twice(tiny_source, run_file, tmp_path, capsys):
     work = tmp_path / "work dir"
     result = run_demo(work, run_file, run)
-    assert result["out"] == str(work / "trained") and len(result["steps"]) == 1 + len(COMMANDS)
+    assert result["out"] == str(work / "adapted") and len(result["steps"]) == 1 + len(COMMANDS)
     first = capsys.readouterr().out
     assert re.findall(r"^\$ nsa-hf (\w+)", first, flags=re.MULTILINE) == COMMANDS
     assert f"$ nsa-hf convert '{work / 'source'}' '{work / 'nsa'}'" in first
     assert "GiB of memory at most" in first
-    nsa, trained = work / "nsa", work / "trained"
+    nsa, trained, adapted = work / "nsa", work / "trained", work / "adapted"
     proof = json.loads((nsa / "verify.json").read_text())
     assert proof["exact"] is True
     assert [row["from"] for row in proof["by_position"]] == [0, 512, 1024, 2048]
     assert "blocks are scored by: channels, 4 of each head" in first
     assert json.loads((trained / "verify.json").read_text())["exact"] is None
-    assert json.loads((trained / "generate-long.json").read_text())["prompt_tokens"] == 1500
-    assert json.loads((trained / "generate-chat.json").read_text())["chat"] is True
-    for folder in (nsa, trained):
+    assert json.loads((adapted / "generate-long.json").read_text())["prompt_tokens"] == 1500
+    assert json.loads((adapted / "generate-chat.json").read_text())["chat"] is True
+    for folder in (nsa, trained, adapted):
         assert (folder / "README.md").read_text().startswith("---\n")
         AutoModelForCausalLM.from_pretrained(folder)
     assert "![Training curve](training.png)" in (trained / "README.md").read_text()
@@ -72,9 +79,17 @@ def test_the_whole_path_and_nothing_twice(tiny_source, run_file, tmp_path, capsy
     before = folder_hashes(work)
     run_demo(work, run_file, run)
     second = capsys.readouterr().out
-    assert second.count("(done before: ") == len(COMMANDS) - 3
+    assert second.count("(done before: ") == len(COMMANDS) - 4
     assert "finished: nothing to do" in second
     assert folder_hashes(work) == before
+
+
+def test_the_kept_adapter_fits_the_demos_model():
+    config = PeftConfig.from_pretrained(ADAPTER)
+    tensors = load_file(ADAPTER / "adapter_model.safetensors")
+    assert {*config.target_modules} == {"q_proj", "k_proj", "v_proj", "o_proj"} and config.inference_mode
+    assert len(tensors) == 30 * len(config.target_modules) * 2
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
 def test_a_step_that_fails_stops_it(tiny_source, run_file, tmp_path, capsys):
