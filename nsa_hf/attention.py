@@ -256,10 +256,10 @@ def nsa_attention_forward(
         return dense_attention(module, query, key, value, scaling, dropout, segments), weights
     if dropout:
         raise NsaError(f"sparse attention has no attention dropout, got {dropout}: set config.attention_dropout = 0")
-    if mode.recorded is not None and mode.recorded.attended is not None:
+    if mode.recorded is not None and mode.recorded.recorders:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         states = (query.detach(), key.detach(), compressed[0].detach())
-        mode.recorded.attended[module.layer_idx] = Attended(*states, scale, segments)
+        mode.recorded.note_attended(module.layer_idx, Attended(*states, scale, segments))
     compressors = nsa.compressors(module.model_config)
     if entries is None and compressors is not None:
         entries = compressors.entries(*compressed, value.dtype, segments)

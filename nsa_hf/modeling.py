@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from .errors import NotPlain, NsaError
 from .generation import NsaGenerationMixin
 from .heads import renamed_decoder
 from .in_memory import FromDenseMixin
-from .modes import Attended, Mode, OpenContexts, Recorded, appended
+from .modes import Attended, Mode, OpenContexts, Recorded, Recorder, appended
 from .registration import PREFIX
 from .releases import CACHE, by_name, cache_among, tokens_held
 from .remote_code import SavedByImport
@@ -228,7 +228,7 @@ class NsaPreTrainedMixin(FromDenseMixin, SavedByImport, NsaGenerationMixin):
             yield record
 
     @contextmanager
-    def record_attention(self) -> Iterator[dict[int, Attended]]:
+    def record_attention(self, keep: Callable[[Attended], Any] | None = None) -> Iterator[dict[int, Any]]:
         """Gives a dict that each forward of this thread inside the block fills: sparse layer to what it attended with.
 
             >>> model = nsa_hf.from_dense("path/to/llama")
@@ -237,11 +237,28 @@ class NsaPreTrainedMixin(FromDenseMixin, SavedByImport, NsaGenerationMixin):
             >>> sorted(attended) == list(range(model.config.num_hidden_layers))
             True
 
-        For losses of the selector. Layers that run dense are absent.
+        For losses and measurements of what selects blocks. Values are `Attended`, without gradients: the queries and
+        keys of all layers, which for a long text are large. With `keep` they are what it makes of them, and nothing
+        else is held:
+
+            >>> with model.record_attention(lambda attended: attended.query.norm(dim=-1).mean().item()) as sizes:
+            ...     logits = model(torch.arange(200)[None]).logits
+            >>> type(sizes[0])
+            <class 'float'>
+
+        Layers that run dense are absent.
+
+        Args:
+            keep: what is kept of each layer; it is called within the forward. None keeps all.
+
+        Raises:
+            NsaError: `keep` is not a function.
         """
-        record: dict[int, Attended] = {}
-        with appended(record, [contexts.attended for contexts in self.open_contexts()]):
-            yield record
+        if keep is not None and not callable(keep):
+            raise NsaError(f"record_attention takes a function of what a layer attended with, got {keep!r}")
+        recorder = Recorder(keep or (lambda attended: attended), {})
+        with appended(recorder, [contexts.recorders for contexts in self.open_contexts()]):
+            yield recorder.kept
 
     def set_gate_blend(self, share: float) -> None:
         """Sets the paper's share of the gates of a model with `nsa_gate="blend"`: 0 is dense, 1 the paper's model.
@@ -333,9 +350,7 @@ class NsaModelMixin(NsaPreTrainedMixin):
             dense=len(contexts.dense) > 0,
             dense_layers=tuple(contexts.dense_layers),
             recorded=(
-                Recorded(bool(contexts.records), bool(contexts.attended))
-                if contexts.records or contexts.attended
-                else None
+                Recorded(bool(contexts.records), contexts.recorders) if contexts.records or contexts.recorders else None
             ),
         )
 
@@ -409,8 +424,6 @@ class NsaModelMixin(NsaPreTrainedMixin):
         if mode.recorded is not None:
             for record in self.nsa_contexts.records:
                 record.update(mode.recorded.selections or {})
-            for attended in self.nsa_contexts.attended:
-                attended.update(mode.recorded.attended or {})
             mode.recorded.end()
         cache = cache_among(out.values() if isinstance(out, dict) else out)
         if cache is not None:

@@ -7,12 +7,13 @@ thread. So a layer reads nothing off itself or its config that may have changed 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from nsa_hf.kernels import Sizes
@@ -37,23 +38,40 @@ class Attended(NamedTuple):
     segments: Segments
 
 
+class Recorder(NamedTuple):
+    """A `record_attention()`: what it makes of each layer's `Attended`, and the dict that gets it, by layer."""
+
+    keep: Callable[[Attended], Any]
+    kept: dict[int, Any]
+
+
 class Recorded:
-    """What is recorded of one forward, by layer; a dict is None where nobody records that.
+    """What is recorded of one forward, by layer.
 
     Not plain dicts, which wrappers of modules would copy on the way to the layers.
 
     Attributes:
-        selections: int32 `[B, T, Hk, topk]`.
-        attended: what was attended with.
+        selections: int32 `[B, T, Hk, topk]`; None where nobody records them.
+        recorders: of what was attended with.
+        kept: what each of them keeps.
     """
 
-    def __init__(self, selections: bool, attended: bool) -> None:
+    def __init__(self, selections: bool, recorders: Sequence[Recorder]) -> None:
         self.selections: dict[int, Tensor] | None = {} if selections else None
-        self.attended: dict[int, Attended] | None = {} if attended else None
+        self.recorders = tuple(recorders)
+        self.kept: list[dict[int, Any]] = [{} for _ in recorders]
+
+    def note_attended(self, layer: int, attended: Attended) -> None:
+        """Keeps of a layer's what each recorder does, and no more: it is as large as the text."""
+        with torch.no_grad():
+            for recorder, kept in zip(self.recorders, self.kept, strict=True):
+                kept[layer] = recorder.keep(attended)
 
     def end(self) -> None:
-        """Ends it, so that a recomputation in the backward pass records nothing."""
-        self.selections = self.attended = None
+        """Hands over what is kept, and ends it, so that a recomputation in the backward pass records nothing."""
+        for recorder, kept in zip(self.recorders, self.kept, strict=True):
+            recorder.kept.update(kept)
+        self.selections, self.recorders, self.kept = None, (), []
 
 
 @dataclass(frozen=True)
@@ -99,7 +117,7 @@ class OpenContexts(PerThread):
         dense: an entry for each `dense_attention()` of all layers.
         dense_layers: the layers of each `dense_attention(layers)`.
         records: the dict of each `record_selection()`.
-        attended: the dict of each `record_attention()`.
+        recorders: of each `record_attention()`.
     """
 
     def __init__(self) -> None:
@@ -107,12 +125,12 @@ class OpenContexts(PerThread):
         self.dense: list[None] = []
         self.dense_layers: list[frozenset[int]] = []
         self.records: list[dict[int, Tensor]] = []
-        self.attended: list[dict[int, Attended]] = []
+        self.recorders: list[Recorder] = []
 
     def of_this_thread(self) -> SimpleNamespace:
         """The lists of this thread, for another thread to use."""
         return SimpleNamespace(
-            dense=self.dense, dense_layers=self.dense_layers, records=self.records, attended=self.attended
+            dense=self.dense, dense_layers=self.dense_layers, records=self.records, recorders=self.recorders
         )
 
 

@@ -41,7 +41,7 @@ class Haystack:
             raise NsaError("the texts are empty: a haystack is made of them")
 
     def tokens(self, text: str) -> list[int]:
-        """A piece of a prompt in tokens, nothing put before it or behind it."""
+        """The tokens of some text of a prompt, nothing put before them or behind."""
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def hay(self, count: int, start: int) -> list[int]:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from nsa_hf.modes import Attended
 
 from ..terminal import track
 from ..training.data import Window
@@ -40,12 +43,11 @@ def recall_by_layer(model: Any, windows: Sequence[Window], queries: int = QUERIE
         if len(ids) <= config.nsa_sizes.exact_tokens:
             continue
         rows = torch.linspace(config.nsa_sizes.exact_tokens, len(ids) - 1, queries).long().unique().to(model.device)
-        with model.record_attention() as attended, model.record_selection() as selection:
+        keep = partial(mass_by_block, rows=rows, block_size=config.nsa_block_size)
+        with model.record_attention(keep) as masses, model.record_selection() as selection:
             model.base_model(torch.tensor([ids], device=model.device), use_cache=False)
         for layer, blocks in selection.items():
-            query, key, scale = attended[layer].query[0, :, rows], attended[layer].key[0], attended[layer].scale
-            mass = mass_by_block(query, key, rows, scale, config.nsa_block_size)
-            sums[layer].append(compare_blocks(mass, blocks[0, rows], rows, config))
+            sums[layer].append(compare_blocks(masses[layer], blocks[0, rows], rows, config))
     return [
         dict(zip(("layer", "recall", "captured", "oracle"), (layer, *figures(sums[layer])), strict=True))
         for layer in sorted(sums)
@@ -58,22 +60,21 @@ def figures(parts: list[Tensor]) -> list[float | None]:
     return [hits / wanted if wanted else None, captured / pairs, oracle / pairs]
 
 
-def mass_by_block(query: Tensor, key: Tensor, rows: Tensor, scale: float, block_size: int) -> Tensor:
+def mass_by_block(attended: Attended, rows: Tensor, block_size: int) -> Tensor:
     """Dense attention's probability in each block, the mean over a group's heads: `[R, Hk, blocks]` fp32.
 
     Args:
-        query: `[Hq, R, D]`, of the queries at `rows`.
-        key: `[Hk, T, D]`.
+        attended: of one row.
         rows: `[R]` int64, positions.
-        scale: of the logits.
         block_size: tokens of a block.
     """
+    query, key = attended.query[0, :, rows], attended.key[0]
     heads, tokens, _ = key.shape
     future = torch.arange(tokens, device=key.device) > rows[:, None]
     masses = []
     for head, of_group in zip(key.float(), query.float().unflatten(0, (heads, -1)), strict=True):
         # [G, R, T]
-        logits = (of_group @ head.T).mul_(scale).masked_fill_(future, -torch.inf)
+        logits = (of_group @ head.T).mul_(attended.scale).masked_fill_(future, -torch.inf)
         mass = torch.nn.functional.pad(logits.softmax(-1).mean(0), (0, -tokens % block_size))
         masses.append(mass.unflatten(-1, (-1, block_size)).sum(-1))
     return torch.stack(masses, 1)

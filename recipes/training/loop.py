@@ -96,10 +96,10 @@ def run(config: RunConfig) -> Path:
         if accelerator.is_main_process:
             beside = [log.save, *([] if adapter is None else [adapter.save])]
             save_trained(student, config, fingerprint, result, beside)
-            draw(out, result)
             if result["warning"]:
                 print(result["warning"])
             print_figures(result["held_out"], out)
+            draw(out, result)
         accelerator.wait_for_everyone()
     return out
 

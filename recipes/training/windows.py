@@ -324,6 +324,8 @@ class WindowStream:
 
     def tokenised(self, numbers: Sequence[int]) -> Iterator[tuple[int, tuple[str, array[int]]]]:
         """Number, name and tokens of texts."""
+        if not numbers:  # which tokenizers in Python refuse
+            return
         named = self.order.read(numbers)
         rows = self.encode([text for _, text in named])
         for number, (name, _), ids in zip(numbers, named, rows, strict=True):

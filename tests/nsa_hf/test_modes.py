@@ -226,6 +226,17 @@ def test_a_recomputation_records_nothing(reentrant):
     assert torch.equal(outer[1], expected), "a context around another one has them too"
 
 
+def test_of_what_was_attended_with_each_context_keeps_its_own():
+    model, x = tiny().train(), tokens()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with model.record_attention() as whole, model.record_attention(lambda attended: attended.key[:, :, 7]) as kept:
+        model(x, labels=x, use_cache=False).loss.backward()
+    assert whole.keys() == kept.keys() == {0, 1}
+    assert all(torch.equal(kept[layer], whole[layer].key[:, :, 7]) for layer in kept)
+    with pytest.raises(NsaError, match=r"takes a function of .*, got \[0\]"), model.record_attention([0]):
+        pass
+
+
 def test_gradient_checkpointing_keeps_no_cache():
     """Transformers' layers drop it then: a filled one is refused, and none is made where none was given."""
     model, x, cache = tiny().train(), tokens(), DynamicCache()

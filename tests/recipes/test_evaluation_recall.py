@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
+from nsa_hf import attention
 from nsa_hf.recipes.evaluation.recall import recall_by_layer
 
 
@@ -42,6 +45,20 @@ def test_recall_is_that_of_whole_attention(tiny_nsa_model):
     expected = by_loops(model, ids, positions, layer=0)
     assert (rows[0]["recall"], rows[0]["captured"], rows[0]["oracle"]) == pytest.approx(expected, rel=1e-5)
     assert 0 < rows[0]["recall"] < 1
+
+
+def test_only_one_layer_at_a_time_is_in_memory(tiny_nsa_model, monkeypatch):
+    """Queries and keys of all layers of a long text would be several times the model."""
+    made, alive, whole = [], [], attention.Attended
+
+    def noting(query, key, *rest):
+        made.append(weakref.ref(key))
+        alive.append(sum(other() is not None for other in made))
+        return whole(query, key, *rest)
+
+    monkeypatch.setattr(attention, "Attended", noting)
+    assert len(recall_by_layer(tiny_nsa_model(), [("text", list(range(100)))])) == 3
+    assert alive == [1, 1, 1]
 
 
 def test_nothing_is_up_for_choice_in_a_short_text(tiny_nsa_model):

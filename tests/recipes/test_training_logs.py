@@ -155,8 +155,10 @@ def test_a_tracker_that_is_not_there_is_named(nsa_dir, texts, tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
-def test_without_matplotlib_there_is_no_picture_and_it_is_said(nsa_dir, texts, tmp_path, monkeypatch, capsys):
+def test_without_matplotlib_there_is_no_picture_and_it_is_said_last(nsa_dir, texts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(logs, "find_spec", lambda name: None)
     out = train(tiny_run(nsa_dir, texts, tmp_path / "out", steps=1))
     assert not (out / "training.png").exists() and len(lines_of(out)) == 1
-    assert "no training.png, since matplotlib is not installed" in capsys.readouterr().out
+    *_, figures, last = capsys.readouterr().out.splitlines()
+    assert figures == f"trained model: {out}"
+    assert last.startswith("no training.png, since matplotlib is not installed")

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from tiny_models import byte_tokenizer
+from transformers import ByT5Tokenizer
 
 from nsa_hf.errors import NsaError
 from nsa_hf.recipes.training import sources, windows
@@ -164,6 +165,16 @@ def test_a_stream_goes_on_where_it_was(tokenizer, pack):
         second.take(100)
         second.restore(state)
         assert [second.take(length) for length in lengths[at:]] == taken[at:]
+
+
+def test_a_stream_goes_on_from_its_beginning_with_a_tokenizer_in_python():
+    """Which has no fast one behind it, and refuses no texts at all."""
+    texts, tokenizer = letters(250, 30, 145), ByT5Tokenizer()
+    first, second = stream(texts, tokenizer), stream(texts, tokenizer)
+    second.take(50)
+    second.restore(first.state())
+    assert not tokenizer.is_fast
+    assert [second.take(50) for _ in range(9)] == [first.take(50) for _ in range(9)]
 
 
 def test_going_on_reads_only_what_is_needed_again(tokenizer):
