@@ -24,6 +24,8 @@ from pathlib import Path
 from packaging.metadata import Metadata
 
 ROOT = Path(__file__).resolve().parent.parent
+# Folders that stay in the repository.
+MEASURED = ("recipes/results/", "model_cards/results/")
 
 # Run in the new environment: what a user does first.
 WORKS = """
@@ -80,7 +82,7 @@ def check_wheel(wheel: Path) -> str:
         package.replace(".", "/") + file.removeprefix(folder)
         for package, folder in folders.items()
         for file in committed_files()
-        if file.startswith(f"{folder}/") and not file.startswith("recipes/results/")
+        if file.startswith(f"{folder}/") and not file.startswith(MEASURED)
     }
     assert not wanted - names, f"not in the wheel: {sorted(wanted - names)}"
     return version
@@ -90,7 +92,7 @@ def check_source_distribution(sdist: Path) -> None:
     """Every file of the repository is in it, but for the measurements."""
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    missing = {name for name in committed_files() - names if not name.startswith("recipes/results/")}
+    missing = {name for name in committed_files() - names if not name.startswith(MEASURED)}
     assert not missing, f"not in the source distribution: {sorted(missing)}"
 
 

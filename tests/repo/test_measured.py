@@ -238,7 +238,7 @@ def adapted_kl() -> str:
 def ablations() -> str:
     """One difference each at 5M tokens."""
     lines: list[list[object]] = []
-    left_out = {*SERIES, "dense-30m", "one-gpu-8-windows"}
+    left_out = {*SERIES, "dense-30m", "one-gpu-8-windows", "lora-10m"}
     for run, name in dict.fromkeys((row["run"], file) for file in (ADAPTED, MORE) for row in rows_of(file)):
         if run in left_out:
             continue
@@ -274,10 +274,19 @@ def one_run(name: str, run: str) -> str:
     )
 
 
+def last_stages() -> str:
+    """The whole NSA by how its last stage is trained."""
+    lines: list[list[object]] = []
+    for run in ("paper-6m", "paper-6m-selector-0.1", "paper-6m-selector-1", "paper-6m-slow"):
+        rows = rows_of("adaptation-paper-h100-2026-11-27", run=run)
+        lines.append([run, *(signed(row["rise_after_pct"]) for row in rows), f"{float(rows[-1]['kl_after']):.4f}"])
+    return table(f"run, {', '.join(f'rise % {span(row)}'.replace(',', '') for row in rows)}, KL at the last", lines)
+
+
 def scratch() -> str:
     """Three models from scratch: held-out perplexity by position, and speed."""
     lines: list[list[object]] = []
-    for run in ("scratch-dense", "scratch-paper", "scratch-index"):
+    for run in ("scratch-dense-100m", "scratch-paper-100m", "scratch-index-100m"):
         rows = rows_of("scratch-h100-2026-11-27", run=run)
         lines.append([run, *(row["ppl_after"] for row in rows), f"{int(rows[0]['tokens_per_second']):,}"])
     return table(f"run, {', '.join(span(row).replace(',', '') for row in rows)}, tokens a second", lines)
@@ -306,6 +315,7 @@ TABLES = {
     "longer": lambda: one_run("adaptation-long-h100-2026-11-27", "long-20m"),
     "Gemma 3": lambda: one_run("adaptation-gemma3-h100-2026-11-27", "gemma-10m"),
     "the whole NSA": lambda: one_run("adaptation-paper-h100-2026-11-27", "paper-50m"),
+    "the whole NSA, last stages": last_stages,
     "from scratch": scratch,
     "answers": answers,
     "forward": lambda: operation("forward"),
