@@ -54,11 +54,21 @@ def test_long_question(run_example, work) -> None:
     assert (work / "demo/examples/blocks.png").stat().st_size > 1000
 
 
-def test_finetune_lora(run_example) -> None:
+def test_finetune_lora(run_example, work) -> None:
     pytest.importorskip("peft")
-    text = run_example("finetune_lora.py", "--length", "1088", "--steps", "2")
+    out = work / "lora" / "nsa"
+    theirs = [out.with_name(name) / "kept" for name in ("adapter", "merged")]
+    for file in theirs:
+        file.parent.mkdir(parents=True)
+        file.write_text("of the user's")
+    arguments = ["finetune_lora.py", "--out", str(out), "--length", "1088", "--steps"]
+    text = run_example(*arguments, "2")
     assert number(r"logits differ by ([\d.e+-]+)", text) < 1e-3
     assert number(r"([\d.]+) after", text) < number(r"([\d.]+) before", text)
+    with pytest.raises(SystemExit, match="nsa-adapter is there already: give --overwrite"):
+        run_example(*arguments, "1")
+    assert number(r"logits differ by ([\d.e+-]+)", run_example(*arguments, "1", "--overwrite")) < 1e-3
+    assert all(file.read_text() == "of the user's" for file in theirs)
 
 
 def test_compare_selectors(run_example, work) -> None:
