@@ -16,10 +16,10 @@ from rich.table import Table
 
 import nsa_hf
 from nsa_hf.conversion import plan
-from nsa_hf.recipes.demo import fetch_source
 from nsa_hf.recipes.evaluation.perplexity import show_rise
 from nsa_hf.recipes.evaluation.subject import Settings
 from nsa_hf.recipes.evaluation.suites import evaluate
+from nsa_hf.recipes.examples import is_converted, source_and_folder
 
 WAYS = {
     "channels, 8 bits": {"selector": "channels", "selector_bits": 8, "compression": "none"},
@@ -29,19 +29,19 @@ WAYS = {
 
 arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 arguments.add_argument("model", nargs="?", help="default: the demo's model")
-arguments.add_argument("--work", type=Path, default=Path("demo/examples/selectors"), help="folder of the conversions")
+arguments.add_argument("--work", type=Path, help="folder of the conversions; default: one in demo/examples")
 arguments.add_argument("--text", default="stdlib", help="a file or folder; default: Python's own source, held out")
 arguments.add_argument("--length", type=int, default=2048)
 arguments.add_argument("--documents", type=int, default=1)
 args = arguments.parse_args()
-source = args.model or fetch_source(Path("demo"))
+source, work = source_and_folder(args.model, args.work, "selectors")
 settings = Settings(text=args.text, documents=args.documents, length=args.length)
 
 title = f"{args.documents} texts of {args.length:,} tokens: perplexity, sparse beside dense"
 table = Table("blocks chosen by", "positions", "dense", "sparse", "rise", "KL", "read", title=title)
 for name, options in WAYS.items():
-    out = args.work / name.replace(",", "").replace(" ", "-")
-    if not out.is_dir():
+    out = work / name.replace(",", "").replace(" ", "-")
+    if not is_converted(source, out):
         nsa_hf.convert(source, out, **options)
     cache = plan(source, lengths=[65536], dtype="bfloat16", **options)["kv_cache"][0]
     rows = evaluate(out, ("ppl",), settings)["suites"]["ppl"]["rows"]

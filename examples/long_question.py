@@ -18,24 +18,25 @@ from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nsa_hf
-from nsa_hf.recipes.demo import fetch_source
+from nsa_hf.recipes.examples import is_converted, source_and_folder
 
 FACT = "\n\nRemember this: the secret number of the red house is 7351.\n\n"
 QUESTION = "\n\nWhat is the secret number of the red house? Answer with the number only."
 
 arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 arguments.add_argument("model", nargs="?", help="default: the demo's model")
-arguments.add_argument("--out", type=Path, default=Path("demo/examples/nsa"), help="folder of the converted model")
+arguments.add_argument("--out", type=Path, help="folder of the converted model; default: one in demo/examples")
 arguments.add_argument("--tokens", type=int, default=3000, help="of the text around the sentence")
 arguments.add_argument("--depth", type=float, default=0.4, help="where the sentence stands: 0 first, 1 last")
 arguments.add_argument("--new-tokens", type=int, default=16)
 arguments.add_argument("--picture", type=Path, default=Path("demo/examples/blocks.png"))
 args = arguments.parse_args()
+source, out = source_and_folder(args.model, args.out)
 
-if not args.out.is_dir():
-    nsa_hf.convert(args.model or fetch_source(Path("demo")), args.out)
-model = AutoModelForCausalLM.from_pretrained(args.out, dtype=torch.float32)
-tokenizer = AutoTokenizer.from_pretrained(args.out)
+if not is_converted(source, out):
+    nsa_hf.convert(source, out)
+model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+tokenizer = AutoTokenizer.from_pretrained(out)
 
 # 1. The text, with the sentence in the middle, as a user's turn.
 hay = tokenizer((Path(sysconfig.get_paths()["stdlib"]) / "argparse.py").read_text()).input_ids[: args.tokens]

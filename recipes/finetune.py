@@ -30,6 +30,7 @@ from nsa_hf.errors import NsaError
 
 from .exit_codes import WRONG_INPUT
 from .terminal import report
+from .training.windows import opening_tokens
 
 IGNORED = -100  # the label of a token that is not learned
 COLUMNS = ("input_ids", "attention_mask", "labels")
@@ -116,7 +117,8 @@ def read_documents(path: str, tokenizer: Any, max_length: int) -> Dataset:
         NsaError: a line has none of the three forms, or nothing is left to learn.
     """
     rows = load_dataset("json", data_files=path, split="train")
-    documents = rows.map(lambda row: tokenize(row, tokenizer, max_length), remove_columns=rows.column_names)
+    opening = opening_tokens(tokenizer)
+    documents = rows.map(lambda row: tokenize(row, tokenizer, opening, max_length), remove_columns=rows.column_names)
     useful = documents.filter(lambda row: any(label != IGNORED for label in row["labels"]))
     if not len(useful):
         raise NsaError(f"{path}: nothing to learn in the first {max_length} tokens of any line: set --max_length")
@@ -125,15 +127,21 @@ def read_documents(path: str, tokenizer: Any, max_length: int) -> Dataset:
     return useful
 
 
-def tokenize(row: dict[str, Any], tokenizer: Any, max_length: int) -> dict[str, list[int]]:
-    """One document: its tokens, and the labels of those that are learned."""
+def tokenize(row: dict[str, Any], tokenizer: Any, opening: list[int], max_length: int) -> dict[str, list[int]]:
+    """One document: its tokens, and the labels of those that are learned.
+
+    A chat template writes the special tokens itself. Any other document begins with those that the tokenizer begins a
+    text with (`opening`), and ends with its end-of-sequence token, where it has one; there are none in between.
+    """
     prompt, answer = prompt_and_answer(row, tokenizer)
-    plain = not row.get("messages")  # a chat template writes the special tokens itself
-    begin = tokenizer(prompt, add_special_tokens=plain).input_ids
-    end = tokenizer(answer, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] * plain
+    begin, end = (tokenizer(part, add_special_tokens=False).input_ids for part in (prompt, answer))
+    if not row.get("messages"):
+        begin = opening + begin
+        if tokenizer.eos_token_id is not None:
+            end = [*end, tokenizer.eos_token_id]
     ids = begin + end
     labels = [IGNORED] * len(begin) + end
-    labels[0] = IGNORED  # in a row that is padded on the left, padding would have to foretell it
+    labels[:1] = [IGNORED][: len(labels)]  # in a row that is padded on the left, padding would have to foretell it
     return {name: values[:max_length] for name, values in zip(COLUMNS, (ids, [1] * len(ids), labels), strict=True)}
 
 

@@ -370,6 +370,16 @@ def encoder(tokenizer: Any) -> Callable[[Sequence[str]], list[list[int]]]:
 
 
 def opening_tokens(tokenizer: Any) -> list[int]:
-    """The tokens that the tokenizer puts before a text: [bos] or none."""
-    ids = tokenizer("a")["input_ids"]
-    return ids[:1] if ids[0] == tokenizer.bos_token_id else []
+    """The tokens that the tokenizer puts before a text: [bos], several or none; not those that it puts behind one.
+
+    Raises:
+        NsaError: they cannot be told from the text's own.
+    """
+    whole, own = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    for start in range(len(whole) - len(own) + 1):
+        if own and whole[start : start + len(own)] == own:
+            return list(whole[:start])
+    raise NsaError(
+        f"{type(tokenizer).__name__} makes {whole} of the text 'a', and {own} of it without special tokens: expected "
+        "the same tokens with others around them; give a tokenizer that does so"
+    )

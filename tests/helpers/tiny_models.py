@@ -66,6 +66,19 @@ def byte_tokenizer():
     return tokenizer
 
 
+def surrounding_tokenizer():
+    """The byte tokenizer, with the tokens 0 and 1 before a text, as GLM's has two, and 2 behind it."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = byte_tokenizer()
+    names = tokenizer.convert_ids_to_tokens([0, 1, 2])
+    around = TemplateProcessing(
+        single=f"{names[0]} {names[1]} $A {names[2]}", special_tokens=list(zip(names, range(3), strict=True))
+    )
+    tokenizer.backend_tokenizer.post_processor = around
+    return tokenizer
+
+
 def randomize_nsa(model, std: float = 0.3, seed: int = 1) -> None:
     """Random NSA parameters: at their initial values many mistakes are invisible."""
     generator = torch.Generator().manual_seed(seed)

@@ -12,6 +12,7 @@ from by_hand import gradient_norm, loss_alone, words
 from finetune_on_cpus import adapted
 from processes import started
 from safetensors.torch import load_file
+from tiny_models import surrounding_tokenizer
 from tiny_runs import converted_and_opened
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
@@ -111,6 +112,19 @@ def test_a_line_is_what_is_learned_behind_what_is_given(model_dir, data):
             answer = line.get("completion") or line["text"]
             answer = answer[0 if "prompt" in line else 1 :] + tokenizer.eos_token  # nobody foretells the first token
             assert learned == answer and whole.endswith(answer) and len(whole) == len(document["input_ids"])
+
+
+@pytest.mark.parametrize("end", [[2], []], ids=["with an end", "without one"])
+def test_special_tokens_stand_around_a_document_and_not_in_it(tmp_path, end):
+    tokenizer = surrounding_tokenizer()
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(2) if end else None
+    prompt, answer = (tokenizer(text, add_special_tokens=False).input_ids for text in ("ask", " say"))
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"prompt": "ask", "completion": " say"}\n{"prompt": null, "completion": " say"}\n')
+    both, alone = read_documents(str(path), tokenizer, 8192)
+    assert both["input_ids"] == [0, 1, *prompt, *answer, *end]
+    assert both["labels"] == [-100] * (2 + len(prompt)) + answer + end
+    assert alone["input_ids"] == [0, 1, *answer, *end] and alone["labels"] == [-100, -100, *answer, *end]
 
 
 @pytest.mark.parametrize("model_dir", ["compressed", "channels"], indirect=True)

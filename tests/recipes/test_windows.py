@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from tiny_models import byte_tokenizer
+from tiny_models import byte_tokenizer, surrounding_tokenizer
 from transformers import ByT5Tokenizer
 
 from nsa_hf.errors import NsaError
@@ -75,6 +75,20 @@ def test_each_text_begins_as_the_tokenizer_begins_one(tokenizer, monkeypatch):
     for window in (source.take(16) for _ in range(20)):
         assert len(window.ids) == 16
         assert all(window.ids[start] == 7 for start in [0, *window.borders])
+
+
+def test_what_stands_before_a_text_is_told_from_what_stands_behind_it(tokenizer):
+    around = surrounding_tokenizer()
+    assert around("a")["input_ids"] == [0, 1, *tokenizer("a")["input_ids"], 2]
+    assert windows.opening_tokens(around) == [0, 1]
+    assert windows.opening_tokens(tokenizer) == []
+
+    class Changing:
+        def __call__(self, text, add_special_tokens=True):
+            return {"input_ids": [5 + add_special_tokens]}
+
+    with pytest.raises(NsaError, match=r"Changing makes \[6\] of the text 'a', and \[5\] of it without special tokens"):
+        windows.opening_tokens(Changing())
 
 
 def test_windows_that_follow_each_other_are_of_different_texts(tokenizer):

@@ -194,8 +194,8 @@ def test_the_tree_is_the_repositorys() -> None:
             named.add(above[-1] + name)
     files = {
         path.relative_to(ROOT).as_posix()
-        for folder in ("kernels", "nsa_hf", "conversion", "recipes", "model_cards")
-        for ending in ("*.py", "*.yaml", "*.j2")
+        for folder in ("kernels", "nsa_hf", "conversion", "recipes", "model_cards", ".ci")
+        for ending in ("*.py", "*.yaml", "*.j2", "*.toml", "run")
         for path in (ROOT / folder).rglob(ending)
         if path.name != "__init__.py"
     }
