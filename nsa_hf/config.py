@@ -153,9 +153,13 @@ class NsaConfigMixin(NsaFields, SavedConfig):
         self.check_selector()
         for name in ("nsa_compression_dim", "nsa_gate_dim"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not is_int(value) or value < 1:
                 raise NsaError(f"{name} must be an int of at least 1, got {value!r}")
-        if not isinstance(self.nsa_gate_blend, int | float) or not 0 <= self.nsa_gate_blend <= 1:
+        if (
+            isinstance(self.nsa_gate_blend, bool)
+            or not isinstance(self.nsa_gate_blend, int | float)
+            or not 0 <= self.nsa_gate_blend <= 1
+        ):
             raise NsaError(f"nsa_gate_blend must be between 0 and 1, got {self.nsa_gate_blend!r}")
         self.nsa_dense_layers = self.checked_layers(self.nsa_dense_layers or [])
 
@@ -178,7 +182,7 @@ class NsaConfigMixin(NsaFields, SavedConfig):
                 f"head), got {self.nsa_selector_bits!r}"
             )
         count, channels = self.nsa_selector_dim, self.nsa_selector_channels
-        if count is not None and not (isinstance(count, int) and 1 <= count <= 256):
+        if count is not None and not (is_int(count) and 1 <= count <= 256):
             raise NsaError(
                 f"nsa_selector_dim must be an int within 1 .. 256, or None for half of a head, got {count!r}"
             )
@@ -186,8 +190,7 @@ class NsaConfigMixin(NsaFields, SavedConfig):
             layers = self.num_hidden_layers  # type: ignore[attr-defined]
             good = isinstance(channels, list) and len(channels) == layers
             if not good or not all(
-                isinstance(layer, list) and all(isinstance(one, int) and one >= 0 for one in layer)
-                for layer in channels
+                isinstance(layer, list) and all(is_int(one) and one >= 0 for one in layer) for layer in channels
             ):
                 raise NsaError(
                     f"nsa_selector_channels must be a list of channels for each of {layers} layers, got {channels!r}"
@@ -235,7 +238,7 @@ class NsaConfigMixin(NsaFields, SavedConfig):
         """
         count = self.num_hidden_layers  # type: ignore[attr-defined]
         if not isinstance(layers, list | tuple | set) or not all(
-            isinstance(layer, int) and -count <= layer < count for layer in layers
+            is_int(layer) and -count <= layer < count for layer in layers
         ):
             raise NsaError(f"{name} must be layers within {-count} .. {count - 1}, got {layers!r}")
         return sorted({layer % count for layer in layers})
@@ -253,3 +256,8 @@ def covers_every_position(config: PreTrainedConfig) -> bool:
     """Whether one sliding window of all layers is as long as the longest text (as in Phi-4-mini)."""
     window, longest = (getattr(config, name, None) for name in ("sliding_window", "max_position_embeddings"))
     return not getattr(config, "layer_types", None) and bool(window and longest and window >= longest)
+
+
+def is_int(value: object) -> bool:
+    """Whether it is an int, which a bool is to Python and not here."""
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -63,6 +63,7 @@ CHANNELS = {"nsa_selector": "channels"}
         ({"nsa_gate_blend": 1.5}, "nsa_gate_blend must be between 0 and 1, got 1.5"),
         ({"nsa_gate_blend": "half"}, "nsa_gate_blend must be between 0 and 1, got 'half'"),
         ({"nsa_gate_dim": 0}, "nsa_gate_dim must be an int of at least 1, got 0"),
+        ({"nsa_gate_dim": True}, "nsa_gate_dim must be an int of at least 1, got True"),
         ({"nsa_format": 99}, "nsa_format is 99, .* newer"),
         ({"nsa_rope_order": "pre"}, "nsa_rope_order='pre' is not supported yet"),
         ({"nsa_branch_kv": "own"}, "nsa_branch_kv must be one of shared, independent, got 'own'"),
