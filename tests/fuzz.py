@@ -167,7 +167,7 @@ STEP = st.one_of(
     st.tuples(st.sampled_from(["crop", "reorder", "repeat", "select", "copy", "reset"]), st.integers(1, 12)),
 )
 OF_A_STATIC_CACHE = ("feed", "crop", "reorder", "copy", "reset")
-# What the caches of layers that are not sparse cannot do in Transformers 5.17, by kind of cache: be cropped, and be emptied.
+# What the caches of layers that are not sparse cannot do in Transformers 5.17: a static one be cropped, others emptied.
 LACKING = {} if hasattr(StaticLayer, "crop") else {"static": "crop", "dynamic": "reset", "configured": "reset"}
 
 

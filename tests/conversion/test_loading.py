@@ -82,7 +82,11 @@ def test_sizes_that_cannot_be_end_in_one_line_too(dense_dir, tmp_path, soon, fie
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "tokenizer_config.json"])
-@pytest.mark.parametrize("nested", ['{"a":' * 5000 + "1" + "}" * 5000, "[" * 5000 + "]" * 5000, "[" * 100_000])
+@pytest.mark.parametrize(
+    "nested",
+    ['{"a":' * 100_000 + "1" + "}" * 100_000, "[" * 100_000 + "]" * 100_000, "[" * 100_000],
+    ids=["objects", "lists", "lists that do not end"],
+)
 def test_depth_is_no_traceback(dense_dir, tmp_path, soon, name, nested):
     (dense_dir / name).write_text(nested)
     if name == "model.safetensors.index.json":

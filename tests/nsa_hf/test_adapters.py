@@ -74,7 +74,7 @@ def test_every_family_has_targets():
             continue
     assert len(found) > 80
     unusual = {name: targets.lora for name, targets in found.items() if targets.lora != ["q_proj", "v_proj"]}
-    assert unusual == {
+    expected = {
         "codegen": ["qkv_proj"],
         "ctrl": ["Wq", "Wv"],
         "gpt_neox": ["query_key_value"],
@@ -82,6 +82,8 @@ def test_every_family_has_targets():
         "persimmon": ["query_key_value"],
         "phi3": ["qkv_proj"],
     }
+    # older releases have not all of them
+    assert unusual == {name: targets for name, targets in expected.items() if name in found} and "phi3" in found
     assert all(targets.ia3 and {*targets.feedforward} <= {*targets.ia3} for targets in found.values())
     lora, ia3 = (getattr(constants, name) for name in (adapters.LORA, adapters.IA3))
     # where PEFT has a family's rows, ours would be the same for all that are called alike
