@@ -1,7 +1,7 @@
 """Everything that needs a CUDA GPU: the tests marked `gpu`, and when they are green the benchmarks. `make gpu` runs it.
 
     python .ci/gpu.py                       all of it
-    python .ci/gpu.py tests decode          only these stages: tests, operation, decode, generate
+    python .ci/gpu.py tests decode          only these stages: tests, operation, decode, generate, training
     python .ci/gpu.py sanitize              every kernel under NVIDIA's compute-sanitizer, which CUDA's toolkit brings
 
 Needs PyTorch, Transformers and pytest, and no installation: the package is imported from a tree of links.
@@ -95,6 +95,11 @@ def generate() -> None:
         sys.exit(f"error: not measured: {', '.join(failed)}")
 
 
+def training() -> None:
+    """A whole training step."""
+    run("-m", "nsa_hf.recipes.benchmarks.training")
+
+
 def sanitize() -> None:
     """No access outside of what was allocated, one allocation per tensor; no race in a program's shared memory."""
     if (sanitizer := shutil.which("compute-sanitizer")) is None:
@@ -106,7 +111,7 @@ def sanitize() -> None:
         run(script, under=watched, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
 
-STAGES = {stage.__name__: stage for stage in (tests, operation, decode, generate)}
+STAGES = {stage.__name__: stage for stage in (tests, operation, decode, generate, training)}
 ON_DEMAND = {"sanitize": sanitize}
 
 

@@ -1,4 +1,4 @@
-"""Models with random weights and caches filled with a prompt, for generate.py."""
+"""Models with random weights, for generate.py and training.py, and caches filled with a prompt."""
 
 from __future__ import annotations
 
@@ -17,6 +17,15 @@ from nsa_hf.kernels import reference
 from nsa_hf.releases import CACHE
 
 from .common import Heads
+
+# How blocks are chosen: as in the paper, and by an index.
+PAPER: dict[str, Any] = {"nsa_selector": "compressed"}
+INDEX: dict[str, Any] = {
+    "nsa_selector": "channels",
+    "nsa_selector_dim": 32,
+    "nsa_selector_bits": 8,
+    "nsa_compression": "none",
+}
 
 
 @dataclass(frozen=True)
@@ -52,19 +61,23 @@ class Shape:
         )
 
 
-def make_model(shape: Shape, tokens: int, sparse: bool, device: str) -> Any:
-    """A bf16 model of random numbers, the same in every call; the weights that a sparse one shares with the dense are
-    equal.
+def make_model(
+    shape: Shape,
+    tokens: int,
+    sparse: bool,
+    device: str,
+    dtype: torch.dtype = torch.bfloat16,
+    fields: dict[str, Any] = PAPER,
+) -> Any:
+    """A model of random numbers, the same in every call; the weights that a sparse one shares with the dense are equal.
 
     Args:
         tokens: the longest text.
-        sparse: converted; blocks are chosen as in the paper.
+        sparse: converted.
+        dtype: of its weights.
+        fields: what a sparse one's config has; by default blocks are chosen as in the paper.
     """
-    config = shape.config(tokens)
-    if sparse:
-        config = nsa_config_from_dense(config, nsa_selector="compressed")
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    model = empty_model(shape, tokens, sparse, device, dtype, fields)
     random = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         # the new parameters last; norms stay 1 and biases 0
@@ -72,6 +85,17 @@ def make_model(shape: Shape, tokens: int, sparse: bool, device: str) -> Any:
             if weight.dim() > 1:
                 weight.normal_(std=0.02, generator=random)
     return model
+
+
+def empty_model(
+    shape: Shape, tokens: int, sparse: bool, device: str, dtype: torch.dtype, fields: dict[str, Any]
+) -> Any:
+    """A model of which the weights are to come; see `make_model` for the arguments. On "meta" it has none."""
+    config = shape.config(tokens)
+    if sparse:
+        config = nsa_config_from_dense(config, **fields)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 class CutLayer(StaticLayer):

@@ -1,0 +1,80 @@
+"""The benchmark of a training step on a CPU, with a tiny model: what it measures, refuses and draws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.profiler import DeviceType
+
+from nsa_hf.recipes.benchmarks import training
+from nsa_hf.recipes.benchmarks.common import STAMP, Heads, write_rows
+from nsa_hf.recipes.benchmarks.models import Shape
+from nsa_hf.recipes.benchmarks.training import COLUMNS, PARTS, Step, draw, fastest_dense, main, measure, parts_of
+
+SHAPE, TOKENS = Shape("qwen3:2:48:64:256", Heads.parse("6:2:16")), 300
+
+
+@pytest.fixture
+def losses(monkeypatch) -> list[float]:
+    """The losses of the steps that are measured, uncompiled."""
+    found: list[float] = []
+    step = Step.__call__
+    monkeypatch.setattr(training, "compile_layers", lambda model: None)
+    monkeypatch.setattr(training, "FIELDS", {"nsa-index": training.INDEX | {"nsa_selector_dim": 8}})
+    monkeypatch.setattr(Step, "__call__", lambda self: (found.append(float(loss := step(self))), loss)[1])
+    return found
+
+
+def test_a_step_is_measured_and_trains(losses) -> None:
+    rows = {system: measure(SHAPE, TOKENS, system, "cpu") for system in ("nsa-index", "dense-flash")}
+    sparse, dense = losses[: len(losses) // 2], losses[len(losses) // 2 :]
+    assert sparse[0] == pytest.approx(dense[0], abs=1e-2)  # the same weights, within the exact range
+    assert sparse[-1] < sparse[0] and dense[-1] < dense[0]
+    for row in rows.values():
+        assert {*row} <= {*COLUMNS} and row["tokens_per_s"] > 0
+        assert float(row["products_ms"]) > 0 and float(row["optimizer_ms"]) > 0
+        assert sum(float(row[part]) for part in PARTS) == pytest.approx(float(row["median_ms"]), abs=0.3)
+    assert float(rows["dense-flash"]["attention_ms"]) > 0
+
+
+def test_what_a_step_goes_into() -> None:
+    def event(key: str, own: float, total: float, where: DeviceType = DeviceType.CPU) -> SimpleNamespace:
+        return SimpleNamespace(key=key, self_device_time_total=own, device_time_total=total, device_type=where)
+
+    events = [
+        event("nsa_hf::forward", 0, 4000),
+        event("nsa_hf::backward", 1000, 6000),
+        event("aten::_scaled_dot_product_cudnn_attention_backward", 0, 500),
+        event("aten::_cudnn_attention_backward", 500, 500),  # inside it
+        event("aten::linear", 0, 3000),
+        event("aten::mm", 3000, 3000),
+        event("Optimizer.step#AdamW.step", 0, 2000),
+        event("Optimizer.step#AdamW.step", 9000, 9000, DeviceType.CUDA),  # from its first kernel to its last
+    ]
+    assert list(parts_of(events, 20.0).values()) == [10.5, 3.0, 2.0, 4.5]
+
+
+def test_dense_of_the_same_shape_stands_beside(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    row = dict.fromkeys(STAMP, "x") | {"model": "m", "config": "c", "tokens": 8192, "tokens_per_s": 10}
+    others = [("dense-cudnn", 8192, 3), ("dense-flash", 8192, 5), ("nsa-index", 8192, 1), ("dense-cudnn", 4096, 2)]
+    assert fastest_dense(path, row) is None
+    write_rows(path, COLUMNS, [row | {"system": s, "tokens": t, "median_ms": ms} for s, t, ms in others])
+    assert fastest_dense(path, row) == 3
+    assert fastest_dense(path, row | {"gpu": "another"}) is None
+    picture = draw(path)
+    assert picture is not None and picture.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "arguments, said", [(["--systems", "dense"], "--systems are nsa-index"), (["--model", "a:1:2:3:4"], "go together")]
+)
+def test_what_cannot_be_measured(arguments: list[str], said: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert said in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert main([]) == 2
