@@ -1,14 +1,10 @@
-"""Sparse models loaded in 8 and 4 bits, adapters trained on them, and what such a model is refused for.
-
-bitsandbytes is large and not among the requirements of the tests: its cases run where it is installed.
-"""
+"""Sparse models loaded in 8 and 4 bits, adapters trained on them, and what such a model is refused for."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import pytest
 import torch
+import torchao.quantization as torchao
 from generation_steps import relative, tokens
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from tiny_models import TINY_SIZES, randomize_nsa, tiny_dense_model
@@ -18,7 +14,6 @@ import nsa_hf
 from nsa_hf import NsaError
 from nsa_hf.conversion import export_dense, merge, verify
 
-torchao = pytest.importorskip("torchao.quantization")
 EXACT = TINY_SIZES["nsa_topk"] * TINY_SIZES["nsa_block_size"]
 # By what is loaded so: the options, and how far the activations' rounding puts gradients off.
 KINDS = {
@@ -30,10 +25,6 @@ KINDS = {
     "bitsandbytes int8": (lambda: BitsAndBytesConfig(load_in_8bit=True), 0.1),
     "bitsandbytes nf4": (lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), 1e-4),
 }
-QUANTISED = [
-    pytest.param(kind, marks=pytest.mark.skipif(find_spec(kind.split()[0]) is None, reason="not installed"))
-    for kind in KINDS
-]
 LORA = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, modules_to_save=["nsa.gate"])
 
 
@@ -67,7 +58,7 @@ def with_weights_of(quantised, plain):
     return plain
 
 
-@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_start_is_exact_and_the_new_parameters_are_whole(kind, folders):
     sparse, dense, plain = loaded(folders / "nsa", kind), loaded(folders / "dense", kind), loaded(folders / "nsa")
     for name, parameter in plain.named_parameters():
@@ -81,7 +72,7 @@ def test_the_start_is_exact_and_the_new_parameters_are_whole(kind, folders):
         assert relative(got[:, :EXACT], plain(x).logits[:, :EXACT]) > 1e-3, "else nothing was quantised"
 
 
-@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_is_trained_as_on_the_weights_that_there_are(kind, folders, tmp_path):
     base, again, plain = (loaded(folders / "nsa", bits) for bits in (kind, kind, None))
     for model in (base, again, plain):
