@@ -6,6 +6,7 @@ import argparse
 import csv
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -159,6 +160,28 @@ def card_rates() -> tuple[float, float, Iterator[tuple[str, Times, Cost]]]:
     flops, moved = 2 * 8192.0**3, 2.0 * (1 << 30)
     rows = [("matmul", product, Cost(flops, 6 * 8192.0**2)), ("copy", copy, Cost(0, moved))]
     return flops / product[0] * 1e3, moved / copy[0] * 1e3, iter(rows)
+
+
+def wait(device: str) -> float:
+    """The time in seconds when the device has done everything."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def dense_times(path: Path, row: dict[str, Any], same: Iterable[str]) -> list[tuple[float, str]]:
+    """Median milliseconds and names of the dense systems in a CSV that is not there or has `system` and `median_ms`.
+
+    Args:
+        path: the CSV.
+        row: beside which they stand.
+        same: the columns in which they are as it is.
+    """
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = [other for other in csv.DictReader(file) if all(other[name] == str(row[name]) for name in same)]
+    return [(float(other["median_ms"]), other["system"]) for other in rows if other["system"].startswith("dense")]
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: list[dict]) -> None:

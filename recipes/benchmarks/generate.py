@@ -48,6 +48,7 @@ from .common import (
     DENSE_KERNELS,
     STAMP,
     Heads,
+    dense_times,
     draw_and_say,
     lengths_below,
     make_axes,
@@ -55,6 +56,7 @@ from .common import (
     no_gpu,
     save_figure,
     stamp,
+    wait,
     write_rows,
 )
 from .logits import check
@@ -87,13 +89,6 @@ SYSTEMS = {
 COMPILED = ("nsa", "dense-static", "dense-flex")
 WARM_UP = 8  # steps before those that are timed
 DEVICE = "cuda"
-
-
-def wait(device: str) -> float:
-    """The time in seconds when the device has done everything."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def rounded_as_uncompiled() -> AbstractContextManager[None]:
@@ -234,13 +229,7 @@ def fastest_dense(path: Path, row: dict[str, Any]) -> float | None:
         None where there is none, or decoding was measured without compiling only: much of such a step may be the
         host's.
     """
-    same = ("gpu", "torch", "model", "config", "tokens", "batch", "phase")
-    times: list[tuple[float, str]] = []
-    if path.exists():
-        with path.open(newline="") as file:
-            for other in csv.DictReader(file):
-                if other["system"].startswith("dense") and all(other[name] == str(row[name]) for name in same):
-                    times.append((float(other["median_ms"]), other["system"]))
+    times = dense_times(path, row, ("gpu", "torch", "model", "config", "tokens", "batch", "phase"))
     if row["phase"] == "decode" and not any(system in COMPILED for _, system in times):
         return None
     return min(times)[0] if times else None

@@ -41,6 +41,7 @@ from .common import (
     DENSE_KERNELS,
     STAMP,
     Heads,
+    dense_times,
     draw_and_say,
     lengths_below,
     make_axes,
@@ -48,10 +49,10 @@ from .common import (
     no_gpu,
     save_figure,
     stamp,
+    wait,
     write_rows,
 )
 from .common import measure as measure_times
-from .generate import wait
 from .models import INDEX, PAPER, Shape, empty_model, make_model
 
 PARTS = ("attention_ms", "products_ms", "optimizer_ms", "rest_ms")
@@ -60,6 +61,7 @@ COLUMNS = (
     *("transformers", "model", "config", "tokens", "system", "median_ms", "p20_ms", "p80_ms", "tokens_per_s"),
     *("times_dense", "mfu", "peak_mib", *PARTS),
 )
+SAME = ("gpu", "torch", "model", "config", "tokens")  # of the rows that are compared
 FIELDS = {"nsa-index": INDEX, "nsa-paper": PAPER}
 SYSTEMS = (*FIELDS, "dense-cudnn", "dense-flash")
 # `family:layers:hidden:intermediate:vocabulary Hq:Hk:D`, of Llama 3.2 1B and Qwen 3 0.6B
@@ -178,19 +180,6 @@ def cpu_seconds(call: Callable[[], object]) -> float:
     return wait("cpu") - start
 
 
-def fastest_dense(path: Path, row: dict[str, Any]) -> float | None:
-    """The least milliseconds of a dense system in the CSV for a row's GPU, PyTorch, shape and length; None: no such."""
-    same = ("gpu", "torch", "model", "config", "tokens")
-    if not path.exists():
-        return None
-    with path.open(newline="") as file:
-        rows = [other for other in csv.DictReader(file) if other["system"].startswith("dense")]
-    return min(
-        (float(other["median_ms"]) for other in rows if all(other[name] == str(row[name]) for name in same)),
-        default=None,
-    )
-
-
 def draw(path: Path) -> Path | None:
     """Draws tokens a second over length, a panel for each model; the latest of each system.
 
@@ -253,9 +242,9 @@ def main(arguments: list[str] | None = None) -> int:
                     torch._dynamo.reset()
                     gc.collect()
                     torch.cuda.empty_cache()
-                least = fastest_dense(options.out, row)
-                if system in FIELDS and least:
-                    row["times_dense"] = f"{least / float(row['median_ms']):.2f}"
+                times = dense_times(options.out, row, SAME)
+                if system in FIELDS and times:
+                    row["times_dense"] = f"{min(times)[0] / float(row['median_ms']):.2f}"
                 write_rows(options.out, COLUMNS, [row])
                 print(" ".join(f"{key}={row[key]}" for key in COLUMNS[len(STAMP) + 1 :] if key in row), flush=True)
     draw_and_say(options.out, draw)

@@ -40,3 +40,22 @@ def left_padded(x: torch.Tensor, starts: list[int]) -> dict[str, torch.Tensor]:
 
 def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
     return ((got - expected).norm() / expected.norm()).item()
+
+
+@torch.no_grad()
+def check_dense_prefill(model, caches, names) -> None:
+    """A text begun dense and continued sparse leaves in the first layer's cache what a sparse pass does.
+
+    Its keys do not depend on attention.
+
+    Args:
+        caches: two, both empty.
+        names: of what that layer's cache keeps.
+    """
+    x, (cache, fresh) = tokens(1), caches
+    with model.dense_attention():
+        model(x[:, :100], **{CACHE: cache})
+    model(x[:, 100:], **{CACHE: cache})
+    model(x, **{CACHE: fresh})
+    for name in names:
+        torch.testing.assert_close(getattr(cache.layers[0], name), getattr(fresh.layers[0], name))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from generation_steps import BORDERS, GREEDY, LENGTH, in_steps, left_padded, relative, tokens
+from generation_steps import BORDERS, GREEDY, LENGTH, check_dense_prefill, in_steps, left_padded, relative, tokens
 from tiny_models import TINY_SIZES, tiny_dense_model
 from transformers import DynamicCache
 
@@ -70,15 +70,7 @@ def test_left_padded_rows_in_steps(dense, model):
 
 
 def test_a_dense_prefill_can_be_continued_sparse(model):
-    x, cache, fresh = tokens(1), DynamicCache(), DynamicCache()
-    with torch.no_grad():
-        with model.dense_attention():
-            model(x[:, :100], **{CACHE: cache})
-        model(x[:, 100:], **{CACHE: cache})
-        model(x, **{CACHE: fresh})
-    # the first layer's keys do not depend on attention, so what it keeps is what a sparse pass keeps
-    for name in NsaIndependentLayer.EXTRA:
-        torch.testing.assert_close(getattr(cache.layers[0], name), getattr(fresh.layers[0], name))
+    check_dense_prefill(model, (DynamicCache(), DynamicCache()), NsaIndependentLayer.EXTRA)
 
 
 @pytest.mark.parametrize("removed", [1, 4, 9, 30, 60])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from generation_steps import BORDERS, GREEDY, LENGTH, in_steps, left_padded, relative, tokens
+from generation_steps import BORDERS, GREEDY, LENGTH, check_dense_prefill, in_steps, left_padded, relative, tokens
 from tiny_models import SELECTORS, TINY_SIZES, tiny_dense_model
 from transformers import DynamicCache, StaticCache
 
@@ -70,17 +70,7 @@ def test_left_padded_rows_token_by_token(dense, tiny_nsa_model):
 
 @EVERY_SELECTOR
 def test_a_dense_prefill_can_be_continued_sparse(tiny_nsa_model):
-    model, x, cache = tiny_nsa_model(), tokens(1), DynamicCache()
-    with torch.no_grad():
-        with model.dense_attention():
-            model(x[:, :100], **{CACHE: cache})
-        model(x[:, 100:], **{CACHE: cache})
-        layer = cache.layers[0]
-        fresh = DynamicCache()
-        model(x, **{CACHE: fresh})
-        # the first layer's keys do not depend on attention, so what is made of them is that of a sparse pass
-        for name in NsaDynamicLayer.EXTRA:
-            torch.testing.assert_close(getattr(layer, name), getattr(fresh.layers[0], name))
+    check_dense_prefill(tiny_nsa_model(), (DynamicCache(), DynamicCache()), NsaDynamicLayer.EXTRA)
 
 
 def rescored(model, sequences, prompt: int) -> torch.Tensor:

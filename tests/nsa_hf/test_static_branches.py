@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from generation_steps import GREEDY, LENGTH, in_steps, left_padded, relative, tokens
+from generation_steps import GREEDY, LENGTH, check_dense_prefill, in_steps, left_padded, relative, tokens
 from tiny_families import VOCABULARY, sparse_of, tiny_dense
 from tiny_models import TINY_SIZES, randomize_nsa, tiny_dense_model
 from torch._dynamo.utils import counters
@@ -103,16 +103,8 @@ def test_other_families(model_type):
 
 
 def test_a_dense_prefill_can_be_continued_sparse(model):
-    x = tokens(1)
-    cache, fresh = (StaticCache(model.config, max_cache_len=LENGTH) for _ in range(2))
-    with torch.no_grad():
-        with model.dense_attention():
-            model(x[:, :100], **{CACHE: cache})
-        model(x[:, 100:], **{CACHE: cache})
-        model(x, **{CACHE: fresh})
-    # the first layer's keys do not depend on attention, so what it keeps is what a sparse pass keeps
-    for name in NsaStaticIndependentLayer.EXTRA:
-        torch.testing.assert_close(getattr(cache.layers[0], name), getattr(fresh.layers[0], name))
+    caches = (StaticCache(model.config, max_cache_len=LENGTH) for _ in range(2))
+    check_dense_prefill(model, caches, NsaStaticIndependentLayer.EXTRA)
 
 
 def test_the_decoding_step_is_one_graph_for_all_steps():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from generation_steps import BORDERS, GREEDY, LENGTH, in_steps, left_padded, relative, tokens
+from generation_steps import BORDERS, GREEDY, LENGTH, check_dense_prefill, in_steps, left_padded, relative, tokens
 from tiny_families import VOCABULARY, tiny_dense
 from tiny_models import SELECTORS, TINY_SIZES, randomize_nsa
 from torch._dynamo.utils import counters
@@ -227,16 +227,8 @@ def test_other_families(model_type, selector):
 
 @EVERY_SELECTOR
 def test_a_dense_prefill_can_be_continued_sparse(tiny_nsa_model):
-    model, x = tiny_nsa_model(), tokens(1)
-    cache, fresh = (StaticCache(model.config, max_cache_len=LENGTH) for _ in range(2))
-    with torch.no_grad():
-        with model.dense_attention():
-            model(x[:, :100], **{CACHE: cache})
-        model(x[:, 100:], **{CACHE: cache})
-        model(x, **{CACHE: fresh})
-    # the first layer's keys do not depend on attention, so what is made of them is that of a sparse pass
-    for name in BUFFERS:
-        torch.testing.assert_close(getattr(cache.layers[0], name), getattr(fresh.layers[0], name))
+    model = tiny_nsa_model()
+    check_dense_prefill(model, (StaticCache(model.config, max_cache_len=LENGTH) for _ in range(2)), BUFFERS)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import torch
 from torch.profiler import DeviceType
 
 from nsa_hf.recipes.benchmarks import training
-from nsa_hf.recipes.benchmarks.common import STAMP, Heads, write_rows
+from nsa_hf.recipes.benchmarks.common import STAMP, Heads, dense_times, write_rows
 from nsa_hf.recipes.benchmarks.models import Shape
-from nsa_hf.recipes.benchmarks.training import COLUMNS, PARTS, Step, draw, fastest_dense, main, measure, parts_of
+from nsa_hf.recipes.benchmarks.training import COLUMNS, PARTS, SAME, Step, draw, main, measure, parts_of
 
 SHAPE, TOKENS = Shape("qwen3:2:48:64:256", Heads.parse("6:2:16")), 300
 
@@ -61,10 +61,10 @@ def test_dense_of_the_same_shape_stands_beside(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     row = dict.fromkeys(STAMP, "x") | {"model": "m", "config": "c", "tokens": 8192, "tokens_per_s": 10}
     others = [("dense-cudnn", 8192, 3), ("dense-flash", 8192, 5), ("nsa-index", 8192, 1), ("dense-cudnn", 4096, 2)]
-    assert fastest_dense(path, row) is None
+    assert dense_times(path, row, SAME) == []
     write_rows(path, COLUMNS, [row | {"system": s, "tokens": t, "median_ms": ms} for s, t, ms in others])
-    assert fastest_dense(path, row) == 3
-    assert fastest_dense(path, row | {"gpu": "another"}) is None
+    assert dense_times(path, row, SAME) == [(3, "dense-cudnn"), (5, "dense-flash")]
+    assert dense_times(path, row | {"gpu": "another"}, SAME) == []
     picture = draw(path)
     assert picture is not None and picture.stat().st_size > 10_000
 
