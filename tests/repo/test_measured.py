@@ -193,6 +193,7 @@ def whole_model_steps() -> str:
 
 ADAPTED = "adaptation-smollm2-h100-2026-11-26"
 MORE = "adaptation-more-h100-2026-11-27"
+PAPER = "adaptation-paper-h100-2026-11-27"
 SERIES = ("adapt-1m", "adapt-3m", "adapt-10m", "adapt-30m")
 
 
@@ -238,7 +239,7 @@ def adapted_kl() -> str:
 def ablations() -> str:
     """One difference each at 5M tokens."""
     lines: list[list[object]] = []
-    left_out = {*SERIES, "dense-30m", "one-gpu-8-windows", "lora-10m"}
+    left_out = {*SERIES, "dense-30m", "one-gpu-8-windows", "lora-10m", "adapt-10m-again"}
     for run, name in dict.fromkeys((row["run"], file) for file in (ADAPTED, MORE) for row in rows_of(file)):
         if run in left_out:
             continue
@@ -278,15 +279,31 @@ def last_stages() -> str:
     """The whole NSA by how its last stage is trained."""
     lines: list[list[object]] = []
     for run in ("paper-6m", "paper-6m-selector-0.1", "paper-6m-selector-1", "paper-6m-slow"):
-        rows = rows_of("adaptation-paper-h100-2026-11-27", run=run)
+        rows = rows_of(PAPER, run=run)
         lines.append([run, *(signed(row["rise_after_pct"]) for row in rows), f"{float(rows[-1]['kl_after']):.4f}"])
     return table(f"run, {', '.join(f'rise % {span(row)}'.replace(',', '') for row in rows)}, KL at the last", lines)
 
 
-def scratch() -> str:
-    """Three models from scratch: held-out perplexity by position, and speed."""
+def finer() -> str:
+    """Shorter entries and more blocks: the rise where they tell, before and after 6M tokens."""
     lines: list[list[object]] = []
-    for run in ("scratch-dense-100m", "scratch-paper-100m", "scratch-index-100m"):
+    for name, run in (
+        ("entries of 32 tokens each 16, 16 blocks", "paper-6m-selector-1"),
+        ("16 each 8", "paper-6m-16-8"),
+        ("8 each 8", "paper-6m-8-8"),
+        ("32 each 16, 24 blocks", "paper-6m-topk24"),
+    ):
+        rows = rows_of(PAPER, run=run)[-2:]
+        rises = [cell for row in rows for cell in (signed(row["rise_before_pct"]), plus_minus(row))]
+        lines.append([name, *rises, *(f"{float(rows[-1][f'kl_{when}']):.4f}" for when in ("before", "after"))])
+    spans = [f"{span(row).replace(',', '')} {when}" for row in rows for when in ("untrained", "trained")]
+    return table(f"selection, {', '.join(f'rise % {each}' for each in spans)}, KL untrained, KL trained", lines)
+
+
+def scratch() -> str:
+    """Four models from scratch: held-out perplexity by position, and speed."""
+    lines: list[list[object]] = []
+    for run in ("scratch-dense-100m", "scratch-paper-100m", "scratch-index-100m", "scratch-rest-100m"):
         rows = rows_of("scratch-h100-2026-11-27", run=run)
         lines.append([run, *(row["ppl_after"] for row in rows), f"{int(rows[0]['tokens_per_second']):,}"])
     return table(f"run, {', '.join(span(row).replace(',', '') for row in rows)}, tokens a second", lines)
@@ -314,8 +331,9 @@ TABLES = {
     "processes": processes,
     "longer": lambda: one_run("adaptation-long-h100-2026-11-27", "long-20m"),
     "Gemma 3": lambda: one_run("adaptation-gemma3-h100-2026-11-27", "gemma-10m"),
-    "the whole NSA": lambda: one_run("adaptation-paper-h100-2026-11-27", "paper-50m"),
+    "the whole NSA": lambda: one_run(PAPER, "paper-20m"),
     "the whole NSA, last stages": last_stages,
+    "the whole NSA, finer": finer,
     "from scratch": scratch,
     "answers": answers,
     "forward": lambda: operation("forward"),
