@@ -29,7 +29,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
-from torch.profiler import DeviceType, ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile
 
 from nsa_hf.kernels.operators import operator_name
 from nsa_hf.releases import checkpoint_activations
@@ -70,7 +70,7 @@ RATE = 1e-6  # little, so that random weights stay where they are
 # Names of PyTorch's operators by what they do; each stands with everything that it calls.
 ATTENTION = (operator_name("forward"), operator_name("backward"), "aten::_scaled_dot_product")
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::matmul", "aten::linear")
-OPTIMIZER = "Optimizer.step#"
+OPTIMIZER = "aten::_fused_adamw_"
 DEVICE = "cuda"
 STEPS_MS = 3_000  # of one system's steps that are timed, together
 
@@ -87,13 +87,14 @@ class Step:
         checkpoint_activations(model.train(), 1)
         compile_layers(model)
         self.model, self.attention, self.ids = LossModel(model, None, ce_weight=1.0, kl_weight=0.0), attention, ids
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=ids.is_cuda)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
 
     def __call__(self) -> Tensor:
         """Takes it; the loss before it, a scalar on the device."""
-        with self.attention(), torch.autocast(self.ids.device.type, torch.bfloat16):
-            loss = self.model(self.ids).total
-        loss.backward()
+        with self.attention():  # backward too: there layers are computed again
+            with torch.autocast(self.ids.device.type, torch.bfloat16):
+                loss = self.model(self.ids).total
+            loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -115,7 +116,7 @@ def parts_of(events: Iterable[Any], step_ms: float, time: str = "device") -> dic
             attention += total
         elif event.key in PRODUCTS:
             products += own
-        elif event.key.startswith(OPTIMIZER) and event.device_type == DeviceType.CPU:  # the device's event is its span
+        elif event.key == OPTIMIZER:
             optimizer += total
     known = [part / 1e3 for part in (attention, products, optimizer)]
     return dict(zip(PARTS, (*known, step_ms - sum(known)), strict=True))
@@ -134,12 +135,16 @@ def measure(shape: Shape, tokens: int, system: str, device: str) -> dict[str, An
 
     Raises:
         ArithmeticError: a loss is no number.
+        RuntimeError: the dense attention that ran is not the one of the system.
     """
-    sparse, kernel = system in FIELDS, DENSE_KERNELS.get(system.removeprefix("dense-"))
+    sparse, dense = system in FIELDS, system.removeprefix("dense-")
+    kernel = DENSE_KERNELS.get(dense)
     model = make_model(shape, tokens, sparse, device, torch.float32, FIELDS.get(system, PAPER))
     ids = torch.randint(model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0)).to(device)
     step = Step(model, (lambda: sdpa_kernel(kernel)) if kernel else nullcontext, ids)
-    first = step()  # compiles
+    # PyTorch's cache of compiled layers does not tell one dense attention from another
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        first = step()  # compiles
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     median, low, high = measure_times(step, repeat_ms=STEPS_MS) if device == "cuda" else (1e3 * cpu_seconds(step),) * 3
@@ -149,7 +154,10 @@ def measure(shape: Shape, tokens: int, system: str, device: str) -> dict[str, An
     with profile(activities=activities) as profiled:
         step()
         wait(device)
-    parts = parts_of(profiled.key_averages(), median, "device" if device == "cuda" else "cpu")
+    events = profiled.key_averages()
+    if kernel and not any(event.key.startswith(f"aten::_scaled_dot_product_{dense}_attention") for event in events):
+        raise RuntimeError(f"PyTorch took another attention than {dense}")
+    parts = parts_of(events, median, "device" if device == "cuda" else "cpu")
     flops = tokens * training_flops(counted_model(shape, tokens, system), tokens, teacher=False, dense=not sparse)
     peak = peak_flops(ids.device)
     return {
