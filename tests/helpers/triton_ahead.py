@@ -12,6 +12,7 @@ triton = pytest.importorskip("triton")
 
 # KiB of shared memory that a program may use, from the CUDA programming guide's table of compute capabilities.
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
+TENSOR_MEMORY = 512  # columns, of Blackwell's; what needs more compiles to a trap
 PAPER = Sizes(32, 16, 64, 16, 1, 2, 512)
 TYPES = {
     torch.float32: "fp32",
@@ -57,6 +58,7 @@ def compile_for(monkeypatch: pytest.MonkeyPatch, card: int, *modules: ModuleType
             target = triton.backends.compiler.GPUTarget("cuda", card, 32)
             compiled = triton.compile(source, target=target, options=options)
             name = kernel.fn.__name__
+            assert compiled.metadata.tmem_size <= TENSOR_MEMORY, name
             found[name] = max(found.get(name, 0), compiled.metadata.shared)
 
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", compile_instead)

@@ -19,7 +19,9 @@ def test_output_selection_and_gradients(process: ProcessPoolExecutor, name: str)
     assert all(error <= 5e-6 for error in errors.values()), errors
 
 
-@pytest.mark.parametrize("name", ["groups of three", "packed", "ragged and left-padded, own window"])
+@pytest.mark.parametrize(
+    "name", ["groups of three", "packed", "ragged and left-padded, own window", "keys of 192, values of 128"]
+)
 def test_float16(process: ProcessPoolExecutor, name: str) -> None:
     """float16 has 11 bits: a rounding is 5e-4 of a number; probabilities, partial results and gradients pass a few."""
     errors, same = process.submit(compare, CASES[name], dtype=torch.float16).result()

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: tiles padded to powers of two, the online softmax, tile sizes, launching.
+"""What the Triton kernels share: tiles as wide as a power of two, the online softmax, tile sizes, launching.
 
 Contracts behind the public function: every tensor is contiguous in `[B, T, H, D]` order, logits are in units of log2
 (`scale_log2 = scale * log2(e)`), offsets that grow with the text are int64.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 LOG2E = math.log2(math.e)
 # 99 KiB is what the smallest supported cards (sm86, sm89) give a program; sm80 gives 163, sm90 and sm100 give 227.
-SMALL_SHARED_MEMORY = 120 * 1024
+SMALL_SHARED_MEMORY, LARGE_SHARED_MEMORY = 120 * 1024, 200 * 1024
 
 
 @triton.jit
@@ -53,14 +53,6 @@ def online_softmax_update(top, total, logits):
 
 
 @triton.jit
-def finish_softmax(acc, top, total):
-    """The average and the log2-sum-exp; both 0 for a row that saw nothing."""
-    seen = total > 0
-    out = acc / tl.where(seen, total, 1.0)[:, None]
-    return out, tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), 0.0)
-
-
-@triton.jit
 def lower_bound(values, count, x, STEPS):
     """The smallest `i` with `values[i] >= x`, or `count`; `values` rise. STEPS: `search_steps(count)`."""
     low = x * 0
@@ -91,8 +83,31 @@ def next_power_of_2(count: int) -> int:
 
 
 def padded(dim: int) -> int:
-    """The tile's width for a head of `dim` numbers: a power of two, at least what a matrix product needs."""
+    """The width of one tile for a head of `dim` numbers: a power of two, at least what a matrix product needs."""
     return max(16, next_power_of_2(dim))
+
+
+@triton.constexpr_function
+def first_width(dim: int) -> int:
+    """Of a head of `dim` numbers in one tile or two (`tiles.py`), the width of the first.
+
+    That is the greatest power of two in `dim` where the rest, padded too, makes less of both than one tile would take.
+    """
+    whole, power = max(16, 1 << (dim - 1).bit_length()), 1 << (dim.bit_length() - 1)
+    return power if power + max(16, 1 << (dim - power - 1).bit_length()) < whole else whole
+
+
+@triton.constexpr_function
+def second_width(dim: int) -> int:
+    """The width of the second tile, which holds the rest; 0: there is none."""
+    rest = dim - first_width(dim)
+    return max(16, 1 << (rest - 1).bit_length()) if rest > 0 else 0
+
+
+@cache
+def tile_width(dim: int) -> int:
+    """The width of both tiles together: 192 for 192 numbers, 80 for 72, 128 for 120."""
+    return first_width(dim) + second_width(dim)
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -152,7 +167,7 @@ def shared_memory(device: torch.device) -> int:
 
 def bytes_a_row(q: Tensor, value_dim: int) -> int:
     """Shared memory that one row of the wider of K and V takes."""
-    return max(padded(q.shape[-1]), padded(value_dim)) * q.element_size()
+    return max(tile_width(q.shape[-1]), tile_width(value_dim)) * q.element_size()
 
 
 def largest_part(q: Tensor, value_dim: int) -> int:

@@ -16,34 +16,30 @@ from .common import (
     SMALL_SHARED_MEMORY,
     bytes_a_row,
     cdiv,
-    finish_softmax,
-    load_tile,
     next_power_of_2,
     online_softmax_update,
-    padded,
     precision,
     shared_memory,
-    store_tile,
 )
+from .tiles import add_products, dot_tiles, finish_softmax, load_tiles, scale_tiles, store_tiles, zero_tiles
 
 
 @triton.jit
 def forward_step(
     acc, top, total, q, k, v, n, last, low, high, k_stride, v_stride, scale_log2,
-    DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """The keys `[n, n + BN)`; all of them seen by all queries unless MASKED."""
     index = tl.arange(0, BN)
     inside = (n + index < last) if MASKED else tl.full([BN], True, tl.int1)
-    keys = load_tile(k + tl.cast(n, tl.int64) * k_stride, index, k_stride, inside, DK, DKP)
-    logits = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale_log2
+    keys = load_tiles(k + tl.cast(n, tl.int64) * k_stride, index, k_stride, inside, DK)
+    logits = dot_tiles(q, keys, PRECISION) * scale_log2
     if MASKED:
         seen = (n + index[None, :] >= low[:, None]) & (n + index[None, :] < high[:, None])
         logits = tl.where(seen, logits, float("-inf"))
     weights, factor, top, total = online_softmax_update(top, total, logits)
-    values = load_tile(v + tl.cast(n, tl.int64) * v_stride, index, v_stride, inside, DV, DVP)
-    acc = tl.dot(weights.to(values.dtype), values, acc * factor[:, None], input_precision=PRECISION)
+    values = load_tiles(v + tl.cast(n, tl.int64) * v_stride, index, v_stride, inside, DV)
+    acc = add_products(weights.to(values[0].dtype), values, scale_tiles(acc, factor[:, None]), PRECISION)
     return acc, top, total
 
 
@@ -70,8 +66,7 @@ def border(i, first, middle, end):
 @triton.jit
 def interval_forward_kernel(
     q, k, v, low_ptr, high_ptr, out, lse, scale_log2, T, N, HQ, HK,
-    DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """`out = softmax(q k^T * scale over [low, high)) v` and its log2-sum-exp; one program: BM queries of one head."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest runs first
@@ -85,35 +80,31 @@ def interval_forward_kernel(
 
     origin = (batch * T + tile * BM).to(tl.int64) * HQ + head
     index = tl.arange(0, BM)
-    queries = load_tile(q + origin * DK, index, HQ * DK, exists & (high > low), DK, DKP)
+    queries = load_tiles(q + origin * DK, index, HQ * DK, exists & (high > low), DK)
     k += (batch.to(tl.int64) * N * HK + kv_head) * DK
     v += (batch.to(tl.int64) * N * HK + kv_head) * DV
-    acc = tl.zeros([BM, DVP], tl.float32)
+    acc = zero_tiles(BM, DV)
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     for n in tl.range(middle, end, BN):
         acc, top, total = forward_step(
-            acc, top, total, queries, k, v, n, last, low, high, HK * DK, HK * DV, scale_log2,
-            DK, DKP, DV, DVP, BN, False, PRECISION,
+            acc, top, total, queries, k, v, n, last, low, high, HK * DK, HK * DV, scale_log2, DK, DV, BN, False,
+            PRECISION,
         )
     # what only some see, on either side
     for i in tl.range(0, middle - first + tl.maximum(last - end, 0), BN):
         acc, top, total = forward_step(
             acc, top, total, queries, k, v, border(i, first, middle, end), last, low, high, HK * DK, HK * DV,
-            scale_log2, DK, DKP, DV, DVP, BN, True, PRECISION,
+            scale_log2, DK, DV, BN, True, PRECISION,
         )
     result, log_sum = finish_softmax(acc, top, total)
-    store_tile(out + origin * DV, index, HQ * DV, exists, result, DV, DVP)
+    store_tiles(out + origin * DV, index, HQ * DV, exists, result, DV)
     tl.store(lse + origin + index * HQ, log_sum, mask=exists)
 
 
 def widths(q: Tensor, v: Tensor) -> dict:
-    """What every kernel is told: numbers of a key and of a value, padded too, and how products are taken."""
-    key_dim, value_dim = q.shape[-1], v.shape[-1]
-    return {
-        "DK": key_dim, "DKP": padded(key_dim), "DV": value_dim, "DVP": padded(value_dim),
-        "PRECISION": precision(q.dtype),
-    }
+    """What every kernel is told: numbers of a key and of a value, and how products are taken."""
+    return {"DK": q.shape[-1], "DV": v.shape[-1], "PRECISION": precision(q.dtype)}
 
 
 def forward_tiles(q: Tensor, v: Tensor, long_runs: bool) -> dict:
@@ -125,6 +116,8 @@ def forward_tiles(q: Tensor, v: Tensor, long_runs: bool) -> dict:
         tiles = {"BM": 128, "BN": 128, "num_warps": 8, "num_stages": 3}
     elif row <= 256:
         tiles = {"BM": 128 if row <= 128 else 64, "BN": 64, "num_warps": 4, "num_stages": 2 if small else 3}
+    elif row < 512 and not small:
+        tiles = {"BM": 128 if long_runs else 64, "BN": 64, "num_warps": 8 if long_runs else 4, "num_stages": 2}
     else:
         tiles = {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 2}
     return {**tiles, "BM": max(16, min(tiles["BM"], next_power_of_2(q.shape[1])))}

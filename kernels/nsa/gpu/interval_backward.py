@@ -14,17 +14,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
+    LARGE_SHARED_MEMORY,
     SMALL_SHARED_MEMORY,
     bytes_a_row,
     cdiv,
-    load_tile,
     lower_bound,
     search_steps,
     shared_memory,
-    store_tile,
 )
 from .interval import border, tile_bounds, widths
 from .layout import Layout
+from .tiles import add_products, add_tiles, dot_tiles, load_tiles, scale_tiles, store_tiles, zero_tiles
 
 
 @triton.jit
@@ -53,16 +53,16 @@ def load_rows(rows, head, t, T, mask):
 def dq_step(
     acc, queries, douts, k, v, n, lowest, last, low, high, log_sum, gate, correction, low2, log_sum2, gate2,
     correction2, k_stride, v_stride, scale_log2,
-    DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr, SECOND: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BN: tl.constexpr, SECOND: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """`acc + sum_n ds k` over the keys `[n, n + BN)`; all of them in all queries' first run unless MASKED."""
     index = tl.arange(0, BN)
     inside = ((n + index >= lowest) & (n + index < last)) if MASKED else tl.full([BN], True, tl.int1)
-    keys = load_tile(k + tl.cast(n, tl.int64) * k_stride, index, k_stride, inside, DK, DKP)
-    values = load_tile(v + tl.cast(n, tl.int64) * v_stride, index, v_stride, inside, DV, DVP)
-    logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale_log2
-    dots = tl.dot(douts, tl.trans(values), input_precision=PRECISION)
+    keys = load_tiles(k + tl.cast(n, tl.int64) * k_stride, index, k_stride, inside, DK)
+    values = load_tiles(v + tl.cast(n, tl.int64) * v_stride, index, v_stride, inside, DV)
+    logits = dot_tiles(queries, keys, PRECISION) * scale_log2
+    dots = dot_tiles(douts, values, PRECISION)
     key = n + index[None, :]
     before_end = key < high[:, None]
     _, ds = weight_gradient(
@@ -74,14 +74,14 @@ def dq_step(
             (key >= low2[:, None]) & before_end, True,
         )
         ds += ds2
-    return tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
+    return add_products(ds.to(keys[0].dtype), keys, acc, PRECISION)
 
 
 @triton.jit
 def interval_dq_kernel(
     q, k, v, low_ptr, high_ptr, low2_ptr, dout, rows, rows2, dq, scale, scale_log2, T, N, HQ, HK,
-    DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, SECOND: tl.constexpr,
-    ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, SECOND: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """`dq = scale * sum_n ds k` (added to what `dq` holds if ADD); one program: BM queries of one head.
 
@@ -105,37 +105,37 @@ def interval_dq_kernel(
         first -= tl.cdiv(first - lowest, BN) * BN
 
     origin = (batch * T + tile * BM).to(tl.int64) * HQ + head
-    queries = load_tile(q + origin * DK, row, HQ * DK, sees, DK, DKP)
-    douts = load_tile(dout + origin * DV, row, HQ * DV, sees, DV, DVP)
+    queries = load_tiles(q + origin * DK, row, HQ * DK, sees, DK)
+    douts = load_tiles(dout + origin * DV, row, HQ * DV, sees, DV)
     log_sum, gate, correction = load_rows(rows, batch * HQ + head, t, T, sees)
     log_sum2, gate2, correction2 = log_sum, gate, correction
     if SECOND:
         log_sum2, gate2, correction2 = load_rows(rows2, batch * HQ + head, t, T, sees)
     k += (batch.to(tl.int64) * N * HK + kv_head) * DK
     v += (batch.to(tl.int64) * N * HK + kv_head) * DV
-    acc = tl.zeros([BM, DKP], tl.float32)
+    acc = zero_tiles(BM, DK)
     for n in tl.range(middle, end, BN):
         acc = dq_step(
             acc, queries, douts, k, v, n, lowest, last, low, high, log_sum, gate, correction, low2, log_sum2, gate2,
-            correction2, HK * DK, HK * DV, scale_log2, DK, DKP, DV, DVP, BN, SECOND, False, PRECISION,
+            correction2, HK * DK, HK * DV, scale_log2, DK, DV, BN, SECOND, False, PRECISION,
         )
     for i in tl.range(0, middle - first + tl.maximum(last - end, 0), BN):
         acc = dq_step(
             acc, queries, douts, k, v, border(i, first, middle, end), lowest, last, low, high, log_sum, gate,
-            correction, low2, log_sum2, gate2, correction2, HK * DK, HK * DV, scale_log2, DK, DKP, DV, DVP, BN, SECOND,
-            True, PRECISION,
+            correction, low2, log_sum2, gate2, correction2, HK * DK, HK * DV, scale_log2, DK, DV, BN, SECOND, True,
+            PRECISION,
         )
-    acc *= scale
+    acc = scale_tiles(acc, scale)
     if ADD:
-        acc += load_tile(dq + origin * DK, row, HQ * DK, exists, DK, DKP)
-    store_tile(dq + origin * DK, row, HQ * DK, exists, acc, DK, DKP)
+        acc = add_tiles(acc, load_tiles(dq + origin * DK, row, HQ * DK, exists, DK))
+    store_tiles(dq + origin * DK, row, HQ * DK, exists, acc, DK)
 
 
 @triton.jit
 def dkv_step(
     dk_acc, dv_acc, keys, values, q, dout, rows, low_ptr, high_ptr, t, stop, start, batch, head, scale_log2, T, HQ,
-    DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Adds `ds^T q` and `p^T dout` of the queries `[t, t + BM)` before `stop`; all see all keys unless MASKED.
 
@@ -144,11 +144,11 @@ def dkv_step(
     row = tl.arange(0, BM)
     exists = (t + row < stop) if MASKED else tl.full([BM], True, tl.int1)
     query = (batch * T + t).to(tl.int64) * HQ + head
-    queries = load_tile(q + query * DK, row, HQ * DK, exists, DK, DKP)
-    douts = load_tile(dout + query * DV, row, HQ * DV, exists, DV, DVP)
+    queries = load_tiles(q + query * DK, row, HQ * DK, exists, DK)
+    douts = load_tiles(dout + query * DV, row, HQ * DV, exists, DV)
     log_sum, gate, correction = load_rows(rows, batch * HQ + head, t + row, T, exists)
-    logits = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * scale_log2
-    dots = tl.dot(values, tl.trans(douts), input_precision=PRECISION)
+    logits = dot_tiles(keys, queries, PRECISION) * scale_log2
+    dots = dot_tiles(values, douts, PRECISION)
     seen = exists[None, :]
     if MASKED:
         key = start + tl.arange(0, BN)[:, None]
@@ -156,17 +156,16 @@ def dkv_step(
         high = tl.load(high_ptr + batch * T + t + row, mask=exists, other=0)
         seen = (key >= low[None, :]) & (key < high[None, :])
     p, ds = weight_gradient(logits, dots, log_sum[None, :], gate[None, :], correction[None, :], seen, MASKED)
-    dv_acc = tl.dot(p.to(douts.dtype), douts, dv_acc, input_precision=PRECISION)
-    dk_acc = tl.dot(ds.to(queries.dtype), queries, dk_acc, input_precision=PRECISION)
+    dv_acc = add_products(p.to(douts[0].dtype), douts, dv_acc, PRECISION)
+    dk_acc = add_products(ds.to(queries[0].dtype), queries, dk_acc, PRECISION)
     return dk_acc, dv_acc
 
 
 @triton.jit
 def interval_dkv_kernel(
     q, k, v, low_ptr, high_ptr, borders, dout, rows, dk_in, dv_in, dk, dv, scale, scale_log2, T, N, HQ, HK, BATCH,
-    TILES,
-    DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, PRECISION: tl.constexpr,
+    TILES, DK: tl.constexpr, DV: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """`dv = sum p^T dout`, `dk = scale * sum ds^T q` over queries and heads of the group, plus `dv_in`, `dk_in` if ADD.
 
@@ -186,18 +185,17 @@ def interval_dkv_kernel(
     least = tl.load(low_ptr + batch * T + first, mask=first < end, other=0)
     most = tl.load(high_ptr + batch * T + end - 1, mask=first < end, other=0)
     read = exists & (start + index >= least) & (start + index < most)
-    keys = load_tile(k + origin * DK, index, HK * DK, read, DK, DKP)
-    values = load_tile(v + origin * DV, index, HK * DV, read, DV, DVP)
+    keys = load_tiles(k + origin * DK, index, HK * DK, read, DK)
+    values = load_tiles(v + origin * DV, index, HK * DV, read, DV)
 
-    dk_acc = tl.zeros([BN, DKP], tl.float32)
-    dv_acc = tl.zeros([BN, DVP], tl.float32)
+    dk_acc = zero_tiles(BN, DK)
+    dv_acc = zero_tiles(BN, DV)
     # tiles of queries that all see all keys
     tiles = tl.cdiv(tl.maximum((middle_end - middle) // BM - split, 0), splits)
     for i in tl.range(0, tiles * group):
         dk_acc, dv_acc = dkv_step(
             dk_acc, dv_acc, keys, values, q, dout, rows, low_ptr, high_ptr, middle + (split + i // group * splits) * BM,
-            end, start, batch, kv_head * group + i % group, scale_log2, T, HQ, DK, DKP, DV, DVP, BM, BN, False,
-            PRECISION,
+            end, start, batch, kv_head * group + i % group, scale_log2, T, HQ, DK, DV, BM, BN, False, PRECISION,
         )
     # those on either side
     before = tl.cdiv(middle - first, BM)
@@ -207,23 +205,29 @@ def interval_dkv_kernel(
         dk_acc, dv_acc = dkv_step(
             dk_acc, dv_acc, keys, values, q, dout, rows, low_ptr, high_ptr,
             tl.where(which < before, first + which * BM, middle_end + (which - before) * BM),
-            tl.where(which < before, middle, end), start, batch, kv_head * group + i % group, scale_log2, T, HQ,
-            DK, DKP, DV, DVP, BM, BN, True, PRECISION,
+            tl.where(which < before, middle, end), start, batch, kv_head * group + i % group, scale_log2, T, HQ, DK, DV,
+            BM, BN, True, PRECISION,
         )
-    dk_acc *= scale
+    dk_acc = scale_tiles(dk_acc, scale)
     if ADD:
-        dk_acc += load_tile(dk_in + origin * DK, index, HK * DK, exists, DK, DKP).to(tl.float32)
-        dv_acc += load_tile(dv_in + origin * DV, index, HK * DV, exists, DV, DVP).to(tl.float32)
+        dk_acc = add_tiles(dk_acc, load_tiles(dk_in + origin * DK, index, HK * DK, exists, DK))
+        dv_acc = add_tiles(dv_acc, load_tiles(dv_in + origin * DV, index, HK * DV, exists, DV))
     origin += split.to(tl.int64) * BATCH * N * HK
-    store_tile(dk + origin * DK, index, HK * DK, exists, dk_acc, DK, DKP)
-    store_tile(dv + origin * DV, index, HK * DV, exists, dv_acc, DV, DVP)
+    store_tiles(dk + origin * DK, index, HK * DK, exists, dk_acc, DK)
+    store_tiles(dv + origin * DV, index, HK * DV, exists, dv_acc, DV)
 
 
 def backward_tiles(q: Tensor, v: Tensor, keys_outside: bool) -> dict:
     """Tile sizes of the backward passes: over the keys for each tile of queries, or the other way round."""
-    row, small = bytes_a_row(q, v.shape[-1]), shared_memory(q.device) < SMALL_SHARED_MEMORY
+    row, shared = bytes_a_row(q, v.shape[-1]), shared_memory(q.device)
+    small, large = shared < SMALL_SHARED_MEMORY, shared >= LARGE_SHARED_MEMORY
+    narrow = min(q.shape[-1], v.shape[-1]) <= 128  # one of them
     if q.dtype == torch.float32:
         outer, inner, warps, stages = (32, 16, 4, 1) if row <= 512 else (16, 16, 4, 1)
+    elif 256 < row < 512 and not keys_outside and not small:
+        outer, inner, warps, stages = 128, 64 if narrow else 32, 8, 2
+    elif 256 < row < 512 and narrow and not small:
+        outer, inner, warps, stages = (128, 32, 8, 3) if large else (128, 16, 8, 2)
     elif row > 256:
         outer, inner, warps, stages = (32, 32, 4, 1) if small else (64, 32, 8, 2 if keys_outside else 1)
     elif not keys_outside:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..sizes import Sizes
 from .common import (
+    LARGE_SHARED_MEMORY,
     SMALL_SHARED_MEMORY,
     bytes_a_row,
     cdiv,
@@ -29,6 +30,7 @@ from .gather import Chunks, Gather, cut_queries, launches, picks_a_tile
 from .interval import widths
 from .interval_backward import weight_gradient
 from .layout import Layout
+from .tiles import add_products, divide_tiles, dot_tiles, load_tiles, store_tiles, zero_tiles
 
 
 def partial_bytes(q: Tensor) -> int:
@@ -67,8 +69,7 @@ def pick_rows(order, first, last, r, T, SLOTS, chunk_first, G, HQ, head, batch):
 def selected_forward_kernel(
     q, k, v, order, offsets, item_part, item_number, part_first, part_end, partial, partial_lse, scale_log2,
     first_lane, T, S, HQ, HK, BH, SLOTS, PARTS, CHUNK, MOST,
-    DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Softmax attention of MOST picks over their part alone: output and log2-sum-exp of each (query, slot, head)."""
     lane = first_lane + tl.program_id(1)
@@ -83,22 +84,23 @@ def selected_forward_kernel(
         index = tl.arange(0, BN)
         inside = begin + index < tl.load(part_end + batch * PARTS + part)
         origin = (batch.to(tl.int64) * S + begin) * HK + head
-        keys = load_tile(k + origin * DK, index, HK * DK, inside, DK, DKP)
-        values = load_tile(v + origin * DV, index, HK * DV, inside, DV, DVP)
+        keys = load_tiles(k + origin * DK, index, HK * DK, inside, DK)
+        values = load_tiles(v + origin * DV, index, HK * DV, inside, DV)
         place = tl.program_id(1).to(tl.int64) * CHUNK * SLOTS * heads
         for row in tl.range(0, (last - first) * heads, BM):
             r = row + tl.arange(0, BM)
             exists, query, target = pick_rows(
                 order, first, last, r, T, SLOTS, lane // BH * CHUNK, heads, HQ, head, batch
             )
-            queries = load_tile(q, query, DK, exists, DK, DKP)
-            logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale_log2
+            queries = load_tiles(q, query, DK, exists, DK)
+            logits = dot_tiles(queries, keys, PRECISION) * scale_log2
             logits = tl.where(inside[None, :], logits, float("-inf"))
             top = tl.max(logits, 1)
             weights = tl.exp2(logits - top[:, None])
             total = tl.sum(weights, 1)
-            result = tl.dot(weights.to(values.dtype), values, input_precision=PRECISION) / total[:, None]
-            store_tile(partial, place + target, DV, exists, result, DV, DVP)
+            result = add_products(weights.to(values[0].dtype), values, zero_tiles(BM, DV), PRECISION)
+            result = divide_tiles(result, total[:, None])
+            store_tiles(partial, place + target, DV, exists, result, DV)
             tl.store(partial_lse + place + target, top + tl.log2(total), mask=exists)
 
 
@@ -149,8 +151,8 @@ def merge_kernel(
 def selected_backward_kernel(
     q, k, v, order, offsets, item_part, item_number, part_first, part_end, dout, records,
     dq_partial, dk_partial, dv_partial, scale_log2, first_lane, T, S, HQ, HK, BH, SLOTS, PARTS, CHUNK, MOST,
-    DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PART: tl.constexpr, PRECISION: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PART: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Of MOST picks: `dv = p^T dout` and `dk = ds^T q` summed, and `dq = ds k` of each (query, slot, head)."""
     lane = first_lane + tl.program_id(1)
@@ -165,35 +167,35 @@ def selected_backward_kernel(
         index = tl.arange(0, BN)
         inside = begin + index < tl.load(part_end + batch * PARTS + part)
         origin = (batch.to(tl.int64) * S + begin) * HK + head
-        keys = load_tile(k + origin * DK, index, HK * DK, inside, DK, DKP)
-        values = load_tile(v + origin * DV, index, HK * DV, inside, DV, DVP)
+        keys = load_tiles(k + origin * DK, index, HK * DK, inside, DK)
+        values = load_tiles(v + origin * DV, index, HK * DV, inside, DV)
         place = tl.program_id(1).to(tl.int64) * CHUNK * SLOTS * heads
-        dk_acc = tl.zeros([BN, DKP], tl.float32)
-        dv_acc = tl.zeros([BN, DVP], tl.float32)
+        dk_acc = zero_tiles(BN, DK)
+        dv_acc = zero_tiles(BN, DV)
         for row in tl.range(0, (last - first) * heads, BM):
             r = row + tl.arange(0, BM)
             exists, query, target = pick_rows(
                 order, first, last, r, T, SLOTS, lane // BH * CHUNK, heads, HQ, head, batch
             )
-            queries = load_tile(q, query, DK, exists, DK, DKP)
-            douts = load_tile(dout, query, DV, exists, DV, DVP)
+            queries = load_tiles(q, query, DK, exists, DK)
+            douts = load_tiles(dout, query, DV, exists, DV)
             log_sum = tl.load(records + query * 3, mask=exists, other=float("inf"))  # of no weight
             gate = tl.load(records + query * 3 + 1, mask=exists, other=0.0)
             correct = tl.load(records + query * 3 + 2, mask=exists, other=0.0)
             # [BM, BN]: what belongs to a query is then one register a row, not one a column
-            logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale_log2
-            dots = tl.dot(douts, tl.trans(values), input_precision=PRECISION)
+            logits = dot_tiles(queries, keys, PRECISION) * scale_log2
+            dots = dot_tiles(douts, values, PRECISION)
             p, ds = weight_gradient(
                 logits, dots, log_sum[:, None], gate[:, None], correct[:, None], inside[None, :], True
             )
-            ds = ds.to(queries.dtype)
-            dv_acc = tl.dot(tl.trans(p.to(douts.dtype)), douts, dv_acc, input_precision=PRECISION)
-            dk_acc = tl.dot(tl.trans(ds), queries, dk_acc, input_precision=PRECISION)
-            dq = tl.dot(ds, keys, input_precision=PRECISION)
-            store_tile(dq_partial, place + target, DK, exists, dq, DK, DKP)
+            ds = ds.to(queries[0].dtype)
+            dv_acc = add_products(tl.trans(p.to(douts[0].dtype)), douts, dv_acc, PRECISION)
+            dk_acc = add_products(tl.trans(ds), queries, dk_acc, PRECISION)
+            dq = add_products(ds, keys, zero_tiles(BM, DK), PRECISION)
+            store_tiles(dq_partial, place + target, DK, exists, dq, DK)
         target = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * PART
-        store_tile(dk_partial + target * DK, index, DK, index < PART, dk_acc, DK, DKP)
-        store_tile(dv_partial + target * DV, index, DV, index < PART, dv_acc, DV, DVP)
+        store_tiles(dk_partial + target * DK, index, DK, index < PART, dk_acc, DK)
+        store_tiles(dv_partial + target * DV, index, DV, index < PART, dv_acc, DV)
 
 
 @triton.jit
@@ -247,11 +249,14 @@ def sum_dq_kernel(
 
 def gather_tiles(q: Tensor, v: Tensor, layout: Layout, backward: bool) -> dict:
     """Tile sizes: all keys of a part, and as many rows as the width of a row and the card's shared memory allow."""
-    row, small = bytes_a_row(q, v.shape[-1]), shared_memory(q.device) < SMALL_SHARED_MEMORY
+    row, shared = bytes_a_row(q, v.shape[-1]), shared_memory(q.device)
+    small, large = shared < SMALL_SHARED_MEMORY, shared >= LARGE_SHARED_MEMORY
     if q.dtype == torch.float32:
         tiles = {"BM": 32 if row <= 512 else 16, "num_warps": 4, "num_stages": 1}
     elif row <= 256:
         tiles = {"BM": 64, "num_warps": 4, "num_stages": 3 if backward and row <= 128 and not small else 1}
+    elif row < 512 and (large if backward else not small) and min(q.shape[-1], v.shape[-1]) <= 128:
+        tiles = {"BM": 64, "num_warps": 8 if backward else 4, "num_stages": 1}
     else:
         tiles = {"BM": 16 if small else 32, "num_warps": 8 if backward else 4, "num_stages": 1}
     return {**tiles, "BN": max(16, next_power_of_2(layout.part_size))}
@@ -277,7 +282,6 @@ def selected_forward(
     work = gather.work(picks_a_tile(4 * tiles["BM"], group))
     results = max(count for _, count in runs) * chunks.tokens * chunks.slots * group
     partial, partial_lse = q.new_empty(results, value_dim), q.new_empty(results, dtype=torch.float32)
-    shape = {key: x for key, x in widths(q, v).items() if key.startswith("DV")}
     merge = merge_shape(sizes, layout, keys)
     per_chunk = chunks.lanes // chunks.count
     for first, count in runs:
@@ -288,7 +292,7 @@ def selected_forward(
         )
         merge_kernel[(cdiv(chunks.tokens * group, merge["BM"]), count)](
             partial, partial_lse, layout.relative, out, lse, first, tokens, heads, kv_heads, per_chunk, chunks.slots,
-            chunks.tokens, **shape, **merge,
+            chunks.tokens, DV=value_dim, DVP=padded(value_dim), **merge,
         )
 
 

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ...placement import Placement
 from ...sizes import Sizes
-from ..common import begin_next, cdiv, in_chain, load_tile, next_power_of_2, padded, precision, wait_for_previous
+from ..common import begin_next, cdiv, in_chain, next_power_of_2, precision, tile_width, wait_for_previous
 from ..scores.index import block_maxima
 from ..scores.selection import count_blocks
+from ..tiles import load_tiles
 from .scores import GROWING, row_place, rows_of_split, strides
 from .splits import split_count
 
@@ -28,9 +29,8 @@ RESIDENT = 8
 @triton.jit(do_not_specialize=GROWING)
 def index_maxima_kernel(
     q, k, scales, starts, lengths, maxima, tops, arrived, T, S, HI, HK, HJ, BLOCKS, SPLITS, k_batch, k_token, k_head,
-    s_batch, s_token, s_head,
-    C: tl.constexpr, CP: tl.constexpr, GP: tl.constexpr, BM: tl.constexpr, BJ: tl.constexpr, BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    s_batch, s_token, s_head, C: tl.constexpr, GP: tl.constexpr, BM: tl.constexpr, BJ: tl.constexpr,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):
     """One program: a split of one KV head's blocks, for BM of the rows (query t, index head g) at `t * G + g`.
 
@@ -45,7 +45,7 @@ def index_maxima_kernel(
     seeing = exists & (relative >= 0)
     own = tl.where(seeing, relative // BLOCK, 0)
     most = tl.max(own)
-    queries = load_tile(q, row, C, seeing, C, CP)
+    queries = load_tiles(q, row, C, seeing, C)
     key_head = (kv_head * HJ // HK).to(tl.int64)
     k += batch.to(tl.int64) * k_batch + key_head * k_head + start.to(tl.int64) * k_token
     if scales is not None:
@@ -56,8 +56,7 @@ def index_maxima_kernel(
     top = tl.full([BM], float("-inf"), tl.float32)
     for first in tl.range(split * share, tl.minimum((split + 1) * share, most), BJ):
         m = block_maxima(
-            queries, k, scales, first * BLOCK, most - first, k_token, s_token, C, CP, BM, BJ, BLOCK, WIDTH, True,
-            PRECISION,
+            queries, k, scales, first * BLOCK, most - first, k_token, s_token, C, BM, BJ, BLOCK, WIDTH, True, PRECISION
         )
         j = first + tl.arange(0, BJ)
         m = tl.where(j[None, :] < own[:, None], m, float("-inf"))
@@ -80,7 +79,7 @@ class IndexScores(NamedTuple):
 
 def index_tiles(q_index: Tensor, rows: int) -> dict[str, int]:
     """Rows and tokens of a program at a time."""
-    wide = padded(q_index.shape[-1]) * q_index.element_size() > 256
+    wide = tile_width(q_index.shape[-1]) * q_index.element_size() > 256
     most = max(16, next_power_of_2(rows))
     if q_index.dtype == torch.float32:
         return {"BM": 16, "BN": 32 if wide else 64, "num_warps": 4, "num_stages": 2}
@@ -111,7 +110,7 @@ def index_maxima(
     index_maxima_kernel[(splits * batch * kv_heads * row_tiles,)](
         q_index, k_index, scales, placement.starts, placement.lengths, maxima, tops, arrived, tokens, keys, heads,
         kv_heads, index_keys, blocks, splits, *strides(k_index), *((0, 0, 0) if scales is None else strides(scales)),
-        C=channels, CP=padded(channels), GP=heads_a_query, BJ=at_once, BLOCK=sizes.block_size, WIDTH=width,
+        C=channels, GP=heads_a_query, BJ=at_once, BLOCK=sizes.block_size, WIDTH=width,
         PRECISION=precision(q_index.dtype), **tiles, **in_chain(q_index.device, first),
     )
     return IndexScores(maxima, tops, heads)

@@ -18,21 +18,20 @@ from ..common import (
     SMALL_SHARED_MEMORY,
     bytes_a_row,
     cdiv,
-    load_tile,
     next_power_of_2,
-    padded,
     precision,
     shared_memory,
 )
 from ..layout import Layout
+from ..tiles import dot_tiles, load_tiles
 from .selection import check_limits, count_blocks, new_selection
 
 
 @triton.jit
 def block_terms(
-    q, lse, visible, k_cmp, base, first, visible_most, k_stride, scale_log2, DK: tl.constexpr, DKP: tl.constexpr,
-    BT: tl.constexpr, GP: tl.constexpr, BJ: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
-    BLOCK: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    q, lse, visible, k_cmp, base, first, visible_most, k_stride, scale_log2, DK: tl.constexpr, BT: tl.constexpr,
+    GP: tl.constexpr, BJ: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """What the entries that begin in the blocks `[first, first + BJ)` say, summed over the heads.
 
@@ -47,8 +46,8 @@ def block_terms(
     inside = (i >= 0) & (i < visible_most)
     if RP != RATIO:
         inside = inside & (index % RP < RATIO)
-    keys = load_tile(k_cmp, (base + i).to(tl.int64), k_stride, inside, DK, DKP)
-    logits = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale_log2
+    keys = load_tiles(k_cmp, (base + i).to(tl.int64), k_stride, inside, DK)
+    logits = dot_tiles(q, keys, PRECISION) * scale_log2
     weights = tl.exp2(logits - lse[:, None])
     if MASKED:
         weights = tl.where((i[None, :] >= 0) & (i[None, :] < visible[:, None]), weights, 0.0)
@@ -86,9 +85,9 @@ def keep_best(best, importance, j, candidate, KP: tl.constexpr, BJ: tl.constexpr
 
 @triton.jit
 def best_of_document(
-    best, q, lse, visible, k_cmp, base, own, mine, k_stride, scale_log2, DK: tl.constexpr, DKP: tl.constexpr,
-    BT: tl.constexpr, GP: tl.constexpr, BJ: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
-    BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, KP: tl.constexpr, PRECISION: tl.constexpr,
+    best, q, lse, visible, k_cmp, base, own, mine, k_stride, scale_log2, DK: tl.constexpr, BT: tl.constexpr,
+    GP: tl.constexpr, BJ: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+    INIT: tl.constexpr, LOCAL: tl.constexpr, KP: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """`best` and those of the blocks `[INIT, own - LOCAL]` of the queries `mine` of one document."""
     # With two local blocks, a block that may be chosen and the next one are past, and so is every entry that
@@ -101,14 +100,14 @@ def best_of_document(
         # what the block before the first one leaves for it
         FEW: tl.constexpr = triton.cdiv(16, triton.next_power_of_2(BLOCK // STRIDE))
         _, first_rest = block_terms(
-            q, lse, visible, k_cmp, base, INIT - FEW, seen, k_stride, scale_log2, DK, DKP, BT, GP, FEW, KERNEL,
-            STRIDE, BLOCK, True, PRECISION,
+            q, lse, visible, k_cmp, base, INIT - FEW, seen, k_stride, scale_log2, DK, BT, GP, FEW, KERNEL, STRIDE,
+            BLOCK, True, PRECISION,
         )
         before = tl.sum(tl.where(tl.arange(0, FEW)[None, :] == FEW - 1, first_rest, 0.0), 1)
     for first in tl.range(INIT, most - LOCAL + 1, BJ):
         importance, rest = block_terms(
-            q, lse, visible, k_cmp, base, first, seen, k_stride, scale_log2, DK, DKP, BT, GP, BJ, KERNEL, STRIDE,
-            BLOCK, MASKED, PRECISION,
+            q, lse, visible, k_cmp, base, first, seen, k_stride, scale_log2, DK, BT, GP, BJ, KERNEL, STRIDE, BLOCK,
+            MASKED, PRECISION,
         )
         if KERNEL > STRIDE:
             left = tl.gather(rest, tl.maximum(column - 1, 0) + tl.zeros([BT, 1], tl.int32), 1)
@@ -122,10 +121,10 @@ def best_of_document(
 @triton.jit
 def select_kernel(
     q, k_cmp, lse, relative_ptr, document_ptr, cmp_low_ptr, selection, scale_log2, T, N, HQ, HK, SLOTS,
-    DK: tl.constexpr, DKP: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
-    CHOSEN: tl.constexpr, KP: tl.constexpr, TOPK: tl.constexpr, TOPKP: tl.constexpr, EVERY: tl.constexpr,
-    PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    DK: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr, KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr, BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, CHOSEN: tl.constexpr,
+    KP: tl.constexpr, TOPK: tl.constexpr, TOPKP: tl.constexpr, EVERY: tl.constexpr, PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """The selected blocks of BT tokens of one KV head; EVERY: there are no more blocks than may be selected."""
     LAST: tl.constexpr = 0x7FFFFFFF
@@ -148,7 +147,7 @@ def select_kernel(
         row_relative = tl.load(relative_ptr + batch * T + row_token, mask=exists, other=-1)
         exists = exists & (row_relative >= 0)
         head = (batch * T + row_token).to(tl.int64) * HQ + kv_head * group + row % GP
-        queries = load_tile(q, head, DK, exists, DK, DKP)
+        queries = load_tiles(q, head, DK, exists, DK)
         log_sum = tl.load(lse + head, mask=exists, other=float("inf"))  # the weight of no head is 0
         visible = tl.where(row_relative < KERNEL - 1, 0, (row_relative - (KERNEL - 1)) // STRIDE + 1)
         visible = tl.where(exists, visible, 0)
@@ -166,14 +165,14 @@ def select_kernel(
                 mine = document == current
                 best = best_of_document(
                     best, queries, log_sum, tl.where(row_document == current, visible, 0), keys,
-                    tl.max(tl.where(mine, cmp_low, 0)), own, mine, HK * DK, scale_log2, DK, DKP, BT, GP, BJ, KERNEL,
-                    STRIDE, BLOCK, INIT, LOCAL, KP, PRECISION,
+                    tl.max(tl.where(mine, cmp_low, 0)), own, mine, HK * DK, scale_log2, DK, BT, GP, BJ, KERNEL, STRIDE,
+                    BLOCK, INIT, LOCAL, KP, PRECISION,
                 )
                 current = tl.min(tl.where(document > current, document, LAST))
         else:
             best = best_of_document(
-                best, queries, log_sum, visible, keys, 0, own, own >= 0, HK * DK, scale_log2, DK, DKP, BT, GP, BJ,
-                KERNEL, STRIDE, BLOCK, INIT, LOCAL, KP, PRECISION,
+                best, queries, log_sum, visible, keys, 0, own, own >= 0, HK * DK, scale_log2, DK, BT, GP, BJ, KERNEL,
+                STRIDE, BLOCK, INIT, LOCAL, KP, PRECISION,
             )
         # the low half of a key holds the inverted index
         index = ((best & LAST) ^ LAST).to(tl.int32)
@@ -249,9 +248,9 @@ def select_by_compressed(inputs: CompressedInputs, layout: Layout, sizes: Sizes)
     select_kernel[(cdiv(tokens, bt), batch * kv_heads)](
         q, k_cmp, lse, layout.relative, layout.document, layout.compressed[0], selection, scale_log2, tokens,
         k_cmp.shape[1], heads, kv_heads, sizes.topk,
-        DK=key_dim, DKP=padded(key_dim), GP=width, BT=bt, BJ=columns, KERNEL=sizes.kernel_size,
-        STRIDE=sizes.kernel_stride, BLOCK=sizes.block_size, INIT=sizes.init_blocks, LOCAL=sizes.local_blocks,
-        CHOSEN=chosen, KP=kept, TOPK=topk, TOPKP=next_power_of_2(topk), EVERY=every, PACKED=layout.packed,
-        PRECISION=precision(q.dtype), num_warps=tiles["num_warps"], num_stages=tiles["num_stages"],
+        DK=key_dim, GP=width, BT=bt, BJ=columns, KERNEL=sizes.kernel_size, STRIDE=sizes.kernel_stride,
+        BLOCK=sizes.block_size, INIT=sizes.init_blocks, LOCAL=sizes.local_blocks, CHOSEN=chosen, KP=kept, TOPK=topk,
+        TOPKP=next_power_of_2(topk), EVERY=every, PACKED=layout.packed, PRECISION=precision(q.dtype),
+        num_warps=tiles["num_warps"], num_stages=tiles["num_stages"],
     )
     return selection

@@ -18,14 +18,14 @@ from ...sizes import Sizes
 from ..common import (
     SMALL_SHARED_MEMORY,
     cdiv,
-    load_tile,
     next_power_of_2,
-    padded,
     precision,
     processors,
     shared_memory,
+    tile_width,
 )
 from ..layout import Layout
+from ..tiles import dot_tiles, load_tiles
 from .selection import check_limits, count_blocks, new_selection
 
 # The next best block is looked for among the best ones of so many sections of the past.
@@ -34,8 +34,8 @@ MOST_SECTIONS = 128
 
 @triton.jit
 def block_maxima(
-    q, k, scales, first_token, blocks, k_token, s_token, C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr,
-    BJ: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, scales, first_token, blocks, k_token, s_token, C: tl.constexpr, ROWS: tl.constexpr, BJ: tl.constexpr,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """The largest product of each query with the keys of each of BJ blocks, `[ROWS, BJ]` float32.
 
@@ -55,9 +55,9 @@ def block_maxima(
         if MASKED:
             inside = inside & (column // WIDTH < blocks)
         token = column // WIDTH * BLOCK + place
-        keys = load_tile(k, token, k_token, inside, C, CP)
+        keys = load_tiles(k, token, k_token, inside, C)
         # whole numbers up to 127 are exact in every type
-        products = tl.dot(q, tl.trans(keys.to(q.dtype)), input_precision=PRECISION)
+        products = dot_tiles(q, keys, PRECISION)
         if scales is not None:
             scale = tl.load(scales + (first_token + token) * s_token, mask=inside, other=0.0)
             products *= scale.to(tl.float32)[None, :]
@@ -70,7 +70,7 @@ def block_maxima(
 @triton.jit
 def best_of_document(
     q, k, base, row_own, own, mine, exists, maxima, sections, k_token, N,
-    C: tl.constexpr, CP: tl.constexpr, BT: tl.constexpr, GP: tl.constexpr, BJ: tl.constexpr, BLOCK: tl.constexpr,
+    C: tl.constexpr, BT: tl.constexpr, GP: tl.constexpr, BJ: tl.constexpr, BLOCK: tl.constexpr,
     WIDTH: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, CHOSEN: tl.constexpr, KP: tl.constexpr,
     BC: tl.constexpr, SP: tl.constexpr, SECTION: tl.constexpr, UNROLL: tl.constexpr, PRECISION: tl.constexpr,
 ):
@@ -86,7 +86,7 @@ def best_of_document(
     all_past = tl.minimum(least, most) // BJ * BJ
     for first in tl.range(0, all_past, BJ, loop_unroll_factor=UNROLL):
         m = block_maxima(
-            q, k, None, base + first * BLOCK, BJ, k_token, 0, C, CP, ROWS, BJ, BLOCK, WIDTH, False, PRECISION
+            q, k, None, base + first * BLOCK, BJ, k_token, 0, C, ROWS, BJ, BLOCK, WIDTH, False, PRECISION
         )
         top = tl.maximum(top, tl.max(m, 1))
         j = first + tl.arange(0, BJ)
@@ -95,7 +95,7 @@ def best_of_document(
         j = first + tl.arange(0, BJ)
         left = most - first
         m = block_maxima(
-            q, k, None, base + first * BLOCK, left, k_token, 0, C, CP, ROWS, BJ, BLOCK, WIDTH, True, PRECISION
+            q, k, None, base + first * BLOCK, left, k_token, 0, C, ROWS, BJ, BLOCK, WIDTH, True, PRECISION
         )
         top = tl.maximum(top, tl.max(tl.where(j[None, :] < row_own[:, None], m, NONE), 1))
         tl.store(maxima + j[None, :].to(tl.int64) * ROWS + row[:, None], m, mask=(j < most)[None, :])
@@ -141,7 +141,7 @@ def best_of_document(
 @triton.jit
 def index_select_kernel(
     q, k, relative_ptr, document_ptr, selection, maxima, sections, T, S, HI, HK, HJ, TILES, BLOCKS, SLOTS, N,
-    C: tl.constexpr, CP: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr, BLOCK: tl.constexpr,
+    C: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr, BLOCK: tl.constexpr,
     WIDTH: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, CHOSEN: tl.constexpr, KP: tl.constexpr,
     TOPK: tl.constexpr, TOPKP: tl.constexpr, BC: tl.constexpr, SP: tl.constexpr, SECTION: tl.constexpr,
     UNROLL: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
@@ -169,7 +169,7 @@ def index_select_kernel(
         exists = exists & (row_relative >= 0)
         row_own = tl.where(exists, row_relative // BLOCK, -1)
         head = (batch * T + row_token).to(tl.int64) * HI + kv_head * group + row % GP
-        queries = load_tile(q, head, C, exists, C, CP)
+        queries = load_tiles(q, head, C, exists, C)
         keys = k + (batch.to(tl.int64) * S * HJ + kv_head * HJ // HK) * C
         document = tl.load(document_ptr + batch * T + token, mask=token < T, other=LAST)
         if CHOSEN == 0:
@@ -182,16 +182,14 @@ def index_select_kernel(
                 mine = document == current
                 of_document = best_of_document(
                     queries, keys, current, row_own, own, mine, exists & (row_document == current), maxima, sections,
-                    HJ * C, N, C, CP, BT, GP, BJ, BLOCK, WIDTH, INIT, LOCAL, CHOSEN, KP, BC, SP, SECTION, UNROLL,
-                    PRECISION,
+                    HJ * C, N, C, BT, GP, BJ, BLOCK, WIDTH, INIT, LOCAL, CHOSEN, KP, BC, SP, SECTION, UNROLL, PRECISION,
                 )
                 chosen = tl.where(mine[:, None], of_document, chosen)
                 current = tl.min(tl.where(document > current, document, LAST))
         else:
             chosen = best_of_document(
                 queries, keys, tl.min(document), row_own, own, own >= 0, exists, maxima, sections,
-                HJ * C, N, C, CP, BT, GP, BJ, BLOCK, WIDTH, INIT, LOCAL, CHOSEN, KP, BC, SP, SECTION, UNROLL,
-                PRECISION,
+                HJ * C, N, C, BT, GP, BJ, BLOCK, WIDTH, INIT, LOCAL, CHOSEN, KP, BC, SP, SECTION, UNROLL, PRECISION,
             )
         free = tl.minimum(tl.maximum(own + 1 - INIT - LOCAL, 0), CHOSEN)
         place = selection + (((batch * T + token).to(tl.int64) * HK + kv_head) * SLOTS)[:, None]
@@ -211,7 +209,8 @@ def index_tiles(q_index: Tensor, group: int) -> dict[str, int]:
     Args:
         group: index heads of a KV head, as a power of two.
     """
-    row, small = padded(q_index.shape[-1]) * q_index.element_size(), shared_memory(q_index.device) < SMALL_SHARED_MEMORY
+    row = tile_width(q_index.shape[-1]) * q_index.element_size()
+    small = shared_memory(q_index.device) < SMALL_SHARED_MEMORY
     if q_index.dtype == torch.float32:
         return {"rows": 32, "columns": 32, "unroll": 1, "resident": 2, "num_warps": 4, "num_stages": 1}
     if row > 256 or (row > 128 and small):
@@ -265,7 +264,7 @@ def select_by_index(inputs: IndexInputs, layout: Layout, sizes: Sizes) -> Tensor
     best = q_index.new_empty(programs, sections, bt, dtype=torch.float32)
     index_select_kernel[(programs,)](
         q_index, k_index, layout.relative, layout.document, selection, maxima, best, tokens, keys, heads, kv_heads,
-        index_keys, count, blocks, sizes.topk, sections, C=channels, CP=padded(channels), GP=group, BT=bt,
+        index_keys, count, blocks, sizes.topk, sections, C=channels, GP=group, BT=bt,
         BJ=tiles["columns"] // width, BLOCK=sizes.block_size, WIDTH=width, INIT=sizes.init_blocks,
         LOCAL=sizes.local_blocks, CHOSEN=chosen, KP=max(2, next_power_of_2(chosen)), TOPK=topk,
         TOPKP=next_power_of_2(topk), BC=max(64, section), SP=max(2, next_power_of_2(sections)), SECTION=section,
