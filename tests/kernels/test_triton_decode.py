@@ -102,7 +102,7 @@ CASES = {
     "own scale": replace(STEP, scale=0.2),
     "index": replace(STEP, index=(2, 0, 3)),
     "index, no compressed branch": replace(STEP, index=(2, 0, 5), compressed=False),
-    "index in 8 bits": replace(STEP, batch=2, index=(2, 0, 20), eight_bits=True, compressed=False),
+    "index in 8 bits": replace(STEP, batch=2, index=(2, 0, 40), eight_bits=True, compressed=False),
     "index in 8 bits and compressed branch, three queries": replace(STEP, queries=3, index=(3, 0, 7), eight_bits=True),
     "index of one query and one key": replace(STEP, group=3, queries=5, index=(1, 1, 4), compressed=False),
     "index of other heads than the queries": replace(STEP, group=2, queries=16, index=(5, 0, 4), compressed=False),
