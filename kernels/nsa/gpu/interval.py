@@ -116,7 +116,7 @@ def forward_tiles(q: Tensor, v: Tensor, long_runs: bool) -> dict:
         tiles = {"BM": 128, "BN": 128, "num_warps": 8, "num_stages": 3}
     elif row <= 256:
         tiles = {"BM": 128 if row <= 128 else 64, "BN": 64, "num_warps": 4, "num_stages": 2 if small else 3}
-    elif row < 512 and not small:
+    elif row < 512 and not small:  # two tiles, as of 192 numbers
         tiles = {"BM": 128 if long_runs else 64, "BN": 64, "num_warps": 8 if long_runs else 4, "num_stages": 2}
     else:
         tiles = {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 2}

@@ -221,10 +221,10 @@ def backward_tiles(q: Tensor, v: Tensor, keys_outside: bool) -> dict:
     """Tile sizes of the backward passes: over the keys for each tile of queries, or the other way round."""
     row, shared = bytes_a_row(q, v.shape[-1]), shared_memory(q.device)
     small, large = shared < SMALL_SHARED_MEMORY, shared >= LARGE_SHARED_MEMORY
-    narrow = min(q.shape[-1], v.shape[-1]) <= 128  # one of them
+    narrow = min(q.shape[-1], v.shape[-1]) <= 128  # keys or values
     if q.dtype == torch.float32:
         outer, inner, warps, stages = (32, 16, 4, 1) if row <= 512 else (16, 16, 4, 1)
-    elif 256 < row < 512 and not keys_outside and not small:
+    elif 256 < row < 512 and not keys_outside and not small:  # two tiles, as of 192 numbers
         outer, inner, warps, stages = 128, 64 if narrow else 32, 8, 2
     elif 256 < row < 512 and narrow and not small:
         outer, inner, warps, stages = (128, 32, 8, 3) if large else (128, 16, 8, 2)

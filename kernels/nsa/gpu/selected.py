@@ -251,11 +251,12 @@ def gather_tiles(q: Tensor, v: Tensor, layout: Layout, backward: bool) -> dict:
     """Tile sizes: all keys of a part, and as many rows as the width of a row and the card's shared memory allow."""
     row, shared = bytes_a_row(q, v.shape[-1]), shared_memory(q.device)
     small, large = shared < SMALL_SHARED_MEMORY, shared >= LARGE_SHARED_MEMORY
+    narrow = min(q.shape[-1], v.shape[-1]) <= 128  # keys or values
     if q.dtype == torch.float32:
         tiles = {"BM": 32 if row <= 512 else 16, "num_warps": 4, "num_stages": 1}
     elif row <= 256:
         tiles = {"BM": 64, "num_warps": 4, "num_stages": 3 if backward and row <= 128 and not small else 1}
-    elif row < 512 and (large if backward else not small) and min(q.shape[-1], v.shape[-1]) <= 128:
+    elif row < 512 and (large if backward else not small) and narrow:  # two tiles, as of 192 numbers
         tiles = {"BM": 64, "num_warps": 8 if backward else 4, "num_stages": 1}
     else:
         tiles = {"BM": 16 if small else 32, "num_warps": 8 if backward else 4, "num_stages": 1}
