@@ -138,7 +138,8 @@ class Stages:
         cmp = (x.q, x.k_cmp, x.v_cmp, *layout.compressed, x.dout, rows[CMP], *scales)
         win = (x.q, x.k, x.v, *layout.window, x.dout, rows[WIN], *scales)
         local = (x.q, x.k, x.v, *layout.local, x.dout, rows[SLC], *scales)
-        dq, dq_out = torch.zeros_like(x.q, dtype=torch.float32), torch.empty_like(x.q)
+        dq, dk, dv = (torch.zeros_like(tensor, dtype=torch.float32) for tensor in x[:3])
+        dq_out = torch.empty_like(x.q)
         bf16, second = torch.bfloat16, Second(layout.local[0], rows[SLC])
         borders = find_borders(x.q, x.v, layout, x.k.shape[1])
         parts: Parts = {
@@ -152,6 +153,6 @@ class Stages:
         if chunks:
             gather = gather_queries(self.selection, layout, SIZES, chunks)
             parts["backward, selection"] = lambda: selected_backward(
-                x.q, x.k, x.v, gather, layout, SIZES, x.dout, records, *scales, dq, dq_out
+                x.q, x.k, x.v, gather, layout, SIZES, x.dout, records, *scales, dq, dq_out, dk, dv
             )
         return parts

@@ -38,7 +38,10 @@ def gate_gradient_kernel(
     out_cmp, out_slc, out_win, lse_cmp, lse_slc, lse_win, dout, gates, relative, dgates, rows, records, T, HQ,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, FIRST: tl.constexpr,
 ):
-    """`correction = dout . out_branch`, which is also the gradient of the branch's gate; BM queries of one head."""
+    """`correction = dout . out_branch`, which is also the gradient of the branch's gate; BM queries of one head.
+
+    FIRST: as in `combine_kernel`; the gate of a branch that there is not has the gradient 0.
+    """
     batch, head = tl.program_id(1) // HQ, tl.program_id(1) % HQ
     index = tl.arange(0, BM)
     t = tl.program_id(0) * BM + index
@@ -49,6 +52,8 @@ def gate_gradient_kernel(
     douts = load_tile(dout + start * D, index, HQ * D, alive, D, DP).to(tl.float32)
     # [3, B, HQ, 3, T]
     rows += (FIRST * tl.num_programs(1) + batch * HQ + head).to(tl.int64) * 3 * T + t
+    if FIRST == 1:
+        tl.store(dgates + query * 3, tl.zeros([BM], dgates.dtype.element_ty), mask=exists)
     for branch in tl.static_range(FIRST, 3):
         source = out_cmp if branch == 0 else out_slc if branch == 1 else out_win
         lse = lse_cmp if branch == 0 else lse_slc if branch == 1 else lse_win
@@ -93,8 +98,7 @@ def gate_gradient(
     """
     batch, tokens, heads, dim = dout.shape
     first = int(outs[0] is None)
-    dgates = torch.zeros_like(gates) if first else torch.empty_like(gates)
-    records = torch.empty_like(gates, dtype=torch.float32)
+    dgates, records = torch.empty_like(gates), torch.empty_like(gates, dtype=torch.float32)
     rows = records.new_empty(3, batch, heads, 3, tokens)
     gate_gradient_kernel[(cdiv(tokens, 32), batch * heads)](
         *outs, *lses, dout, gates, relative, dgates, rows, records, tokens, heads, D=dim, DP=padded(dim), BM=32,

@@ -1,17 +1,23 @@
 """Which queries selected each block, for kernels that take one block after another.
 
-A selection lists the blocks of each query; here the queries of each block are listed, by sorting.
+A selection lists the blocks of each query; here the queries of each block are listed, by a counting sort.
 
 A pick is a (query, slot) pair. A part is a selection block, or of a large one at most 64 tokens (`layout.py`). A chunk
 is a run of queries, and a lane is one KV head of one row with one chunk. The local blocks are left out: those are
-attended to as runs of keys (`interval.py`), so every key of a pick's part lies before its query. Sorting is stable, so
-that sums over a part's picks always go in the order of the queries.
+attended to as runs of keys (`interval.py`), so every key of a pick's part lies before its query. The picks of a part
+stand in the order of the queries, so that sums over them always go that way.
+
+    count   each part's picks in every tile of a lane's queries, and of each pick those before it in its tile
+    scan    the counts, over the tiles of a part and over the parts: where each tile's picks of a part begin
+    place   each pick where it belongs
+
+An item is at most so many picks of one part, what one program takes. Which ones follows from where the parts begin
+(`find_item`), so that there is no list of them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import triton
@@ -19,24 +25,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..sizes import Sizes
-from .common import cdiv, lower_bound, search_steps
+from .common import cdiv, next_power_of_2
 from .layout import Layout
 
-
-class WorkList(NamedTuple):
-    """Items of work, each at most `most` picks of one part.
-
-    Attributes:
-        part: int32 `[lanes, items]`, the part of each item; the number of parts = no such item.
-        number: int32 `[lanes, items]`, which of its part's items it is.
-        first: int32 `[lanes, parts + 1]`, each part's first item.
-        most: picks of an item, at most.
-    """
-
-    part: Tensor
-    number: Tensor
-    first: Tensor
-    most: int
+# Tiles that a lane's queries are counted in, at most: counts are as many as tiles times parts.
+MOST_TILES = 128
 
 
 @dataclass(frozen=True)
@@ -65,8 +58,9 @@ class Gather:
     """The picks of all parts.
 
     Attributes:
-        order: int32 `[picks]`, `query * slots + slot` of each pick, by lane, part and query.
-        offsets: int32 `[lanes * parts + 1]`, where each part's picks begin; lane `chunk * B * Hk + row * Hk + head`.
+        order: int32 `[picks]`, `query * slots + slot` of each pick, by lane, part and query; behind a lane's last pick
+            stands nothing up to the next lane's first one.
+        offsets: int32 `[lanes, parts + 1]`, where each part's picks begin; lane `chunk * B * Hk + row * Hk + head`.
         chunks: how the queries are cut.
     """
 
@@ -74,78 +68,165 @@ class Gather:
     offsets: Tensor
     chunks: Chunks
 
-    def work(self, most: int) -> WorkList:
-        """The picks shared out among items of at most `most`."""
-        lanes, parts = self.chunks.lanes, self.chunks.parts
-        # a bound from shapes alone: every part may have one unfilled item
-        items = parts + self.chunks.tokens * self.chunks.slots // most
-        first = self.offsets.new_empty(lanes, parts + 1)
-        part, number = self.offsets.new_empty(2, lanes, items).unbind()
-        count_items_kernel[(lanes,)](self.offsets, first, parts, most, BM=1024, num_warps=4)
-        items_kernel[(cdiv(items, 256), lanes)](
-            first, part, number, parts, items, search_steps(parts + 1), BM=256, num_warps=4
-        )
-        return WorkList(part, number, first, most)
+    def items(self, most: int) -> int:
+        """How many items of `most` picks a lane has at most: every part may have one that is not full."""
+        return self.chunks.parts + self.chunks.tokens * self.chunks.slots // most
 
 
 @triton.jit
-def pick_keys_kernel(
-    selection, relative_ptr, part_base_ptr, keys, T, HK, TOPK, SLOTS, CHUNK, PARTS, NONE,
-    BLOCK: tl.constexpr, LOCAL: tl.constexpr, PARTS_A_BLOCK: tl.constexpr, BM: tl.constexpr,
+def first_item(offsets, begin, part, MOST):
+    """The first item of a part; the next part's is as many items later as this one needs, or one more.
+
+    Args:
+        begin: `offsets[0]`.
+    """
+    return (tl.load(offsets + part) - begin) // MOST + part
+
+
+@triton.jit
+def find_item(offsets, item, PARTS, MOST, STEPS):
+    """An item's part and its picks `[first, last)`, none where there is no such item.
+
+    Args:
+        offsets: of the lane.
+        STEPS: `search_steps(PARTS)`.
+    """
+    begin = tl.load(offsets)
+    low = item * 0
+    high = low + PARTS
+    for _ in tl.range(0, STEPS):
+        middle = (low + high + 1) // 2
+        begun = first_item(offsets, begin, middle, MOST) <= item
+        low, high = tl.where(begun, middle, low), tl.where(begun, high, middle - 1)
+    first = tl.load(offsets + low) + (item - first_item(offsets, begin, low, MOST)) * MOST
+    last = tl.load(offsets + low + 1, mask=low < PARTS, other=0)
+    return low, first, tl.minimum(last, first + MOST)
+
+
+@triton.jit
+def bits_set(x):
+    """How many of the 32 bits of `x` int32 are set."""
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return (x * 0x01010101) >> 24
+
+
+@triton.jit
+def find_parts(
+    selection, relative_ptr, part_base_ptr, pick, end, batch, head, T, HK, TOPK, SLOTS,
+    BLOCK: tl.constexpr, LOCAL: tl.constexpr, PARTS_A_BLOCK: tl.constexpr,
 ):
-    """What picks are sorted by, `keys [B, Hk, T, SLOTS]`: `lane * PARTS + part`; NONE for an unused slot."""
-    head = tl.program_id(1)
-    batch = head // HK
-    pick = tl.program_id(0) * BM + tl.arange(0, BM)
+    """The parts of the slots `pick` of one KV head, and their queries; part -1 for an unused one or from `end` on."""
     token, slot = pick // SLOTS, pick % SLOTS
-    exists = token < T
-    row = (batch * T + token).to(tl.int64) * HK + head % HK
+    exists = pick < end
+    row = (batch * T + token).to(tl.int64) * HK + head
     block = tl.load(selection + row * TOPK + slot // PARTS_A_BLOCK, mask=exists, other=-1)
     relative = tl.load(relative_ptr + batch * T + token, mask=exists, other=-1)
-    part = (
-        tl.load(part_base_ptr + batch * T + token, mask=exists, other=0) + block * PARTS_A_BLOCK
-        + slot % PARTS_A_BLOCK
-    )
+    base = tl.load(part_base_ptr + batch * T + token, mask=exists, other=0)
     past = tl.where(relative < 0, -1, relative // BLOCK - LOCAL)
-    key = (token // CHUNK * tl.num_programs(1) + head) * PARTS + part
-    tl.store(keys + head.to(tl.int64) * T * SLOTS + pick, tl.where((block >= 0) & (block <= past), key, NONE), exists)
+    part = base + block * PARTS_A_BLOCK + slot % PARTS_A_BLOCK
+    return tl.where((block >= 0) & (block <= past), part, -1), token
 
 
 @triton.jit
-def offsets_kernel(ordered, order, picks, offsets, COUNT, HEAD, BORDERS, STEPS, BM: tl.constexpr):
-    """From the sorted keys: where each begins, `offsets [BORDERS]`, and the picks counted within their head."""
-    place = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    tl.store(picks + place, tl.load(order + place, mask=place < COUNT, other=0) % HEAD, mask=place < COUNT)
-    if tl.program_id(0) * BM < BORDERS:
-        border = tl.program_id(0) * BM + tl.arange(0, BM)
-        tl.store(offsets + border, lower_bound(ordered, COUNT, border, STEPS), mask=border < BORDERS)
+def count_kernel(
+    selection, relative_ptr, part_base_ptr, words, totals, ranks, T, BH, HK, TOPK, SLOTS, CHUNK, PARTS, QUERIES,
+    BLOCK: tl.constexpr, LOCAL: tl.constexpr, PARTS_A_BLOCK: tl.constexpr, BM: tl.constexpr,
+):
+    """Counts the picks of a tile of QUERIES queries, 32 at a time: `words [lanes, tiles, PARTS]` int64 is the count of
+    a part so far, and in the upper half a bit for each of the 32 that chose it. Bits and counts come the same in
+    whatever order the programs add them.
+
+    Writes the counts, adds them to `totals [lanes, PARTS]`, and of each pick writes how many of the tile and its part
+    come before it, `ranks [B, HK, T, SLOTS]` int32.
+    """
+    tile, lane = tl.program_id(0), tl.program_id(1)
+    chunk, row = lane // BH, lane % BH
+    batch, head = row // HK, row % HK
+    begin = chunk * CHUNK + tile * QUERIES
+    end = tl.minimum(tl.minimum(begin + QUERIES, chunk * CHUNK + CHUNK), T)
+    words += (lane.to(tl.int64) * tl.num_programs(0) + tile) * PARTS
+    ranks += row.to(tl.int64) * T * SLOTS
+    index = tl.arange(0, BM)
+    for p in tl.range(0, PARTS, BM):
+        tl.store(words + p + index, tl.zeros([BM], tl.int64), mask=p + index < PARTS)
+    tl.debug_barrier()
+    for first in tl.range(begin, end, 32):
+        stop = tl.minimum(first + 32, end) * SLOTS
+        for i in tl.range(first * SLOTS, stop, BM):
+            part, token = find_parts(
+                selection, relative_ptr, part_base_ptr, i + index, stop, batch, head, T, HK, TOPK, SLOTS,
+                BLOCK, LOCAL, PARTS_A_BLOCK,
+            )
+            bit = tl.full([BM], 1, tl.int64) << (32 + token - first).to(tl.int64)
+            tl.atomic_or(words + part, bit, mask=part >= 0, sem="relaxed")
+        tl.debug_barrier()
+        for i in tl.range(first * SLOTS, stop, BM):
+            part, token = find_parts(
+                selection, relative_ptr, part_base_ptr, i + index, stop, batch, head, T, HK, TOPK, SLOTS,
+                BLOCK, LOCAL, PARTS_A_BLOCK,
+            )
+            word = tl.load(words + part, mask=part >= 0, other=0)
+            before = (word >> 32).to(tl.int32) & ~(tl.full([BM], -1, tl.int32) << (token - first))
+            tl.store(ranks + i + index, word.to(tl.int32) + bits_set(before), mask=part >= 0)
+        tl.debug_barrier()
+        for i in tl.range(first * SLOTS, stop, BM):
+            part, token = find_parts(
+                selection, relative_ptr, part_base_ptr, i + index, stop, batch, head, T, HK, TOPK, SLOTS,
+                BLOCK, LOCAL, PARTS_A_BLOCK,
+            )
+            word = tl.load(words + part, mask=part >= 0, other=0)
+            chosen = (word >> 32).to(tl.int32)
+            # the first query that chose the part: its bit, and none below
+            lowest = (chosen & -chosen) == tl.full([BM], 1, tl.int32) << (token - first)
+            count = word.to(tl.int32) + bits_set(chosen)
+            tl.store(words + part, count.to(tl.int64), mask=(part >= 0) & lowest)
+        tl.debug_barrier()
+    for p in tl.range(0, PARTS, BM):
+        count = tl.load(words + p + index, mask=p + index < PARTS, other=0).to(tl.int32)
+        tl.atomic_add(totals + lane * PARTS + p + index, count, mask=count > 0, sem="relaxed")
 
 
 @triton.jit
-def count_items_kernel(offsets, first, PARTS, MOST, BM: tl.constexpr):
-    """Of one lane: each part's first item, `first [lanes, PARTS + 1]`."""
-    lane = tl.program_id(0)
-    first += lane.to(tl.int64) * (PARTS + 1)
-    before = 0
-    for p in tl.range(0, PARTS + 1, BM):
-        part = p + tl.arange(0, BM)
-        border = offsets + lane * PARTS + part
-        count = tl.load(border + 1, mask=part < PARTS, other=0) - tl.load(border, mask=part < PARTS, other=0)
-        items = (count + (MOST - 1)) // MOST
-        upto = tl.cumsum(items, 0)
-        tl.store(first + part, before + upto - items, mask=part <= PARTS)
-        before += tl.sum(items, 0)
+def scan_kernel(words, totals, offsets, T, BH, SLOTS, CHUNK, PARTS, TILES, BT: tl.constexpr, BP: tl.constexpr):
+    """Of BP parts of a lane: `offsets`, and in the place of the counts where the picks of each tile begin."""
+    lane, part = tl.program_id(1), tl.program_id(0) * BP + tl.arange(0, BP)
+    totals += lane * PARTS
+    # a lane begins where it would if every slot before it were in use
+    start = lane // BH * CHUNK
+    begin = (start * BH + lane % BH * tl.minimum(CHUNK, T - start)) * SLOTS
+    for p in tl.range(0, tl.program_id(0) * BP, 512):
+        earlier = p + tl.arange(0, 512)
+        begin += tl.sum(tl.load(totals + earlier, mask=earlier < tl.program_id(0) * BP, other=0), 0)
+    total = tl.load(totals + part, mask=part < PARTS, other=0)
+    place = begin + tl.cumsum(total, 0) - total
+    tl.store(offsets + lane * (PARTS + 1) + part, place, mask=part <= PARTS)
+    words += lane.to(tl.int64) * TILES * PARTS + part[None, :]
+    for t in tl.range(0, TILES, BT):
+        tile = t + tl.arange(0, BT)
+        mask = (tile < TILES)[:, None] & (part < PARTS)[None, :]
+        here = words + tile[:, None].to(tl.int64) * PARTS
+        count = tl.load(here, mask=mask, other=0).to(tl.int32)
+        tl.store(here, (place[None, :] + tl.cumsum(count, 0) - count).to(tl.int64), mask=mask)
+        place += tl.sum(count, 0)
 
 
 @triton.jit
-def items_kernel(first, part_out, number_out, PARTS, ITEMS, STEPS, BM: tl.constexpr):
-    """Each item's part and which of its items it is; PARTS where there is no such item."""
-    lane = tl.program_id(1).to(tl.int64)
-    first += lane * (PARTS + 1)
-    item = tl.program_id(0) * BM + tl.arange(0, BM)
-    part = lower_bound(first, PARTS + 1, item + 1, STEPS) - 1
-    tl.store(part_out + lane * ITEMS + item, part, mask=item < ITEMS)
-    tl.store(number_out + lane * ITEMS + item, item - tl.load(first + part), mask=item < ITEMS)
+def place_kernel(
+    selection, relative_ptr, part_base_ptr, words, ranks, order, T, BH, HK, TOPK, SLOTS, CHUNK, PARTS, QUERIES, TILES,
+    BLOCK: tl.constexpr, LOCAL: tl.constexpr, PARTS_A_BLOCK: tl.constexpr, BM: tl.constexpr,
+):
+    """Writes each pick into `order`."""
+    row, pick = tl.program_id(1), tl.program_id(0) * BM + tl.arange(0, BM)
+    part, token = find_parts(
+        selection, relative_ptr, part_base_ptr, pick, T * SLOTS, row // HK, row % HK, T, HK, TOPK, SLOTS,
+        BLOCK, LOCAL, PARTS_A_BLOCK,
+    )
+    lane, tile = token // CHUNK * BH + row, token % CHUNK // QUERIES
+    place = tl.load(words + (lane.to(tl.int64) * TILES + tile) * PARTS + part, mask=part >= 0, other=0)
+    place += tl.load(ranks + row.to(tl.int64) * T * SLOTS + pick, mask=part >= 0, other=0)
+    tl.store(order + place, pick, mask=part >= 0)
 
 
 def count_slots(sizes: Sizes, parts_a_block: int, keys: int) -> int:
@@ -168,7 +249,7 @@ def cut_queries(
     chunk_tokens = min(tokens, -(-chunk_tokens // 64) * 64)
     chunks = -(-tokens // chunk_tokens)
     lanes, picks = chunks * batch * kv_heads, batch * kv_heads * tokens * slots
-    if picks >= 1 << 31 or lanes * parts >= (1 << 31) - 1:
+    if picks >= 1 << 31 or lanes * (parts + 1) >= 1 << 31:
         raise ValueError(
             f"backend='triton' counts at most 2^31 (query, block) pairs, got {batch} rows of {tokens} queries, "
             f"{kv_heads} heads and {slots} blocks each: use fewer queries a call"
@@ -179,21 +260,25 @@ def cut_queries(
 def gather_queries(selection: Tensor, layout: Layout, sizes: Sizes, chunks: Chunks) -> Gather:
     """The picks of each part, from the selection `[B, T, Hk, topk]` (int32, ascending, -1 = unused)."""
     batch, tokens, kv_heads, topk = selection.shape
-    heads, a_head, count = batch * kv_heads, tokens * chunks.slots, chunks.picks
-    none = chunks.lanes * chunks.parts
-    # half as many digits to sort by where that is enough
-    keys = selection.new_empty(count, dtype=torch.int16 if none < 1 << 15 else torch.int32)
-    pick_keys_kernel[(cdiv(a_head, 1024), heads)](
-        selection, layout.relative, layout.part_base, keys, tokens, kv_heads, topk, chunks.slots, chunks.tokens,
-        chunks.parts, none, BLOCK=sizes.block_size, LOCAL=sizes.local_blocks, PARTS_A_BLOCK=layout.parts_a_block,
-        BM=1024, num_warps=4,
+    heads, lanes, parts, slots = batch * kv_heads, chunks.lanes, chunks.parts, chunks.slots
+    queries = max(32, next_power_of_2(cdiv(chunks.tokens, MOST_TILES)))
+    tiles = cdiv(chunks.tokens, queries)
+    words = selection.new_empty(lanes, tiles, parts, dtype=torch.int64)
+    totals = selection.new_zeros(lanes, parts)
+    ranks, order, offsets = map(selection.new_empty, (chunks.picks, chunks.picks, (lanes, parts + 1)))
+    picks = (selection, layout.relative, layout.part_base)
+    counts = (tokens, heads, kv_heads, topk, slots, chunks.tokens, parts, queries)
+    shape = {"BLOCK": sizes.block_size, "LOCAL": sizes.local_blocks, "PARTS_A_BLOCK": layout.parts_a_block}
+    count_kernel[(tiles, lanes)](
+        *picks, words, totals, ranks, *counts, **shape, BM=min(1024, next_power_of_2(32 * slots)), num_warps=4
     )
-    ordered, order = keys.sort(stable=True)
-    picks, offsets = selection.new_empty(count), selection.new_empty(none + 1)
-    offsets_kernel[(cdiv(max(count, none + 1), 1024),)](
-        ordered, order, picks, offsets, count, a_head, none + 1, search_steps(count), BM=1024, num_warps=4
+    scan_kernel[(cdiv(parts + 1, 32), lanes)](
+        words, totals, offsets, tokens, heads, slots, chunks.tokens, parts, tiles, BT=64, BP=32, num_warps=4
     )
-    return Gather(picks, offsets, chunks)
+    place_kernel[(cdiv(tokens * slots, 1024), heads)](
+        *picks, words, ranks, order, *counts, tiles, **shape, BM=1024, num_warps=4
+    )
+    return Gather(order, offsets, chunks)
 
 
 def launches(chunks: Chunks, pick_bytes: int, budget: int) -> list[tuple[int, int]]:

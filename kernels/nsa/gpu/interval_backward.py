@@ -310,9 +310,9 @@ def find_borders(q: Tensor, v: Tensor, layout: Layout, keys: int) -> tuple[Tenso
 
 
 @triton.jit
-def sum_splits_kernel(partial, out, NUMBERS, SPLITS, BM: tl.constexpr):
-    """`out [NUMBERS]`, the sum of `partial [SPLITS, NUMBERS]` in order, rounded once."""
-    index = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+def sum_split(partial, out, tile, NUMBERS, SPLITS, BM: tl.constexpr):
+    """BM numbers of `out [NUMBERS]`, the sum of `partial [SPLITS, NUMBERS]` in order, rounded once."""
+    index = tile.to(tl.int64) * BM + tl.arange(0, BM)
     acc = tl.zeros([BM], tl.float32)
     for _ in tl.range(0, SPLITS):
         acc += tl.load(partial + index, mask=index < NUMBERS, other=0.0)
@@ -320,11 +320,24 @@ def sum_splits_kernel(partial, out, NUMBERS, SPLITS, BM: tl.constexpr):
     tl.store(out + index, acc.to(out.dtype.element_ty), mask=index < NUMBERS)
 
 
-def sum_splits(partial: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum of `partial [splits, ...]` float32 over the splits, in `dtype`."""
-    out = torch.empty_like(partial[0], dtype=dtype)
-    sum_splits_kernel[(cdiv(out.numel(), 512),)](partial, out, out.numel(), len(partial), BM=512, num_warps=4)
-    return out
+@triton.jit
+def sum_splits_kernel(dk_partial, dv_partial, dk, dv, NUMBERS_K, NUMBERS_V, SPLITS, BM: tl.constexpr):
+    """Sums of both: tiles of dk, then of dv."""
+    tile, of_dk = tl.program_id(0), tl.cdiv(NUMBERS_K, BM)
+    if tile < of_dk:
+        sum_split(dk_partial, dk, tile, NUMBERS_K, SPLITS, BM)
+    else:
+        sum_split(dv_partial, dv, tile - of_dk, NUMBERS_V, SPLITS, BM)
+
+
+def sum_splits(dk_partial: Tensor, dv_partial: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The sums of two tensors `[splits, ...]` float32 over the splits, in `dtype`."""
+    dk, dv = (torch.empty_like(partial[0], dtype=dtype) for partial in (dk_partial, dv_partial))
+    grid = (cdiv(dk.numel(), 512) + cdiv(dv.numel(), 512),)
+    sum_splits_kernel[grid](
+        dk_partial, dv_partial, dk, dv, dk.numel(), dv.numel(), len(dk_partial), BM=512, num_warps=4
+    )
+    return dk, dv
 
 
 def interval_dkv(
@@ -362,5 +375,5 @@ def interval_dkv(
         kv_heads, batch, borders.shape[1], ADD=add is not None, **widths(q, v), **tiles,
     )
     if splits > 1:
-        return sum_splits(dk, dtype), sum_splits(dv, dtype)
+        return sum_splits(dk, dv, dtype)
     return dk, dv

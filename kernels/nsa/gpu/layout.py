@@ -73,13 +73,32 @@ def find_document(firsts, count, x, STEPS):
 
 
 @triton.jit
-def queries_kernel(
-    starts, lengths, cmp_bases, part_bases, out, T, WIN_FIRST, WINDOW, DOCUMENTS, STEPS,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, LOCAL: tl.constexpr, PACKED: tl.constexpr,
-    BM: tl.constexpr,
+def documents_kernel(
+    cu_seqlens, cmp_bases, part_bases, DOCUMENTS, PARTS_A_BLOCK, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
+    BLOCK: tl.constexpr, BM: tl.constexpr,
 ):
-    """Writes `out [9, B, T]`: what `Layout` holds by query."""
-    batch, t = tl.program_id(1), tl.program_id(0) * BM + tl.arange(0, BM)
+    """Of each packed document the first entry, `cmp_bases [documents]`, and the first part, `part_bases`.
+
+    Parts are numbered with gaps between the documents, so that how many there are follows from shapes.
+    """
+    before = 0
+    for d in tl.range(0, DOCUMENTS, BM):
+        document = d + tl.arange(0, BM)
+        exists = document < DOCUMENTS
+        first = tl.load(cu_seqlens + document, mask=exists, other=0)
+        length = tl.load(cu_seqlens + document + 1, mask=exists, other=0) - first
+        entries = tl.where(length < KERNEL, 0, (length - KERNEL) // STRIDE + 1)
+        tl.store(cmp_bases + document, before + tl.cumsum(entries, 0) - entries, mask=exists)
+        tl.store(part_bases + document, (first // BLOCK + document) * PARTS_A_BLOCK, mask=exists)
+        before += tl.sum(entries, 0)
+
+
+@triton.jit
+def place_queries(
+    t, batch, batches, starts, lengths, cmp_bases, part_bases, out, T, S, WIN_FIRST, WINDOW, DOCUMENTS, STEPS,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, LOCAL: tl.constexpr, PACKED: tl.constexpr,
+):
+    """Writes `out [9, B, T]`, what `Layout` holds by query, for the queries `t`."""
     exists = t < T
     if PACKED:
         which = find_document(starts, DOCUMENTS, t, STEPS)
@@ -88,7 +107,8 @@ def queries_kernel(
         cmp_base = tl.load(cmp_bases + which)
         part_base = tl.load(part_bases + which)
     else:
-        begin, end = tl.load(starts + batch), tl.load(lengths + batch)
+        begin = 0 if starts is None else tl.load(starts + batch)
+        end = S if lengths is None else tl.load(lengths + batch)
         document = t * 0 + begin
         relative = t + (end - T - begin)
         cmp_base = t * 0
@@ -97,7 +117,7 @@ def queries_kernel(
     visible = tl.where(relative < KERNEL - 1, 0, (relative - (KERNEL - 1)) // STRIDE + 1)
     position = document + relative
     local = tl.maximum(tl.where(alive, relative, 0) // BLOCK - (LOCAL - 1), 0)
-    step = tl.num_programs(1) * T
+    step = batches * T
     out += batch * T + t
     tl.store(out, relative, mask=exists)
     tl.store(out + step, document, mask=exists)
@@ -112,26 +132,47 @@ def queries_kernel(
 
 
 @triton.jit
-def parts_kernel(
-    starts, ends, part_bases, out, P, DOCUMENTS, STEPS, PARTS_A_BLOCK, PART, BLOCK: tl.constexpr, PACKED: tl.constexpr,
-    BM: tl.constexpr,
+def place_parts(
+    number, batch, batches, starts, lengths, part_bases, out, P, S, DOCUMENTS, STEPS, PARTS_A_BLOCK, PART,
+    BLOCK: tl.constexpr, PACKED: tl.constexpr,
 ):
-    """Writes `out [2, B, P]`: the parts' first tokens and ends."""
-    batch, number = tl.program_id(1), tl.program_id(0) * BM + tl.arange(0, BM)
+    """Writes `out [2, B, P]`, the first tokens and ends of the parts `number`."""
     exists = number < P
     if PACKED:
         which = find_document(part_bases, DOCUMENTS, number, STEPS)
-        begin, end = tl.load(starts + which), tl.load(ends + which)
+        begin, end = tl.load(starts + which), tl.load(starts + which + 1)
         number_in = number - tl.load(part_bases + which)
     else:
-        begin, end = tl.load(starts + batch) + number * 0, tl.load(ends + batch)
+        begin = number * 0 if starts is None else number * 0 + tl.load(starts + batch)
+        end = S if lengths is None else tl.load(lengths + batch)
         number_in = number
     block = begin + number_in // PARTS_A_BLOCK * BLOCK
     first = block + number_in % PARTS_A_BLOCK * PART
     last = tl.minimum(tl.minimum(first + PART, block + BLOCK), end)
     out += batch * P + number
     tl.store(out, first, mask=exists)
-    tl.store(out + tl.num_programs(1) * P, last, mask=exists)
+    tl.store(out + batches * P, last, mask=exists)
+
+
+@triton.jit
+def layout_kernel(
+    starts, lengths, cmp_bases, part_bases, queries, parts, T, S, P, WIN_FIRST, WINDOW, DOCUMENTS, STEPS,
+    PARTS_A_BLOCK, PART, KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, LOCAL: tl.constexpr,
+    PACKED: tl.constexpr, BM: tl.constexpr,
+):
+    """One program: BM queries or, behind the last of these, BM parts. PACKED: `starts` are `cu_seqlens`."""
+    batch, tile, of_queries = tl.program_id(1), tl.program_id(0), tl.cdiv(T, BM)
+    index = tl.arange(0, BM)
+    if tile < of_queries:
+        place_queries(
+            tile * BM + index, batch, tl.num_programs(1), starts, lengths, cmp_bases, part_bases, queries, T, S,
+            WIN_FIRST, WINDOW, DOCUMENTS, STEPS, KERNEL, STRIDE, BLOCK, LOCAL, PACKED,
+        )
+    else:
+        place_parts(
+            (tile - of_queries) * BM + index, batch, tl.num_programs(1), starts, lengths, part_bases, parts, P, S,
+            DOCUMENTS, STEPS, PARTS_A_BLOCK, PART, BLOCK, PACKED,
+        )
 
 
 def part_shape(block_size: int, largest: int) -> tuple[int, int]:
@@ -156,26 +197,16 @@ def find_layout(
     parts_count = count_parts(keys, placement, sizes.block_size, largest)
     index = partial(torch.empty, dtype=torch.int32, device=q.device)
     queries, parts = index(9, batch, tokens), index(2, batch, parts_count)
-    documents = 0
-    if cu_seqlens is None:
-        starts = index(batch).zero_() if starts is None else starts
-        ends = index(batch).fill_(keys) if lengths is None else lengths
-        cmp_bases = part_bases = starts  # not read
-    else:
-        documents = len(cu_seqlens) - 1
-        starts, ends, length = cu_seqlens[:-1], cu_seqlens[1:], cu_seqlens.diff()
-        count = torch.where(length < sizes.kernel_size, 0, (length - sizes.kernel_size) // sizes.kernel_stride + 1)
-        cmp_bases = (count.cumsum(0) - count).to(torch.int32)
-        # numbered with gaps between the documents, so that how many there are follows from shapes
-        number = torch.arange(documents, dtype=torch.int32, device=q.device)
-        part_bases = (starts // sizes.block_size + number) * parts_a_block
-    shape = {"BLOCK": sizes.block_size, "PACKED": documents > 0, "BM": 256, "num_warps": 4}
-    queries_kernel[(cdiv(tokens, 256), batch)](
-        starts, ends, cmp_bases, part_bases, queries, tokens, keys - window_keys, sizes.window_size, documents,
-        search_steps(documents), KERNEL=sizes.kernel_size, STRIDE=sizes.kernel_stride, LOCAL=sizes.local_blocks,
-        **shape,
-    )
-    parts_kernel[(cdiv(parts_count, 256), batch)](
-        starts, ends, part_bases, parts, parts_count, documents, search_steps(documents), parts_a_block, part, **shape
+    cmp_bases = part_bases = None
+    documents = 0 if cu_seqlens is None else len(cu_seqlens) - 1
+    shape = {"KERNEL": sizes.kernel_size, "STRIDE": sizes.kernel_stride, "BLOCK": sizes.block_size, "num_warps": 4}
+    if cu_seqlens is not None:
+        starts = cu_seqlens
+        cmp_bases, part_bases = index(2, documents).unbind()
+        documents_kernel[(1,)](cu_seqlens, cmp_bases, part_bases, documents, parts_a_block, **shape, BM=256)
+    layout_kernel[(cdiv(tokens, 256) + cdiv(parts_count, 256), batch)](
+        starts, lengths, cmp_bases, part_bases, queries, parts, tokens, keys, parts_count, keys - window_keys,
+        sizes.window_size, documents, search_steps(documents), parts_a_block, part, **shape, LOCAL=sizes.local_blocks,
+        PACKED=documents > 0, BM=256,
     )
     return queries, parts

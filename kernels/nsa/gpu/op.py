@@ -129,10 +129,10 @@ def _(q, k, v, k_cmp, v_cmp, gates, k_win, v_win, q_index, k_index, cu_seqlens, 
     placement = Placement(starts, lengths, cu_seqlens)
     parts = count_parts(k.shape[1], placement, sizes.block_size, largest_part(q, v.shape[-1]))
     chunks = None if takes_query_major(q, k) else cut_selection(q, k, v, sizes, parts)
-    order, offsets = (chunks.picks, chunks.lanes * parts + 1) if chunks else (0, 0)
+    order, offsets = (index(chunks.picks), index(chunks.lanes, parts + 1)) if chunks else (index(0), index(0))
     selection = index(batch, tokens, k.shape[2], sizes.topk)
     layout = (index(9, batch, tokens), index(2, batch, parts))
-    return [outs[0], selection, *outs[1:], *lses, *layout, index(order), index(offsets)]
+    return [outs[0], selection, *outs[1:], *lses, *layout, order, offsets]
 
 
 @torch.library.custom_op(operator_name("backward"), mutates_args=())
@@ -166,21 +166,20 @@ def backward_op(
     if both is None:
         interval_dq(q, k, v, *local, dq, add=True)
 
-    dk_dv, summed = None, torch.empty_like(q)
+    dk, dv = interval_dkv(q, k, v, *local, borders[SLC], dtype=torch.float32)
+    summed = torch.empty_like(q)
     if chunks := cut_selection(q, k, v, sizes, forward.parts.shape[-1]):
         gather = Gather(forward.order, forward.offsets, chunks)
         if not forward.offsets.numel():
             gather = gather_queries(selection, layout, sizes, chunks)
-        dk_dv = selected_backward(q, k, v, gather, layout, sizes, dout, records, scale, scale_log2, dq, summed)
+        selected_backward(q, k, v, gather, layout, sizes, dout, records, scale, scale_log2, dq, summed, dk, dv)
     else:
         summed.copy_(dq)
     del dq
     if k_win is not None:
-        dk, dv = interval_dkv(q, k, v, *local, borders[SLC], dtype=q.dtype, add=dk_dv)
         dk_win, dv_win = interval_dkv(q, near_k, near_v, *win, borders[WIN], dtype=q.dtype)
-        return [summed, dk, dv, dgates, *compressed, dk_win, dv_win]
-    dk_dv = interval_dkv(q, k, v, *local, borders[SLC], dtype=torch.float32, add=dk_dv)
-    dk, dv = interval_dkv(q, k, v, *win, borders[WIN], dtype=q.dtype, add=dk_dv)
+        return [summed, dk.to(q.dtype), dv.to(q.dtype), dgates, *compressed, dk_win, dv_win]
+    dk, dv = interval_dkv(q, k, v, *win, borders[WIN], dtype=q.dtype, add=(dk, dv))
     return [summed, dk, dv, dgates, *compressed]
 
 

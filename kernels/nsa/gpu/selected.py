@@ -23,10 +23,11 @@ from .common import (
     load_tile,
     next_power_of_2,
     padded,
+    search_steps,
     shared_memory,
     store_tile,
 )
-from .gather import Chunks, Gather, cut_queries, launches, picks_a_tile
+from .gather import Chunks, Gather, cut_queries, find_item, first_item, launches, picks_a_tile
 from .interval import widths
 from .interval_backward import weight_gradient
 from .layout import Layout
@@ -67,19 +68,16 @@ def pick_rows(order, first, last, r, T, SLOTS, chunk_first, G, HQ, head, batch):
 
 @triton.jit
 def selected_forward_kernel(
-    q, k, v, order, offsets, item_part, item_number, part_first, part_end, partial, partial_lse, scale_log2,
-    first_lane, T, S, HQ, HK, BH, SLOTS, PARTS, CHUNK, MOST,
+    q, k, v, order, offsets, part_first, part_end, partial, partial_lse, scale_log2,
+    first_lane, T, S, HQ, HK, BH, SLOTS, PARTS, CHUNK, MOST, STEPS,
     DK: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Softmax attention of MOST picks over their part alone: output and log2-sum-exp of each (query, slot, head)."""
     lane = first_lane + tl.program_id(1)
-    part = tl.load(item_part + lane.to(tl.int64) * tl.num_programs(0) + tl.program_id(0))
-    if part < PARTS:
-        number = tl.load(item_number + lane.to(tl.int64) * tl.num_programs(0) + tl.program_id(0))
+    part, first, last = find_item(offsets + lane * (PARTS + 1), tl.program_id(0), PARTS, MOST, STEPS)
+    if first < last:
         batch, head = lane % BH // HK, lane % HK
         heads = HQ // HK
-        first = tl.load(offsets + lane * PARTS + part) + number * MOST
-        last = tl.minimum(tl.load(offsets + lane * PARTS + part + 1), first + MOST)
         begin = tl.load(part_first + batch * PARTS + part)
         index = tl.arange(0, BN)
         inside = begin + index < tl.load(part_end + batch * PARTS + part)
@@ -149,20 +147,17 @@ def merge_kernel(
 
 @triton.jit
 def selected_backward_kernel(
-    q, k, v, order, offsets, item_part, item_number, part_first, part_end, dout, records,
-    dq_partial, dk_partial, dv_partial, scale_log2, first_lane, T, S, HQ, HK, BH, SLOTS, PARTS, CHUNK, MOST,
+    q, k, v, order, offsets, part_first, part_end, dout, records,
+    dq_partial, dk_partial, dv_partial, scale_log2, first_lane, T, S, HQ, HK, BH, SLOTS, PARTS, CHUNK, MOST, STEPS,
     DK: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PART: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Of MOST picks: `dv = p^T dout` and `dk = ds^T q` summed, and `dq = ds k` of each (query, slot, head)."""
     lane = first_lane + tl.program_id(1)
-    part = tl.load(item_part + lane.to(tl.int64) * tl.num_programs(0) + tl.program_id(0))
-    if part < PARTS:
-        number = tl.load(item_number + lane.to(tl.int64) * tl.num_programs(0) + tl.program_id(0))
+    part, first, last = find_item(offsets + lane * (PARTS + 1), tl.program_id(0), PARTS, MOST, STEPS)
+    if first < last:
         batch, head = lane % BH // HK, lane % HK
         heads = HQ // HK
-        first = tl.load(offsets + lane * PARTS + part) + number * MOST
-        last = tl.minimum(tl.load(offsets + lane * PARTS + part + 1), first + MOST)
         begin = tl.load(part_first + batch * PARTS + part)
         index = tl.arange(0, BN)
         inside = begin + index < tl.load(part_end + batch * PARTS + part)
@@ -199,27 +194,51 @@ def selected_backward_kernel(
 
 
 @triton.jit
-def sum_items_kernel(
-    partial, item_first, part_first, part_end, total, factor, first_lane, items, S, HK, BH, PARTS,
-    D: tl.constexpr, PART: tl.constexpr, WIDTH: tl.constexpr, AT_ONCE: tl.constexpr,
+def add_items(
+    partial, items, total, factor, tile, rows, row_stride, D: tl.constexpr, PART: tl.constexpr, WIDTH: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
-    """Adds `factor` times the sum of a part's items, in a fixed order, to WIDTH numbers of `total [B, S, Hk, D]`."""
+    """Adds `factor` times the sum of `partial [items, PART, D]` to WIDTH numbers, the `tile`-th ones, of the first
+    `rows` rows of `total`, which stand `row_stride` numbers apart."""
+    index = tile * WIDTH + tl.arange(0, WIDTH)
+    inside = (index // D < rows) & (index < PART * D)
+    acc = tl.zeros([WIDTH], tl.float32)
+    for item in tl.range(0, items, AT_ONCE):
+        several = item + tl.arange(0, AT_ONCE)
+        source = several.to(tl.int64) * (PART * D)
+        mask = (several < items)[:, None] & inside[None, :]
+        acc += tl.sum(tl.load(partial + source[:, None] + index[None, :], mask=mask, other=0.0), 0)
+    target = total + index // D * row_stride + index % D
+    tl.store(target, tl.load(target, mask=inside, other=0.0) + factor * acc, mask=inside)
+
+
+@triton.jit
+def sum_items_kernel(
+    dk_partial, dv_partial, offsets, part_first, part_end, dk, dv, scale, first_lane, ITEMS, S, HK, BH, PARTS, MOST,
+    DK: tl.constexpr, DV: tl.constexpr, PART: tl.constexpr, WIDTH: tl.constexpr, AT_ONCE: tl.constexpr,
+):
+    """Adds the sums of a part's items, in a fixed order, to `dk` and `dv [B, S, Hk, *]`: WIDTH numbers of one of them.
+
+    Those of dk count `scale` times.
+    """
     part, lane = tl.program_id(0), first_lane + tl.program_id(1)
     batch, head = lane % BH // HK, lane % HK
     begin = tl.load(part_first + batch * PARTS + part)
-    row = lane.to(tl.int64) * (PARTS + 1) + part
-    first, end = tl.load(item_first + row), tl.load(item_first + row + 1)
-    if first < end:
-        index = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
-        inside = (begin + index // D < tl.load(part_end + batch * PARTS + part)) & (index < PART * D)
-        acc = tl.zeros([WIDTH], tl.float32)
-        for item in tl.range(first, end, AT_ONCE):
-            several = item + tl.arange(0, AT_ONCE)
-            source = (tl.program_id(1).to(tl.int64) * items + several) * (PART * D)
-            mask = (several < end)[:, None] & inside[None, :]
-            acc += tl.sum(tl.load(partial + source[:, None] + index[None, :], mask=mask, other=0.0), 0)
-        target = total + ((batch.to(tl.int64) * S + begin) * HK + head) * D + index // D * (HK * D) + index % D
-        tl.store(target, tl.load(target, mask=inside, other=0.0) + factor * acc, mask=inside)
+    offsets += lane * (PARTS + 1)
+    picks = tl.load(offsets + part + 1) - tl.load(offsets + part)
+    if picks > 0:
+        rows = tl.load(part_end + batch * PARTS + part) - begin
+        place = tl.program_id(1).to(tl.int64) * ITEMS + first_item(offsets, tl.load(offsets), part, MOST)
+        items = (picks + MOST - 1) // MOST
+        row = (batch.to(tl.int64) * S + begin) * HK + head
+        OF_DK: tl.constexpr = (PART * DK + WIDTH - 1) // WIDTH
+        tile = tl.program_id(2)
+        if tile < OF_DK:
+            partial = dk_partial + place * (PART * DK)
+            add_items(partial, items, dk + row * DK, scale, tile, rows, HK * DK, DK, PART, WIDTH, AT_ONCE)
+        else:
+            partial = dv_partial + place * (PART * DV)
+            add_items(partial, items, dv + row * DV, 1.0, tile - OF_DK, rows, HK * DV, DV, PART, WIDTH, AT_ONCE)
 
 
 @triton.jit
@@ -280,16 +299,16 @@ def selected_forward(
     group, tokens, chunks = heads // kv_heads, q.shape[1], gather.chunks
     runs = launches(chunks, pick_bytes(q, v), partial_bytes(q))
     tiles = gather_tiles(q, v, layout, backward=False)
-    work = gather.work(picks_a_tile(4 * tiles["BM"], group))
+    most = picks_a_tile(4 * tiles["BM"], group)
     results = max(count for _, count in runs) * chunks.tokens * chunks.slots * group
     partial, partial_lse = q.new_empty(results, value_dim), q.new_empty(results, dtype=torch.float32)
     merge = merge_shape(sizes, layout, keys)
     per_chunk = chunks.lanes // chunks.count
     for first, count in runs:
-        selected_forward_kernel[(work.part.shape[1], count)](
-            q, k, v, gather.order, gather.offsets, work.part, work.number, layout.part_first, layout.part_end,
-            partial, partial_lse, scale_log2, first, tokens, keys, heads, kv_heads, per_chunk, chunks.slots,
-            chunks.parts, chunks.tokens, work.most, **widths(q, v), **tiles,
+        selected_forward_kernel[(gather.items(most), count)](
+            q, k, v, gather.order, gather.offsets, layout.part_first, layout.part_end, partial, partial_lse,
+            scale_log2, first, tokens, keys, heads, kv_heads, per_chunk, chunks.slots, chunks.parts, chunks.tokens,
+            most, search_steps(chunks.parts), **widths(q, v), **tiles,
         )
         merge_kernel[(cdiv(chunks.tokens * group, merge["BM"]), count)](
             partial, partial_lse, layout.relative, out, lse, first, tokens, heads, kv_heads, per_chunk, chunks.slots,
@@ -299,40 +318,36 @@ def selected_forward(
 
 def selected_backward(
     q: Tensor, k: Tensor, v: Tensor, gather: Gather, layout: Layout, sizes: Sizes, dout: Tensor, records: Tensor,
-    scale: float, scale_log2: float, dq_in: Tensor, dq: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Writes `dq = dq_in +` its share, and returns its share of dk and dv, `[B, S, Hk, *]` float32.
+    scale: float, scale_log2: float, dq_in: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+) -> None:
+    """Writes `dq = dq_in +` its share, and adds its share to dk and dv, `[B, S, Hk, *]` float32.
 
     Args:
         records: log2-sum-exp, gate and `dout . out` of each query, `[B, T, Hq, 3]` float32.
     """
     heads, kv_heads, keys, key_dim, value_dim = q.shape[2], k.shape[2], k.shape[1], k.shape[3], v.shape[3]
-    group, tokens, chunks = heads // kv_heads, q.shape[1], gather.chunks
+    group, tokens, chunks, part = heads // kv_heads, q.shape[1], gather.chunks, layout.part_size
     runs = launches(chunks, pick_bytes(q, v), partial_bytes(q))
     tiles = gather_tiles(q, v, layout, backward=True)
-    work = gather.work(picks_a_tile(32 * tiles["BM"], group))
-    at_once, items = max(count for _, count in runs), work.part.shape[1]
+    most = picks_a_tile(32 * tiles["BM"], group)
+    at_once, items = max(count for _, count in runs), gather.items(most)
     dq_partial = q.new_empty(at_once * chunks.tokens * chunks.slots * group, key_dim)
-    dk_partial = q.new_empty(at_once, items, layout.part_size, key_dim, dtype=torch.float32)
-    dv_partial = q.new_empty(at_once, items, layout.part_size, value_dim, dtype=torch.float32)
-    dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
+    dk_partial = q.new_empty(at_once, items, part, key_dim, dtype=torch.float32)
+    dv_partial = q.new_empty(at_once, items, part, value_dim, dtype=torch.float32)
     merge = merge_shape(sizes, layout, keys)
     per_chunk = chunks.lanes // chunks.count
     for first, count in runs:
         selected_backward_kernel[(items, count)](
-            q, k, v, gather.order, gather.offsets, work.part, work.number, layout.part_first, layout.part_end, dout,
-            records, dq_partial, dk_partial, dv_partial, scale_log2, first, tokens, keys, heads, kv_heads, per_chunk,
-            chunks.slots, chunks.parts, chunks.tokens, work.most, PART=layout.part_size, **widths(q, v), **tiles,
+            q, k, v, gather.order, gather.offsets, layout.part_first, layout.part_end, dout, records, dq_partial,
+            dk_partial, dv_partial, scale_log2, first, tokens, keys, heads, kv_heads, per_chunk, chunks.slots,
+            chunks.parts, chunks.tokens, most, search_steps(chunks.parts), PART=part, **widths(q, v), **tiles,
         )
-        for partial, total, factor in ((dk_partial, dk, scale), (dv_partial, dv, 1.0)):
-            numbers = layout.part_size * total.shape[-1]
-            sum_items_kernel[(chunks.parts, count, cdiv(numbers, 512))](
-                partial, work.first, layout.part_first, layout.part_end, total, factor, first, items, keys,
-                kv_heads, per_chunk, chunks.parts, D=total.shape[-1], PART=layout.part_size, WIDTH=512, AT_ONCE=4,
-                num_warps=4,
-            )
+        sum_items_kernel[(chunks.parts, count, cdiv(part * key_dim, 512) + cdiv(part * value_dim, 512))](
+            dk_partial, dv_partial, gather.offsets, layout.part_first, layout.part_end, dk, dv, scale, first, items,
+            keys, kv_heads, per_chunk, chunks.parts, most, DK=key_dim, DV=value_dim, PART=part, WIDTH=512, AT_ONCE=4,
+            num_warps=4,
+        )
         sum_dq_kernel[(cdiv(chunks.tokens * group, merge["BM"]), count)](
             dq_partial, layout.relative, dq_in, dq, scale, first, tokens, heads, kv_heads, per_chunk, chunks.slots,
             chunks.tokens, DK=key_dim, DKP=padded(key_dim), **merge,
         )
-    return dk, dv

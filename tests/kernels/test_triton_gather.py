@@ -1,0 +1,133 @@
+"""The counting sort of the picks, and the items they are shared out among, interpreted on the CPU."""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+from triton_cases import CASES as ATTENTION
+from triton_cases import compare
+
+from nsa_hf.kernels import Placement, Sizes
+
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+from nsa_hf.kernels.gpu.gather import find_item  # noqa: E402
+
+SIZES = Sizes(4, 2, 4, 6, 1, 2, 4)
+# queries, KV heads, rows, sizes, bytes of partial results at once, and where the documents begin, where there are some
+CASES = {
+    "several tiles of a lane": (4100, 1, 1, SIZES, 1 << 30, None),
+    "tiles that are not full": (150, 2, 1, SIZES, 1 << 30, None),
+    "two chunks of two rows": (200, 1, 2, SIZES, 4 * 4 * 128, None),
+    "packed": (150, 1, 1, SIZES, 1 << 30, (0, 3, 70, 150)),
+    "large blocks, in parts": (300, 1, 1, Sizes(4, 2, 80, 3, 1, 1, 4), 1 << 30, None),
+    "many slots": (400, 1, 1, Sizes(4, 2, 4, 60, 1, 2, 4), 1 << 30, None),
+}
+
+
+def draw_selection(relative: torch.Tensor, kv_heads: int, sizes: Sizes) -> torch.Tensor:
+    """`[B, T, Hk, topk]`: of each query the first and the local blocks, and others at random, ascending."""
+    random = torch.Generator().manual_seed(0)
+    blocks = int(relative.max()) // sizes.block_size + 1
+    own = (relative // sizes.block_size)[:, :, None, None]
+    number = torch.arange(blocks)
+    score = torch.rand(*relative.shape, kv_heads, blocks, generator=random)
+    score[(number < sizes.init_blocks) | (number > own - sizes.local_blocks).expand_as(score)] = 2
+    score[(number > own).expand_as(score)] = -1
+    score, chosen = score.topk(min(sizes.topk, blocks), -1)
+    found = chosen.masked_fill(score < 0, blocks).sort(-1).values
+    found = torch.nn.functional.pad(found, (0, sizes.topk - found.shape[-1]), value=blocks)
+    return found.masked_fill(found == blocks, -1).to(torch.int32)
+
+
+def gather(name: str) -> tuple:
+    """What the kernels find, and what each (lane, part) should hold."""
+    from nsa_hf.kernels.gpu.gather import count_slots, cut_queries, gather_queries
+    from nsa_hf.kernels.gpu.layout import Layout, find_layout
+
+    tokens, kv_heads, rows, sizes, budget, documents = CASES[name]
+    q = torch.zeros(rows, tokens, kv_heads, 16)
+    placement = Placement(None, None, None if documents is None else torch.tensor(documents, dtype=torch.int32))
+    layout = Layout.of(*find_layout(q, q, q, tokens, sizes, placement), sizes.block_size, 32, documents is not None)
+    selection = draw_selection(layout.relative, kv_heads, sizes)
+    parts, a_block = layout.part_first.shape[1], layout.parts_a_block
+    slots = count_slots(sizes, a_block, tokens)
+    chunks = cut_queries(rows, tokens, kv_heads, parts, slots, 4, budget)
+    found = gather_queries(selection, layout, sizes, chunks)
+
+    expected = [[[] for _ in range(parts)] for _ in range(chunks.lanes)]
+    for row in range(rows):
+        for token in range(tokens):
+            past = int(layout.relative[row, token]) // sizes.block_size - sizes.local_blocks
+            for head in range(kv_heads):
+                lane = (token // chunks.tokens * rows + row) * kv_heads + head
+                for place, block in enumerate(selection[row, token, head].tolist()):
+                    for piece in range(a_block) if 0 <= block <= past else ():
+                        part = int(layout.part_base[row, token]) + block * a_block + piece
+                        expected[lane][part].append(token * slots + place * a_block + piece)
+    return found.order.tolist(), found.offsets.tolist(), chunks, expected
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_picks_of_a_part_in_the_order_of_the_queries(process: ProcessPoolExecutor, name: str) -> None:
+    order, offsets, chunks, expected = process.submit(gather, name).result()
+    assert (chunks.count > 1) == (name == "two chunks of two rows")
+    assert len(order) == chunks.picks and len(offsets) == chunks.lanes
+    begin = 0
+    for lane, (borders, lists) in enumerate(zip(offsets, expected, strict=True)):
+        assert borders[0] == begin
+        assert [order[a:b] for a, b in zip(borders[:-1], borders[1:], strict=True)] == lists
+        first = lane // (chunks.lanes // chunks.count) * chunks.tokens
+        begin += (min(first + chunks.tokens, CASES[name][0]) - first) * chunks.slots
+
+
+@triton.jit
+def items_kernel(offsets, out, PARTS, MOST, STEPS):
+    """`out [items, 3]`: what `find_item` says."""
+    part, first, last = find_item(offsets, tl.program_id(0), PARTS, MOST, STEPS)
+    out += 3 * tl.program_id(0)
+    tl.store(out, part)
+    tl.store(out + 1, first)
+    tl.store(out + 2, last)
+
+
+def items_of(counts: list[int], most: int) -> list[tuple[int, int, int]]:
+    """Part and picks of every item that is launched."""
+    from nsa_hf.kernels.gpu.common import search_steps
+    from nsa_hf.kernels.gpu.gather import Chunks, Gather
+
+    offsets = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32) + 7
+    items = Gather(offsets, offsets, Chunks(1, sum(counts), 1, len(counts), 1, sum(counts))).items(most)
+    found = torch.empty(items, 3, dtype=torch.int32)
+    items_kernel[(items,)](offsets, found, len(counts), most, search_steps(len(counts)))
+    return [tuple(x) for x in found.tolist()]
+
+
+@pytest.mark.parametrize("counts", [[5, 0, 0, 8, 1, 12, 0], [0, 0], [9], [0, 4], [3, 3, 3, 3]])
+def test_items_hold_every_pick_once(process: ProcessPoolExecutor, counts: list[int]) -> None:
+    items = [item for item in process.submit(items_of, counts, 4).result() if item[1] < item[2]]
+    borders = torch.tensor([0, *counts]).cumsum(0) + 7
+    assert [x for _, first, last in items for x in range(first, last)] == list(range(7, 7 + sum(counts)))
+    for part, first, last in items:
+        assert borders[part] <= first and last <= borders[part + 1] and last - first <= 4
+    # as few as there can be
+    assert len(items) == sum(-(-count // 4) for count in counts)
+
+
+def with_small_items() -> tuple[dict[str, float], float]:
+    """Output and gradients where most parts have several items."""
+    from nsa_hf.kernels.gpu import selected
+
+    usual, selected.picks_a_tile = selected.picks_a_tile, lambda rows, group: 3
+    try:
+        return compare(ATTENTION["enough queries to be split over programs"])
+    finally:
+        selected.picks_a_tile = usual
+
+
+def test_several_items_of_a_part(process: ProcessPoolExecutor) -> None:
+    errors, same = process.submit(with_small_items).result()
+    assert same == 1
+    assert all(error <= 5e-6 for error in errors.values()), errors
