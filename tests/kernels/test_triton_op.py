@@ -100,6 +100,22 @@ def test_compiled_into_one_graph_and_checkpointed(process: ProcessPoolExecutor) 
         assert all(torch.equal(a, b) for a, b in zip(found[:3], other, strict=True))
 
 
+def two_lengths(compiled: bool) -> list[torch.Tensor]:
+    function = torch.compile(nsa_attention, fullgraph=True, backend="aot_eager") if compiled else nsa_attention
+    found = []
+    for tokens in (18, 23):  # at the second one the length becomes a symbol
+        inputs = with_gradients(make_inputs(replace(SMALL, queries=tokens, keys=tokens), dtype=torch.float32))
+        out = function(**inputs, backend="triton")
+        out.sum().backward()
+        found += [out.detach(), inputs["q"].grad, inputs["k_cmp"].grad]
+    return found
+
+
+def test_compiled_for_every_length(process: ProcessPoolExecutor) -> None:
+    found, expected = (process.submit(two_lengths, compiled).result() for compiled in (True, False))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def empty(name: str) -> list[torch.Tensor]:
     return run_empty(nsa_attention, EMPTY[name], "triton")
 
