@@ -188,29 +188,34 @@ def _(dout, q, k, v, k_cmp, v_cmp, gates, k_win, v_win, *rest):
     return [torch.empty_like(x) for x in (q, k, v, gates, k_cmp, v_cmp, k_win, v_win) if x is not None]
 
 
-def setup_context(ctx, inputs, output) -> None:
-    """Keeps for the backward pass the inputs, the selection and what `Saved` names."""
-    *tensors, _, _, cu_seqlens, _, _, ctx.numbers, ctx.scale = inputs
-    ctx.packed = cu_seqlens is not None
-    ctx.mark_non_differentiable(output[1], *output[-4:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *output[1:])
+class Attention(torch.autograd.Function):
+    """The two operators as one function of the inputs.
 
+    PyTorch can be told an operator's gradient, but with so many arguments that costs .2 ms of the host's time.
+    """
 
-def backward(ctx, grads):
-    """The gradients of `forward_op`'s inputs, None for those that have none."""
-    if grads[0] is None:
-        return (None,) * 15
-    q, k, v, k_cmp, v_cmp, gates, k_win, v_win, selection, *saved = ctx.saved_tensors  # unpacked once, or recomputed
-    tensors = (q, k, v, k_cmp, v_cmp, gates, k_win, v_win)
-    dout = grads[0].contiguous()
-    dq, dk, dv, dgates, *others = backward_op(dout, *tensors, ctx.packed, selection, saved, ctx.numbers, ctx.scale)
-    rest = iter(others)
-    dk_cmp, dv_cmp, dk_win, dv_win = (None if x is None else next(rest) for x in (k_cmp, v_cmp, k_win, v_win))
-    return (dq, dk, dv, dk_cmp, dv_cmp, dgates, dk_win, dv_win, *(None,) * 7)
+    @staticmethod
+    def forward(ctx, *inputs):
+        """Output and selection; `inputs` are those of `forward_op`. Keeps what the backward pass needs."""
+        *tensors, _, _, cu_seqlens, _, _, ctx.numbers, ctx.scale = inputs
+        out, selection, *saved = forward_op(*inputs)
+        ctx.packed = cu_seqlens is not None
+        ctx.mark_non_differentiable(selection)
+        ctx.set_materialize_grads(False)  # no zeros for it
+        ctx.save_for_backward(*tensors, selection, *saved)
+        return out, selection
 
-
-forward_op.register_autograd(backward, setup_context=setup_context)
+    @staticmethod
+    def backward(ctx, dout, _):
+        """The gradients of the inputs, None for those that have none."""
+        q, k, v, k_cmp, v_cmp, gates, k_win, v_win, selection, *saved = ctx.saved_tensors  # once, or it is recomputed
+        tensors = (q, k, v, k_cmp, v_cmp, gates, k_win, v_win)
+        dq, dk, dv, dgates, *others = backward_op(
+            dout.contiguous(), *tensors, ctx.packed, selection, saved, ctx.numbers, ctx.scale
+        )
+        rest = iter(others)
+        dk_cmp, dv_cmp, dk_win, dv_win = (None if x is None else next(rest) for x in (k_cmp, v_cmp, k_win, v_win))
+        return (dq, dk, dv, dk_cmp, dv_cmp, dgates, dk_win, dv_win, *(None,) * 7)
 
 
 def triton_attention(
@@ -246,5 +251,4 @@ def triton_attention(
         k_index = dequantize_index_keys(k_index, k_index_scales, q.dtype)
     index = tuple(None if x is None else x.detach() for x in (q_index, k_index))
     tensors = [None if x is None else x.contiguous() for x in (*inputs, *index, cu_seqlens, starts, lengths)]
-    out, selection, *_ = forward_op(*tensors, numbers, float(scale))
-    return out, selection
+    return Attention.apply(*tensors, numbers, float(scale))
