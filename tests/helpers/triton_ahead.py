@@ -44,6 +44,8 @@ def signature_of(kernel, arguments: dict) -> tuple[dict, dict, dict]:
 def compile_for(monkeypatch: pytest.MonkeyPatch, card: int, *modules: ModuleType) -> dict[str, int]:
     """From now on a launch compiles, for that card; the shared memory in bytes of every kernel by its name is filled in
     (the most, where several). `modules` ask for the card's shared memory."""
+    from nsa_hf.kernels.gpu import launch
+
     found: dict[str, int] = {}
     done = set()
 
@@ -62,6 +64,7 @@ def compile_for(monkeypatch: pytest.MonkeyPatch, card: int, *modules: ModuleType
             found[name] = max(found.get(name, 0), compiled.metadata.shared)
 
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", compile_instead)
+    monkeypatch.setattr(launch, "REMEMBERS", False)
     for module in modules:
         monkeypatch.setattr(module, "shared_memory", lambda device: SHARED_MEMORY[card] * 1024)
     return found

@@ -142,6 +142,19 @@ def test_compiled_checkpointed_and_under_autocast(name: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(gradients(inputs), expected, strict=True))
 
 
+def test_inputs_that_begin_anywhere() -> None:
+    """What was compiled for inputs at multiples of 16 bytes is not launched for others, nor the other way round."""
+    aligned = on_device(make_inputs(REAL["9:3:64"], dtype=torch.bfloat16), "cuda")
+
+    def behind_one_number(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+    shifted = {name: behind_one_number(x) if isinstance(x, torch.Tensor) else x for name, x in aligned.items()}
+    assert all(x.data_ptr() % 16 == 2 for x in shifted.values() if isinstance(x, torch.Tensor))
+    first, *others = (gradients(inputs) for inputs in (aligned, shifted, aligned, shifted))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
 def test_two_sizes_in_one_process() -> None:
     one = on_device(make_inputs(REAL["9:3:64"], dtype=torch.bfloat16), "cuda")
     other = {**one, "topk": 8, "window_size": 100}

@@ -10,8 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import cdiv, load_tile, padded, store_tile
+from .launch import Kernel
 
 
+@Kernel
 @triton.jit
 def combine_kernel(
     out_cmp, out_slc, out_win, gates, relative, out, ROWS, HQ, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
@@ -33,6 +35,7 @@ def combine_kernel(
     store_tile(out + start * D, index, D, exists, acc, D, DP)
 
 
+@Kernel
 @triton.jit
 def gate_gradient_kernel(
     out_cmp, out_slc, out_win, lse_cmp, lse_slc, lse_win, dout, gates, relative, dgates, rows, records, T, HQ,

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..sizes import Sizes
 from .common import cdiv, next_power_of_2
+from .launch import Kernel
 from .layout import Layout
 
 # Tiles that a lane's queries are counted in, at most: counts are as many as tiles times parts.
@@ -129,6 +130,7 @@ def find_parts(
     return tl.where((block >= 0) & (block <= past), part, -1), token
 
 
+@Kernel
 @triton.jit
 def count_kernel(
     selection, relative_ptr, part_base_ptr, words, totals, ranks, T, BH, HK, TOPK, SLOTS, CHUNK, PARTS, QUERIES,
@@ -188,6 +190,7 @@ def count_kernel(
         tl.atomic_add(totals + lane * PARTS + p + index, count, mask=count > 0, sem="relaxed")
 
 
+@Kernel
 @triton.jit
 def scan_kernel(words, totals, offsets, T, BH, SLOTS, CHUNK, PARTS, TILES, BT: tl.constexpr, BP: tl.constexpr):
     """Of BP parts of a lane: `offsets`, and in the place of the counts where the picks of each tile begin."""
@@ -212,6 +215,7 @@ def scan_kernel(words, totals, offsets, T, BH, SLOTS, CHUNK, PARTS, TILES, BT: t
         place += tl.sum(count, 0)
 
 
+@Kernel
 @triton.jit
 def place_kernel(
     selection, relative_ptr, part_base_ptr, words, ranks, order, T, BH, HK, TOPK, SLOTS, CHUNK, PARTS, QUERIES, TILES,

@@ -21,6 +21,7 @@ from .common import (
     precision,
     shared_memory,
 )
+from .launch import Kernel
 from .tiles import add_products, dot_tiles, finish_softmax, load_tiles, scale_tiles, store_tiles, zero_tiles
 
 
@@ -63,6 +64,7 @@ def border(i, first, middle, end):
     return tl.where(i < middle - first, first + i, end + i - (middle - first))
 
 
+@Kernel
 @triton.jit
 def interval_forward_kernel(
     q, k, v, low_ptr, high_ptr, out, lse, scale_log2, T, N, HQ, HK,

@@ -23,6 +23,7 @@ from .common import (
     shared_memory,
 )
 from .interval import border, tile_bounds, widths
+from .launch import Kernel
 from .layout import Layout
 from .tiles import add_products, add_tiles, dot_tiles, load_tiles, scale_tiles, store_tiles, zero_tiles
 
@@ -77,6 +78,7 @@ def dq_step(
     return add_products(ds.to(keys[0].dtype), keys, acc, PRECISION)
 
 
+@Kernel
 @triton.jit
 def interval_dq_kernel(
     q, k, v, low_ptr, high_ptr, low2_ptr, dout, rows, rows2, dq, scale, scale_log2, T, N, HQ, HK,
@@ -161,6 +163,7 @@ def dkv_step(
     return dk_acc, dv_acc
 
 
+@Kernel
 @triton.jit
 def interval_dkv_kernel(
     q, k, v, low_ptr, high_ptr, borders, dout, rows, dk_in, dv_in, dk, dv, scale, scale_log2, T, N, HQ, HK, BATCH,
@@ -267,6 +270,7 @@ def interval_dq(
     )
 
 
+@Kernel
 @triton.jit
 def borders_kernel(
     runs, borders, T, TILES, STEPS, BN: tl.constexpr, BM: tl.constexpr, AT_ONCE: tl.constexpr
@@ -320,6 +324,7 @@ def sum_split(partial, out, tile, NUMBERS, SPLITS, BM: tl.constexpr):
     tl.store(out + index, acc.to(out.dtype.element_ty), mask=index < NUMBERS)
 
 
+@Kernel
 @triton.jit
 def sum_splits_kernel(dk_partial, dv_partial, dk, dv, NUMBERS_K, NUMBERS_V, SPLITS, BM: tl.constexpr):
     """Sums of both: tiles of dk, then of dv."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..placement import Placement
 from ..sizes import Sizes
 from .common import cdiv, largest_part, lower_bound, search_steps
+from .launch import Kernel
 
 Run = tuple[Tensor, Tensor]
 
@@ -72,6 +73,7 @@ def find_document(firsts, count, x, STEPS):
     return tl.maximum(lower_bound(firsts, count, x + 1, STEPS) - 1, 0)
 
 
+@Kernel
 @triton.jit
 def documents_kernel(
     cu_seqlens, cmp_bases, part_bases, DOCUMENTS, PARTS_A_BLOCK, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
@@ -154,6 +156,7 @@ def place_parts(
     tl.store(out + batches * P, last, mask=exists)
 
 
+@Kernel
 @triton.jit
 def layout_kernel(
     starts, lengths, cmp_bases, part_bases, queries, parts, T, S, P, WIN_FIRST, WINDOW, DOCUMENTS, STEPS,

@@ -21,6 +21,7 @@ from .common import (
     shared_memory,
 )
 from .interval import widths
+from .launch import Kernel
 from .layout import Layout
 from .tiles import add_products, dot_tiles, finish_softmax, load_tiles, scale_tiles, store_tiles, zero_tiles
 
@@ -47,6 +48,7 @@ def block_step(
     return acc, top, total
 
 
+@Kernel
 @triton.jit
 def query_major_kernel(
     q, k, v, selection, relative_ptr, document_ptr, out, lse, scale_log2, T, S, HQ, HK, SLOTS,

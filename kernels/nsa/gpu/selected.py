@@ -30,6 +30,7 @@ from .common import (
 from .gather import Chunks, Gather, cut_queries, find_item, first_item, launches, picks_a_tile
 from .interval import widths
 from .interval_backward import weight_gradient
+from .launch import Kernel
 from .layout import Layout
 from .tiles import add_products, divide_tiles, dot_tiles, load_tiles, store_tiles, zero_tiles
 
@@ -66,6 +67,7 @@ def pick_rows(order, first, last, r, T, SLOTS, chunk_first, G, HQ, head, batch):
     return exists, query, partial
 
 
+@Kernel
 @triton.jit
 def selected_forward_kernel(
     q, k, v, order, offsets, part_first, part_end, partial, partial_lse, scale_log2,
@@ -111,6 +113,7 @@ def used_slots(
     return tl.maximum(tl.minimum(blocks, TOPK) - LOCAL, 0) * PARTS_A_BLOCK
 
 
+@Kernel
 @triton.jit
 def merge_kernel(
     partial, partial_lse, relative_ptr, out, lse, first_lane, T, HQ, HK, BH, SLOTS, CHUNK,
@@ -145,6 +148,7 @@ def merge_kernel(
     tl.store(lse + row, top + tl.log2(total), mask=exists & (used > 0))
 
 
+@Kernel
 @triton.jit
 def selected_backward_kernel(
     q, k, v, order, offsets, part_first, part_end, dout, records,
@@ -212,6 +216,7 @@ def add_items(
     tl.store(target, tl.load(target, mask=inside, other=0.0) + factor * acc, mask=inside)
 
 
+@Kernel
 @triton.jit
 def sum_items_kernel(
     dk_partial, dv_partial, offsets, part_first, part_end, dk, dv, scale, first_lane, ITEMS, S, HK, BH, PARTS, MOST,
@@ -241,6 +246,7 @@ def sum_items_kernel(
             add_items(partial, items, dv + row * DV, 1.0, tile - OF_DK, rows, HK * DV, DV, PART, WIDTH, AT_ONCE)
 
 
+@Kernel
 @triton.jit
 def sum_dq_kernel(
     partial, relative_ptr, dq_in, dq, scale, first_lane, T, HQ, HK, BH, SLOTS, CHUNK,

@@ -22,6 +22,7 @@ from ..common import (
     precision,
     shared_memory,
 )
+from ..launch import Kernel
 from ..layout import Layout
 from ..tiles import dot_tiles, load_tiles
 from .selection import check_limits, count_blocks, new_selection
@@ -118,6 +119,7 @@ def best_of_document(
     return best
 
 
+@Kernel
 @triton.jit
 def select_kernel(
     q, k_cmp, lse, relative_ptr, document_ptr, cmp_low_ptr, selection, scale_log2, T, N, HQ, HK, SLOTS,

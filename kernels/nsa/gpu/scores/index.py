@@ -24,6 +24,7 @@ from ..common import (
     shared_memory,
     tile_width,
 )
+from ..launch import Kernel
 from ..layout import Layout
 from ..tiles import dot_tiles, load_tiles
 from .selection import check_limits, count_blocks, new_selection
@@ -138,6 +139,7 @@ def best_of_document(
     return tl.sort(chosen)
 
 
+@Kernel
 @triton.jit
 def index_select_kernel(
     q, k, relative_ptr, document_ptr, selection, maxima, sections, T, S, HI, HK, HJ, TILES, BLOCKS, SLOTS, N,

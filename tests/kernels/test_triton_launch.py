@@ -1,0 +1,123 @@
+"""Launches that find again what was compiled, with a compiler and a card that are not there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+from nsa_hf.kernels.gpu import launch  # noqa: E402
+
+
+@triton.jit
+def copy_kernel(x, y, N, factor, BM: tl.constexpr, BN: tl.constexpr):
+    """Is never compiled."""
+
+
+class Compiled:
+    """Stands for a compiled kernel: remembers its launches."""
+
+    def __init__(self, arguments: tuple) -> None:
+        self.arguments, self.launches = arguments, []
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+        return lambda *args: self.launches.append((grid, args))
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Compiled]:
+    """What Triton was asked for, in order."""
+    found: list[Compiled] = []
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> Compiled:
+        found.append(Compiled((grid, args, named)))
+        return found[-1]
+
+    class Driver:
+        device = 0
+
+        def get_current_device(self) -> int:
+            return self.device
+
+    monkeypatch.setattr(triton.JITFunction, "run", run)
+    monkeypatch.setattr(launch, "REMEMBERS", True)
+    monkeypatch.setattr(launch, "driver", type("Active", (), {"active": Driver()}))
+    return found
+
+
+X = torch.zeros(64, dtype=torch.bfloat16)
+ARGUMENTS = (X, None, 100, 0.5)
+CONSTANTS = {"BN": 32, "BM": 16, "num_warps": 4}
+
+
+def test_a_second_launch_is_of_what_was_compiled(compiled: list[Compiled]) -> None:
+    kernel, other = launch.Kernel(copy_kernel), torch.ones(3, 5, dtype=torch.bfloat16)
+    kernel[(3,)](*ARGUMENTS, **CONSTANTS)
+    assert [x.arguments for x in compiled] == [((3,), ARGUMENTS, CONSTANTS)]
+    kernel[(7, 2)](other, None, 100, 0.5, **CONSTANTS)
+    assert len(compiled) == 1
+    # in the order of the kernel's parameters, without the options
+    assert compiled[0].launches == [((7, 2, 1), (other, None, 100, 0.5, 16, 32))]
+
+
+OTHERS = {
+    "another type": ((X.float(), *ARGUMENTS[1:]), CONSTANTS),
+    "begins elsewhere": ((X[1:], *ARGUMENTS[1:]), CONSTANTS),
+    "a tensor in the place of nothing": ((X, X, 100, 0.5), CONSTANTS),
+    "another number": ((X, None, 1, 0.5), CONSTANTS),
+    "another constant": (ARGUMENTS, CONSTANTS | {"BM": 32}),
+    "another option": (ARGUMENTS, CONSTANTS | {"num_warps": 8}),
+    "one more option": (ARGUMENTS, CONSTANTS | {"num_stages": 2}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_arguments_are_compiled_for(compiled: list[Compiled], name: str) -> None:
+    args, named = OTHERS[name]
+    kernel = launch.Kernel(copy_kernel)
+    for _ in range(2):
+        kernel[(3,)](*ARGUMENTS, **CONSTANTS)
+        kernel[(3,)](*args, **named)
+    assert [x.arguments for x in compiled] == [((3,), ARGUMENTS, CONSTANTS), ((3,), args, named)]
+    assert [len(x.launches) for x in compiled] == [1, 1]
+
+
+def test_another_card_is_compiled_for(compiled: list[Compiled], monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = launch.Kernel(copy_kernel)
+    kernel[(3,)](*ARGUMENTS, **CONSTANTS)
+    monkeypatch.setattr(launch.driver.active, "device", 1)
+    kernel[(3,)](*ARGUMENTS, **CONSTANTS)
+    assert len(compiled) == 2
+
+
+def test_numbers_that_always_differ_are_forgotten(compiled: list[Compiled], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "MOST_REMEMBERED", 5)
+    kernel = launch.Kernel(copy_kernel)
+    for count in range(17):
+        kernel[(3,)](X, None, count, 0.5, **CONSTANTS)
+        assert len(kernel.compiled) <= 5
+    assert len(compiled) == 17
+
+
+def test_other_versions_launch_by_themselves(compiled: list[Compiled], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "REMEMBERS", False)
+    kernel = launch.Kernel(copy_kernel)
+    for _ in range(2):
+        kernel[(3,)](*ARGUMENTS, **CONSTANTS)
+    assert len(compiled) == 2 and not kernel.compiled
+
+
+@pytest.mark.parametrize("x", [X, X[8:], X[::2], X.view(8, 8).t(), X[:0], torch.nn.Parameter(X)], ids=str)
+def test_what_triton_looks_at(x: torch.Tensor) -> None:
+    """Of a tensor of one type that begins at a multiple of 16 bytes Triton sees the same, whatever else it is."""
+    specialize = pytest.importorskip("triton._C.libtriton").native_specialize_impl
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    backend = CUDABackend(GPUTarget("cuda", 90, 32))
+    assert x.data_ptr() % 16 == 0
+    assert specialize(backend, x, False, True, True) == specialize(backend, X, False, True, True)
+    assert specialize(backend, X[1:], False, True, True) != specialize(backend, X, False, True, True)
