@@ -112,6 +112,12 @@ def relative_error(x: Tensor, truth: Tensor) -> float:
     return float((x.detach().double() - truth).norm() / truth.norm().clamp(min=1e-30))
 
 
+def quantiles(times: Sequence[float]) -> Times:
+    """The median, the 20th and the 80th percentile."""
+    median, low, high = torch.tensor(times).quantile(torch.tensor([0.5, 0.2, 0.8])).tolist()
+    return median, low, high
+
+
 def measure(call: Callable[[], object], repeat_ms: int = 300) -> Times:
     """The time of a call on the GPU, by events, with the GPU's cache emptied before each.
 
@@ -142,9 +148,7 @@ def measure(call: Callable[[], object], repeat_ms: int = 300) -> Times:
         call()
         end.record()
     torch.cuda.synchronize()
-    times = torch.tensor([once, *(start.elapsed_time(end) for start, end in events)])
-    median, low, high = times.quantile(torch.tensor([0.5, 0.2, 0.8])).tolist()
-    return median, low, high
+    return quantiles([once, *(start.elapsed_time(end) for start, end in events)])
 
 
 def card_rates() -> tuple[float, float, Iterator[tuple[str, Times, Cost]]]:

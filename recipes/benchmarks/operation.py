@@ -9,19 +9,23 @@ exit code is 1. Rows are appended to a CSV, one for each (config, tokens, inputs
 cut off leaves what it measured. `flops` and `bytes` are what the part has to do at least. At the start of the run the
 card's own rates are measured (system `card`), and `floor_ms` is the longer of the two times that these take at them.
 `tflop_s` and `gb_s` are `flops` and `bytes` over the measured time, and `share_of_card` is `floor_ms` over it.
+Of short texts there is also what the host takes (part `forward + backward, host`): the time until both passes are
+queued, and `launches`, how many kernels, fills and copies the GPU gets.
 """
 
 from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import DeviceType, ProfilerActivity, profile
 
 from nsa_hf.kernels import nsa_attention
 
@@ -39,9 +43,11 @@ from .common import (
     make_parser,
     measure,
     no_gpu,
+    quantiles,
     relative_error,
     save_figure,
     stamp,
+    wait,
     write_rows,
 )
 from .parts import SIZES, Inputs, Stages, make_inputs
@@ -49,6 +55,8 @@ from .parts import SIZES, Inputs, Stages, make_inputs
 SPARSE = ("nsa", "nsa-index")
 CONFIGS = ("64:4:128", "32:8:128", "16:8:128", "64:4:192/128", "9:3:64")
 TOKENS = (4096, 8192, 16384, 32768, 65536, 131072)
+# The host takes the same time for every length, and up to here it may be the longer one.
+HOST_TOKENS = 8192
 COLUMNS = (
     *STAMP,
     "config",
@@ -66,6 +74,7 @@ COLUMNS = (
     "tflop_s",
     "gb_s",
     "share_of_card",
+    "launches",
 )
 
 
@@ -195,6 +204,38 @@ def measure_system(system: str, x: Inputs) -> Iterator[tuple[str, Times, float]]
     yield "backward", times, peak_mib(lambda: torch.autograd.grad(forward(), leaves, dout))
 
 
+def count_launches(events: Iterable[Any]) -> int:
+    """How many of a profile's events are the GPU's: kernels, fills and copies."""
+    return sum(event.device_type == DeviceType.CUDA for event in events)
+
+
+def measure_host(system: str, x: Inputs, calls: int = 50) -> tuple[Times, int]:
+    """Measures what the host takes to queue forward and backward pass of one of SPARSE, with nothing queued before.
+
+    Args:
+        calls: how many are timed.
+
+    Returns:
+        The times, and the launches of both passes.
+    """
+    device = x.q.device.type
+    forward, leaves = whole(system, x)
+
+    def both() -> None:
+        torch.autograd.grad(forward(), leaves, x.dout)
+
+    both()
+    milliseconds = []
+    for _ in range(calls):
+        start = wait(device)
+        both()
+        milliseconds.append(1e3 * (time.perf_counter() - start))
+    with profile(activities=[ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU]) as profiled:
+        both()
+        wait(device)
+    return quantiles(milliseconds), count_launches(profiled.events())
+
+
 def draw(path: Path) -> Path | None:
     """Draws how many times as fast as FlashAttention-2 the operation is, over length.
 
@@ -262,22 +303,32 @@ class Recorder:
         self.write([self.row(case, "card", part, times, cost=cost) for part, times, cost in card])
 
     def row(
-        self, case: Case, system: str, part: str, times: Times, peak: float | None = None, cost: Cost | None = None
+        self,
+        case: Case,
+        system: str,
+        part: str,
+        times: Times,
+        peak: float | None = None,
+        cost: Cost | None = None,
+        launches: int | None = None,
     ) -> dict[str, object]:
         """Prints a row of the CSV and returns it.
 
         Args:
             peak: the most memory, in MiB.
             cost: what the part has to do at least.
+            launches: that the part makes.
         """
         median, low, high = (f"{time:.4f}" for time in times)
         row: dict[str, object] = {**self.source, **case._asdict(), "system": system, "part": part}
         row |= {"median_ms": median, "p20_ms": low, "p80_ms": high, "peak_mib": "" if peak is None else round(peak)}
         row |= achieved(cost, times[0], self.flops, self.moved) if cost else {}
+        row |= {} if launches is None else {"launches": launches}
         print(
             f"{case.config:13} {case.tokens:7} {case.inputs:9} {system:9} {part:32} {median:>9} ms"
             + (f"  floor {row['floor_ms']:>8}" if cost else ""),
             "" if peak is None else f"  peak {peak:.0f} MiB",
+            "" if launches is None else f"  {launches} launches",
             flush=True,
         )
         return row
@@ -313,6 +364,9 @@ def measure_case(recorder: Recorder, heads: Heads, case: Case, systems: Sequence
                 raise
             print(f"{case.config} {case.tokens} {system}: not measured, {str(error).splitlines()[0]}", flush=True)
             continue
+        if system in SPARSE and case.tokens <= HOST_TOKENS:
+            times, launches = measure_host(system, x)
+            rows.append(recorder.row(case, system, "forward + backward, host", times, launches=launches))
         recorder.write(rows)
     if not with_parts or not {*SPARSE} & {*systems}:
         return

@@ -1,0 +1,56 @@
+"""What the host takes for the operation, as its benchmark measures it."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from torch.profiler import DeviceType
+from triton_cases import interpreter
+
+from nsa_hf.recipes.benchmarks import operation
+from nsa_hf.recipes.benchmarks.common import Heads, Times
+from nsa_hf.recipes.benchmarks.parts import Inputs, make_inputs
+
+CASE = operation.Case("1:1:16", 48, "random")
+
+
+def measure_host(system: str) -> tuple[Times, int]:
+    """Of a short text."""
+    # the interpreter has no bfloat16 arithmetic
+    inputs = make_inputs(Heads.parse(CASE.config), CASE.tokens, CASE.inputs, device="cpu")
+    return operation.measure_host(system, Inputs(*(x.float() for x in inputs)), calls=1)
+
+
+def test_both_passes_are_measured() -> None:
+    pytest.importorskip("triton")
+    with interpreter() as process:
+        for system in operation.SPARSE:
+            (median, low, high), launches = process.submit(measure_host, system).result()
+            assert 0 < low <= median <= high and launches == 0, "without a GPU nothing is launched on it"
+
+
+def test_launches_are_the_gpus_events() -> None:
+    events = [SimpleNamespace(device_type=kind) for kind in (DeviceType.CPU, DeviceType.CUDA, DeviceType.CUDA)]
+    assert operation.count_launches(events) == 2
+
+
+def test_the_rows_of_a_short_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = (2.0, 1.0, 3.0)
+    monkeypatch.setattr(operation, "card_rates", lambda: (1e15, 1e12, iter([])))
+    monkeypatch.setattr(operation, "make_inputs", lambda *arguments: None)
+    monkeypatch.setattr(operation, "measure_system", lambda *arguments: iter([("forward", times, 5.0)]))
+    monkeypatch.setattr(operation, "measure_host", lambda system, x: (times, 23))
+    recorder = operation.Recorder(tmp_path / "rows.csv", dict.fromkeys(operation.STAMP, "x"))
+    for tokens in (CASE.tokens, operation.HOST_TOKENS + 1):
+        for systems in (["nsa", "nsa-index"], ["fa2"]):
+            case = CASE._replace(tokens=tokens)
+            operation.measure_case(recorder, Heads.parse(CASE.config), case, systems, with_parts=False)
+    with recorder.path.open(newline="") as file:
+        names = ("tokens", "system", "part", "median_ms", "launches")
+        found = [[row[name] for name in names] for row in csv.DictReader(file)]
+    host = [["48", system, "forward + backward, host", "2.0000", "23"] for system in ("nsa", "nsa-index")]
+    assert [row for row in found if row[-1]] == host
+    assert len(found) == 6 + len(host)
