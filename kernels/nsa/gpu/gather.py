@@ -269,7 +269,8 @@ def gather_queries(selection: Tensor, layout: Layout, sizes: Sizes, chunks: Chun
     tiles = cdiv(chunks.tokens, queries)
     words = selection.new_empty(lanes, tiles, parts, dtype=torch.int64)
     totals = selection.new_zeros(lanes, parts)
-    ranks, order, offsets = map(selection.new_empty, (chunks.picks, chunks.picks, (lanes, parts + 1)))
+    ranks, order = selection.new_empty(chunks.picks), selection.new_empty(chunks.picks)
+    offsets = selection.new_empty(lanes, parts + 1)
     picks = (selection, layout.relative, layout.part_base)
     counts = (tokens, heads, kv_heads, topk, slots, chunks.tokens, parts, queries)
     shape = {"BLOCK": sizes.block_size, "LOCAL": sizes.local_blocks, "PARTS_A_BLOCK": layout.parts_a_block}
