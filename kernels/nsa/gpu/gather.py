@@ -29,8 +29,9 @@ from .common import cdiv, next_power_of_2
 from .launch import Kernel
 from .layout import Layout
 
-# Tiles that a lane's queries are counted in, at most: counts are as many as tiles times parts.
-MOST_TILES = 128
+# Tiles that a lane's queries are counted in, at most. A count takes 8 bytes for each lane, tile and part: 17 MB with 8
+# KV heads at 65,536 tokens, 270 MB at 262,144.
+MOST_TILES = 256
 
 
 @dataclass(frozen=True)
@@ -278,7 +279,7 @@ def gather_queries(selection: Tensor, layout: Layout, sizes: Sizes, chunks: Chun
         *picks, words, totals, ranks, *counts, **shape, BM=min(1024, next_power_of_2(32 * slots)), num_warps=4
     )
     scan_kernel[(cdiv(parts + 1, 32), lanes)](
-        words, totals, offsets, tokens, heads, slots, chunks.tokens, parts, tiles, BT=64, BP=32, num_warps=4
+        words, totals, offsets, tokens, heads, slots, chunks.tokens, parts, tiles, BT=128, BP=32, num_warps=4
     )
     place_kernel[(cdiv(tokens * slots, 1024), heads)](
         *picks, words, ranks, order, *counts, tiles, **shape, BM=1024, num_warps=4
