@@ -77,11 +77,13 @@ def cdiv(count: int, size: int) -> int:
     return -(-count // size)
 
 
+@cache
 def next_power_of_2(count: int) -> int:
     """The smallest power of two that is `count` or more."""
     return 1 << max(0, count - 1).bit_length()
 
 
+@cache
 def padded(dim: int) -> int:
     """The width of one tile for a head of `dim` numbers: a power of two, at least what a matrix product needs."""
     return max(16, next_power_of_2(dim))
@@ -167,7 +169,8 @@ def shared_memory(device: torch.device) -> int:
 
 def bytes_a_row(q: Tensor, value_dim: int) -> int:
     """Shared memory that one row of the wider of K and V takes."""
-    return max(tile_width(q.shape[-1]), tile_width(value_dim)) * q.element_size()
+    # while torch.compile traces they may be symbols, which a cache does not take
+    return max(tile_width(int(q.shape[-1])), tile_width(int(value_dim))) * q.element_size()
 
 
 def largest_part(q: Tensor, value_dim: int) -> int:
