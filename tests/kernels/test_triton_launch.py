@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
+from attention_inputs import Shape, Sizes, make_inputs
+from torch.utils._python_dispatch import TorchDispatchMode
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -121,3 +124,50 @@ def test_what_triton_looks_at(x: torch.Tensor) -> None:
     assert x.data_ptr() % 16 == 0
     assert specialize(backend, x, False, True, True) == specialize(backend, X, False, True, True)
     assert specialize(backend, X[1:], False, True, True) != specialize(backend, X, False, True, True)
+
+
+class Operations(TorchDispatchMode):
+    """Counts PyTorch's own operations, but for those that launch nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = function.overloadpacket.__name__
+        if not function.is_view and "empty" not in name:
+            self.found[name] += 1
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(
+    ("index", "packed", "expected"), [(False, False, (12, 11)), (True, False, (11, 8)), (True, True, (12, 8))]
+)
+def test_launches_of_both_passes(
+    monkeypatch: pytest.MonkeyPatch, index: bool, packed: bool, expected: tuple[int, int]
+) -> None:
+    """Small models are bound by them."""
+    from nsa_hf.kernels.gpu import op
+
+    launched: Counter[str] = Counter()
+
+    def count(kernel: launch.Kernel, grid: tuple[int, ...]) -> Any:
+        return lambda *args, **named: launched.update([kernel.jit.__name__])
+
+    monkeypatch.setattr(launch.Kernel, "__getitem__", count)
+    shape = Shape(Sizes(32, 16, 64, 16, 1, 2, 512), 1, 2048, 2048, 3, 3, 64, 64)
+    inputs = make_inputs(shape, dtype=torch.bfloat16)
+    tensors = [inputs[name] for name in ("q", "k", "v", "k_cmp", "v_cmp", "gates")] + [None] * 7
+    if index:
+        tensors[3:5], tensors[8:10] = [None, None], [inputs["q"], inputs["k"]]
+    if packed:
+        tensors[10] = torch.tensor([0, 700, 2048], dtype=torch.int32)
+    numbers, found = list(shape.sizes.__dict__.values()), []
+    with Operations() as forward:
+        _, selection, *saved = op.forward_op._init_fn(*tensors, numbers, 0.1)
+    found.append(launched.total() + forward.found.total())
+    launched.clear()
+    with Operations() as backward:
+        op.backward_op._init_fn(inputs["q"], *tensors[:8], packed, selection, saved, numbers, 0.1)
+    found.append(launched.total() + backward.found.total())
+    assert tuple(found) == expected, (launched, forward.found, backward.found)
