@@ -155,6 +155,28 @@ def test_inputs_that_begin_anywhere() -> None:
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
+def test_the_counting_sort() -> None:
+    """Against a stable sort, of a text whose tiles of queries are counted in several steps."""
+    from nsa_hf.kernels import Placement
+    from nsa_hf.kernels.gpu import gather, layout
+
+    tokens, parts, slots = 40_000, 625, PAPER.topk - PAPER.local_blocks
+    inputs = on_device(make_inputs(replace(REAL["9:3:64"], queries=tokens, keys=tokens), dtype=torch.bfloat16), "cuda")
+    with torch.no_grad():
+        _, selection = nsa_attention(**inputs, return_selection=True)
+    where = layout.find_layout(*(inputs[name] for name in "qkv"), tokens, layout.Sizes(), Placement())
+    chunks = gather.cut_queries(1, tokens, 3, parts, slots, 384, 1 << 30)
+    found = gather.gather_queries(selection, layout.Layout.of(*where, 64, 64, False), layout.Sizes(), chunks)
+    picks = torch.arange(tokens * slots, dtype=torch.int32, device="cuda").view(tokens, slots)
+    past = torch.arange(tokens, device="cuda")[:, None] // PAPER.block_size - PAPER.local_blocks
+    for head in range(3):
+        part = selection[0, :, head, :slots]
+        used = (part >= 0) & (part <= past)
+        borders = found.offsets[head]
+        assert torch.equal(borders.diff(), part[used].bincount(minlength=parts).int())
+        assert torch.equal(found.order[borders[0] : borders[-1]], picks[used][part[used].argsort(stable=True)])
+
+
 def test_two_sizes_in_one_process() -> None:
     one = on_device(make_inputs(REAL["9:3:64"], dtype=torch.bfloat16), "cuda")
     other = {**one, "topk": 8, "window_size": 100}
