@@ -125,7 +125,7 @@ def with_small_items() -> tuple[dict[str, float], float]:
 
     usual, selected.picks_a_tile = selected.picks_a_tile, lambda rows, group: 3
     try:
-        return compare(ATTENTION["enough queries to be split over programs"])
+        return compare(ATTENTION["groups of three"])
     finally:
         selected.picks_a_tile = usual
 

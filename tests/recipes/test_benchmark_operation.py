@@ -7,29 +7,31 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch.profiler import DeviceType
-from triton_cases import interpreter
 
 from nsa_hf.recipes.benchmarks import operation
-from nsa_hf.recipes.benchmarks.common import Heads, Times
-from nsa_hf.recipes.benchmarks.parts import Inputs, make_inputs
+from nsa_hf.recipes.benchmarks.common import Heads
+from nsa_hf.recipes.benchmarks.parts import make_inputs
 
 CASE = operation.Case("1:1:16", 48, "random")
 
 
-def measure_host(system: str) -> tuple[Times, int]:
-    """Of a short text."""
-    # the interpreter has no bfloat16 arithmetic
-    inputs = make_inputs(Heads.parse(CASE.config), CASE.tokens, CASE.inputs, device="cpu")
-    return operation.measure_host(system, Inputs(*(x.float() for x in inputs)), calls=1)
+def test_both_passes_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = make_inputs(Heads.parse(CASE.config), CASE.tokens, CASE.inputs, device="cpu")
+    q, calls = x.q.requires_grad_(), []
+    q.register_hook(lambda gradient: calls.append("backward"))
 
+    def forward() -> torch.Tensor:
+        calls.append("forward")
+        return 2 * q
 
-def test_both_passes_are_measured() -> None:
-    pytest.importorskip("triton")
-    with interpreter() as process:
-        for system in operation.SPARSE:
-            (median, low, high), launches = process.submit(measure_host, system).result()
-            assert 0 < low <= median <= high and launches == 0, "without a GPU nothing is launched on it"
+    monkeypatch.setattr(operation, "whole", lambda system, inputs: (forward, [q]))
+    (median, low, high), launches = operation.measure_host("nsa", x, calls=3)
+    assert 0 < low <= median <= high
+    assert launches == 0, "without a GPU nothing is launched on it"
+    # one before, three that are timed, one whose launches are counted
+    assert calls == ["forward", "backward"] * 5
 
 
 def test_launches_are_the_gpus_events() -> None:
