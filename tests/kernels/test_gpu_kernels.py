@@ -177,6 +177,21 @@ def test_the_counting_sort() -> None:
         assert torch.equal(found.order[borders[0] : borders[-1]], picks[used][part[used].argsort(stable=True)])
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_another_card_than_the_current_one() -> None:
+    for queries in (300, 1):  # the second: decoding
+        inputs = on_device(make_inputs(replace(REAL["9:3:64"], queries=queries), dtype=torch.bfloat16), "cuda:1")
+        with torch.set_grad_enabled(queries > 1):
+            inputs = with_gradients(inputs)
+            out = nsa_attention(**inputs, backend="triton")
+        if queries > 1:
+            out.sum().backward()
+            assert inputs["q"].grad.isfinite().all()
+        truth = nsa_attention(**in_float64(inputs), backend="reference")
+        assert (out.double() - truth).norm() <= 0.01 * truth.norm()
+        assert torch.cuda.current_device() == 0
+
+
 def test_two_sizes_in_one_process() -> None:
     one = on_device(make_inputs(REAL["9:3:64"], dtype=torch.bfloat16), "cuda")
     other = {**one, "topk": 8, "window_size": 100}

@@ -7,6 +7,7 @@ Contracts behind the public function: every tensor is contiguous in `[B, T, H, D
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -145,6 +146,16 @@ def overlaps(device: torch.device) -> bool:
 def in_chain(device: torch.device, first: bool = False) -> dict[str, bool]:
     """Options of a launch in a chain (see `begin_next`); the first one waits for everything before it as all do."""
     return {"OVERLAP": True, "launch_pdl": not first} if overlaps(device) else {"OVERLAP": False}
+
+
+def card_of(x: Tensor) -> AbstractContextManager:
+    """Within it the current card is that of `x`, on which kernels are launched: of a model on several, another is.
+
+    Backward passes and compiled code have PyTorch see to it.
+    """
+    if x.device.type != "cuda" or torch.compiler.is_compiling():
+        return nullcontext()
+    return torch.cuda.device(x.device)
 
 
 @cache

@@ -25,7 +25,7 @@ from ..index_keys import dequantize_index_keys
 from ..operators import operator_name
 from ..placement import FULL, Placement
 from ..sizes import Sizes
-from .common import LOG2E, largest_part
+from .common import LOG2E, card_of, largest_part
 from .decode.op import decode_op, last_contiguous, takes_decode
 from .gates import combine, gate_gradient
 from .gather import Chunks, Gather, count_slots, gather_queries
@@ -246,9 +246,11 @@ def triton_attention(
     if takes_decode(inputs, q.shape[1], placement):
         past = map(last_contiguous, (*inputs, q_index, k_index))
         rows = map(last_contiguous, (starts, lengths))
-        return decode_op(*past, k_index_scales, *rows, numbers, float(scale))
+        with card_of(q):
+            return decode_op(*past, k_index_scales, *rows, numbers, float(scale))
     if k_index is not None and k_index_scales is not None:
         k_index = dequantize_index_keys(k_index, k_index_scales, q.dtype)
     index = tuple(None if x is None else x.detach() for x in (q_index, k_index))
     tensors = [None if x is None else x.contiguous() for x in (*inputs, *index, cu_seqlens, starts, lengths)]
-    return Attention.apply(*tensors, numbers, float(scale))
+    with card_of(q):
+        return Attention.apply(*tensors, numbers, float(scale))
