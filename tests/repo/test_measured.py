@@ -69,6 +69,25 @@ def operation(part: str) -> str:
     return table(columns + (", NSA MiB, FA-2 MiB, cuDNN MiB" if part == "backward" else ""), lines)
 
 
+def operation_now() -> str:
+    """Shapes that were measured again, beside what they took before; the card's FlashAttention-2 in the same run."""
+    lines: list[list[object]] = []
+    for shape in ("32:8:128", "9:3:64", "64:4:192/128"):
+        for tokens in (SHORTEST, 65536):
+            for system, before in (("nsa", "h100-2026-11-23"), ("nsa-index", "operation-index-h100-2026-11-26")):
+                line: list[object] = [shape, f"{tokens:,}", system]
+                for part in ("forward", "backward"):
+                    same = {"config": shape, "tokens": tokens, "inputs": "random", "part": part}
+                    now = float(the_row("operation-h100-2026-11-27", system=system, **same)["median_ms"])
+                    old = rows_of(before, system=system, **same)
+                    dense = rows_of("operation-h100-2026-11-27", system="fa2", **same)
+                    line += [f"{float(old[-1]['median_ms']):.2f}" if old else "", f"{now:.2f}"]
+                    line.append(cut(float(dense[0]["median_ms"]) / now) if dense else "")
+                lines.append(line)
+    passes = ", ".join(f"{part} ms before, now, times FA-2" for part in ("forward", "backward"))
+    return table(f"shape, tokens, system, {passes}", lines)
+
+
 def full_batch(shape: str, tokens: int, gib: int) -> int:
     """How many rows have so many GiB of keys and values in bfloat16."""
     _, kv_heads, dim = map(int, shape.split(":"))
@@ -338,6 +357,7 @@ TABLES = {
     "answers": answers,
     "forward": lambda: operation("forward"),
     "backward": lambda: operation("backward"),
+    "operation now": operation_now,
     "decoding by length": decoding_by_length,
     "decoding, 32 GiB": decoding_full,
     "growth": growth,

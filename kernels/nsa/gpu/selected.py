@@ -34,9 +34,6 @@ from .launch import Kernel
 from .layout import Layout
 from .tiles import add_products, divide_tiles, dot_tiles, load_tiles, store_tiles, zero_tiles
 
-# Of a chunk's q and dout of one KV head.
-CHUNK_BYTES = 1 << 60
-
 
 def partial_bytes(q: Tensor) -> int:
     """Bytes of partial results that are held at once (more where a single query of one head needs more).
@@ -53,10 +50,7 @@ def pick_bytes(q: Tensor, v: Tensor) -> int:
 
 def find_chunks(q: Tensor, v: Tensor, parts: int, slots: int) -> Chunks:
     """How the queries are cut, the same in both passes."""
-    pick, group = pick_bytes(q, v), q.shape[2] // v.shape[2]
-    query = group * (q.shape[-1] + v.shape[-1]) * q.element_size()
-    budget = min(partial_bytes(q), CHUNK_BYTES // query * slots * pick)
-    return cut_queries(q.shape[0], q.shape[1], v.shape[2], parts, slots, pick, budget)
+    return cut_queries(q.shape[0], q.shape[1], v.shape[2], parts, slots, pick_bytes(q, v), partial_bytes(q))
 
 
 @triton.jit
