@@ -7,10 +7,12 @@ from .export import export_dense, render_export
 from .measure import Measuring
 from .merge import merge
 from .plan import plan, render_plan
+from .timing import Timing
 from .verify import render_verify, verify
 
 __all__ = [
     "Measuring",
+    "Timing",
     "convert",
     "export_dense",
     "merge",

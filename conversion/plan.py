@@ -4,7 +4,7 @@
     plan("path/to/llama", topk=16)["kv_cache"]
 
 Needs the config only: no weights are loaded (of a local safetensors folder the headers are checked), unless it is to
-measure as well (measure.py).
+measure as well (measure.py). It can also time attention on the machine at hand (timing.py).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from .options import dtype_name, nsa_options, parse_dtype, target_config
 from .sources import open_source
 from .sources.folder import SafetensorsSource
 from .tensors import ConvertedTensors, converted_tensors
+from .timing import Timing, render_timed, time_attention
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 
@@ -40,6 +41,7 @@ def plan(
     dtype: str | torch.dtype | None = None,
     lengths: Sequence[int] = LENGTHS,
     measure: Measuring | None = None,
+    timing: Timing | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
@@ -55,6 +57,7 @@ def plan(
         src, dtype, revision, allow_pickle, trust_remote_code, options: as `convert` takes them.
         lengths: tokens at which to count the cache's bytes.
         measure: also measure, on these texts, what the conversion costs; the weights are loaded for it.
+        timing: also time one layer's attention at these lengths, dense and sparse, on the machine at hand.
 
     Returns:
         A JSON-able dict:
@@ -77,6 +80,8 @@ def plan(
           their sum; `dense_layers`: the `layers` worth leaving dense, the `rule` and `why`, their `kl_share`, at
           `length` the bytes read for a token (`read_bytes`, `read_bytes_then`), all that are dense then (`option`) and
           what is left (`by_position`; None without such layers).
+        - `timed`: None unless `timing` is given: milliseconds at each length, and from which one sparse attention is
+          faster (see timing.py).
 
     Raises:
         NsaError: the source or an option is not as it must be.
@@ -122,6 +127,7 @@ def plan(
         "kv_cache": [kv_cache(config, layers, length) for length in lengths],
         "pays_from": pays_from(config.nsa_sizes, scoring_of(config)),
         "measured": measured,
+        "timed": None if timing is None else time_attention(config, timing),
     }
 
 
@@ -170,6 +176,9 @@ def render_plan(plan: dict[str, Any]) -> RenderableType:
     facts.add_row(
         "Attention FLOPs pay from", f"{_tokens(pays['one_token'])} (one token), {_tokens(pays['whole_text'])} (text)"
     )
+    if timed := plan.get("timed"):
+        forward, training = (_tokens(timed["faster_from"][part]) for part in ("forward", "training"))
+        facts.add_row(f"Faster on {escape(timed['device'])} from", f"{forward} (forward), {training} (training)")
     if plan["training"]:
         facts.add_row("Training", f"refused: {escape(plan['training'])}")
     layers = Table(title="Layers")
@@ -188,7 +197,8 @@ def render_plan(plan: dict[str, Any]) -> RenderableType:
         sizes = (_bytes(row[key]) for key in ("dense_bytes", "nsa_bytes", "dense_read_bytes", "nsa_read_bytes"))
         cache.add_row(f"{row['length']:,}", *sizes, f"{row['read_less']:.2f}")
     measured = [render_measured(plan["measured"])] if plan.get("measured") else []
-    return Group(facts, choices_table(plan["choices"]), layers, cache, *measured)
+    clocked = [render_timed(timed)] if timed else []
+    return Group(facts, choices_table(plan["choices"]), layers, cache, *clocked, *measured)
 
 
 def choices_table(choices: dict[str, Any]) -> Table:

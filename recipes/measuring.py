@@ -1,4 +1,4 @@
-"""What `nsa-hf plan --measure` reads, and what `--save` keeps of it."""
+"""What `nsa-hf plan --measure` reads and `--time` times, and what `--save` keeps of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nsa_hf.errors import NsaError, check_path
 
 if TYPE_CHECKING:
-    from nsa_hf.conversion import Measuring
+    from nsa_hf.conversion import Measuring, Timing
 
 
 def measuring(
@@ -30,7 +30,10 @@ def measuring(
     """
     options = {"--measure-tokens": tokens, "--measure-documents": documents, "--device": device, "--save": save}
     if text is None and (names := [name for name, value in options.items() if value is not None]):
-        raise NsaError(f"{', '.join(names)}: of what --measure measures, so give --measure TEXT too")
+        raise NsaError(
+            f"{', '.join(names)}: of what --measure measures, so give --measure TEXT too "
+            "(or for --device --time TOKENS)"
+        )
     if save is not None:
         # said now, not after the measuring
         if find_spec("matplotlib") is None:
@@ -46,6 +49,27 @@ def measuring(
 
     tokens, documents = 4096 if tokens is None else tokens, 2 if documents is None else documents
     return Measuring(named_texts(text), tokens, documents, pick_device(device), progress=sys.stderr.isatty())
+
+
+def timing_of(lengths: str | None, device: str | None) -> Timing | None:
+    """What a plan times; None where nothing was asked for.
+
+    Args:
+        lengths: tokens, separated by commas.
+        device: where to run; None: a GPU if there is one.
+
+    Raises:
+        NsaError: these are no lengths.
+    """
+    if lengths is None:
+        return None
+    from nsa_hf.conversion import Timing
+
+    try:
+        tokens = tuple(map(int, lengths.split(",")))
+    except ValueError as error:
+        raise NsaError(f"--time must be lengths in tokens, separated by commas: 4096,16384; got {lengths!r}") from error
+    return Timing(tokens, device)
 
 
 def save_plan(folder: Path, plan: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import typer
 from nsa_hf.errors import NsaError
 
 from ..exit_codes import FAILED
-from ..measuring import measuring, save_plan
+from ..measuring import measuring, save_plan, timing_of
 from ..nsa_options import options_of, with_nsa_options
 from ..terminal import read_text, result_alone, show, show_json
 from .app import AllowPickle, Device, Dtype, Json, Out, Revision, Src, TrustRemoteCode, app
@@ -35,6 +35,9 @@ def plan(
         int | None, typer.Option(help="Tokens of every text (4096); fewer where none has so many.")
     ] = None,
     measure_documents: Annotated[int | None, typer.Option(help="Texts read at most (2).")] = None,
+    time: Annotated[
+        str | None, typer.Option(metavar="TOKENS", help="Time one layer's attention here: 4096,16384,65536.")
+    ] = None,
     device: Device = None,
     save: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Keep what was measured there: plan.json and layers.png.")
@@ -46,14 +49,15 @@ def plan(
 
     What is recommended, why and at what cost; per layer what becomes of it, the parameters added, KV-cache bytes; from
     which length it pays. With --measure also what it costs in quality, nothing trained: perplexity and KL by position,
-    and layer by layer.
+    and layer by layer. With --time also from which length it is faster than dense attention on this machine.
     """
     from nsa_hf.conversion import plan, render_plan
 
     options = {**options_of(nsa), "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-    texts = measuring(measure, measure_tokens, measure_documents, device, save)
+    timing = timing_of(time, device)
+    texts = measuring(measure, measure_tokens, measure_documents, device if timing is None or measure else None, save)
     with result_alone(as_json):
-        planned = plan(src, dtype=dtype, revision=revision, measure=texts, **options)
+        planned = plan(src, dtype=dtype, revision=revision, measure=texts, timing=timing, **options)
         if save is not None:
             save_plan(save, planned)
     show(planned, render_plan, as_json)
