@@ -134,3 +134,32 @@ def test_several_items_of_a_part(process: ProcessPoolExecutor) -> None:
     errors, same = process.submit(with_small_items).result()
     assert same == 1
     assert all(error <= 5e-6 for error in errors.values()), errors
+
+
+def place_documents(lengths: list[int]) -> list[tuple]:
+    """Of each document its tokens' places, first entry and parts, as the layout has them and as they are."""
+    from nsa_hf.kernels.gpu.layout import Layout, find_layout
+
+    ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).to(torch.int32)
+    sizes, tokens = Sizes(kernel_size=4, kernel_stride=2, block_size=4), int(ends[-1])
+    q = torch.zeros(1, tokens, 1, 16)
+    layout = Layout.of(*find_layout(q, q, q, tokens, sizes, Placement(None, None, ends)), 4, 32, True)
+    found, entries = [], 0
+    for number, length in enumerate(lengths):
+        first = int(ends[number])
+        here = slice(first, first + length)
+        parts = (layout.part_base[0, here] + layout.relative[0, here] // 4).long()
+        got = (layout.relative[0, here], layout.compressed[0][0, here], layout.part_first[0][parts])
+        got += (layout.part_end[0][parts],)
+        place = torch.arange(length, dtype=torch.int32)
+        begin = first + place // 4 * 4
+        is_so = (place, torch.full_like(place, entries), begin, (begin + 4).clamp(max=first + length))
+        found.append((got, is_so))
+        entries += 0 if length < 4 else (length - 4) // 2 + 1
+    return found
+
+
+def test_many_documents_some_of_them_empty(process: ProcessPoolExecutor) -> None:
+    lengths = [0, 9, 0, 0, 1, 5, 3, 2, 4, 0] * 28  # 280: more than are numbered at once
+    for got, expected in process.submit(place_documents, lengths).result():
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))

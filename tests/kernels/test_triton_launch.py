@@ -47,6 +47,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Compiled]:
 
     monkeypatch.setattr(triton.JITFunction, "run", run)
     monkeypatch.setattr(launch, "REMEMBERS", True)
+    monkeypatch.setattr(launch, "CompiledKernel", Compiled)
     monkeypatch.setattr(launch, "driver", type("Active", (), {"active": Driver()}))
     return found
 
@@ -64,6 +65,14 @@ def test_a_second_launch_is_of_what_was_compiled(compiled: list[Compiled]) -> No
     assert len(compiled) == 1
     # in the order of the kernel's parameters, without the options
     assert compiled[0].launches == [((7, 2, 1), (other, None, 100, 0.5, 16, 32))]
+
+
+def test_what_is_still_to_be_compiled_is_not_remembered(compiled: list[Compiled], monkeypatch) -> None:
+    monkeypatch.setattr(launch, "CompiledKernel", dict)  # of another kind is what Triton gives then
+    kernel = launch.Kernel(copy_kernel)
+    for _ in range(2):
+        kernel[(3,)](*ARGUMENTS, **CONSTANTS)
+    assert len(compiled) == 2 and not compiled[0].launches
 
 
 OTHERS = {

@@ -100,6 +100,30 @@ def test_compiled_into_one_graph_and_checkpointed(process: ProcessPoolExecutor) 
         assert all(torch.equal(a, b) for a, b in zip(found[:3], other, strict=True))
 
 
+class Cut(torch.autograd.Function):
+    """The identity, through which no gradient comes back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None
+
+
+def cut_off() -> list[torch.Tensor | None]:
+    inputs = with_gradients(make_inputs(SMALL, dtype=torch.float32))
+    out = nsa_attention(**inputs, backend="triton")
+    (Cut.apply(out).sum() + inputs["q"].sum()).backward()
+    return [inputs["q"].grad, inputs["k"].grad]
+
+
+def test_an_output_without_a_gradient(process: ProcessPoolExecutor) -> None:
+    of_q, of_k = process.submit(cut_off).result()
+    assert torch.equal(of_q, torch.ones_like(of_q)) and of_k is None
+
+
 def two_lengths(compiled: bool) -> list[torch.Tensor]:
     function = torch.compile(nsa_attention, fullgraph=True, backend="aot_eager") if compiled else nsa_attention
     found = []

@@ -7,8 +7,10 @@ Contracts behind the public function: every tensor is contiguous in `[B, T, H, D
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache, wraps
+from typing import Any
 
 import torch
 import triton
@@ -148,14 +150,15 @@ def in_chain(device: torch.device, first: bool = False) -> dict[str, bool]:
     return {"OVERLAP": True, "launch_pdl": not first} if overlaps(device) else {"OVERLAP": False}
 
 
-def card_of(x: Tensor) -> AbstractContextManager:
-    """Within it the current card is that of `x`, on which kernels are launched: of a model on several, another is.
+def on_its_card(body: Callable[..., Any]) -> Callable[..., Any]:
+    """The body of an operator, run with its first tensor's card as the current one, on which kernels are launched."""
 
-    Backward passes and compiled code have PyTorch see to it.
-    """
-    if x.device.type != "cuda" or torch.compiler.is_compiling():
-        return nullcontext()
-    return torch.cuda.device(x.device)
+    @wraps(body)
+    def run(x: Tensor, *others: Any) -> Any:
+        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+            return body(x, *others)
+
+    return run
 
 
 @cache

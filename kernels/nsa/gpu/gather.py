@@ -29,7 +29,7 @@ from .common import cdiv, next_power_of_2
 from .launch import Kernel
 from .layout import Layout
 
-# Tiles that a lane's queries are counted in, at most. A count takes 8 bytes for each lane, tile and part: 4 MB with 8
+# Tiles that a row's queries are counted in, about. A count takes 8 bytes for each lane, tile and part: 4 MB with 8
 # KV heads at 65,536 tokens. On an H100 all takes .32 ms there, with 256 tiles too, and 1.6 at 262,144, with 256 2.0.
 MOST_TILES = 64
 
@@ -162,7 +162,7 @@ def count_kernel(
                 selection, relative_ptr, part_base_ptr, i + index, stop, batch, head, T, HK, TOPK, SLOTS,
                 BLOCK, LOCAL, PARTS_A_BLOCK,
             )
-            bit = tl.full([BM], 1, tl.int64) << (32 + token - first).to(tl.int64)
+            bit = tl.full([BM], 1, tl.int64) << (32 + ((token - first) & 31)).to(tl.int64)
             tl.atomic_or(words + part, bit, mask=part >= 0, sem="relaxed")
         tl.debug_barrier()
         for i in tl.range(first * SLOTS, stop, BM):
@@ -171,7 +171,7 @@ def count_kernel(
                 BLOCK, LOCAL, PARTS_A_BLOCK,
             )
             word = tl.load(words + part, mask=part >= 0, other=0)
-            before = (word >> 32).to(tl.int32) & ~(tl.full([BM], -1, tl.int32) << (token - first))
+            before = (word >> 32).to(tl.int32) & ~(tl.full([BM], -1, tl.int32) << ((token - first) & 31))
             tl.store(ranks + i + index, word.to(tl.int32) + bits_set(before), mask=part >= 0)
         tl.debug_barrier()
         for i in tl.range(first * SLOTS, stop, BM):
@@ -181,8 +181,8 @@ def count_kernel(
             )
             word = tl.load(words + part, mask=part >= 0, other=0)
             chosen = (word >> 32).to(tl.int32)
-            # the first query that chose the part: its bit, and none below
-            lowest = (chosen & -chosen) == tl.full([BM], 1, tl.int32) << (token - first)
+            # the first query that chose the part: its bit, and none below; to the others the new word says no as well
+            lowest = (chosen & -chosen) == tl.full([BM], 1, tl.int32) << ((token - first) & 31)
             count = word.to(tl.int32) + bits_set(chosen)
             tl.store(words + part, count.to(tl.int64), mask=(part >= 0) & lowest)
         tl.debug_barrier()
@@ -254,7 +254,7 @@ def cut_queries(
     chunk_tokens = min(tokens, -(-chunk_tokens // 64) * 64)
     chunks = -(-tokens // chunk_tokens)
     lanes, picks = chunks * batch * kv_heads, batch * kv_heads * tokens * slots
-    if picks >= 1 << 31 or lanes * (parts + 1) >= 1 << 31:
+    if picks >= (1 << 31) - 1024 or lanes * (parts + 1) >= 1 << 31:
         raise ValueError(
             f"backend='triton' counts at most 2^31 (query, block) pairs, got {batch} rows of {tokens} queries, "
             f"{kv_heads} heads and {slots} blocks each: use fewer queries a call"
@@ -266,7 +266,7 @@ def gather_queries(selection: Tensor, layout: Layout, sizes: Sizes, chunks: Chun
     """The picks of each part, from the selection `[B, T, Hk, topk]` (int32, ascending, -1 = unused)."""
     batch, tokens, kv_heads, topk = selection.shape
     heads, lanes, parts, slots = batch * kv_heads, chunks.lanes, chunks.parts, chunks.slots
-    queries = max(32, next_power_of_2(cdiv(chunks.tokens, MOST_TILES)))
+    queries = max(32, next_power_of_2(cdiv(tokens, MOST_TILES)))
     tiles = cdiv(chunks.tokens, queries)
     words = selection.new_empty(lanes, tiles, parts, dtype=torch.int64)
     totals = selection.new_zeros(lanes, parts)

@@ -228,7 +228,7 @@ def backward_tiles(q: Tensor, v: Tensor, keys_outside: bool) -> dict:
     if q.dtype == torch.float32:
         outer, inner, warps, stages = (32, 16, 4, 1) if row <= 512 else (16, 16, 4, 1)
     elif 256 < row < 512 and not keys_outside and not small:  # two tiles, as of 192 numbers
-        outer, inner, warps, stages = 128, 64 if narrow else 32, 8, 2
+        outer, inner, warps, stages = 128, 64 if narrow else 32 if large else 16, 8, 2
     elif 256 < row < 512 and narrow and not small:
         outer, inner, warps, stages = (128, 32, 8, 3) if large else (128, 16, 8, 2)
     elif row > 256:

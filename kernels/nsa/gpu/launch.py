@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
 # Where of a tensor nothing but its type and whether it begins at a multiple of 16 bytes decides what is compiled:
@@ -31,7 +32,8 @@ class Kernel:
 
         add_kernel[(4,)](x, y, 100, BM=32, num_warps=4)
 
-    In a launch its constants have names and nothing else has, and an argument is of one type in all launches.
+    In a launch its constants have names and nothing else has, and an argument is of one type in all launches. Triton's
+    settings of how kernels are compiled (debugging, instrumentation) must be made before the first launch.
 
     Attributes:
         jit: Triton's function.
@@ -65,7 +67,9 @@ class Kernel:
         key = tuple(what)
         found = self.compiled.get(key)
         if found is None:
-            self.remember(key, self.jit[grid](*args, **named), len(args), named)
+            launched = self.jit[grid](*args, **named)
+            if isinstance(launched, CompiledKernel):  # not what is still to be compiled
+                self.remember(key, launched, len(args), named)
         else:
             compiled, constants = found
             compiled[(*grid, 1, 1)[:3]](*args, *constants)

@@ -25,7 +25,7 @@ from ..index_keys import dequantize_index_keys
 from ..operators import operator_name
 from ..placement import FULL, Placement
 from ..sizes import Sizes
-from .common import LOG2E, card_of, largest_part
+from .common import LOG2E, largest_part, on_its_card
 from .decode.op import decode_op, last_contiguous, takes_decode
 from .gates import combine, gate_gradient
 from .gather import Chunks, Gather, count_slots, gather_queries
@@ -89,6 +89,7 @@ def attend_selected(
 
 
 @torch.library.custom_op(operator_name("forward"), mutates_args=())
+@on_its_card
 def forward_op(
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor | None, v_cmp: Tensor | None, gates: Tensor, k_win: Tensor | None,
     v_win: Tensor | None, q_index: Tensor | None, k_index: Tensor | None, cu_seqlens: Tensor | None,
@@ -136,6 +137,7 @@ def _(q, k, v, k_cmp, v_cmp, gates, k_win, v_win, q_index, k_index, cu_seqlens, 
 
 
 @torch.library.custom_op(operator_name("backward"), mutates_args=())
+@on_its_card
 def backward_op(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor | None, v_cmp: Tensor | None, gates: Tensor,
     k_win: Tensor | None, v_win: Tensor | None, packed: bool, selection: Tensor, saved: list[Tensor],
@@ -208,6 +210,8 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, _):
         """The gradients of the inputs, None for those that have none."""
+        if dout is None:
+            return (None,) * 15
         q, k, v, k_cmp, v_cmp, gates, k_win, v_win, selection, *saved = ctx.saved_tensors  # once, or it is recomputed
         tensors = (q, k, v, k_cmp, v_cmp, gates, k_win, v_win)
         dq, dk, dv, dgates, *others = backward_op(
@@ -246,11 +250,9 @@ def triton_attention(
     if takes_decode(inputs, q.shape[1], placement):
         past = map(last_contiguous, (*inputs, q_index, k_index))
         rows = map(last_contiguous, (starts, lengths))
-        with card_of(q):
-            return decode_op(*past, k_index_scales, *rows, numbers, float(scale))
+        return decode_op(*past, k_index_scales, *rows, numbers, float(scale))
     if k_index is not None and k_index_scales is not None:
         k_index = dequantize_index_keys(k_index, k_index_scales, q.dtype)
     index = tuple(None if x is None else x.detach() for x in (q_index, k_index))
     tensors = [None if x is None else x.contiguous() for x in (*inputs, *index, cu_seqlens, starts, lengths)]
-    with card_of(q):
-        return Attention.apply(*tensors, numbers, float(scale))
+    return Attention.apply(*tensors, numbers, float(scale))

@@ -284,7 +284,8 @@ def gather_tiles(q: Tensor, v: Tensor, layout: Layout, backward: bool) -> dict:
     elif row < 512 and (large if backward else not small) and narrow:  # two tiles, as of 192 numbers
         tiles = {"BM": 64, "num_warps": 8 if backward else 4, "num_stages": 1}
     else:
-        tiles = {"BM": 16 if small else 32, "num_warps": 8 if backward else 4, "num_stages": 1}
+        little = small or (backward and row < 512 and not large)
+        tiles = {"BM": 16 if little else 32, "num_warps": 8 if backward else 4, "num_stages": 1}
     return {**tiles, "BN": max(16, next_power_of_2(layout.part_size))}
 
 

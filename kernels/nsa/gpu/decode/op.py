@@ -24,7 +24,7 @@ from torch import Tensor
 from ...operators import operator_name
 from ...placement import Placement
 from ...sizes import Sizes
-from ..common import LOG2E, cdiv, in_chain, next_power_of_2, padded, wait_for_previous
+from ..common import LOG2E, cdiv, in_chain, next_power_of_2, on_its_card, padded, wait_for_previous
 from ..scores.selection import check_limits, count_blocks
 from .index import IndexScores, index_maxima
 from .scores import GROWING, CompressedScores, compressed_partials, compressed_shape, row_place
@@ -98,6 +98,7 @@ def combine(
 
 
 @torch.library.custom_op(operator_name("decode"), mutates_args=())
+@on_its_card
 def decode_op(
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor | None, v_cmp: Tensor | None, gates: Tensor, k_win: Tensor | None,
     v_win: Tensor | None, q_index: Tensor | None, k_index: Tensor | None, k_index_scales: Tensor | None,
