@@ -46,6 +46,11 @@ def index_bytes(config: PreTrainedConfig) -> int:
     return channels * config.dtype.itemsize
 
 
+def kv_head_count(config: PreTrainedConfig) -> int:
+    """Heads of keys and values."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
 def head_size(config: PreTrainedConfig) -> int:
     """Numbers of one key of one head."""
     size = getattr(config, "head_dim", None) or getattr(config, "kv_channels", None)
@@ -80,7 +85,7 @@ def kv_cache(config: PreTrainedConfig, layers: Iterable[dict[str, Any]], length:
         See `kv_cache` in what `plan` returns.
     """
     sizes, entries_alone = config.nsa_sizes, Scoring(config.nsa_compression != "none")
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    heads = kv_head_count(config)
     # of one token in one layer
     key_value_bytes = 2 * heads * head_size(config) * config.dtype.itemsize
     layers = list(layers)

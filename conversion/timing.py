@@ -19,22 +19,17 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedConfig
 
+from nsa_hf.dense_kernels import DENSE_KERNELS
 from nsa_hf.errors import NsaError
 from nsa_hf.kernels import n_blocks, nsa_attention
 
-from .costs import head_size, index_channels
+from .costs import head_size, index_channels, kv_head_count
 from .verify import check_whole_number
 
-# Those of PyTorch that hold no matrix of all weights; the fastest that runs counts.
-DENSE = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
 ENOUGH = 0.3  # seconds of repetitions
 LONGEST = 1 << 20
 
@@ -80,11 +75,8 @@ def time_attention(config: PreTrainedConfig, timing: Timing) -> dict[str, Any]:
         and `training` (forward and backward), each with `dense`, its `kernel`, and `nsa`; `faster_from`: for both the
         tokens from which sparse attention is faster, None: at none of these; `left_out`: why longer ones were not
         timed, or None.
-
-    Raises:
-        NsaError: there is no such device.
     """
-    device = _device(timing.device)
+    device = torch.device(timing.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     rows: list[dict[str, Any]] = []
     left_out = None
     for length in sorted(set(timing.lengths)):
@@ -97,7 +89,7 @@ def time_attention(config: PreTrainedConfig, timing: Timing) -> dict[str, Any]:
         if slowest > timing.patience:
             left_out = f"at {length:,} tokens one call took {slowest:.0f} s"
             break
-    heads = f"{config.num_attention_heads}:{_kv_heads(config)}:{head_size(config)}"
+    heads = f"{config.num_attention_heads}:{kv_head_count(config)}:{head_size(config)}"
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper(),
         "dtype": str(config.dtype).removeprefix("torch."),
@@ -108,22 +100,9 @@ def time_attention(config: PreTrainedConfig, timing: Timing) -> dict[str, Any]:
     }
 
 
-def _device(name: str | None) -> torch.device:
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise NsaError(f"no device {name!r} here: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def _kv_heads(config: PreTrainedConfig) -> int:
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-
-
 def _row(config: PreTrainedConfig, tokens: int, device: torch.device, patience: float) -> dict[str, Any]:
     """Both ways and both passes at one length."""
-    heads, kv_heads, size = config.num_attention_heads, _kv_heads(config), head_size(config)
+    heads, kv_heads, size = config.num_attention_heads, kv_head_count(config), head_size(config)
     random = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -152,7 +131,7 @@ def _row(config: PreTrainedConfig, tokens: int, device: torch.device, patience: 
     for part, trained in (("forward", False), ("training", True)):
         row[part] = {"nsa": _milliseconds(_call(sparse, inputs, trained), device, patience)}
         call = _call(dense, inputs, trained)
-        found = [one for kernel in DENSE if (one := _dense(kernel, call, device, patience))]
+        found = [one for kernel in DENSE_KERNELS if (one := _dense(kernel, call, device, patience))]
         row[part]["dense"], row[part]["kernel"] = min(found or [(_milliseconds(call, device, patience), "default")])
     return row
 
@@ -181,7 +160,7 @@ def _copies(inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
 def _dense(kernel: str, call: Call, device: torch.device, patience: float) -> tuple[float, str] | None:
     """Milliseconds and name of one of PyTorch's attentions; None: it does not run here."""
     try:
-        with sdpa_kernel(DENSE[kernel]):
+        with sdpa_kernel(DENSE_KERNELS[kernel]):
             return _milliseconds(call, device, patience), kernel
     except torch.OutOfMemoryError:
         raise

@@ -59,17 +59,19 @@ def timing_of(lengths: str | None, device: str | None) -> Timing | None:
         device: where to run; None: a GPU if there is one.
 
     Raises:
-        NsaError: these are no lengths.
+        NsaError: these are no lengths, or the device is not there.
     """
     if lengths is None:
         return None
     from nsa_hf.conversion import Timing
 
+    from .load import pick_device
+
     try:
         tokens = tuple(map(int, lengths.split(",")))
     except ValueError as error:
         raise NsaError(f"--time must be lengths in tokens, separated by commas: 4096,16384; got {lengths!r}") from error
-    return Timing(tokens, device)
+    return Timing(tokens, pick_device(device))
 
 
 def save_plan(folder: Path, plan: dict[str, Any]) -> None:

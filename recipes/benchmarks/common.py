@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend
 
 from nsa_hf.errors import NsaError
 
@@ -24,12 +23,6 @@ STAMP = ("run_id", "gpu", "torch", "triton", "commit")
 Times = tuple[float, float, float]  # median, 20th and 80th percentile in milliseconds
 # Channels of the index, where blocks are chosen by one: the first ones of each head.
 INDEX_CHANNELS = 32
-# PyTorch's fused attentions
-DENSE_KERNELS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,10 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from nsa_hf.dense_kernels import DENSE_KERNELS
 from nsa_hf.kernels import n_blocks, nsa_attention, quantize_index_keys
 
 from .common import (
-    DENSE_KERNELS,
     INDEX_CHANNELS,
     Heads,
     Times,

@@ -42,10 +42,10 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
+from nsa_hf.dense_kernels import DENSE_KERNELS
 from nsa_hf.releases import CACHE
 
 from .common import (
-    DENSE_KERNELS,
     STAMP,
     Heads,
     dense_times,

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
+from nsa_hf.dense_kernels import DENSE_KERNELS
 from nsa_hf.kernels.operators import operator_name
 from nsa_hf.releases import checkpoint_activations
 
@@ -38,7 +39,6 @@ from ..training.compiling import compile_layers, room_for_graphs
 from ..training.flops import peak_flops, training_flops
 from ..training.losses import LossModel
 from .common import (
-    DENSE_KERNELS,
     STAMP,
     Heads,
     dense_times,

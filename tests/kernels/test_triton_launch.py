@@ -180,3 +180,30 @@ def test_launches_of_both_passes(
         op.backward_op._init_fn(inputs["q"], *tensors[:8], packed, selection, saved, numbers, 0.1)
     found.append(launched.total() + backward.found.total())
     assert tuple(found) == expected, (launched, forward.found, backward.found)
+
+
+def test_operators_run_on_the_card_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nsa_hf.kernels.gpu import common, op
+    from nsa_hf.kernels.gpu.decode.op import decode_op
+
+    current = ["cuda:0"]
+
+    class Card:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __enter__(self) -> None:
+            current.append(self.name)
+
+        def __exit__(self, *_: Any) -> None:
+            current.pop()
+
+    class Elsewhere:
+        is_cuda, device = True, "cuda:3"
+
+    monkeypatch.setattr(torch.cuda, "device", Card)
+    assert common.on_its_card(lambda x, y: (y, current[-1]))(Elsewhere(), 5) == (5, "cuda:3")
+    assert current == ["cuda:0"]
+    assert common.on_its_card(lambda x: current[-1])(torch.zeros(1)) == "cuda:0"
+    guarded = common.on_its_card(len).__code__
+    assert all(each._init_fn.__code__ is guarded for each in (op.forward_op, op.backward_op, decode_op))

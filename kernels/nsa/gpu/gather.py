@@ -157,35 +157,28 @@ def count_kernel(
     tl.debug_barrier()
     for first in tl.range(begin, end, 32):
         stop = tl.minimum(first + 32, end) * SLOTS
-        for i in tl.range(first * SLOTS, stop, BM):
-            part, token = find_parts(
-                selection, relative_ptr, part_base_ptr, i + index, stop, batch, head, T, HK, TOPK, SLOTS,
-                BLOCK, LOCAL, PARTS_A_BLOCK,
-            )
-            bit = tl.full([BM], 1, tl.int64) << (32 + ((token - first) & 31)).to(tl.int64)
-            tl.atomic_or(words + part, bit, mask=part >= 0, sem="relaxed")
-        tl.debug_barrier()
-        for i in tl.range(first * SLOTS, stop, BM):
-            part, token = find_parts(
-                selection, relative_ptr, part_base_ptr, i + index, stop, batch, head, T, HK, TOPK, SLOTS,
-                BLOCK, LOCAL, PARTS_A_BLOCK,
-            )
-            word = tl.load(words + part, mask=part >= 0, other=0)
-            before = (word >> 32).to(tl.int32) & ~(tl.full([BM], -1, tl.int32) << ((token - first) & 31))
-            tl.store(ranks + i + index, word.to(tl.int32) + bits_set(before), mask=part >= 0)
-        tl.debug_barrier()
-        for i in tl.range(first * SLOTS, stop, BM):
-            part, token = find_parts(
-                selection, relative_ptr, part_base_ptr, i + index, stop, batch, head, T, HK, TOPK, SLOTS,
-                BLOCK, LOCAL, PARTS_A_BLOCK,
-            )
-            word = tl.load(words + part, mask=part >= 0, other=0)
-            chosen = (word >> 32).to(tl.int32)
-            # the first query that chose the part: its bit, and none below; to the others the new word says no as well
-            lowest = (chosen & -chosen) == tl.full([BM], 1, tl.int32) << ((token - first) & 31)
-            count = word.to(tl.int32) + bits_set(chosen)
-            tl.store(words + part, count.to(tl.int64), mask=(part >= 0) & lowest)
-        tl.debug_barrier()
+        for step in tl.static_range(3):
+            for i in tl.range(first * SLOTS, stop, BM):
+                part, token = find_parts(
+                    selection, relative_ptr, part_base_ptr, i + index, stop, batch, head, T, HK, TOPK, SLOTS,
+                    BLOCK, LOCAL, PARTS_A_BLOCK,
+                )
+                number = (token - first) & 31
+                if step == 0:  # every query sets its bit
+                    bit = tl.full([BM], 1, tl.int64) << (32 + number).to(tl.int64)
+                    tl.atomic_or(words + part, bit, mask=part >= 0, sem="relaxed")
+                else:
+                    word = tl.load(words + part, mask=part >= 0, other=0)
+                    count, chosen = word.to(tl.int32), (word >> 32).to(tl.int32)
+                    if step == 1:  # and finds those that come before it
+                        before = chosen & ~(tl.full([BM], -1, tl.int32) << number)
+                        tl.store(ranks + i + index, count + bits_set(before), mask=part >= 0)
+                    else:
+                        # the first one, with no bit below its own, adds all; to the others the new word says no as well
+                        lowest = (chosen & -chosen) == tl.full([BM], 1, tl.int32) << number
+                        count += bits_set(chosen)
+                        tl.store(words + part, count.to(tl.int64), mask=(part >= 0) & lowest)
+            tl.debug_barrier()
     for p in tl.range(0, PARTS, BM):
         count = tl.load(words + p + index, mask=p + index < PARTS, other=0).to(tl.int32)
         tl.atomic_add(totals + lane * PARTS + p + index, count, mask=count > 0, sem="relaxed")
