@@ -45,17 +45,21 @@ def block_maxima(
         first_token: of the first block.
         blocks: how many of them there are, read with MASKED only; what is said of the others means nothing.
     """
+    # In a product of the matrix units the columns 8 i + 2 n and 8 i + 2 n + 1 belong to the n-th of four threads: these
+    # are of one block, so that each thread finds a block's maximum alone.
+    SIDE: tl.constexpr = min(BJ, 4)
     column = tl.arange(0, BJ * WIDTH)
+    block = column // (WIDTH * SIDE) * SIDE + column // 2 % SIDE
     first_token = tl.cast(first_token, tl.int64)
     k += first_token * k_token
     m = tl.full([ROWS, BJ], float("-inf"), tl.float32)
     # blocks of more than WIDTH tokens in several steps, smaller ones several at a time
     for step in tl.static_range((BLOCK + WIDTH - 1) // WIDTH):
-        place = step * WIDTH + column % WIDTH
+        place = step * WIDTH + column // (2 * SIDE) % (WIDTH // 2) * 2 + column % 2
         inside = place < BLOCK
         if MASKED:
-            inside = inside & (column // WIDTH < blocks)
-        token = column // WIDTH * BLOCK + place
+            inside = inside & (block < blocks)
+        token = block * BLOCK + place
         keys = load_tiles(k, token, k_token, inside, C)
         # whole numbers up to 127 are exact in every type
         products = dot_tiles(q, keys, PRECISION)
@@ -64,7 +68,8 @@ def block_maxima(
             products *= scale.to(tl.float32)[None, :]
         if BLOCK % WIDTH != 0:
             products = tl.where((place < BLOCK)[None, :], products, float("-inf"))
-        m = tl.maximum(m, tl.max(tl.reshape(products, [ROWS, BJ, WIDTH]), 2))
+        products = tl.reshape(products, [ROWS, BJ // SIDE, WIDTH // 2, SIDE, 2])
+        m = tl.maximum(m, tl.reshape(tl.max(tl.max(products, 4), 2), [ROWS, BJ]))
     return m
 
 
@@ -82,14 +87,14 @@ def best_of_document(
     row, column = tl.arange(0, ROWS), tl.arange(0, BT)
     most = tl.max(tl.where(mine, own, 0))
     least = tl.min(tl.where(mine, own, LAST))
-    top = tl.full([ROWS], NONE, tl.float32)
+    tops = tl.full([ROWS, BJ], NONE, tl.float32)
     # blocks that are past for every query
     all_past = tl.minimum(least, most) // BJ * BJ
     for first in tl.range(0, all_past, BJ, loop_unroll_factor=UNROLL):
         m = block_maxima(
             q, k, None, base + first * BLOCK, BJ, k_token, 0, C, ROWS, BJ, BLOCK, WIDTH, False, PRECISION
         )
-        top = tl.maximum(top, tl.max(m, 1))
+        tops = tl.maximum(tops, m)
         j = first + tl.arange(0, BJ)
         tl.store(maxima + j[None, :].to(tl.int64) * ROWS + row[:, None], m)
     for first in tl.range(all_past, most, BJ):
@@ -98,12 +103,12 @@ def best_of_document(
         m = block_maxima(
             q, k, None, base + first * BLOCK, left, k_token, 0, C, ROWS, BJ, BLOCK, WIDTH, True, PRECISION
         )
-        top = tl.maximum(top, tl.max(tl.where(j[None, :] < row_own[:, None], m, NONE), 1))
+        tops = tl.maximum(tops, tl.where(j[None, :] < row_own[:, None], m, NONE))
         tl.store(maxima + j[None, :].to(tl.int64) * ROWS + row[:, None], m, mask=(j < most)[None, :])
     tl.debug_barrier()
 
     # one score a token and block, in the place of its first heads' maxima; the largest of each section
-    top = tl.where(exists, top, float("inf"))
+    top = tl.where(exists, tl.max(tops, 1), float("inf"))
     for first in tl.range(0, most, BC):
         j = first + tl.arange(0, BC)
         at = maxima + j[None, :].to(tl.int64) * ROWS
@@ -255,7 +260,7 @@ def select_by_index(inputs: IndexInputs, layout: Layout, sizes: Sizes) -> Tensor
     selection, topk = new_selection(q_index, kv_heads, keys, sizes)
     group = next_power_of_2(heads // kv_heads)
     tiles = index_tiles(q_index, group)
-    width = min(tiles["columns"], max(16, next_power_of_2(sizes.block_size)))
+    width = max(2, min(tiles["columns"] // 4, next_power_of_2(sizes.block_size)))
     bt = max(1, tiles["rows"] // group)
     count = cdiv(tokens, bt) * batch * kv_heads
     programs = min(count, tiles["resident"] * processors(q_index.device))
