@@ -1,8 +1,7 @@
 """Blocks chosen by an index: the largest `q_index . k_index` of each block, no exponential, in one pass over the keys.
 
-A program holds the index queries of some tokens with all heads of a group and walks over the past blocks. The heads'
-maxima `[blocks, rows]` of this one tile stay in memory of the program's own; when the walk is over, each head's are
-counted from its largest, the heads become one, and the best blocks are taken.
+A program holds the index queries of some tokens with all heads of a group and walks over the past blocks. When the walk
+is over, each head's maxima are counted from its largest, the heads become one, and the best blocks are taken.
 """
 
 from __future__ import annotations
@@ -17,20 +16,24 @@ from torch import Tensor
 from ...sizes import Sizes
 from ..common import (
     SMALL_SHARED_MEMORY,
-    cdiv,
     next_power_of_2,
     precision,
-    processors,
     shared_memory,
     tile_width,
 )
 from ..launch import Kernel
 from ..layout import Layout
 from ..tiles import dot_tiles, load_tiles
-from .selection import check_limits, count_blocks, new_selection
-
-# The next best block is looked for among the best ones of so many sections of the past.
-MOST_SECTIONS = 128
+from .selection import (
+    best_of_sections,
+    check_limits,
+    find_tile,
+    new_scratch,
+    new_selection,
+    plan_selection,
+    store_selection,
+    take_best,
+)
 
 
 @triton.jit
@@ -119,29 +122,11 @@ def best_of_document(
         tl.debug_barrier()
         tl.store(at + column[:, None], score, mask=(j < most)[None, :])
         section = first // SECTION + tl.arange(0, BC // SECTION)
-        best = tl.max(tl.reshape(score, [BT, BC // SECTION, SECTION]), 2)
+        best = best_of_sections(score, BC // SECTION, SECTION)
         tl.store(sections + section[None, :] * BT + column[:, None], best, mask=(section < N)[None, :])
     tl.debug_barrier()
 
-    all_sections = tl.arange(0, SP)
-    exist = (all_sections < (most + SECTION - 1) // SECTION)[None, :] & mine[:, None]
-    best = tl.load(sections + all_sections[None, :] * BT + column[:, None], mask=exist, other=NONE)
-    rank = tl.arange(0, KP)
-    chosen = tl.full([BT, KP], LAST, tl.int32)
-    for number in range(CHOSEN):
-        value, section = tl.max(best, 1, return_indices=True, return_indices_tie_break_left=True)
-        j = section[:, None] * SECTION + tl.arange(0, SECTION)[None, :]
-        some = value > NONE
-        at = maxima + j.to(tl.int64) * ROWS + column[:, None]
-        score = tl.load(at, mask=some[:, None] & (j < most), other=NONE)
-        # the last one taken from this section was better, or as good and before
-        winner = tl.min(tl.where(score == value[:, None], j, LAST), 1)
-        score = tl.where(j == winner[:, None], NONE, score)
-        tl.store(at, score, mask=some[:, None] & (j == winner[:, None]))
-        best = tl.where(all_sections[None, :] == section[:, None], tl.max(score, 1)[:, None], best)
-        chosen = tl.where((rank == number)[None, :], tl.where(some, winner, LAST)[:, None], chosen)
-        tl.debug_barrier()
-    return tl.sort(chosen)
+    return take_best(maxima, sections, mine, most, ROWS, BT, CHOSEN, KP, SP, SECTION)
 
 
 @Kernel
@@ -159,18 +144,14 @@ def index_select_kernel(
     group = HI // HK
     maxima += tl.program_id(0).to(tl.int64) * BLOCKS * ROWS
     sections += tl.program_id(0).to(tl.int64) * N * BT
-    rank, slot = tl.arange(0, KP)[None, :], tl.arange(0, TOPKP)
     for number in tl.range(tl.program_id(0), TILES, tl.num_programs(0)):
-        # the last tokens, which see most, first
-        tile = (TILES - 1 - number) // (tl.cdiv(TILES, tl.cdiv(T, BT)))
-        pair = (TILES - 1 - number) % (tl.cdiv(TILES, tl.cdiv(T, BT)))
-        batch, kv_head = pair // HK, pair % HK
-        token = tile * BT + tl.arange(0, BT)
+        first, batch, kv_head = find_tile(number, TILES, T, HK, BT)
+        token = first + tl.arange(0, BT)
         relative = tl.load(relative_ptr + batch * T + token, mask=token < T, other=-1)
         own = tl.where(relative < 0, -1, relative // BLOCK)
         # head g of token t at row t * GP + g
         row = tl.arange(0, ROWS)
-        row_token = tile * BT + row // GP
+        row_token = first + row // GP
         exists = (row_token < T) & (row % GP < group)
         row_relative = tl.load(relative_ptr + batch * T + row_token, mask=exists, other=-1)
         exists = exists & (row_relative >= 0)
@@ -198,15 +179,9 @@ def index_select_kernel(
                 queries, keys, tl.min(document), row_own, own, own >= 0, exists, maxima, sections,
                 HJ * C, N, C, BT, GP, BJ, BLOCK, WIDTH, INIT, LOCAL, CHOSEN, KP, BC, SP, SECTION, UNROLL, PRECISION,
             )
-        free = tl.minimum(tl.maximum(own + 1 - INIT - LOCAL, 0), CHOSEN)
-        place = selection + (((batch * T + token).to(tl.int64) * HK + kv_head) * SLOTS)[:, None]
-        tl.store(place + INIT + rank, chosen, mask=(rank < free[:, None]) & (token < T)[:, None])
-        # forced blocks and unused places; the chosen ones stand between the first and the local blocks
-        behind = slot[None, :] - tl.minimum(own + 1, TOPK)[:, None]
-        block = tl.where(slot[None, :] < INIT, slot[None, :], own[:, None] + 1 + behind)
-        block = tl.where(behind < 0, block, -1)
-        taken = (slot[None, :] >= INIT) & (slot[None, :] < INIT + free[:, None])
-        tl.store(place + slot[None, :], block, mask=(slot < TOPK)[None, :] & (token < T)[:, None] & ~taken)
+        store_selection(
+            selection, chosen, own, token, batch, kv_head, T, HK, SLOTS, INIT, LOCAL, CHOSEN, KP, TOPK, TOPKP
+        )
         tl.debug_barrier()
 
 
@@ -252,30 +227,19 @@ def select_by_index(inputs: IndexInputs, layout: Layout, sizes: Sizes) -> Tensor
         ValueError: more index heads share a KV head, or more blocks are to be chosen, than the kernel takes.
     """
     q_index, k_index, kv_heads = inputs
-    batch, tokens, heads, channels = q_index.shape
+    _, tokens, heads, channels = q_index.shape
     keys, index_keys = k_index.shape[1:3]
     check_limits(heads // kv_heads, keys, sizes)
-    blocks = count_blocks(keys, sizes)
-    chosen = 0 if sizes.topk >= blocks else sizes.topk - sizes.init_blocks - sizes.local_blocks
-    selection, topk = new_selection(q_index, kv_heads, keys, sizes)
     group = next_power_of_2(heads // kv_heads)
     tiles = index_tiles(q_index, group)
-    width = max(2, min(tiles["columns"] // 4, next_power_of_2(sizes.block_size)))
     bt = max(1, tiles["rows"] // group)
-    count = cdiv(tokens, bt) * batch * kv_heads
-    programs = min(count, tiles["resident"] * processors(q_index.device))
-    section = max(16, next_power_of_2(cdiv(blocks, MOST_SECTIONS)))
-    sections = cdiv(blocks, section)
-    # of each program its own: the heads' maxima of a tile's blocks, and the best score of each section
-    maxima = q_index.new_empty(programs, blocks, bt * group, dtype=torch.float32)
-    best = q_index.new_empty(programs, sections, bt, dtype=torch.float32)
-    index_select_kernel[(programs,)](
-        q_index, k_index, layout.relative, layout.document, selection, maxima, best, tokens, keys, heads, kv_heads,
-        index_keys, count, blocks, sizes.topk, sections, C=channels, GP=group, BT=bt,
-        BJ=tiles["columns"] // width, BLOCK=sizes.block_size, WIDTH=width, INIT=sizes.init_blocks,
-        LOCAL=sizes.local_blocks, CHOSEN=chosen, KP=max(2, next_power_of_2(chosen)), TOPK=topk,
-        TOPKP=next_power_of_2(topk), BC=max(64, section), SP=max(2, next_power_of_2(sections)), SECTION=section,
-        UNROLL=tiles["unroll"], PACKED=layout.packed, PRECISION=precision(q_index.dtype), num_warps=tiles["num_warps"],
-        num_stages=tiles["num_stages"],
+    plan = plan_selection(q_index, kv_heads, keys, sizes, bt, tiles["resident"])
+    width = max(2, min(tiles["columns"] // 4, next_power_of_2(sizes.block_size)))
+    selection = new_selection(q_index, kv_heads, keys, sizes)
+    index_select_kernel[(plan.programs,)](
+        q_index, k_index, layout.relative, layout.document, selection, *new_scratch(q_index, plan, bt * group), tokens,
+        keys, heads, kv_heads, index_keys, plan.tiles, plan.blocks, sizes.topk, plan.sections, **plan.shape,
+        C=channels, GP=group, BJ=tiles["columns"] // width, WIDTH=width, UNROLL=tiles["unroll"], PACKED=layout.packed,
+        PRECISION=precision(q_index.dtype), num_warps=tiles["num_warps"], num_stages=tiles["num_stages"],
     )
     return selection

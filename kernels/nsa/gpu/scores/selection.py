@@ -1,14 +1,94 @@
-"""What both scorers begin with: the limits of the kernels, and the tensor that they fill."""
+"""What both scorers share: the limits, the tiles that programs take, and top-k (eqs. 11 and 12) over a tile's scores.
+
+A program takes one tile after another, BT tokens of one KV head, and holds the scores of a tile's blocks in memory of
+its own. The best block is looked for among the best ones of sections of the past, which then gets its second best.
+"""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ...sizes import Sizes
+from ..common import cdiv, next_power_of_2, processors
 
 MOST_CHOSEN = 256
 MOST_HEADS = 128
+MOST_SECTIONS = 128
+
+
+@triton.jit
+def find_tile(number, TILES, T, HK, BT: tl.constexpr):
+    """First token, row and KV head of a tile; the last tokens, which see most, come first."""
+    pairs = TILES // tl.cdiv(T, BT)
+    backwards = TILES - 1 - number
+    pair = backwards % pairs
+    return backwards // pairs * BT, pair // HK, pair % HK
+
+
+@triton.jit
+def best_of_sections(score, NUMBER: tl.constexpr, SECTION: tl.constexpr):
+    """The largest score of each of NUMBER sections, of `score [BT, NUMBER * SECTION]`."""
+    return tl.max(tl.reshape(score, [score.shape[0], NUMBER, SECTION]), 2)
+
+
+@triton.jit
+def take_best(
+    scores, sections, mine, most, step: tl.constexpr, BT: tl.constexpr, CHOSEN: tl.constexpr, KP: tl.constexpr,
+    SP: tl.constexpr, SECTION: tl.constexpr,
+):
+    """The CHOSEN blocks with the largest scores above -inf, of equal ones the first: `[BT, KP]`, rising; behind them,
+    the largest int32.
+
+    Args:
+        scores: of token `t` and block `j` at `j * step + t`, for `j < most`; those taken are made -inf.
+        sections: the largest of each SECTION blocks, `[sections, BT]`.
+        mine: `[BT]`, which tokens choose at all.
+    """
+    LAST: tl.constexpr = 0x7FFFFFFF
+    NONE: tl.constexpr = float("-inf")
+    column, all_sections, rank = tl.arange(0, BT), tl.arange(0, SP), tl.arange(0, KP)
+    exist = (all_sections < (most + SECTION - 1) // SECTION)[None, :] & mine[:, None]
+    best = tl.load(sections + all_sections[None, :] * BT + column[:, None], mask=exist, other=NONE)
+    chosen = tl.full([BT, KP], LAST, tl.int32)
+    for number in range(CHOSEN):
+        value, section = tl.max(best, 1, return_indices=True, return_indices_tie_break_left=True)
+        j = section[:, None] * SECTION + tl.arange(0, SECTION)[None, :]
+        some = value > NONE
+        at = scores + j.to(tl.int64) * step + column[:, None]
+        score = tl.load(at, mask=some[:, None] & (j < most), other=NONE)
+        # the last one taken from this section was better, or as good and before
+        winner = tl.min(tl.where(score == value[:, None], j, LAST), 1)
+        score = tl.where(j == winner[:, None], NONE, score)
+        tl.store(at, score, mask=some[:, None] & (j == winner[:, None]))
+        best = tl.where(all_sections[None, :] == section[:, None], tl.max(score, 1)[:, None], best)
+        chosen = tl.where((rank == number)[None, :], tl.where(some, winner, LAST)[:, None], chosen)
+        tl.debug_barrier()
+    return tl.sort(chosen)
+
+
+@triton.jit
+def store_selection(
+    selection, chosen, own, token, batch, kv_head, T, HK, SLOTS, INIT: tl.constexpr, LOCAL: tl.constexpr,
+    CHOSEN: tl.constexpr, KP: tl.constexpr, TOPK: tl.constexpr, TOPKP: tl.constexpr,
+):
+    """Writes the first TOPK places of `selection [B, T, Hk, SLOTS]` for the tokens `[BT]`: the first blocks, those
+    chosen `[BT, KP]` (rising, at most CHOSEN), the local ones, and -1 where nothing is left; `own` is a token's block,
+    -1 for none."""
+    rank, slot = tl.arange(0, KP)[None, :], tl.arange(0, TOPKP)[None, :]
+    free = tl.minimum(tl.maximum(own + 1 - INIT - LOCAL, 0), CHOSEN)[:, None]
+    place = selection + (((batch * T + token).to(tl.int64) * HK + kv_head) * SLOTS)[:, None]
+    exists = (token < T)[:, None]
+    tl.store(place + INIT + rank, chosen, mask=(rank < free) & exists)
+    behind = slot - tl.minimum(own + 1, TOPK)[:, None]
+    block = tl.where(slot < INIT, slot, own[:, None] + 1 + behind)
+    block = tl.where(behind < 0, block, -1)
+    taken = (slot >= INIT) & (slot < INIT + free)
+    tl.store(place + slot, block, mask=(slot < TOPK) & exists & ~taken)
 
 
 def check_limits(group: int, keys: int, sizes: Sizes) -> None:
@@ -38,13 +118,58 @@ def count_blocks(keys: int, sizes: Sizes) -> int:
     return (keys - 1) // sizes.block_size + 1
 
 
-def new_selection(queries: Tensor, kv_heads: int, keys: int, sizes: Sizes) -> tuple[Tensor, int]:
-    """The selection `[B, T, Hk, topk]` int32 of queries `[B, T, H, D]`, and how many places a kernel writes of each.
+def new_selection(queries: Tensor, kv_heads: int, keys: int, sizes: Sizes) -> Tensor:
+    """The selection `[B, T, Hk, topk]` int32 of queries `[B, T, H, D]`, for a kernel to fill.
 
     Behind the number of blocks no place is ever used: those are -1 from the start.
     """
-    topk = min(sizes.topk, count_blocks(keys, sizes))
     shape = (*queries.shape[:2], kv_heads, sizes.topk)
-    if topk < sizes.topk:
-        return queries.new_full(shape, -1, dtype=torch.int32), topk
-    return queries.new_empty(shape, dtype=torch.int32), topk
+    if sizes.topk > count_blocks(keys, sizes):
+        return queries.new_full(shape, -1, dtype=torch.int32)
+    return queries.new_empty(shape, dtype=torch.int32)
+
+
+class Plan(NamedTuple):
+    """How the queries are cut into tiles, and the constants of top-k.
+
+    Attributes:
+        programs: of the launch.
+        tiles: all together.
+        blocks: of a row.
+        sections: of a row's blocks.
+        shape: constants of the kernels.
+    """
+
+    programs: int
+    tiles: int
+    blocks: int
+    sections: int
+    shape: dict[str, int]
+
+
+def plan_selection(
+    queries: Tensor, kv_heads: int, keys: int, sizes: Sizes, tile_tokens: int, resident: int
+) -> Plan:
+    """The plan for queries `[B, T, H, D]` over rows of `keys` keys.
+
+    Args:
+        tile_tokens: BT.
+        resident: programs that a processor holds at a time.
+    """
+    blocks = count_blocks(keys, sizes)
+    chosen = 0 if sizes.topk >= blocks else max(0, sizes.topk - sizes.init_blocks - sizes.local_blocks)
+    tiles = cdiv(queries.shape[1], tile_tokens) * queries.shape[0] * kv_heads
+    section = max(16, next_power_of_2(cdiv(blocks, MOST_SECTIONS)))
+    sections, topk = cdiv(blocks, section), min(sizes.topk, blocks)
+    shape = {
+        "BT": tile_tokens, "BLOCK": sizes.block_size, "INIT": sizes.init_blocks, "LOCAL": sizes.local_blocks,
+        "CHOSEN": chosen, "KP": max(2, next_power_of_2(chosen)), "TOPK": topk, "TOPKP": next_power_of_2(topk),
+        "BC": max(64, section), "SP": max(2, next_power_of_2(sections)), "SECTION": section,
+    }
+    return Plan(min(tiles, resident * processors(queries.device)), tiles, blocks, sections, shape)
+
+
+def new_scratch(queries: Tensor, plan: Plan, rows: int) -> tuple[Tensor, Tensor]:
+    """Each program's own memory: `rows` numbers for each block, and the best score of each section and token."""
+    scores = queries.new_empty(plan.programs, plan.blocks, rows, dtype=torch.float32)
+    return scores, queries.new_empty(plan.programs, plan.sections, plan.shape["BT"], dtype=torch.float32)
