@@ -25,14 +25,14 @@ from ..launch import Kernel
 from ..layout import Layout
 from ..tiles import dot_tiles, load_tiles
 from .selection import (
-    best_of_sections,
     check_limits,
     find_tile,
     new_scratch,
     new_selection,
     plan_selection,
-    store_selection,
-    take_best,
+    store_best,
+    store_forced,
+    store_scores,
 )
 
 
@@ -111,73 +111,69 @@ def block_terms(
 
 
 @triton.jit
-def best_of_document(
-    q, lse, visible, k_cmp, base, own, mine, terms, sections, k_stride, scale_log2, N, DK: tl.constexpr,
+def score_document(
+    q, lse, visible, k_cmp, base, own, mine, terms, scores, sections, most, k_stride, scale_log2, N, DK: tl.constexpr,
     BT: tl.constexpr, GP: tl.constexpr, BJ: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
-    BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, CHOSEN: tl.constexpr, KP: tl.constexpr,
-    BC: tl.constexpr, SP: tl.constexpr, SECTION: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, BC: tl.constexpr, SECTION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """The chosen ones of the blocks `[INIT, own - LOCAL]` of the queries `mine` of one document, `[BT, KP]`, rising.
+    """Scores of the blocks `[INIT, most)` of one document for its queries, `mine`.
 
     Args:
         terms: the program's own memory: of block `j`, what its entries say of it, and behind them what they say of the
             next one, `[blocks, 2, BT]`.
     """
-    NONE: tl.constexpr = float("-inf")
     # With two local blocks, a block that may be chosen and the next one are past, and so is every entry that
     # reaches into it.
     MASKED: tl.constexpr = LOCAL < 2
     # entries of the last block before the first one to be chosen reach into it
     FIRST: tl.constexpr = INIT - 1 if INIT > 0 and KERNEL > STRIDE else INIT
-    most, seen = tl.maximum(tl.max(tl.where(mine, own, -1)) - LOCAL + 1, 0), tl.max(visible)
-    column = tl.arange(0, BT)[:, None]
+    seen = tl.max(visible)
+    row = tl.arange(0, BT)[:, None]
     for first in tl.range(FIRST, most, BJ):
         here, behind = block_terms(
             q, lse, visible, k_cmp, base, first, seen, k_stride, scale_log2, DK, BT, GP, BJ, KERNEL, STRIDE, BLOCK,
             MASKED, PRECISION,
         )
         j = first + tl.arange(0, BJ)[None, :]
-        at = terms + j.to(tl.int64) * (2 * BT) + column
+        at = terms + j.to(tl.int64) * (2 * BT) + row
         tl.store(at, here, mask=j < most)
         if KERNEL > STRIDE:
             tl.store(at + BT, behind, mask=j < most)
     tl.debug_barrier()
     for first in tl.range(0, most, BC):
         j = first + tl.arange(0, BC)[None, :]
-        at = terms + j.to(tl.int64) * (2 * BT) + column
+        at = terms + j.to(tl.int64) * (2 * BT) + row
         choosable = (j >= INIT) & (j <= own[:, None] - LOCAL) & mine[:, None]
-        score = tl.load(at, mask=choosable, other=NONE)
+        score = tl.load(at, mask=choosable, other=float("-inf"))
         if KERNEL > STRIDE:
             score += tl.load(at - BT, mask=choosable & (j > 0), other=0.0)
-        tl.store(at, score, mask=j < most)
-        section = first // SECTION + tl.arange(0, BC // SECTION)[None, :]
-        best = best_of_sections(score, BC // SECTION, SECTION)
-        tl.store(sections + section * BT + column, best, mask=section < N)
-    tl.debug_barrier()
-    return take_best(terms, sections, mine, most, 2 * BT, BT, CHOSEN, KP, SP, SECTION)
+        store_scores(score, scores, sections, first, most, N, BT, BC, SECTION)
 
 
 @Kernel
 @triton.jit
 def select_kernel(
-    q, k_cmp, lse, relative_ptr, document_ptr, cmp_low_ptr, selection, terms, sections, scale_log2, T, ENTRIES, HQ, HK,
-    TILES, BLOCKS, SLOTS, N, DK: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr,
+    q, k_cmp, lse, relative_ptr, document_ptr, cmp_low_ptr, selection, terms, scores, sections, picked, scale_log2, T,
+    ENTRIES, HQ, HK, TILES, BLOCKS, SLOTS, N, DK: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
     CHOSEN: tl.constexpr, KP: tl.constexpr, TOPK: tl.constexpr, TOPKP: tl.constexpr, BC: tl.constexpr,
-    SP: tl.constexpr, SECTION: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    SP: tl.constexpr, SECTION: tl.constexpr, AT_ONCE: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """The selected blocks of BT tokens of one KV head, one such tile after another."""
     LAST: tl.constexpr = 0x7FFFFFFF
     group = HQ // HK
     terms += tl.program_id(0).to(tl.int64) * BLOCKS * (2 * BT)
-    sections += tl.program_id(0).to(tl.int64) * N * BT
+    scores += tl.program_id(0).to(tl.int64) * BT * N * SECTION
+    sections += tl.program_id(0).to(tl.int64) * BT * N
+    picked += tl.program_id(0).to(tl.int64) * BT * KP
     row_in, row_head = place_rows(BT * GP, GP)
     for number in tl.range(tl.program_id(0), TILES, tl.num_programs(0)):
         first, batch, kv_head = find_tile(number, TILES, T, HK, BT)
         token = first + tl.arange(0, BT)
         relative = tl.load(relative_ptr + batch * T + token, mask=token < T, other=-1)
         own = tl.where(relative < 0, -1, relative // BLOCK)
-        chosen = tl.full([BT, KP], LAST, tl.int32)
+        store_forced(selection, own, token, batch, kv_head, T, HK, SLOTS, INIT, LOCAL, CHOSEN, TOPK, TOPKP)
         if CHOSEN > 0:
             row_token = first + row_in
             exists = (row_token < T) & (row_head < group)
@@ -189,30 +185,26 @@ def select_kernel(
             visible = tl.where(row_relative < KERNEL - 1, 0, (row_relative - (KERNEL - 1)) // STRIDE + 1)
             visible = tl.where(exists, visible, 0)
             keys = k_cmp + (batch.to(tl.int64) * ENTRIES * HK + kv_head) * DK
-            if PACKED:
-                # one document of the tile after another: their blocks are counted from different places
-                document = tl.load(document_ptr + batch * T + token, mask=token < T, other=LAST)
-                row_document = tl.load(document_ptr + batch * T + row_token, mask=row_token < T, other=LAST)
-                cmp_low = tl.load(cmp_low_ptr + batch * T + token, mask=token < T, other=0)
-                current = tl.min(document)
-                while current < LAST:
-                    mine = document == current
-                    of_document = best_of_document(
-                        queries, log_sum, tl.where(row_document == current, visible, 0), keys,
-                        tl.max(tl.where(mine, cmp_low, 0)), own, mine, terms, sections, HK * DK, scale_log2, N, DK, BT,
-                        GP, BJ, KERNEL, STRIDE, BLOCK, INIT, LOCAL, CHOSEN, KP, BC, SP, SECTION, PRECISION,
-                    )
-                    chosen = tl.where(mine[:, None], of_document, chosen)
-                    current = tl.min(tl.where(document > current, document, LAST))
-            else:
-                chosen = best_of_document(
-                    queries, log_sum, visible, keys, 0, own, own >= 0, terms, sections, HK * DK, scale_log2, N, DK, BT,
-                    GP, BJ, KERNEL, STRIDE, BLOCK, INIT, LOCAL, CHOSEN, KP, BC, SP, SECTION, PRECISION,
+            # one document of the tile after another: their blocks are counted from different places
+            document = tl.load(document_ptr + batch * T + token, mask=token < T, other=LAST)
+            row_document = tl.load(document_ptr + batch * T + row_token, mask=row_token < T, other=LAST)
+            cmp_low = tl.load(cmp_low_ptr + batch * T + token, mask=token < T, other=0)
+            current = tl.min(document)
+            while current < LAST:
+                mine = (document == current) & (own >= 0)
+                most = tl.maximum(tl.max(tl.where(mine, own, -1)) - LOCAL + 1, 0)
+                score_document(
+                    queries, log_sum, tl.where(row_document == current, visible, 0), keys,
+                    tl.max(tl.where(mine, cmp_low, 0)), own, mine, terms, scores, sections, most, HK * DK, scale_log2,
+                    N, DK, BT, GP, BJ, KERNEL, STRIDE, BLOCK, INIT, LOCAL, BC, SECTION, PRECISION,
                 )
-        store_selection(
-            selection, chosen, own, token, batch, kv_head, T, HK, SLOTS, INIT, LOCAL, CHOSEN, KP, TOPK, TOPKP
-        )
-        tl.debug_barrier()
+                tl.debug_barrier()
+                store_best(
+                    scores, sections, picked, selection, relative_ptr, document_ptr, current, first, most, batch,
+                    kv_head, T, HK, SLOTS, N, BT, INIT, CHOSEN, KP, SP, SECTION, AT_ONCE, ROWS,
+                )
+                tl.debug_barrier()
+                current = tl.min(tl.where(document > current, document, LAST))
 
 
 def select_tiles(q: Tensor, group: int) -> dict[str, int]:
@@ -266,7 +258,7 @@ def select_by_compressed(inputs: CompressedInputs, layout: Layout, sizes: Sizes)
         q, k_cmp, lse, layout.relative, layout.document, layout.compressed[0], selection,
         *new_scratch(q, plan, 2 * bt), scale_log2, tokens, k_cmp.shape[1], heads, kv_heads, plan.tiles, plan.blocks,
         sizes.topk, plan.sections, **plan.shape, DK=key_dim, GP=width, BJ=max(1, columns), KERNEL=sizes.kernel_size,
-        STRIDE=sizes.kernel_stride, PACKED=layout.packed, PRECISION=precision(q.dtype), num_warps=tiles["num_warps"],
+        STRIDE=sizes.kernel_stride, PRECISION=precision(q.dtype), num_warps=tiles["num_warps"],
         num_stages=tiles["num_stages"],
     )
     return selection

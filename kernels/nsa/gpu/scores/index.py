@@ -25,14 +25,14 @@ from ..launch import Kernel
 from ..layout import Layout
 from ..tiles import dot_tiles, load_tiles
 from .selection import (
-    best_of_sections,
     check_limits,
     find_tile,
     new_scratch,
     new_selection,
     plan_selection,
-    store_selection,
-    take_best,
+    store_best,
+    store_forced,
+    store_scores,
 )
 
 
@@ -77,23 +77,19 @@ def block_maxima(
 
 
 @triton.jit
-def best_of_document(
-    q, k, base, row_own, own, mine, exists, maxima, sections, k_token, N,
-    C: tl.constexpr, BT: tl.constexpr, GP: tl.constexpr, BJ: tl.constexpr, BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, CHOSEN: tl.constexpr, KP: tl.constexpr,
-    BC: tl.constexpr, SP: tl.constexpr, SECTION: tl.constexpr, UNROLL: tl.constexpr, PRECISION: tl.constexpr,
+def score_document(
+    q, k, base, row_own, own, mine, exists, maxima, scores, sections, most, k_token, N, C: tl.constexpr,
+    BT: tl.constexpr, GP: tl.constexpr, BJ: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    INIT: tl.constexpr, LOCAL: tl.constexpr, BC: tl.constexpr, SECTION: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """The chosen blocks of the queries `mine` of one document, `[BT, KP]`, rising; behind them, LAST."""
-    LAST: tl.constexpr = 0x7FFFFFFF
+    """Scores of the blocks of one document for its queries, `mine`; `most`: blocks that any of them has behind it."""
     NONE: tl.constexpr = float("-inf")
     ROWS: tl.constexpr = BT * GP
-    row, column = tl.arange(0, ROWS), tl.arange(0, BT)
-    most = tl.max(tl.where(mine, own, 0))
-    least = tl.min(tl.where(mine, own, LAST))
+    row = tl.arange(0, ROWS)
     tops = tl.full([ROWS, BJ], NONE, tl.float32)
     # blocks that are past for every query
-    all_past = tl.minimum(least, most) // BJ * BJ
-    for first in tl.range(0, all_past, BJ, loop_unroll_factor=UNROLL):
+    all_past = tl.minimum(tl.min(tl.where(mine, own, most)), most) // BJ * BJ
+    for first in tl.range(0, all_past, BJ):
         m = block_maxima(
             q, k, None, base + first * BLOCK, BJ, k_token, 0, C, ROWS, BJ, BLOCK, WIDTH, False, PRECISION
         )
@@ -110,79 +106,67 @@ def best_of_document(
         tl.store(maxima + j[None, :].to(tl.int64) * ROWS + row[:, None], m, mask=(j < most)[None, :])
     tl.debug_barrier()
 
-    # one score a token and block, in the place of its first heads' maxima; the largest of each section
+    # one score a token and block
     top = tl.where(exists, tl.max(tops, 1), float("inf"))
     for first in tl.range(0, most, BC):
-        j = first + tl.arange(0, BC)
-        at = maxima + j[None, :].to(tl.int64) * ROWS
-        m = tl.load(at + row[:, None], mask=(j < most)[None, :], other=NONE)
+        j = first + tl.arange(0, BC)[None, :]
+        m = tl.load(maxima + j.to(tl.int64) * ROWS + row[:, None], mask=j < most, other=NONE)
         score = tl.max(tl.reshape(m - top[:, None], [BT, GP, BC]), 1)
-        choosable = (j[None, :] >= INIT) & (j[None, :] <= own[:, None] - LOCAL) & mine[:, None]
-        score = tl.where(choosable, score, NONE)
-        tl.debug_barrier()
-        tl.store(at + column[:, None], score, mask=(j < most)[None, :])
-        section = first // SECTION + tl.arange(0, BC // SECTION)
-        best = best_of_sections(score, BC // SECTION, SECTION)
-        tl.store(sections + section[None, :] * BT + column[:, None], best, mask=(section < N)[None, :])
-    tl.debug_barrier()
-
-    return take_best(maxima, sections, mine, most, ROWS, BT, CHOSEN, KP, SP, SECTION)
+        choosable = (j >= INIT) & (j <= own[:, None] - LOCAL) & mine[:, None]
+        store_scores(tl.where(choosable, score, NONE), scores, sections, first, most, N, BT, BC, SECTION)
 
 
 @Kernel
 @triton.jit
 def index_select_kernel(
-    q, k, relative_ptr, document_ptr, selection, maxima, sections, T, S, HI, HK, HJ, TILES, BLOCKS, SLOTS, N,
-    C: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr, BLOCK: tl.constexpr,
+    q, k, relative_ptr, document_ptr, selection, maxima, scores, sections, picked, T, S, HI, HK, HJ, TILES, BLOCKS,
+    SLOTS, N, C: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr, BLOCK: tl.constexpr,
     WIDTH: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, CHOSEN: tl.constexpr, KP: tl.constexpr,
     TOPK: tl.constexpr, TOPKP: tl.constexpr, BC: tl.constexpr, SP: tl.constexpr, SECTION: tl.constexpr,
-    UNROLL: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    AT_ONCE: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """The selected blocks of BT tokens of one KV head, one such tile after another."""
     LAST: tl.constexpr = 0x7FFFFFFF
-    ROWS: tl.constexpr = BT * GP
     group = HI // HK
-    maxima += tl.program_id(0).to(tl.int64) * BLOCKS * ROWS
-    sections += tl.program_id(0).to(tl.int64) * N * BT
+    maxima += tl.program_id(0).to(tl.int64) * BLOCKS * (BT * GP)
+    scores += tl.program_id(0).to(tl.int64) * BT * N * SECTION
+    sections += tl.program_id(0).to(tl.int64) * BT * N
+    picked += tl.program_id(0).to(tl.int64) * BT * KP
     for number in tl.range(tl.program_id(0), TILES, tl.num_programs(0)):
         first, batch, kv_head = find_tile(number, TILES, T, HK, BT)
         token = first + tl.arange(0, BT)
         relative = tl.load(relative_ptr + batch * T + token, mask=token < T, other=-1)
         own = tl.where(relative < 0, -1, relative // BLOCK)
-        # head g of token t at row t * GP + g
-        row = tl.arange(0, ROWS)
-        row_token = first + row // GP
-        exists = (row_token < T) & (row % GP < group)
-        row_relative = tl.load(relative_ptr + batch * T + row_token, mask=exists, other=-1)
-        exists = exists & (row_relative >= 0)
-        row_own = tl.where(exists, row_relative // BLOCK, -1)
-        head = (batch * T + row_token).to(tl.int64) * HI + kv_head * group + row % GP
-        queries = load_tiles(q, head, C, exists, C)
-        keys = k + (batch.to(tl.int64) * S * HJ + kv_head * HJ // HK) * C
-        document = tl.load(document_ptr + batch * T + token, mask=token < T, other=LAST)
-        if CHOSEN == 0:
-            chosen = tl.full([BT, KP], LAST, tl.int32)
-        elif PACKED:
-            chosen = tl.full([BT, KP], LAST, tl.int32)
+        store_forced(selection, own, token, batch, kv_head, T, HK, SLOTS, INIT, LOCAL, CHOSEN, TOPK, TOPKP)
+        if CHOSEN > 0:
+            # head g of token t at row t * GP + g
+            row = tl.arange(0, BT * GP)
+            row_token = first + row // GP
+            exists = (row_token < T) & (row % GP < group)
+            row_relative = tl.load(relative_ptr + batch * T + row_token, mask=exists, other=-1)
+            exists = exists & (row_relative >= 0)
+            row_own = tl.where(exists, row_relative // BLOCK, -1)
+            head = (batch * T + row_token).to(tl.int64) * HI + kv_head * group + row % GP
+            queries = load_tiles(q, head, C, exists, C)
+            keys = k + (batch.to(tl.int64) * S * HJ + kv_head * HJ // HK) * C
+            # one document of the tile after another: their blocks are counted from different places
+            document = tl.load(document_ptr + batch * T + token, mask=token < T, other=LAST)
             row_document = tl.load(document_ptr + batch * T + row_token, mask=row_token < T, other=LAST)
             current = tl.min(document)
             while current < LAST:
-                mine = document == current
-                of_document = best_of_document(
-                    queries, keys, current, row_own, own, mine, exists & (row_document == current), maxima, sections,
-                    HJ * C, N, C, BT, GP, BJ, BLOCK, WIDTH, INIT, LOCAL, CHOSEN, KP, BC, SP, SECTION, UNROLL, PRECISION,
+                mine = (document == current) & (own >= 0)
+                most = tl.max(tl.where(mine, own, 0))
+                score_document(
+                    queries, keys, current, row_own, own, mine, exists & (row_document == current), maxima, scores,
+                    sections, most, HJ * C, N, C, BT, GP, BJ, BLOCK, WIDTH, INIT, LOCAL, BC, SECTION, PRECISION,
                 )
-                chosen = tl.where(mine[:, None], of_document, chosen)
+                tl.debug_barrier()
+                store_best(
+                    scores, sections, picked, selection, relative_ptr, document_ptr, current, first, most, batch,
+                    kv_head, T, HK, SLOTS, N, BT, INIT, CHOSEN, KP, SP, SECTION, AT_ONCE, ROWS,
+                )
+                tl.debug_barrier()
                 current = tl.min(tl.where(document > current, document, LAST))
-        else:
-            chosen = best_of_document(
-                queries, keys, tl.min(document), row_own, own, own >= 0, exists, maxima, sections,
-                HJ * C, N, C, BT, GP, BJ, BLOCK, WIDTH, INIT, LOCAL, CHOSEN, KP, BC, SP, SECTION, UNROLL, PRECISION,
-            )
-        store_selection(
-            selection, chosen, own, token, batch, kv_head, T, HK, SLOTS, INIT, LOCAL, CHOSEN, KP, TOPK, TOPKP
-        )
-        tl.debug_barrier()
 
 
 def index_tiles(q_index: Tensor, group: int) -> dict[str, int]:
@@ -239,7 +223,7 @@ def select_by_index(inputs: IndexInputs, layout: Layout, sizes: Sizes) -> Tensor
     index_select_kernel[(plan.programs,)](
         q_index, k_index, layout.relative, layout.document, selection, *new_scratch(q_index, plan, bt * group), tokens,
         keys, heads, kv_heads, index_keys, plan.tiles, plan.blocks, sizes.topk, plan.sections, **plan.shape,
-        C=channels, GP=group, BJ=tiles["columns"] // width, WIDTH=width, UNROLL=tiles["unroll"], PACKED=layout.packed,
-        PRECISION=precision(q_index.dtype), num_warps=tiles["num_warps"], num_stages=tiles["num_stages"],
+        C=channels, GP=group, BJ=tiles["columns"] // width, WIDTH=width, PRECISION=precision(q_index.dtype),
+        num_warps=tiles["num_warps"], num_stages=tiles["num_stages"],
     )
     return selection

@@ -1,11 +1,12 @@
 """What both scorers share: the limits, the tiles that programs take, and top-k (eqs. 11 and 12) over a tile's scores.
 
-A program takes one tile after another, BT tokens of one KV head, and holds the scores of a tile's blocks in memory of
-its own. The best block is looked for among the best ones of sections of the past, which then gets its second best.
+A program takes one tile after another, BT tokens of one KV head, and keeps the scores of a tile's blocks in memory of
+its own. The best blocks are looked for among the best ones of sections of the past.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,9 @@ from ..common import cdiv, next_power_of_2, processors
 
 MOST_CHOSEN = 256
 MOST_HEADS = 128
+# Sections where many blocks are taken one after another, and scores of a token that are held in registers.
 MOST_SECTIONS = 128
+MOST_AT_ONCE = 256
 
 
 @triton.jit
@@ -31,64 +34,131 @@ def find_tile(number, TILES, T, HK, BT: tl.constexpr):
 
 
 @triton.jit
-def best_of_sections(score, NUMBER: tl.constexpr, SECTION: tl.constexpr):
-    """The largest score of each of NUMBER sections, of `score [BT, NUMBER * SECTION]`."""
-    return tl.max(tl.reshape(score, [score.shape[0], NUMBER, SECTION]), 2)
+def store_scores(score, scores, sections, first, most, N, BT: tl.constexpr, BC: tl.constexpr, SECTION: tl.constexpr):
+    """Keeps `score [BT, BC]`, of the blocks `[first, first + BC)` before `most`, and the largest of each section:
+    `scores [BT, N * SECTION]`, `sections [BT, N]`. Of blocks that are not to be chosen it is -inf."""
+    row, j = tl.arange(0, BT)[:, None], first + tl.arange(0, BC)[None, :]
+    tl.store(scores + row * (N * SECTION) + j, score, mask=j < most)
+    section = first // SECTION + tl.arange(0, BC // SECTION)[None, :]
+    best = tl.max(tl.reshape(score, [BT, BC // SECTION, SECTION]), 2)
+    tl.store(sections + row * N + section, best, mask=section < N)
 
 
 @triton.jit
-def take_best(
-    scores, sections, mine, most, step: tl.constexpr, BT: tl.constexpr, CHOSEN: tl.constexpr, KP: tl.constexpr,
-    SP: tl.constexpr, SECTION: tl.constexpr,
+def find_best(score, CHOSEN: tl.constexpr):
+    """Which of `score [R, N]` are the CHOSEN largest above -inf of a row, of equal ones the first; their places, 0 and
+    on, in rising order."""
+    bits = score.to(tl.int32, bitcast=True)
+    # whole numbers in the same order, whose largest a warp finds at once
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    NONE: tl.constexpr = -0x7F800001  # that of -inf
+    LAST: tl.constexpr = 0x7FFFFFFF
+    limit = tl.full([score.shape[0]], LAST, tl.int32)
+    for _ in range(CHOSEN):
+        limit = tl.max(tl.where(key < limit[:, None], key, NONE), 1)
+    above = tl.sum((key > limit[:, None]).to(tl.int32), 1)
+    while tl.max(above) >= CHOSEN:  # where scores are equal, the limit went too low
+        higher = tl.min(tl.where(key > limit[:, None], key, LAST), 1)
+        limit = tl.where(above >= CHOSEN, higher, limit)
+        above = tl.sum((key > limit[:, None]).to(tl.int32), 1)
+    equal = key == limit[:, None]
+    first = tl.cumsum(equal.to(tl.int32), 1) <= CHOSEN - above[:, None]
+    best = (key > NONE) & ((key > limit[:, None]) | (equal & first))
+    return best, tl.cumsum(best.to(tl.int32), 1) - 1
+
+
+@triton.jit
+def store_at_once(
+    scores, sections, picked, place, row, mine, most, N, CHOSEN: tl.constexpr, KP: tl.constexpr, SP: tl.constexpr,
+    SECTION: tl.constexpr,
 ):
-    """The CHOSEN blocks with the largest scores above -inf, of equal ones the first: `[BT, KP]`, rising; behind them,
-    the largest int32.
+    """Writes the best blocks of the rows `[R]` of `store_scores` to `place [R]`, rising: those of the best CHOSEN
+    sections hold all of them, and their scores are read together.
 
     Args:
-        scores: of token `t` and block `j` at `j * step + t`, for `j < most`; those taken are made -inf.
-        sections: the largest of each SECTION blocks, `[sections, BT]`.
-        mine: `[BT]`, which tokens choose at all.
+        picked: the program's own memory, of each row KP numbers.
+        most: all blocks come before it.
     """
+    ROWS: tl.constexpr = row.shape[0]
+    NONE: tl.constexpr = float("-inf")
+    section = tl.arange(0, SP)[None, :]
+    exist = mine[:, None] & (section < (most + SECTION - 1) // SECTION)
+    best, rank = find_best(tl.load(sections + row[:, None] * N + section, mask=exist, other=NONE), CHOSEN)
+    tl.store(picked + row[:, None] * KP + rank, section + tl.zeros([ROWS, 1], tl.int32), mask=best)
+    count = tl.sum(best.to(tl.int32), 1)
+    tl.debug_barrier()
+    column = tl.arange(0, KP * SECTION)[None, :]
+    exist = column // SECTION < count[:, None]
+    section = tl.load(picked + row[:, None] * KP + column // SECTION, mask=exist, other=0)
+    j = section * SECTION + column % SECTION
+    score = tl.load(scores + row[:, None] * (N * SECTION) + j, mask=exist & (j < most), other=NONE)
+    best, rank = find_best(score, CHOSEN)
+    tl.store(place[:, None] + rank, j, mask=best)
+
+
+@triton.jit
+def store_in_turn(
+    scores, sections, place, row, mine, most, N, CHOSEN: tl.constexpr, KP: tl.constexpr, SP: tl.constexpr,
+    SECTION: tl.constexpr,
+):
+    """As `store_at_once`, for many sections or blocks: one block after another, whose section is read again."""
     LAST: tl.constexpr = 0x7FFFFFFF
     NONE: tl.constexpr = float("-inf")
-    column, all_sections, rank = tl.arange(0, BT), tl.arange(0, SP), tl.arange(0, KP)
-    exist = (all_sections < (most + SECTION - 1) // SECTION)[None, :] & mine[:, None]
-    best = tl.load(sections + all_sections[None, :] * BT + column[:, None], mask=exist, other=NONE)
-    chosen = tl.full([BT, KP], LAST, tl.int32)
+    scores += row[:, None] * (N * SECTION)
+    all_sections, rank = tl.arange(0, SP)[None, :], tl.arange(0, KP)[None, :]
+    exist = mine[:, None] & (all_sections < (most + SECTION - 1) // SECTION)
+    best = tl.load(sections + row[:, None] * N + all_sections, mask=exist, other=NONE)
+    chosen = tl.full([row.shape[0], KP], LAST, tl.int32)
     for number in range(CHOSEN):
         value, section = tl.max(best, 1, return_indices=True, return_indices_tie_break_left=True)
         j = section[:, None] * SECTION + tl.arange(0, SECTION)[None, :]
         some = value > NONE
-        at = scores + j.to(tl.int64) * step + column[:, None]
-        score = tl.load(at, mask=some[:, None] & (j < most), other=NONE)
+        score = tl.load(scores + j, mask=some[:, None] & (j < most), other=NONE)
         # the last one taken from this section was better, or as good and before
         winner = tl.min(tl.where(score == value[:, None], j, LAST), 1)
         score = tl.where(j == winner[:, None], NONE, score)
-        tl.store(at, score, mask=some[:, None] & (j == winner[:, None]))
-        best = tl.where(all_sections[None, :] == section[:, None], tl.max(score, 1)[:, None], best)
-        chosen = tl.where((rank == number)[None, :], tl.where(some, winner, LAST)[:, None], chosen)
+        tl.store(scores + j, score, mask=some[:, None] & (j == winner[:, None]))
+        best = tl.where(all_sections == section[:, None], tl.max(score, 1)[:, None], best)
+        chosen = tl.where(rank == number, tl.where(some, winner, LAST)[:, None], chosen)
         tl.debug_barrier()
-    return tl.sort(chosen)
+    chosen = tl.sort(chosen)
+    tl.store(place[:, None] + rank, chosen, mask=chosen < LAST)
 
 
 @triton.jit
-def store_selection(
-    selection, chosen, own, token, batch, kv_head, T, HK, SLOTS, INIT: tl.constexpr, LOCAL: tl.constexpr,
-    CHOSEN: tl.constexpr, KP: tl.constexpr, TOPK: tl.constexpr, TOPKP: tl.constexpr,
+def store_best(
+    scores, sections, picked, selection, relative_ptr, document_ptr, current, first_token, most, batch, kv_head, T, HK,
+    SLOTS, N, BT: tl.constexpr, INIT: tl.constexpr, CHOSEN: tl.constexpr, KP: tl.constexpr, SP: tl.constexpr,
+    SECTION: tl.constexpr, AT_ONCE: tl.constexpr, ROWS: tl.constexpr,
 ):
-    """Writes the first TOPK places of `selection [B, T, Hk, SLOTS]` for the tokens `[BT]`: the first blocks, those
-    chosen `[BT, KP]` (rising, at most CHOSEN), the local ones, and -1 where nothing is left; `own` is a token's block,
-    -1 for none."""
-    rank, slot = tl.arange(0, KP)[None, :], tl.arange(0, TOPKP)[None, :]
-    free = tl.minimum(tl.maximum(own + 1 - INIT - LOCAL, 0), CHOSEN)[:, None]
+    """Writes the chosen blocks of the tile's tokens of the document `current` into `selection [B, T, Hk, SLOTS]`."""
+    for first_row in tl.range(0, BT, ROWS):
+        row = first_row + tl.arange(0, ROWS)
+        token = first_token + row
+        relative = tl.load(relative_ptr + batch * T + token, mask=token < T, other=-1)
+        mine = (relative >= 0) & (tl.load(document_ptr + batch * T + token, mask=token < T, other=-1) == current)
+        place = selection + ((batch * T + token).to(tl.int64) * HK + kv_head) * SLOTS + INIT
+        if AT_ONCE:
+            store_at_once(scores, sections, picked, place, row, mine, most, N, CHOSEN, KP, SP, SECTION)
+        else:
+            store_in_turn(scores, sections, place, row, mine, most, N, CHOSEN, KP, SP, SECTION)
+
+
+@triton.jit
+def store_forced(
+    selection, own, token, batch, kv_head, T, HK, SLOTS, INIT: tl.constexpr, LOCAL: tl.constexpr,
+    CHOSEN: tl.constexpr, TOPK: tl.constexpr, TOPKP: tl.constexpr,
+):
+    """Writes the other of the first TOPK places for the tokens `[BT]`: the first blocks, behind the chosen ones the
+    local ones, and -1 where nothing is left; `own` is a token's block, -1 for none."""
+    slot = tl.arange(0, TOPKP)[None, :]
     place = selection + (((batch * T + token).to(tl.int64) * HK + kv_head) * SLOTS)[:, None]
-    exists = (token < T)[:, None]
-    tl.store(place + INIT + rank, chosen, mask=(rank < free) & exists)
     behind = slot - tl.minimum(own + 1, TOPK)[:, None]
     block = tl.where(slot < INIT, slot, own[:, None] + 1 + behind)
     block = tl.where(behind < 0, block, -1)
-    taken = (slot >= INIT) & (slot < INIT + free)
-    tl.store(place + slot, block, mask=(slot < TOPK) & exists & ~taken)
+    free = tl.minimum(tl.maximum(own + 1 - INIT - LOCAL, 0), CHOSEN)[:, None]
+    chosen = (slot >= INIT) & (slot < INIT + free)
+    tl.store(place + slot, block, mask=(slot < TOPK) & (token < T)[:, None] & ~chosen)
 
 
 def check_limits(group: int, keys: int, sizes: Sizes) -> None:
@@ -159,17 +229,26 @@ def plan_selection(
     blocks = count_blocks(keys, sizes)
     chosen = 0 if sizes.topk >= blocks else max(0, sizes.topk - sizes.init_blocks - sizes.local_blocks)
     tiles = cdiv(queries.shape[1], tile_tokens) * queries.shape[0] * kv_heads
-    section = max(16, next_power_of_2(cdiv(blocks, MOST_SECTIONS)))
-    sections, topk = cdiv(blocks, section), min(sizes.topk, blocks)
+    kept, topk = max(2, next_power_of_2(chosen)), min(sizes.topk, blocks)
+    section = 8 if blocks <= 1024 else 16
+    at_once = kept * section <= MOST_AT_ONCE and cdiv(blocks, section) <= MOST_AT_ONCE
+    if not at_once:
+        section = max(16, next_power_of_2(cdiv(blocks, MOST_SECTIONS)))
+    sections = cdiv(blocks, section)
     shape = {
         "BT": tile_tokens, "BLOCK": sizes.block_size, "INIT": sizes.init_blocks, "LOCAL": sizes.local_blocks,
-        "CHOSEN": chosen, "KP": max(2, next_power_of_2(chosen)), "TOPK": topk, "TOPKP": next_power_of_2(topk),
-        "BC": max(64, section), "SP": max(2, next_power_of_2(sections)), "SECTION": section,
+        "CHOSEN": chosen, "KP": kept, "TOPK": topk, "TOPKP": next_power_of_2(topk), "BC": max(64, section),
+        "SP": max(2, next_power_of_2(sections)), "SECTION": section, "AT_ONCE": at_once, "ROWS": min(tile_tokens, 32),
     }
     return Plan(min(tiles, resident * processors(queries.device)), tiles, blocks, sections, shape)
 
 
-def new_scratch(queries: Tensor, plan: Plan, rows: int) -> tuple[Tensor, Tensor]:
-    """Each program's own memory: `rows` numbers for each block, and the best score of each section and token."""
-    scores = queries.new_empty(plan.programs, plan.blocks, rows, dtype=torch.float32)
-    return scores, queries.new_empty(plan.programs, plan.sections, plan.shape["BT"], dtype=torch.float32)
+def new_scratch(queries: Tensor, plan: Plan, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Each program's own memory: `rows` numbers for each block, and the tokens' scores, best ones of sections, and
+    sections that were picked."""
+    tokens, section = plan.shape["BT"], plan.shape["SECTION"]
+    number = partial(queries.new_empty, dtype=torch.float32)
+    terms = number(plan.programs, plan.blocks, rows)
+    scores = number(plan.programs, tokens, plan.sections * section)
+    sections = number(plan.programs, tokens, plan.sections)
+    return terms, scores, sections, queries.new_empty(plan.programs, tokens, plan.shape["KP"], dtype=torch.int32)
