@@ -207,14 +207,15 @@ def select_kernel(
                 current = tl.min(tl.where(document > current, document, LAST))
 
 
-def select_tiles(q: Tensor, group: int) -> dict[str, int]:
+def select_tiles(q: Tensor) -> dict[str, int]:
     """Rows (heads of some queries) and columns (entries) of a program at a time, and programs a processor."""
     row, small = bytes_a_row(q, 1), shared_memory(q.device) < SMALL_SHARED_MEMORY
     if q.dtype == torch.float32:
         return {"rows": 32, "columns": 32, "resident": 2, "num_warps": 4, "num_stages": 1}
-    if row > 256 and small:
-        return {"rows": 32, "columns": 64, "resident": 2, "num_warps": 4, "num_stages": 2}
-    return {"rows": 128, "columns": 64, "resident": 2, "num_warps": 4, "num_stages": 2}
+    if row > 256:
+        return {"rows": 32 if small else 128, "columns": 64, "resident": 2, "num_warps": 4, "num_stages": 2}
+    # registers for three programs
+    return {"rows": 128, "columns": 64, "resident": 3, "num_warps": 4, "num_stages": 2, "maxnreg": 168}
 
 
 class CompressedInputs(NamedTuple):
@@ -249,16 +250,15 @@ def select_by_compressed(inputs: CompressedInputs, layout: Layout, sizes: Sizes)
     kv_heads = k_cmp.shape[2]
     check_limits(heads // kv_heads, keys, sizes)
     width = next_power_of_2(heads // kv_heads)
-    tiles = select_tiles(q, width)
-    columns = tiles["columns"] // max(2, next_power_of_2(sizes.block_size // sizes.kernel_stride))
-    bt = max(1, tiles["rows"] // width)
-    plan = plan_selection(q, kv_heads, keys, sizes, bt, tiles["resident"])
+    tiles = select_tiles(q)
+    columns = tiles.pop("columns") // max(2, next_power_of_2(sizes.block_size // sizes.kernel_stride))
+    bt = max(1, tiles.pop("rows") // width)
+    plan = plan_selection(q, kv_heads, keys, sizes, bt, tiles.pop("resident"))
     selection = new_selection(q, kv_heads, keys, sizes)
     select_kernel[(plan.programs,)](
         q, k_cmp, lse, layout.relative, layout.document, layout.compressed[0], selection,
         *new_scratch(q, plan, 2 * bt), scale_log2, tokens, k_cmp.shape[1], heads, kv_heads, plan.tiles, plan.blocks,
         sizes.topk, plan.sections, **plan.shape, DK=key_dim, GP=width, BJ=max(1, columns), KERNEL=sizes.kernel_size,
-        STRIDE=sizes.kernel_stride, PRECISION=precision(q.dtype), num_warps=tiles["num_warps"],
-        num_stages=tiles["num_stages"],
+        STRIDE=sizes.kernel_stride, PRECISION=precision(q.dtype), **tiles,
     )
     return selection

@@ -169,22 +169,18 @@ def index_select_kernel(
                 current = tl.min(tl.where(document > current, document, LAST))
 
 
-def index_tiles(q_index: Tensor, group: int) -> dict[str, int]:
-    """Rows (heads of some queries) and columns (tokens) of a program, steps at once, and programs a processor.
-
-    Args:
-        group: index heads of a KV head, as a power of two.
-    """
+def index_tiles(q_index: Tensor) -> dict[str, int]:
+    """Rows (heads of some queries) and columns (tokens) of a program, and programs a processor."""
     row = tile_width(q_index.shape[-1]) * q_index.element_size()
     small = shared_memory(q_index.device) < SMALL_SHARED_MEMORY
     if q_index.dtype == torch.float32:
-        return {"rows": 32, "columns": 32, "unroll": 1, "resident": 2, "num_warps": 4, "num_stages": 1}
+        return {"rows": 32, "columns": 32, "resident": 2, "num_warps": 4, "num_stages": 1}
     if row > 256 or (row > 128 and small):
-        return {"rows": 64, "columns": 64, "unroll": 1, "resident": 2, "num_warps": 4, "num_stages": 2}
-    if group < 4 or row > 64 or small:
-        return {"rows": 128, "columns": 128, "unroll": 1, "resident": 2, "num_warps": 4, "num_stages": 3}
-    # products of one step while another's are compared: 4 % faster
-    return {"rows": 128, "columns": 64, "unroll": 2, "resident": 3, "num_warps": 4, "num_stages": 3}
+        return {"rows": 64, "columns": 64, "resident": 2, "num_warps": 4, "num_stages": 2}
+    if row > 64 or small:
+        return {"rows": 128, "columns": 128, "resident": 2, "num_warps": 4, "num_stages": 3}
+    # registers for three programs: where one waits for its products, others compare theirs
+    return {"rows": 128, "columns": 64, "resident": 3, "num_warps": 4, "num_stages": 3, "maxnreg": 168}
 
 
 class IndexInputs(NamedTuple):
@@ -215,15 +211,14 @@ def select_by_index(inputs: IndexInputs, layout: Layout, sizes: Sizes) -> Tensor
     keys, index_keys = k_index.shape[1:3]
     check_limits(heads // kv_heads, keys, sizes)
     group = next_power_of_2(heads // kv_heads)
-    tiles = index_tiles(q_index, group)
-    bt = max(1, tiles["rows"] // group)
-    plan = plan_selection(q_index, kv_heads, keys, sizes, bt, tiles["resident"])
-    width = max(2, min(tiles["columns"] // 4, next_power_of_2(sizes.block_size)))
+    tiles = index_tiles(q_index)
+    columns, bt = tiles.pop("columns"), max(1, tiles.pop("rows") // group)
+    plan = plan_selection(q_index, kv_heads, keys, sizes, bt, tiles.pop("resident"))
+    width = max(2, min(columns // 4, next_power_of_2(sizes.block_size)))
     selection = new_selection(q_index, kv_heads, keys, sizes)
     index_select_kernel[(plan.programs,)](
         q_index, k_index, layout.relative, layout.document, selection, *new_scratch(q_index, plan, bt * group), tokens,
         keys, heads, kv_heads, index_keys, plan.tiles, plan.blocks, sizes.topk, plan.sections, **plan.shape,
-        C=channels, GP=group, BJ=tiles["columns"] // width, WIDTH=width, PRECISION=precision(q_index.dtype),
-        num_warps=tiles["num_warps"], num_stages=tiles["num_stages"],
+        C=channels, GP=group, BJ=columns // width, WIDTH=width, PRECISION=precision(q_index.dtype), **tiles,
     )
     return selection
