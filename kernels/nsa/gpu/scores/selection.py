@@ -238,7 +238,7 @@ def plan_selection(
     shape = {
         "BT": tile_tokens, "BLOCK": sizes.block_size, "INIT": sizes.init_blocks, "LOCAL": sizes.local_blocks,
         "CHOSEN": chosen, "KP": kept, "TOPK": topk, "TOPKP": next_power_of_2(topk), "BC": max(64, section),
-        "SP": max(2, next_power_of_2(sections)), "SECTION": section, "AT_ONCE": at_once, "ROWS": min(tile_tokens, 32),
+        "SP": max(2, next_power_of_2(sections)), "SECTION": section, "AT_ONCE": at_once, "ROWS": min(tile_tokens, 16),
     }
     return Plan(min(tiles, resident * processors(queries.device)), tiles, blocks, sections, shape)
 
