@@ -22,7 +22,7 @@ from .common import (
     search_steps,
     shared_memory,
 )
-from .interval import border, tile_bounds, widths
+from .interval import border, first_tile, tile_bounds, widths
 from .launch import Kernel
 from .layout import Layout
 from .tiles import add_products, add_tiles, dot_tiles, load_tiles, scale_tiles, store_tiles, zero_tiles
@@ -97,14 +97,13 @@ def interval_dq_kernel(
     exists = t < T
     low = tl.load(low_ptr + batch * T + t, mask=exists, other=0)
     high = tl.load(high_ptr + batch * T + t, mask=exists, other=0)
-    first, middle, end, last = tile_bounds(low, high, exists, N, BN)
+    lowest, first, middle, end, last = tile_bounds(low, high, exists, N, BN)
     sees = high > low
-    low2, lowest = low, first
+    low2 = low
     if SECOND:
         low2 = tl.load(low2_ptr + batch * T + t, mask=exists, other=0)
-        lowest = tl.minimum(first, tl.min(tl.where(sees, low2, N)))
-        # whole tiles more
-        first -= tl.cdiv(first - lowest, BN) * BN
+        lowest = tl.minimum(lowest, tl.min(tl.where(sees, low2, N)))
+        first = first_tile(lowest, middle, BN)
 
     origin = (batch * T + tile * BM).to(tl.int64) * HQ + head
     queries = load_tiles(q + origin * DK, row, HQ * DK, sees, DK)
@@ -135,11 +134,13 @@ def interval_dq_kernel(
 
 @triton.jit
 def dkv_step(
-    dk_acc, dv_acc, keys, values, q, dout, rows, low_ptr, high_ptr, t, stop, start, batch, head, scale_log2, T, HQ,
-    DK: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    dk_acc, dv_acc, keys, values, q, dout, rows, rows2, low_ptr, high_ptr, low2_ptr, t, stop, start, batch, head,
+    scale_log2, T, HQ, DK: tl.constexpr, DV: tl.constexpr, SECOND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Adds `ds^T q` and `p^T dout` of the queries `[t, t + BM)` before `stop`; all see all keys unless MASKED.
+
+    SECOND: of the second branch too, which needs MASKED.
 
     Everything is transposed, `[BN, BM]`, so that `p^T` and `ds^T` go from registers into the products.
     """
@@ -158,6 +159,15 @@ def dkv_step(
         high = tl.load(high_ptr + batch * T + t + row, mask=exists, other=0)
         seen = (key >= low[None, :]) & (key < high[None, :])
     p, ds = weight_gradient(logits, dots, log_sum[None, :], gate[None, :], correction[None, :], seen, MASKED)
+    if SECOND:
+        low2 = tl.load(low2_ptr + batch * T + t + row, mask=exists, other=0)
+        log_sum2, gate2, correction2 = load_rows(rows2, batch * HQ + head, t + row, T, exists)
+        p2, ds2 = weight_gradient(
+            logits, dots, log_sum2[None, :], gate2[None, :], correction2[None, :],
+            (key >= low2[None, :]) & (key < high[None, :]), True,
+        )
+        p += p2
+        ds += ds2
     dv_acc = add_products(p.to(douts[0].dtype), douts, dv_acc, PRECISION)
     dk_acc = add_products(ds.to(queries[0].dtype), queries, dk_acc, PRECISION)
     return dk_acc, dv_acc
@@ -166,13 +176,14 @@ def dkv_step(
 @Kernel
 @triton.jit
 def interval_dkv_kernel(
-    q, k, v, low_ptr, high_ptr, borders, dout, rows, dk_in, dv_in, dk, dv, scale, scale_log2, T, N, HQ, HK, BATCH,
-    TILES, DK: tl.constexpr, DV: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, v, low_ptr, high_ptr, low2_ptr, borders, borders2, dout, rows, rows2, dk_in, dv_in, dk, dv, scale,
+    scale_log2, T, N, HQ, HK, BATCH, TILES, DK: tl.constexpr, DV: tl.constexpr, SECOND: tl.constexpr,
+    ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """`dv = sum p^T dout`, `dk = scale * sum ds^T q` over queries and heads of the group, plus `dv_in`, `dk_in` if ADD.
 
     One program: BN keys of one KV head and every `num_programs(2)`-th tile of the queries that see any of them.
+    SECOND: of two branches whose runs end together, `[low, high)` and `[low2, high)`, over the same keys.
     """
     tile, split, splits = tl.program_id(0), tl.program_id(2), tl.num_programs(2)
     batch, kv_head = tl.program_id(1) // HK, tl.program_id(1) % HK
@@ -184,9 +195,18 @@ def interval_dkv_kernel(
     borders += (batch * TILES + tile) * 4
     first, middle = tl.load(borders), tl.load(borders + 1)
     middle_end, end = tl.load(borders + 2), tl.load(borders + 3)
+    stop = end
+    if SECOND:
+        # the queries up to the last one that sees a key by the second run are taken as those on the border are
+        end2 = tl.load(borders2 + (batch * TILES + tile) * 4 + 3)
+        stop = tl.maximum(end, end2)
+        middle = tl.minimum(first + tl.cdiv(end2 - first, BM) * BM, stop)
+    middle_end = middle + tl.maximum(middle_end - middle, 0) // BM * BM
     # what none of these queries sees may be anything, NaN too, and is not read
-    least = tl.load(low_ptr + batch * T + first, mask=first < end, other=0)
-    most = tl.load(high_ptr + batch * T + end - 1, mask=first < end, other=0)
+    least = tl.load(low_ptr + batch * T + first, mask=first < stop, other=0)
+    if SECOND:
+        least = tl.minimum(least, tl.load(low2_ptr + batch * T + first, mask=first < stop, other=0))
+    most = tl.load(high_ptr + batch * T + stop - 1, mask=first < stop, other=0)
     read = exists & (start + index >= least) & (start + index < most)
     keys = load_tiles(k + origin * DK, index, HK * DK, read, DK)
     values = load_tiles(v + origin * DV, index, HK * DV, read, DV)
@@ -197,19 +217,20 @@ def interval_dkv_kernel(
     tiles = tl.cdiv(tl.maximum((middle_end - middle) // BM - split, 0), splits)
     for i in tl.range(0, tiles * group):
         dk_acc, dv_acc = dkv_step(
-            dk_acc, dv_acc, keys, values, q, dout, rows, low_ptr, high_ptr, middle + (split + i // group * splits) * BM,
-            end, start, batch, kv_head * group + i % group, scale_log2, T, HQ, DK, DV, BM, BN, False, PRECISION,
+            dk_acc, dv_acc, keys, values, q, dout, rows, rows2, low_ptr, high_ptr, low2_ptr,
+            middle + (split + i // group * splits) * BM, end, start, batch, kv_head * group + i % group, scale_log2, T,
+            HQ, DK, DV, False, BM, BN, False, PRECISION,
         )
     # those on either side
     before = tl.cdiv(middle - first, BM)
-    tiles = tl.cdiv(tl.maximum(before + tl.cdiv(end - middle_end, BM) - split, 0), splits)
+    tiles = tl.cdiv(tl.maximum(before + tl.cdiv(tl.maximum(end - middle_end, 0), BM) - split, 0), splits)
     for i in tl.range(0, tiles * group):
         which = split + i // group * splits
         dk_acc, dv_acc = dkv_step(
-            dk_acc, dv_acc, keys, values, q, dout, rows, low_ptr, high_ptr,
+            dk_acc, dv_acc, keys, values, q, dout, rows, rows2, low_ptr, high_ptr, low2_ptr,
             tl.where(which < before, first + which * BM, middle_end + (which - before) * BM),
             tl.where(which < before, middle, end), start, batch, kv_head * group + i % group, scale_log2, T, HQ, DK, DV,
-            BM, BN, True, PRECISION,
+            SECOND, BM, BN, True, PRECISION,
         )
     dk_acc = scale_tiles(dk_acc, scale)
     if ADD:
@@ -244,10 +265,12 @@ def backward_tiles(q: Tensor, v: Tensor, keys_outside: bool) -> dict:
 
 
 class Second(NamedTuple):
-    """A second branch over the same keys whose runs end where the first one's do: where they begin, and its rows."""
+    """A second branch over the same keys whose runs end where the first one's do: where they begin, its rows, borders.
+    """
 
     low: Tensor
     rows: Tensor
+    borders: Tensor
 
 
 def interval_dq(
@@ -263,7 +286,7 @@ def interval_dq(
     batch, tokens, heads, _ = q.shape
     tiles = backward_tiles(q, v, keys_outside=False)
     grid = (cdiv(tokens, tiles["BM"]), batch * heads)
-    low2, rows2 = second or (low, rows)
+    low2, rows2, _ = second or (low, rows, None)
     interval_dq_kernel[grid](
         q, k, v, low, high, low2, dout, rows, rows2, dq, scale, scale_log2, tokens, k.shape[1], heads, k.shape[2],
         SECOND=second is not None, ADD=add, **widths(q, v), **tiles,
@@ -273,10 +296,10 @@ def interval_dq(
 @Kernel
 @triton.jit
 def borders_kernel(
-    runs, borders, T, TILES, STEPS, BN: tl.constexpr, BM: tl.constexpr, AT_ONCE: tl.constexpr
+    runs, borders, T, TILES, STEPS, BN: tl.constexpr, AT_ONCE: tl.constexpr
 ):
-    """Of the runs `[low, high)` in `runs [3, 2, B, T]` and each tile of BN keys, `borders [3, B, TILES, 4]`: the
-    queries `[first, end)` that see any of them, and, a multiple of BM, those `[middle, middle_end)` that see all. They
+    """Of the runs `[low, high)` in `runs [3, 2, B, T]` and each tile of BN keys, `borders [3, B, TILES, 4]`: first,
+    middle, middle_end, end. The queries `[first, end)` see any of them, and those `[middle, middle_end)` all. They
     stand together, since `low` and `high` only rise."""
     batch, branch = tl.program_id(1), tl.program_id(2)
     tile = tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE)
@@ -288,7 +311,7 @@ def borders_kernel(
     middle_end = lower_bound(low, T, start + 1, STEPS)
     end = tl.maximum(lower_bound(low, T, start + BN, STEPS), first)
     middle = tl.minimum(middle, end)
-    middle_end = middle + tl.maximum(tl.minimum(middle_end, end) - middle, 0) // BM * BM
+    middle_end = tl.minimum(middle_end, end)
     borders += ((branch * tl.num_programs(1) + batch) * TILES + tile) * 4
     tl.store(borders, first, mask=tile < TILES)
     tl.store(borders + 1, middle, mask=tile < TILES)
@@ -307,8 +330,7 @@ def find_borders(q: Tensor, v: Tensor, layout: Layout, keys: int) -> tuple[Tenso
     count = cdiv(keys, tiles["BN"])
     borders = layout.runs.new_empty(3, batch, count, 4)
     borders_kernel[(cdiv(count, 64), batch, 3)](
-        layout.runs, borders, tokens, count, search_steps(tokens), BN=tiles["BN"], BM=tiles["BM"], AT_ONCE=64,
-        num_warps=2,
+        layout.runs, borders, tokens, count, search_steps(tokens), BN=tiles["BN"], AT_ONCE=64, num_warps=2,
     )
     return borders.unbind()
 
@@ -348,7 +370,7 @@ def sum_splits(dk_partial: Tensor, dv_partial: Tensor, dtype: torch.dtype) -> tu
 def interval_dkv(
     q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, dout: Tensor, rows: Tensor, scale: float,
     scale_log2: float, borders: Tensor, *, dtype: torch.dtype, add: tuple[Tensor, Tensor] | None = None,
-    few_keys: bool = False,
+    few_keys: bool = False, second: Second | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of keys and values, `[B, N, Hk, *]` in `dtype`, plus `add` where given.
 
@@ -357,6 +379,7 @@ def interval_dkv(
         borders: as `find_borders` gives them for these runs, `[B, tiles, 4]` int32.
         few_keys: there are far fewer keys than queries and each is seen by many of these: the queries are split over
             several programs, whose float32 sums are added in a fixed order.
+        second: another branch at once, as in `interval_dq`.
     """
     batch, tokens, heads, key_dim = q.shape
     keys, kv_heads, value_dim = v.shape[1:]
@@ -375,9 +398,11 @@ def interval_dkv(
     else:
         dk, dv = k.new_empty(*shape, key_dim, dtype=dtype), k.new_empty(*shape, value_dim, dtype=dtype)
     dk_in, dv_in = add if add is not None else (dk, dv)
+    low2, rows2, borders2 = second or (low, rows, borders)
     interval_dkv_kernel[(count, batch * kv_heads, splits)](
-        q, k, v, low, high, borders, dout, rows, dk_in, dv_in, dk, dv, scale, scale_log2, tokens, keys, heads,
-        kv_heads, batch, borders.shape[1], ADD=add is not None, **widths(q, v), **tiles,
+        q, k, v, low, high, low2, borders, borders2, dout, rows, rows2, dk_in, dv_in, dk, dv, scale, scale_log2,
+        tokens, keys, heads, kv_heads, batch, borders.shape[1], SECOND=second is not None, ADD=add is not None,
+        **widths(q, v), **tiles,
     )
     if splits > 1:
         return sum_splits(dk, dv, dtype)

@@ -67,25 +67,38 @@ def cut_selection(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, parts: int) -> 
     return find_chunks(q, v, parts, slots) if slots else None
 
 
-def attend_selected(
-    q: Tensor, k: Tensor, v: Tensor, selection: Tensor, layout: Layout, sizes: Sizes, scale_log2: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The selected branch (eq. 12), whichever scorer chose its blocks.
+def local_in_window(sizes: Sizes) -> bool:
+    """Whether every query's local blocks lie in its window."""
+    return sizes.local_blocks * sizes.block_size <= sizes.window_size
+
+
+def attend_near(
+    q: Tensor, k: Tensor, v: Tensor, near_k: Tensor, near_v: Tensor, selection: Tensor, layout: Layout, sizes: Sizes,
+    scale_log2: float,
+) -> tuple[Tensor, ...]:
+    """The selected branch (eq. 12), whichever scorer chose its blocks, and the window over `near_k` and `near_v`.
 
     Returns:
-        Output `[B, T, Hq, Dv]` in q's dtype, log2-sum-exp `[B, T, Hq]` float32, and the picks of
-        each part (`order` and `offsets` of `Gather`; empty where they are not needed).
+        Outputs of both `[B, T, Hq, Dv]` in q's dtype, their log2-sum-exps `[B, T, Hq]` float32, and the picks of each
+        part (`order` and `offsets` of `Gather`; empty where they are not needed).
     """
     nothing = (selection.new_empty(0), selection.new_empty(0))
+    window = partial(interval_forward, q, near_k, near_v, *layout.window, scale_log2)
     if takes_query_major(q, k):
-        return (*query_major_forward(q, k, v, selection, layout, sizes, scale_log2), *nothing)
-    out, lse = interval_forward(q, k, v, *layout.local, scale_log2)
+        out_win, lse_win = window()
+        out, lse = query_major_forward(q, k, v, selection, layout, sizes, scale_log2)
+        return out, out_win, lse, lse_win, *nothing
+    if near_k is k and local_in_window(sizes):
+        out_win, lse_win, out, lse = window(second=layout.local[0])
+    else:
+        out_win, lse_win = window()
+        out, lse = interval_forward(q, k, v, *layout.local, scale_log2)
     chunks = cut_selection(q, k, v, sizes, layout.part_first.shape[-1])
     if chunks is None:
-        return (out, lse, *nothing)
+        return out, out_win, lse, lse_win, *nothing
     gather = gather_queries(selection, layout, sizes, chunks)
     selected_forward(q, k, v, gather, layout, sizes, scale_log2, out, lse)
-    return out, lse, gather.order, gather.offsets
+    return out, out_win, lse, lse_win, gather.order, gather.offsets
 
 
 @torch.library.custom_op(operator_name("forward"), mutates_args=())
@@ -110,8 +123,9 @@ def forward_op(
     else:
         assert k_cmp is not None and lse_cmp is not None
         selection = select_by_compressed(CompressedInputs(q, k_cmp, lse_cmp, k.shape[1], scale_log2), layout, sizes)
-    out_slc, lse_slc, order, offsets = attend_selected(q, k, v, selection, layout, sizes, scale_log2)
-    out_win, lse_win = interval_forward(q, near_k, near_v, *layout.window, scale_log2)
+    out_slc, out_win, lse_slc, lse_win, order, offsets = attend_near(
+        q, k, v, near_k, near_v, selection, layout, sizes, scale_log2
+    )
     out = combine(out_cmp, out_slc, out_win, gates, layout.relative)
     none = (gates.new_empty(0), gates.new_empty(0))
     cmp = none if out_cmp is None or lse_cmp is None else (out_cmp, lse_cmp)
@@ -152,37 +166,36 @@ def backward_op(
     scales = (scale, scale_log2)
     local = (*layout.local, dout, rows[SLC], *scales)
     win = (*layout.window, dout, rows[WIN], *scales)
-    # over the same keys, the local blocks' runs and the window's end together: both for little more than one
-    both = Second(layout.local[0], rows[SLC]) if k_win is None else None
 
     dq = torch.empty_like(q, dtype=torch.float32)
-    if k_cmp is None or v_cmp is None:
-        borders = find_borders(q, v, layout, k.shape[1])
-        compressed = []
-    else:
+    borders = find_borders(q, v, layout, max(x.shape[1] for x in (k, k_cmp) if x is not None))
+    compressed = []
+    if k_cmp is not None and v_cmp is not None:
         cmp = (*layout.compressed, dout, rows[CMP], *scales)
         interval_dq(q, k_cmp, v_cmp, *cmp, dq, add=False)
-        borders = find_borders(q, v, layout, max(k.shape[1], k_cmp.shape[1]))
         compressed = [*interval_dkv(q, k_cmp, v_cmp, *cmp, borders[CMP], dtype=q.dtype, few_keys=True)]
+    # over the same keys, the local blocks' runs and the window's end together: both for little more than one
+    both = Second(layout.local[0], rows[SLC], borders[SLC]) if k_win is None else None
     interval_dq(q, near_k, near_v, *win, dq, add=k_cmp is not None, second=both)
     if both is None:
         interval_dq(q, k, v, *local, dq, add=True)
 
-    dk, dv = interval_dkv(q, k, v, *local, borders[SLC], dtype=torch.float32)
-    summed = torch.empty_like(q)
+    summed, added = torch.empty_like(q), None
     if chunks := cut_selection(q, k, v, sizes, forward.parts.shape[-1]):
         gather = Gather(forward.order, forward.offsets, chunks)
         if not forward.offsets.numel():
             gather = gather_queries(selection, layout, sizes, chunks)
+        added = dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
         selected_backward(q, k, v, gather, layout, sizes, dout, records, scale, scale_log2, dq, summed, dk, dv)
     else:
         summed.copy_(dq)
     del dq
-    if k_win is not None:
-        dk_win, dv_win = interval_dkv(q, near_k, near_v, *win, borders[WIN], dtype=q.dtype)
-        return [summed, dk.to(q.dtype), dv.to(q.dtype), dgates, *compressed, dk_win, dv_win]
-    dk, dv = interval_dkv(q, k, v, *win, borders[WIN], dtype=q.dtype, add=(dk, dv))
-    return [summed, dk, dv, dgates, *compressed]
+    if both is not None:
+        dk, dv = interval_dkv(q, k, v, *win, borders[WIN], dtype=q.dtype, add=added, second=both)
+        return [summed, dk, dv, dgates, *compressed]
+    dk, dv = interval_dkv(q, k, v, *local, borders[SLC], dtype=q.dtype, add=added)
+    near = interval_dkv(q, near_k, near_v, *win, borders[WIN], dtype=q.dtype)
+    return [summed, dk, dv, dgates, *compressed, *near]
 
 
 @backward_op.register_fake
