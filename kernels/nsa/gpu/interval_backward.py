@@ -1,12 +1,14 @@
 """The gradients of attention over one run of keys (`interval.py`): of the queries, and of keys and values.
 
-What belongs to a query and branch (log2-sum-exp, gate, `dout . out`) stands in `rows [B, Hq, 3, T]` float32, queries
-side by side, so that a tile of it is read at once and ahead of its use. No atomics: the same inputs give the same bits.
+The functions take one branch, or two over the same keys whose runs end together, as local blocks and window do: both
+for little more than one. Of the branches are given, side by side, the runs `[branches, 2, B, T]` and what belongs to a
+query (log2-sum-exp, gate, `dout . out`), `rows [branches, B, Hq, 3, T]` float32. Where one branch's runs are the longer
+ones, that is the second.
+
+No atomics: the same inputs give the same bits.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -43,11 +45,37 @@ def weight_gradient(logits, dots, lse, gate, correction, seen, MASKED: tl.conste
 
 @triton.jit
 def load_rows(rows, head, t, T, mask):
-    """Log2-sum-exp, gate and correction of the queries `t` of head `head` (of all rows), from `rows [B, Hq, 3, T]`."""
+    """Log2-sum-exp, gate and correction of the queries `t` of head `head` (of all rows), of one branch's `rows`."""
     rows += head.to(tl.int64) * 3 * T + t
     log_sum = tl.load(rows, mask=mask, other=0.0)
     gate = tl.load(rows + T, mask=mask, other=0.0)
     return log_sum, gate, tl.load(rows + 2 * T, mask=mask, other=0.0)
+
+
+@triton.jit
+def halves(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """The upper and the lower half of `x [ROWS, WIDTH]`."""
+    return tl.split(tl.permute(tl.reshape(x, [2, ROWS // 2, WIDTH]), (1, 2, 0)))
+
+
+@triton.jit
+def load_four(x, stride, t, mask, COUNT: tl.constexpr, BM: tl.constexpr):
+    """COUNT of four vectors, `stride` apart, at `t [BM]`.
+
+    They are one tile, and that of no fewer numbers than there are threads: what is smaller Triton reads as the products
+    want it, and then many threads read the same number, 16 or 32 of them each. That took a third of the instructions.
+    """
+    ROWS: tl.constexpr = max(4, 256 // BM)
+    which = tl.arange(0, ROWS)[:, None]
+    x = tl.load(x + which * stride + t[None, :], mask=mask[None, :] & (which < COUNT), other=0)
+    if ROWS == 16:
+        x, _ = halves(x, 16, BM)
+    if ROWS >= 8:
+        x, _ = halves(x, 8, BM)
+    upper, lower = halves(x, 4, BM)
+    first, second = tl.split(tl.trans(upper))
+    third, fourth = tl.split(tl.trans(lower))
+    return first, second, third, fourth
 
 
 @triton.jit
@@ -81,37 +109,38 @@ def dq_step(
 @Kernel
 @triton.jit
 def interval_dq_kernel(
-    q, k, v, low_ptr, high_ptr, low2_ptr, dout, rows, rows2, dq, scale, scale_log2, T, N, HQ, HK,
+    q, k, v, runs, dout, rows, dq, scale, scale_log2, T, N, HQ, HK,
     DK: tl.constexpr, DV: tl.constexpr, SECOND: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """`dq = scale * sum_n ds k` (added to what `dq` holds if ADD); one program: BM queries of one head.
 
-    SECOND: of two branches whose runs end together, `[low, high)` and `[low2, high)`, over the same keys.
+    SECOND: of two branches.
     """
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     batch, head = tl.program_id(1) // HQ, tl.program_id(1) % HQ
+    of_runs = (tl.num_programs(1) // HQ).to(tl.int64) * T  # how far low and high are apart
     kv_head = head // (HQ // HK)
     row = tl.arange(0, BM)
     t = tile * BM + row
     exists = t < T
-    low = tl.load(low_ptr + batch * T + t, mask=exists, other=0)
-    high = tl.load(high_ptr + batch * T + t, mask=exists, other=0)
+    runs += batch * T + t
+    low2 = tl.load(runs, mask=exists, other=0)
+    high = tl.load(runs + of_runs, mask=exists, other=0)
+    low = tl.load(runs + 2 * of_runs, mask=exists, other=0) if SECOND else low2
     lowest, first, middle, end, last = tile_bounds(low, high, exists, N, BN)
     sees = high > low
-    low2 = low
     if SECOND:
-        low2 = tl.load(low2_ptr + batch * T + t, mask=exists, other=0)
         lowest = tl.minimum(lowest, tl.min(tl.where(sees, low2, N)))
         first = first_tile(lowest, middle, BN)
 
     origin = (batch * T + tile * BM).to(tl.int64) * HQ + head
     queries = load_tiles(q + origin * DK, row, HQ * DK, sees, DK)
     douts = load_tiles(dout + origin * DV, row, HQ * DV, sees, DV)
-    log_sum, gate, correction = load_rows(rows, batch * HQ + head, t, T, sees)
-    log_sum2, gate2, correction2 = log_sum, gate, correction
+    log_sum2, gate2, correction2 = load_rows(rows, batch * HQ + head, t, T, sees)
+    log_sum, gate, correction = log_sum2, gate2, correction2
     if SECOND:
-        log_sum2, gate2, correction2 = load_rows(rows2, batch * HQ + head, t, T, sees)
+        log_sum, gate, correction = load_rows(rows + of_runs * HQ * 3, batch * HQ + head, t, T, sees)
     k += (batch.to(tl.int64) * N * HK + kv_head) * DK
     v += (batch.to(tl.int64) * N * HK + kv_head) * DV
     acc = zero_tiles(BM, DK)
@@ -134,37 +163,40 @@ def interval_dq_kernel(
 
 @triton.jit
 def dkv_step(
-    dk_acc, dv_acc, keys, values, q, dout, rows, rows2, low_ptr, high_ptr, low2_ptr, t, stop, start, batch, head,
-    scale_log2, T, HQ, DK: tl.constexpr, DV: tl.constexpr, SECOND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    dk_acc, dv_acc, keys, values, q, dout, runs, rows, t, stop, start, batch, head, of_runs, scale_log2, T, HQ,
+    DK: tl.constexpr, DV: tl.constexpr, SECOND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """Adds `ds^T q` and `p^T dout` of the queries `[t, t + BM)` before `stop`; all see all keys unless MASKED.
+    """Adds `ds^T q` and `p^T dout` of the queries `[t, t + BM)` before `stop`.
 
-    SECOND: of the second branch too, which needs MASKED.
-
-    Everything is transposed, `[BN, BM]`, so that `p^T` and `ds^T` go from registers into the products.
+    Of both branches if SECOND; without MASKED only of the last one, by which all see all keys. Everything is
+    transposed, `[BN, BM]`, so that `p^T` and `ds^T` go from registers into the products.
     """
     row = tl.arange(0, BM)
     exists = (t + row < stop) if MASKED else tl.full([BM], True, tl.int1)
     query = (batch * T + t).to(tl.int64) * HQ + head
     queries = load_tiles(q + query * DK, row, HQ * DK, exists, DK)
     douts = load_tiles(dout + query * DV, row, HQ * DV, exists, DV)
-    log_sum, gate, correction = load_rows(rows, batch * HQ + head, t + row, T, exists)
     logits = dot_tiles(keys, queries, PRECISION) * scale_log2
     dots = dot_tiles(values, douts, PRECISION)
-    seen = exists[None, :]
+    # behind the products, or what is read would be in registers all the while
+    rows += (batch * HQ + head).to(tl.int64) * 3 * T
+    last = rows + of_runs * HQ * 3 if SECOND else rows
+    log_sum, gate, correction, _ = load_four(last, T, t + row, exists, 3, BM)
+    seen, seen2 = exists[None, :], exists[None, :]
     if MASKED:
+        low2, high, low, _ = load_four(runs + batch * T, of_runs, t + row, exists, 3 if SECOND else 2, BM)
+        if not SECOND:
+            low = low2
         key = start + tl.arange(0, BN)[:, None]
-        low = tl.load(low_ptr + batch * T + t + row, mask=exists, other=0)
-        high = tl.load(high_ptr + batch * T + t + row, mask=exists, other=0)
-        seen = (key >= low[None, :]) & (key < high[None, :])
+        before_end = key < high[None, :]
+        seen = (key >= low[None, :]) & before_end
+        seen2 = (key >= low2[None, :]) & before_end
     p, ds = weight_gradient(logits, dots, log_sum[None, :], gate[None, :], correction[None, :], seen, MASKED)
-    if SECOND:
-        low2 = tl.load(low2_ptr + batch * T + t + row, mask=exists, other=0)
-        log_sum2, gate2, correction2 = load_rows(rows2, batch * HQ + head, t + row, T, exists)
+    if SECOND and MASKED:
+        log_sum2, gate2, correction2, _ = load_four(rows, T, t + row, exists, 3, BM)
         p2, ds2 = weight_gradient(
-            logits, dots, log_sum2[None, :], gate2[None, :], correction2[None, :],
-            (key >= low2[None, :]) & (key < high[None, :]), True,
+            logits, dots, log_sum2[None, :], gate2[None, :], correction2[None, :], seen2, True
         )
         p += p2
         ds += ds2
@@ -173,70 +205,81 @@ def dkv_step(
     return dk_acc, dv_acc
 
 
+@triton.jit
+def next_head(which, head, splits, group):
+    """The next of a group's heads, and after the last one the first of the next tile. (A division takes longer.)"""
+    more = head + 1 < group
+    return tl.where(more, which, which + splits), tl.where(more, head + 1, 0)
+
+
 @Kernel
 @triton.jit
 def interval_dkv_kernel(
-    q, k, v, low_ptr, high_ptr, low2_ptr, borders, borders2, dout, rows, rows2, dk_in, dv_in, dk, dv, scale,
-    scale_log2, T, N, HQ, HK, BATCH, TILES, DK: tl.constexpr, DV: tl.constexpr, SECOND: tl.constexpr,
-    ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, runs, borders, dout, rows, dk_in, dv_in, dk, dv, scale, scale_log2, T, N, HQ, HK, TILES,
+    DK: tl.constexpr, DV: tl.constexpr, SECOND: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """`dv = sum p^T dout`, `dk = scale * sum ds^T q` over queries and heads of the group, plus `dv_in`, `dk_in` if ADD.
 
     One program: BN keys of one KV head and every `num_programs(2)`-th tile of the queries that see any of them.
-    SECOND: of two branches whose runs end together, `[low, high)` and `[low2, high)`, over the same keys.
+    SECOND: of two branches.
     """
     tile, split, splits = tl.program_id(0), tl.program_id(2), tl.num_programs(2)
     batch, kv_head = tl.program_id(1) // HK, tl.program_id(1) % HK
-    group = HQ // HK
+    batches, group = tl.num_programs(1) // HK, HQ // HK
+    of_runs = batches.to(tl.int64) * T  # how far low and high are apart
     start = tile * BN
     index = tl.arange(0, BN)
     exists = start + index < N
     origin = (batch.to(tl.int64) * N + start) * HK + kv_head
     borders += (batch * TILES + tile) * 4
+    near_end = tl.load(borders + 3)
+    if SECOND:
+        borders += batches * TILES * 4
     first, middle = tl.load(borders), tl.load(borders + 1)
     middle_end, end = tl.load(borders + 2), tl.load(borders + 3)
-    stop = end
+    stop = tl.maximum(end, near_end)
     if SECOND:
-        # the queries up to the last one that sees a key by the second run are taken as those on the border are
-        end2 = tl.load(borders2 + (batch * TILES + tile) * 4 + 3)
-        stop = tl.maximum(end, end2)
-        middle = tl.minimum(first + tl.cdiv(end2 - first, BM) * BM, stop)
+        # as far as any query sees any of the keys by the first branch too
+        middle = tl.minimum(first + tl.cdiv(near_end - first, BM) * BM, stop)
     middle_end = middle + tl.maximum(middle_end - middle, 0) // BM * BM
     # what none of these queries sees may be anything, NaN too, and is not read
-    least = tl.load(low_ptr + batch * T + first, mask=first < stop, other=0)
+    least = tl.load(runs + batch * T + first, mask=first < stop, other=0)
+    most = tl.load(runs + of_runs + batch * T + stop - 1, mask=first < stop, other=0)
     if SECOND:
-        least = tl.minimum(least, tl.load(low2_ptr + batch * T + first, mask=first < stop, other=0))
-    most = tl.load(high_ptr + batch * T + stop - 1, mask=first < stop, other=0)
+        least = tl.minimum(least, tl.load(runs + 2 * of_runs + batch * T + first, mask=first < stop, other=0))
     read = exists & (start + index >= least) & (start + index < most)
     keys = load_tiles(k + origin * DK, index, HK * DK, read, DK)
     values = load_tiles(v + origin * DV, index, HK * DV, read, DV)
 
     dk_acc = zero_tiles(BN, DK)
     dv_acc = zero_tiles(BN, DV)
-    # tiles of queries that all see all keys
+    # tiles of queries that all see all keys; of each tile the heads one after another
     tiles = tl.cdiv(tl.maximum((middle_end - middle) // BM - split, 0), splits)
-    for i in tl.range(0, tiles * group):
+    which, head = split, 0
+    for _ in tl.range(0, tiles * group):
         dk_acc, dv_acc = dkv_step(
-            dk_acc, dv_acc, keys, values, q, dout, rows, rows2, low_ptr, high_ptr, low2_ptr,
-            middle + (split + i // group * splits) * BM, end, start, batch, kv_head * group + i % group, scale_log2, T,
-            HQ, DK, DV, False, BM, BN, False, PRECISION,
+            dk_acc, dv_acc, keys, values, q, dout, runs, rows, middle + which * BM, end, start, batch,
+            kv_head * group + head, of_runs, scale_log2, T, HQ, DK, DV, SECOND, BM, BN, False, PRECISION,
         )
+        which, head = next_head(which, head, splits, group)
     # those on either side
     before = tl.cdiv(middle - first, BM)
     tiles = tl.cdiv(tl.maximum(before + tl.cdiv(tl.maximum(end - middle_end, 0), BM) - split, 0), splits)
-    for i in tl.range(0, tiles * group):
-        which = split + i // group * splits
+    which, head = split, 0
+    for _ in tl.range(0, tiles * group):
         dk_acc, dv_acc = dkv_step(
-            dk_acc, dv_acc, keys, values, q, dout, rows, rows2, low_ptr, high_ptr, low2_ptr,
+            dk_acc, dv_acc, keys, values, q, dout, runs, rows,
             tl.where(which < before, first + which * BM, middle_end + (which - before) * BM),
-            tl.where(which < before, middle, end), start, batch, kv_head * group + i % group, scale_log2, T, HQ, DK, DV,
-            SECOND, BM, BN, True, PRECISION,
+            tl.where(which < before, middle, end), start, batch, kv_head * group + head, of_runs, scale_log2, T, HQ,
+            DK, DV, SECOND, BM, BN, True, PRECISION,
         )
+        which, head = next_head(which, head, splits, group)
     dk_acc = scale_tiles(dk_acc, scale)
     if ADD:
         dk_acc = add_tiles(dk_acc, load_tiles(dk_in + origin * DK, index, HK * DK, exists, DK))
         dv_acc = add_tiles(dv_acc, load_tiles(dv_in + origin * DV, index, HK * DV, exists, DV))
-    origin += split.to(tl.int64) * BATCH * N * HK
+    origin += split.to(tl.int64) * batches * N * HK
     store_tiles(dk + origin * DK, index, HK * DK, exists, dk_acc, DK)
     store_tiles(dv + origin * DV, index, HK * DV, exists, dv_acc, DV)
 
@@ -264,32 +307,21 @@ def backward_tiles(q: Tensor, v: Tensor, keys_outside: bool) -> dict:
     return {names[0]: outer, names[1]: inner, "num_warps": warps, "num_stages": stages}
 
 
-class Second(NamedTuple):
-    """A second branch over the same keys whose runs end where the first one's do: where they begin, its rows, borders.
-    """
-
-    low: Tensor
-    rows: Tensor
-    borders: Tensor
-
-
 def interval_dq(
-    q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, dout: Tensor, rows: Tensor, scale: float,
-    scale_log2: float, dq: Tensor, *, add: bool, second: Second | None = None,
+    q: Tensor, k: Tensor, v: Tensor, runs: Tensor, dout: Tensor, rows: Tensor, scale: float, scale_log2: float,
+    dq: Tensor, *, add: bool,
 ) -> None:
     """Writes (or adds) the gradient of the queries into `dq [B, T, Hq, Dk]` float32.
 
     Args:
-        rows: log2-sum-exp, gate and `dout . out` of each query, `[B, Hq, 3, T]` float32.
-        second: another branch at once, for little more than one alone.
+        runs, rows: of one branch or two, see above.
     """
     batch, tokens, heads, _ = q.shape
     tiles = backward_tiles(q, v, keys_outside=False)
     grid = (cdiv(tokens, tiles["BM"]), batch * heads)
-    low2, rows2, _ = second or (low, rows, None)
     interval_dq_kernel[grid](
-        q, k, v, low, high, low2, dout, rows, rows2, dq, scale, scale_log2, tokens, k.shape[1], heads, k.shape[2],
-        SECOND=second is not None, ADD=add, **widths(q, v), **tiles,
+        q, k, v, runs, dout, rows, dq, scale, scale_log2, tokens, k.shape[1], heads, k.shape[2],
+        SECOND=len(runs) == 2, ADD=add, **widths(q, v), **tiles,
     )
 
 
@@ -319,8 +351,9 @@ def borders_kernel(
     tl.store(borders + 3, end, mask=tile < TILES)
 
 
-def find_borders(q: Tensor, v: Tensor, layout: Layout, keys: int) -> tuple[Tensor, ...]:
-    """Which queries see the tiles of keys that `interval_dkv` takes, for the layout's three kinds of runs.
+def find_borders(q: Tensor, v: Tensor, layout: Layout, keys: int) -> Tensor:
+    """Which queries see the tiles of keys that `interval_dkv` takes, for the layout's three kinds of runs:
+    `[3, B, tiles, 4]` int32.
 
     Args:
         keys: most keys of any.
@@ -332,7 +365,7 @@ def find_borders(q: Tensor, v: Tensor, layout: Layout, keys: int) -> tuple[Tenso
     borders_kernel[(cdiv(count, 64), batch, 3)](
         layout.runs, borders, tokens, count, search_steps(tokens), BN=tiles["BN"], AT_ONCE=64, num_warps=2,
     )
-    return borders.unbind()
+    return borders
 
 
 @triton.jit
@@ -368,18 +401,16 @@ def sum_splits(dk_partial: Tensor, dv_partial: Tensor, dtype: torch.dtype) -> tu
 
 
 def interval_dkv(
-    q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, dout: Tensor, rows: Tensor, scale: float,
-    scale_log2: float, borders: Tensor, *, dtype: torch.dtype, add: tuple[Tensor, Tensor] | None = None,
-    few_keys: bool = False, second: Second | None = None,
+    q: Tensor, k: Tensor, v: Tensor, runs: Tensor, dout: Tensor, rows: Tensor, scale: float, scale_log2: float,
+    borders: Tensor, *, dtype: torch.dtype, add: tuple[Tensor, Tensor] | None = None, few_keys: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of keys and values, `[B, N, Hk, *]` in `dtype`, plus `add` where given.
 
     Args:
-        rows: as in `interval_dq`.
-        borders: as `find_borders` gives them for these runs, `[B, tiles, 4]` int32.
+        runs, rows: of one branch or two, see above.
+        borders: as `find_borders` gives them for these runs, `[branches, B, tiles, 4]` int32.
         few_keys: there are far fewer keys than queries and each is seen by many of these: the queries are split over
             several programs, whose float32 sums are added in a fixed order.
-        second: another branch at once, as in `interval_dq`.
     """
     batch, tokens, heads, key_dim = q.shape
     keys, kv_heads, value_dim = v.shape[1:]
@@ -398,11 +429,9 @@ def interval_dkv(
     else:
         dk, dv = k.new_empty(*shape, key_dim, dtype=dtype), k.new_empty(*shape, value_dim, dtype=dtype)
     dk_in, dv_in = add if add is not None else (dk, dv)
-    low2, rows2, borders2 = second or (low, rows, borders)
     interval_dkv_kernel[(count, batch * kv_heads, splits)](
-        q, k, v, low, high, low2, borders, borders2, dout, rows, rows2, dk_in, dv_in, dk, dv, scale, scale_log2,
-        tokens, keys, heads, kv_heads, batch, borders.shape[1], SECOND=second is not None, ADD=add is not None,
-        **widths(q, v), **tiles,
+        q, k, v, runs, borders, dout, rows, dk_in, dv_in, dk, dv, scale, scale_log2, tokens, keys, heads, kv_heads,
+        borders.shape[2], SECOND=len(runs) == 2, ADD=add is not None, **widths(q, v), **tiles,
     )
     if splits > 1:
         return sum_splits(dk, dv, dtype)

@@ -16,7 +16,7 @@ same inputs. What the backward pass keeps: the inputs, the selection and what `S
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,14 +30,15 @@ from .decode.op import decode_op, last_contiguous, takes_decode
 from .gates import combine, gate_gradient
 from .gather import Chunks, Gather, count_slots, gather_queries
 from .interval import interval_forward
-from .interval_backward import Second, find_borders, interval_dkv, interval_dq
+from .interval_backward import find_borders, interval_dkv, interval_dq
 from .layout import Layout, count_parts, find_layout, part_shape
 from .query_major import query_major_forward, takes_query_major
 from .scores.compressed import CompressedInputs, select_by_compressed
 from .scores.index import IndexInputs, select_by_index
 from .selected import find_chunks, selected_backward, selected_forward
 
-CMP, SLC, WIN = 0, 1, 2
+# Of what stands by branch. Local blocks and window are one where they have the same keys.
+CMP, SLC, WIN, NEAR = slice(0, 1), slice(1, 2), slice(2, 3), slice(1, 3)
 WIDEST_HEAD = 256
 
 
@@ -163,39 +164,38 @@ def backward_op(
     layout = Layout.of(forward.queries, forward.parts, sizes.block_size, largest_part(q, v.shape[-1]), packed)
     outs, lses = ([None if k_cmp is None else x[0], *x[1:]] for x in (forward[:3], forward[3:6]))
     dgates, rows, records = gate_gradient(outs, lses, dout, gates, layout.relative)
-    scales = (scale, scale_log2)
-    local = (*layout.local, dout, rows[SLC], *scales)
-    win = (*layout.window, dout, rows[WIN], *scales)
+    borders = find_borders(q, v, layout, max(x.shape[1] for x in (k, k_cmp) if x is not None))
+
+    def branches(of: slice) -> tuple[Any, ...]:
+        return layout.runs[of], dout, rows[of], scale, scale_log2
 
     dq = torch.empty_like(q, dtype=torch.float32)
-    borders = find_borders(q, v, layout, max(x.shape[1] for x in (k, k_cmp) if x is not None))
-    compressed = []
+    compressed: list[Tensor] = []
     if k_cmp is not None and v_cmp is not None:
-        cmp = (*layout.compressed, dout, rows[CMP], *scales)
-        interval_dq(q, k_cmp, v_cmp, *cmp, dq, add=False)
-        compressed = [*interval_dkv(q, k_cmp, v_cmp, *cmp, borders[CMP], dtype=q.dtype, few_keys=True)]
-    # over the same keys, the local blocks' runs and the window's end together: both for little more than one
-    both = Second(layout.local[0], rows[SLC], borders[SLC]) if k_win is None else None
-    interval_dq(q, near_k, near_v, *win, dq, add=k_cmp is not None, second=both)
-    if both is None:
-        interval_dq(q, k, v, *local, dq, add=True)
+        interval_dq(q, k_cmp, v_cmp, *branches(CMP), dq, add=False)
+        compressed += interval_dkv(q, k_cmp, v_cmp, *branches(CMP), borders[CMP], dtype=q.dtype, few_keys=True)
+    if k_win is None:
+        interval_dq(q, k, v, *branches(NEAR), dq, add=k_cmp is not None)
+    else:
+        interval_dq(q, near_k, near_v, *branches(WIN), dq, add=k_cmp is not None)
+        interval_dq(q, k, v, *branches(SLC), dq, add=True)
 
-    summed, added = torch.empty_like(q), None
+    summed, others = torch.empty_like(q), None
     if chunks := cut_selection(q, k, v, sizes, forward.parts.shape[-1]):
         gather = Gather(forward.order, forward.offsets, chunks)
         if not forward.offsets.numel():
             gather = gather_queries(selection, layout, sizes, chunks)
-        added = dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
-        selected_backward(q, k, v, gather, layout, sizes, dout, records, scale, scale_log2, dq, summed, dk, dv)
+        others = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
+        selected_backward(q, k, v, gather, layout, sizes, dout, records, scale, scale_log2, dq, summed, *others)
     else:
         summed.copy_(dq)
     del dq
-    if both is not None:
-        dk, dv = interval_dkv(q, k, v, *win, borders[WIN], dtype=q.dtype, add=added, second=both)
-        return [summed, dk, dv, dgates, *compressed]
-    dk, dv = interval_dkv(q, k, v, *local, borders[SLC], dtype=q.dtype, add=added)
-    near = interval_dkv(q, near_k, near_v, *win, borders[WIN], dtype=q.dtype)
-    return [summed, dk, dv, dgates, *compressed, *near]
+    if k_win is None:
+        near = interval_dkv(q, k, v, *branches(NEAR), borders[NEAR], dtype=q.dtype, add=others)
+        return [summed, *near, dgates, *compressed]
+    local = interval_dkv(q, k, v, *branches(SLC), borders[SLC], dtype=q.dtype, add=others)
+    window = interval_dkv(q, near_k, near_v, *branches(WIN), borders[WIN], dtype=q.dtype)
+    return [summed, *local, dgates, *compressed, *window]
 
 
 @backward_op.register_fake
