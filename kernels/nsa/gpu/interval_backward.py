@@ -131,8 +131,11 @@ def interval_dq_kernel(
     lowest, first, middle, end, last = tile_bounds(low, high, exists, N, BN)
     sees = high > low
     if SECOND:
-        lowest = tl.minimum(lowest, tl.min(tl.where(sees, low2, N)))
+        near = tl.min(tl.where(sees, low2, N))
+        lowest = tl.minimum(lowest, near)
         first = first_tile(lowest, middle, BN)
+        # from where any query sees keys by the first branch too, they are taken as those on the border are
+        end = tl.minimum(end, middle + tl.maximum(near - middle, 0) // BN * BN)
 
     origin = (batch * T + tile * BM).to(tl.int64) * HQ + head
     queries = load_tiles(q + origin * DK, row, HQ * DK, sees, DK)
@@ -147,7 +150,7 @@ def interval_dq_kernel(
     for n in tl.range(middle, end, BN):
         acc = dq_step(
             acc, queries, douts, k, v, n, lowest, last, low, high, log_sum, gate, correction, low2, log_sum2, gate2,
-            correction2, HK * DK, HK * DV, scale_log2, DK, DV, BN, SECOND, False, PRECISION,
+            correction2, HK * DK, HK * DV, scale_log2, DK, DV, BN, False, False, PRECISION,
         )
     for i in tl.range(0, middle - first + tl.maximum(last - end, 0), BN):
         acc = dq_step(
