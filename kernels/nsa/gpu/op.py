@@ -4,7 +4,7 @@
     selection    scores, forced blocks, top-k (eqs. 8 to 12)          scores
     selected     local blocks as runs of keys, the others gathered    interval, gather, selected
                  or, for large groups, one query after another        query_major
-    window       runs of the last w keys                              interval
+    window       runs of the last w keys; the local blocks' at once   interval
     combination  the gated sum (eq. 5)                                gates
 
 A few queries a row without gradients, as in decoding, have kernels of their own (`decode`).
@@ -68,38 +68,44 @@ def cut_selection(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, parts: int) -> 
     return find_chunks(q, v, parts, slots) if slots else None
 
 
-def local_in_window(sizes: Sizes) -> bool:
-    """Whether every query's local blocks lie in its window."""
-    return sizes.local_blocks * sizes.block_size <= sizes.window_size
-
-
 def attend_near(
-    q: Tensor, k: Tensor, v: Tensor, near_k: Tensor, near_v: Tensor, selection: Tensor, layout: Layout, sizes: Sizes,
-    scale_log2: float,
+    q: Tensor, k: Tensor, v: Tensor, near_k: Tensor, near_v: Tensor, layout: Layout, sizes: Sizes, scale_log2: float
 ) -> tuple[Tensor, ...]:
-    """The selected branch (eq. 12), whichever scorer chose its blocks, and the window over `near_k` and `near_v`.
+    """The window over `near_k` and `near_v`, and the local blocks where `attend_selected` leaves them to others.
 
     Returns:
-        Outputs of both `[B, T, Hq, Dv]` in q's dtype, their log2-sum-exps `[B, T, Hq]` float32, and the picks of each
-        part (`order` and `offsets` of `Gather`; empty where they are not needed).
+        Output `[B, T, Hq, Dv]` in q's dtype and log2-sum-exp `[B, T, Hq]` float32; those of the local blocks behind.
     """
-    nothing = (selection.new_empty(0), selection.new_empty(0))
     window = partial(interval_forward, q, near_k, near_v, *layout.window, scale_log2)
     if takes_query_major(q, k):
-        out_win, lse_win = window()
-        out, lse = query_major_forward(q, k, v, selection, layout, sizes, scale_log2)
-        return out, out_win, lse, lse_win, *nothing
-    if near_k is k and local_in_window(sizes):
-        out_win, lse_win, out, lse = window(second=layout.local[0])
-    else:
-        out_win, lse_win = window()
-        out, lse = interval_forward(q, k, v, *layout.local, scale_log2)
+        return window()
+    if near_k is k and sizes.local_blocks * sizes.block_size <= sizes.window_size:
+        return window(second=layout.local[0])
+    return *window(), *interval_forward(q, k, v, *layout.local, scale_log2)
+
+
+def attend_selected(
+    q: Tensor, k: Tensor, v: Tensor, selection: Tensor, layout: Layout, sizes: Sizes, scale_log2: float, *local: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The selected branch (eq. 12), whichever scorer chose its blocks.
+
+    Args:
+        local: what `attend_near` gives of the local blocks, and to which the other blocks are added.
+
+    Returns:
+        Output `[B, T, Hq, Dv]` in q's dtype, log2-sum-exp `[B, T, Hq]` float32, and the picks of
+        each part (`order` and `offsets` of `Gather`; empty where they are not needed).
+    """
+    nothing = (selection.new_empty(0), selection.new_empty(0))
+    if not local:
+        return (*query_major_forward(q, k, v, selection, layout, sizes, scale_log2), *nothing)
+    out, lse = local
     chunks = cut_selection(q, k, v, sizes, layout.part_first.shape[-1])
     if chunks is None:
-        return out, out_win, lse, lse_win, *nothing
+        return (out, lse, *nothing)
     gather = gather_queries(selection, layout, sizes, chunks)
     selected_forward(q, k, v, gather, layout, sizes, scale_log2, out, lse)
-    return out, out_win, lse, lse_win, gather.order, gather.offsets
+    return out, lse, gather.order, gather.offsets
 
 
 @torch.library.custom_op(operator_name("forward"), mutates_args=())
@@ -124,9 +130,8 @@ def forward_op(
     else:
         assert k_cmp is not None and lse_cmp is not None
         selection = select_by_compressed(CompressedInputs(q, k_cmp, lse_cmp, k.shape[1], scale_log2), layout, sizes)
-    out_slc, out_win, lse_slc, lse_win, order, offsets = attend_near(
-        q, k, v, near_k, near_v, selection, layout, sizes, scale_log2
-    )
+    out_win, lse_win, *local = attend_near(q, k, v, near_k, near_v, layout, sizes, scale_log2)
+    out_slc, lse_slc, order, offsets = attend_selected(q, k, v, selection, layout, sizes, scale_log2, *local)
     out = combine(out_cmp, out_slc, out_win, gates, layout.relative)
     none = (gates.new_empty(0), gates.new_empty(0))
     cmp = none if out_cmp is None or lse_cmp is None else (out_cmp, lse_cmp)
