@@ -50,7 +50,8 @@ def compile_for(monkeypatch: pytest.MonkeyPatch, card: int, *modules: ModuleType
     done = set()
 
     def compile_instead(kernel, *values, grid, warmup, **named) -> None:
-        options = {name: named.pop(name) for name in ("num_warps", "num_stages", "launch_pdl") if name in named}
+        names = ("num_warps", "num_stages", "launch_pdl", "maxnreg")
+        options = {name: named.pop(name) for name in names if name in named}
         arguments = dict(zip((parameter.name for parameter in kernel.params), values, strict=False)) | named
         types, constants, attributes = signature_of(kernel, arguments)
         key = str((kernel.fn.__name__, types, constants, options))

@@ -16,7 +16,7 @@ same inputs. What the backward pass keeps: the inputs, the selection and what `S
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -171,7 +171,7 @@ def backward_op(
     dgates, rows, records = gate_gradient(outs, lses, dout, gates, layout.relative)
     borders = find_borders(q, v, layout, max(x.shape[1] for x in (k, k_cmp) if x is not None))
 
-    def branches(of: slice) -> tuple[Any, ...]:
+    def branches(of: slice) -> tuple[Tensor, Tensor, Tensor, float, float]:
         return layout.runs[of], dout, rows[of], scale, scale_log2
 
     dq = torch.empty_like(q, dtype=torch.float32)
