@@ -190,7 +190,8 @@ def backward_op(
         gather = Gather(forward.order, forward.offsets, chunks)
         if not forward.offsets.numel():
             gather = gather_queries(selection, layout, sizes, chunks)
-        others = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
+        zeros = k.new_zeros(k.numel() + v.numel(), dtype=torch.float32)  # one launch for both
+        others = zeros[: k.numel()].view_as(k), zeros[k.numel() :].view_as(v)
         selected_backward(q, k, v, gather, layout, sizes, dout, records, scale, scale_log2, dq, summed, *others)
     else:
         summed.copy_(dq)
