@@ -305,7 +305,7 @@ def backward_tiles(q: Tensor, v: Tensor, keys_outside: bool) -> dict:
     elif row <= 128:
         outer, inner, warps, stages = 64, 64, 4, 2 if small else 3
     else:
-        outer, inner, warps, stages = (64, 32, 4, 2) if small else (128, 64, 8, 4) if large else (128, 32, 8, 3)
+        outer, inner, warps, stages = (64, 32, 4, 2) if small else (128, 64, 8, 3) if large else (128, 32, 8, 3)
     names = ("BN", "BM") if keys_outside else ("BM", "BN")
     tiles = {names[0]: outer, names[1]: inner, "num_warps": warps, "num_stages": stages}
     # For an A100 and heads of 128 the assembler gave a program of 8 warps 32 registers, unless told how many there are.
