@@ -120,7 +120,7 @@ class Stages:
         from nsa_hf.kernels.gpu.gates import gate_gradient
         from nsa_hf.kernels.gpu.gather import gather_queries
         from nsa_hf.kernels.gpu.interval_backward import find_borders, interval_dkv, interval_dq
-        from nsa_hf.kernels.gpu.op import CMP, NEAR
+        from nsa_hf.kernels.gpu.op import BOTH, CMP
         from nsa_hf.kernels.gpu.selected import selected_backward
 
         x, saved, layout, chunks = self.x, self.saved, self.layout, self.chunks
@@ -128,7 +128,7 @@ class Stages:
         outs = (saved[:3], saved[3:6], x.dout, x.gates, layout.relative)
         _, rows, records = gate_gradient(*outs)
         cmp = (x.q, x.k_cmp, x.v_cmp, layout.runs[CMP], x.dout, rows[CMP], *scales)
-        near = (x.q, x.k, x.v, layout.runs[NEAR], x.dout, rows[NEAR], *scales)
+        near = (x.q, x.k, x.v, layout.runs[BOTH], x.dout, rows[BOTH], *scales)
         dq, dk, dv = (torch.zeros_like(tensor, dtype=torch.float32) for tensor in x[:3])
         dq_out = torch.empty_like(x.q)
         bf16 = torch.bfloat16
@@ -139,7 +139,7 @@ class Stages:
             "backward, compressed dk dv": lambda: interval_dkv(*cmp, borders[CMP], dtype=bf16, few_keys=True),
             "backward, window and local blocks dq": lambda: interval_dq(*near, dq, add=True),
             "backward, window and local blocks dk dv": lambda: interval_dkv(
-                *near, borders[NEAR], dtype=bf16, add=(dk, dv)
+                *near, borders[BOTH], dtype=bf16, add=(dk, dv)
             ),
         }
         if chunks:

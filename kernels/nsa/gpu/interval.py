@@ -79,13 +79,13 @@ def border(i, first, middle, end):
 @Kernel
 @triton.jit
 def interval_forward_kernel(
-    q, k, v, low_ptr, high_ptr, low2_ptr, out, lse, out2, lse2, scale_log2, T, N, HQ, HK,
-    DK: tl.constexpr, DV: tl.constexpr, SECOND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    q, k, v, low_ptr, high_ptr, near_low_ptr, out, lse, near_out, near_lse, scale_log2, T, N, HQ, HK,
+    DK: tl.constexpr, DV: tl.constexpr, BOTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """`out = softmax(q k^T * scale over [low, high)) v` and its log2-sum-exp; one program: BM queries of one head.
 
-    SECOND: of the runs `[low2, high)` too, which lie within the others: `out2` and `lse2`.
+    BOTH: of the runs `[near_low, high)` too, which lie within the others: `near_out` and `near_lse`.
     """
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest runs first
     batch, head = tl.program_id(1) // HQ, tl.program_id(1) % HQ
@@ -104,19 +104,19 @@ def interval_forward_kernel(
     acc = zero_tiles(BM, DV)
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
-    if SECOND:
-        low2 = tl.load(low2_ptr + batch * T + rows, mask=exists, other=0)
-        lowest = tl.min(tl.where(sees, low2, N))
+    if BOTH:
+        near_low = tl.load(near_low_ptr + batch * T + rows, mask=exists, other=0)
+        lowest = tl.min(tl.where(sees, near_low, N))
         last = tl.max(tl.where(sees, high, 0))
         for n in tl.range(lowest, last, BN):
             acc, top, total = forward_step(
-                acc, top, total, queries, k, v, n, lowest, last, low2, high, HK * DK, HK * DV, scale_log2, DK, DV, BN,
-                True, PRECISION,
+                acc, top, total, queries, k, v, n, lowest, last, near_low, high, HK * DK, HK * DV, scale_log2, DK, DV,
+                BN, True, PRECISION,
             )
         result, log_sum = finish_softmax(acc, top, total)
-        store_tiles(out2 + origin * DV, index, HQ * DV, exists, result, DV)
-        tl.store(lse2 + origin + index * HQ, log_sum, mask=exists)
-        high = low2  # the keys that are left
+        store_tiles(near_out + origin * DV, index, HQ * DV, exists, result, DV)
+        tl.store(near_lse + origin + index * HQ, log_sum, mask=exists)
+        high = near_low  # the keys that are left
     lowest, first, middle, end, last = tile_bounds(low, high, exists, N, BN)
     for n in tl.range(middle, end, BN):
         acc, top, total = forward_step(
@@ -157,24 +157,24 @@ def forward_tiles(q: Tensor, v: Tensor, long_runs: bool) -> dict:
 
 def interval_forward(
     q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, scale_log2: float, *, long_runs: bool = False,
-    second: Tensor | None = None,
+    near: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Output `[B, T, Hq, Dv]` in q's dtype and log2-sum-exp `[B, T, Hq]` float32; those of `second` behind them.
+    """Output `[B, T, Hq, Dv]` in q's dtype and log2-sum-exp `[B, T, Hq]` float32; those of `near` behind them.
 
     Args:
         long_runs: most runs are many tiles long, so that larger tiles pay.
-        second: where the runs of another branch begin, `[B, T]`: they end as the others do and are no longer.
+        near: where the runs of another branch begin, `[B, T]`: they end as the others do and are no longer.
     """
     batch, tokens, heads, _ = q.shape
     found = [
         q.new_empty(batch, tokens, heads, *dim, dtype=dtype)
-        for _ in range(1 if second is None else 2)
+        for _ in range(1 if near is None else 2)
         for dim, dtype in (((v.shape[-1],), q.dtype), ((), torch.float32))
     ]
     tiles = forward_tiles(q, v, long_runs and tokens >= 1024)
     grid = (cdiv(tokens, tiles["BM"]), batch * heads)
     interval_forward_kernel[grid](
-        q, k, v, low, high, low if second is None else second, *found[:2], *found[-2:], scale_log2, tokens, k.shape[1],
-        heads, k.shape[2], SECOND=second is not None, **widths(q, v), **tiles,
+        q, k, v, low, high, low if near is None else near, *found[:2], *found[-2:], scale_log2, tokens, k.shape[1],
+        heads, k.shape[2], BOTH=near is not None, **widths(q, v), **tiles,
     )
     return tuple(found)

@@ -1,9 +1,9 @@
 """The gradients of attention over one run of keys (`interval.py`): of the queries, and of keys and values.
 
-The functions take one branch, or two over the same keys whose runs end together, as local blocks and window do: both
-for little more than one. Of the branches are given, side by side, the runs `[branches, 2, B, T]` and what belongs to a
-query (log2-sum-exp, gate, `dout . out`), `rows [branches, B, Hq, 3, T]` float32. Where one branch's runs are the longer
-ones, that is the second.
+The functions take one branch, or at once two over the same keys whose runs end together: the local blocks and the
+window. The first one is the near one, whose keys are few; should they be more, only time is lost. Of the branches are
+given, side by side, the runs `[branches, 2, B, T]` and what belongs to a query (log2-sum-exp, gate, `dout . out`),
+`rows [branches, B, Hq, 3, T]` float32.
 
 No atomics: the same inputs give the same bits.
 """
@@ -62,8 +62,8 @@ def halves(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 def load_four(x, stride, t, mask, COUNT: tl.constexpr, BM: tl.constexpr):
     """COUNT of four vectors, `stride` apart, at `t [BM]`.
 
-    They are one tile, and that of no fewer numbers than there are threads: what is smaller Triton reads as the products
-    want it, and then many threads read the same number, 16 or 32 of them each. That took a third of the instructions.
+    They are one tile, and of no fewer numbers than there are threads: what is smaller Triton reads in the layout that
+    the products want, each thread 16 or 32 numbers that many others read too. That was a third of all instructions.
     """
     ROWS: tl.constexpr = max(4, 256 // BM)
     which = tl.arange(0, ROWS)[:, None]
@@ -80,12 +80,14 @@ def load_four(x, stride, t, mask, COUNT: tl.constexpr, BM: tl.constexpr):
 
 @triton.jit
 def dq_step(
-    acc, queries, douts, k, v, n, lowest, last, low, high, log_sum, gate, correction, low2, log_sum2, gate2,
-    correction2, k_stride, v_stride, scale_log2,
-    DK: tl.constexpr, DV: tl.constexpr, BN: tl.constexpr, SECOND: tl.constexpr, MASKED: tl.constexpr,
+    acc, queries, douts, k, v, n, lowest, last, low, near_low, high, rows, near_rows, k_stride, v_stride, scale_log2,
+    DK: tl.constexpr, DV: tl.constexpr, BN: tl.constexpr, BOTH: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`acc + sum_n ds k` over the keys `[n, n + BN)`; all of them in all queries' first run unless MASKED."""
+    """`acc + sum_n ds k` over the keys `[n, n + BN)`; all of them in all queries' run unless MASKED.
+
+    Of both branches if BOTH. `rows` and `near_rows` are what `load_rows` gives.
+    """
     index = tl.arange(0, BN)
     inside = ((n + index >= lowest) & (n + index < last)) if MASKED else tl.full([BN], True, tl.int1)
     keys = load_tiles(k + tl.cast(n, tl.int64) * k_stride, index, k_stride, inside, DK)
@@ -94,15 +96,17 @@ def dq_step(
     dots = dot_tiles(douts, values, PRECISION)
     key = n + index[None, :]
     before_end = key < high[:, None]
+    log_sum, gate, correction = rows
     _, ds = weight_gradient(
         logits, dots, log_sum[:, None], gate[:, None], correction[:, None], (key >= low[:, None]) & before_end, MASKED
     )
-    if SECOND:
-        _, ds2 = weight_gradient(
-            logits, dots, log_sum2[:, None], gate2[:, None], correction2[:, None],
-            (key >= low2[:, None]) & before_end, True,
+    if BOTH:
+        log_sum, gate, correction = near_rows
+        _, near_ds = weight_gradient(
+            logits, dots, log_sum[:, None], gate[:, None], correction[:, None],
+            (key >= near_low[:, None]) & before_end, True,
         )
-        ds += ds2
+        ds += near_ds
     return add_products(ds.to(keys[0].dtype), keys, acc, PRECISION)
 
 
@@ -110,12 +114,12 @@ def dq_step(
 @triton.jit
 def interval_dq_kernel(
     q, k, v, runs, dout, rows, dq, scale, scale_log2, T, N, HQ, HK,
-    DK: tl.constexpr, DV: tl.constexpr, SECOND: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BOTH: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """`dq = scale * sum_n ds k` (added to what `dq` holds if ADD); one program: BM queries of one head.
 
-    SECOND: of two branches.
+    BOTH: of two branches, the near one first.
     """
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     batch, head = tl.program_id(1) // HQ, tl.program_id(1) % HQ
@@ -125,38 +129,37 @@ def interval_dq_kernel(
     t = tile * BM + row
     exists = t < T
     runs += batch * T + t
-    low2 = tl.load(runs, mask=exists, other=0)
+    near_low = tl.load(runs, mask=exists, other=0)
     high = tl.load(runs + of_runs, mask=exists, other=0)
-    low = tl.load(runs + 2 * of_runs, mask=exists, other=0) if SECOND else low2
+    low = tl.load(runs + 2 * of_runs, mask=exists, other=0) if BOTH else near_low
     lowest, first, middle, end, last = tile_bounds(low, high, exists, N, BN)
     sees = high > low
-    if SECOND:
-        near = tl.min(tl.where(sees, low2, N))
-        lowest = tl.minimum(lowest, near)
+    if BOTH:
+        nearest = tl.min(tl.where(sees, near_low, N))
+        lowest = tl.minimum(lowest, nearest)
         first = first_tile(lowest, middle, BN)
-        # from where any query sees keys by the first branch too, they are taken as those on the border are
-        end = tl.minimum(end, middle + tl.maximum(near - middle, 0) // BN * BN)
+        # keys that any query sees by the near branch too are taken as those on the border are
+        end = tl.minimum(end, middle + tl.maximum(nearest - middle, 0) // BN * BN)
 
     origin = (batch * T + tile * BM).to(tl.int64) * HQ + head
     queries = load_tiles(q + origin * DK, row, HQ * DK, sees, DK)
     douts = load_tiles(dout + origin * DV, row, HQ * DV, sees, DV)
-    log_sum2, gate2, correction2 = load_rows(rows, batch * HQ + head, t, T, sees)
-    log_sum, gate, correction = log_sum2, gate2, correction2
-    if SECOND:
-        log_sum, gate, correction = load_rows(rows + of_runs * HQ * 3, batch * HQ + head, t, T, sees)
+    near_rows = load_rows(rows, batch * HQ + head, t, T, sees)
+    far_rows = near_rows
+    if BOTH:
+        far_rows = load_rows(rows + of_runs * HQ * 3, batch * HQ + head, t, T, sees)
     k += (batch.to(tl.int64) * N * HK + kv_head) * DK
     v += (batch.to(tl.int64) * N * HK + kv_head) * DV
     acc = zero_tiles(BM, DK)
     for n in tl.range(middle, end, BN):
         acc = dq_step(
-            acc, queries, douts, k, v, n, lowest, last, low, high, log_sum, gate, correction, low2, log_sum2, gate2,
-            correction2, HK * DK, HK * DV, scale_log2, DK, DV, BN, False, False, PRECISION,
+            acc, queries, douts, k, v, n, lowest, last, low, near_low, high, far_rows, near_rows, HK * DK, HK * DV,
+            scale_log2, DK, DV, BN, False, False, PRECISION,
         )
     for i in tl.range(0, middle - first + tl.maximum(last - end, 0), BN):
         acc = dq_step(
-            acc, queries, douts, k, v, border(i, first, middle, end), lowest, last, low, high, log_sum, gate,
-            correction, low2, log_sum2, gate2, correction2, HK * DK, HK * DV, scale_log2, DK, DV, BN, SECOND, True,
-            PRECISION,
+            acc, queries, douts, k, v, border(i, first, middle, end), lowest, last, low, near_low, high, far_rows,
+            near_rows, HK * DK, HK * DV, scale_log2, DK, DV, BN, BOTH, True, PRECISION,
         )
     acc = scale_tiles(acc, scale)
     if ADD:
@@ -167,13 +170,13 @@ def interval_dq_kernel(
 @triton.jit
 def dkv_step(
     dk_acc, dv_acc, keys, values, q, dout, runs, rows, t, stop, start, batch, head, of_runs, scale_log2, T, HQ,
-    DK: tl.constexpr, DV: tl.constexpr, SECOND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BOTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Adds `ds^T q` and `p^T dout` of the queries `[t, t + BM)` before `stop`.
 
-    Of both branches if SECOND; without MASKED only of the last one, by which all see all keys. Everything is
-    transposed, `[BN, BM]`, so that `p^T` and `ds^T` go from registers into the products.
+    Of both branches if BOTH; without MASKED only of the last one, by which all see all keys, and none by the near one.
+    Everything is transposed, `[BN, BM]`, so that `p^T` and `ds^T` go from registers into the products.
     """
     row = tl.arange(0, BM)
     exists = (t + row < stop) if MASKED else tl.full([BM], True, tl.int1)
@@ -184,25 +187,25 @@ def dkv_step(
     dots = dot_tiles(values, douts, PRECISION)
     # behind the products, or what is read would be in registers all the while
     rows += (batch * HQ + head).to(tl.int64) * 3 * T
-    last = rows + of_runs * HQ * 3 if SECOND else rows
+    last = rows + of_runs * HQ * 3 if BOTH else rows
     log_sum, gate, correction, _ = load_four(last, T, t + row, exists, 3, BM)
-    seen, seen2 = exists[None, :], exists[None, :]
+    seen, near_seen = exists[None, :], exists[None, :]
     if MASKED:
-        low2, high, low, _ = load_four(runs + batch * T, of_runs, t + row, exists, 3 if SECOND else 2, BM)
-        if not SECOND:
-            low = low2
+        near_low, high, low, _ = load_four(runs + batch * T, of_runs, t + row, exists, 3 if BOTH else 2, BM)
+        if not BOTH:
+            low = near_low
         key = start + tl.arange(0, BN)[:, None]
         before_end = key < high[None, :]
         seen = (key >= low[None, :]) & before_end
-        seen2 = (key >= low2[None, :]) & before_end
+        near_seen = (key >= near_low[None, :]) & before_end
     p, ds = weight_gradient(logits, dots, log_sum[None, :], gate[None, :], correction[None, :], seen, MASKED)
-    if SECOND and MASKED:
-        log_sum2, gate2, correction2, _ = load_four(rows, T, t + row, exists, 3, BM)
-        p2, ds2 = weight_gradient(
-            logits, dots, log_sum2[None, :], gate2[None, :], correction2[None, :], seen2, True
+    if BOTH and MASKED:
+        near_log_sum, near_gate, near_correction, _ = load_four(rows, T, t + row, exists, 3, BM)
+        near_p, near_ds = weight_gradient(
+            logits, dots, near_log_sum[None, :], near_gate[None, :], near_correction[None, :], near_seen, True
         )
-        p += p2
-        ds += ds2
+        p += near_p
+        ds += near_ds
     dv_acc = add_products(p.to(douts[0].dtype), douts, dv_acc, PRECISION)
     dk_acc = add_products(ds.to(queries[0].dtype), queries, dk_acc, PRECISION)
     return dk_acc, dv_acc
@@ -219,13 +222,13 @@ def next_head(which, head, splits, group):
 @triton.jit
 def interval_dkv_kernel(
     q, k, v, runs, borders, dout, rows, dk_in, dv_in, dk, dv, scale, scale_log2, T, N, HQ, HK, TILES,
-    DK: tl.constexpr, DV: tl.constexpr, SECOND: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BOTH: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """`dv = sum p^T dout`, `dk = scale * sum ds^T q` over queries and heads of the group, plus `dv_in`, `dk_in` if ADD.
 
     One program: BN keys of one KV head and every `num_programs(2)`-th tile of the queries that see any of them.
-    SECOND: of two branches.
+    BOTH: of two branches, the near one first.
     """
     tile, split, splits = tl.program_id(0), tl.program_id(2), tl.num_programs(2)
     batch, kv_head = tl.program_id(1) // HK, tl.program_id(1) % HK
@@ -237,19 +240,19 @@ def interval_dkv_kernel(
     origin = (batch.to(tl.int64) * N + start) * HK + kv_head
     borders += (batch * TILES + tile) * 4
     near_end = tl.load(borders + 3)
-    if SECOND:
+    if BOTH:
         borders += batches * TILES * 4
     first, middle = tl.load(borders), tl.load(borders + 1)
     middle_end, end = tl.load(borders + 2), tl.load(borders + 3)
     stop = tl.maximum(end, near_end)
-    if SECOND:
-        # as far as any query sees any of the keys by the first branch too
+    if BOTH:
+        # queries up to the last one that sees a key by the near branch are taken as those on the border are
         middle = tl.minimum(first + tl.cdiv(near_end - first, BM) * BM, stop)
     middle_end = middle + tl.maximum(middle_end - middle, 0) // BM * BM
     # what none of these queries sees may be anything, NaN too, and is not read
     least = tl.load(runs + batch * T + first, mask=first < stop, other=0)
     most = tl.load(runs + of_runs + batch * T + stop - 1, mask=first < stop, other=0)
-    if SECOND:
+    if BOTH:
         least = tl.minimum(least, tl.load(runs + 2 * of_runs + batch * T + first, mask=first < stop, other=0))
     read = exists & (start + index >= least) & (start + index < most)
     keys = load_tiles(k + origin * DK, index, HK * DK, read, DK)
@@ -263,7 +266,7 @@ def interval_dkv_kernel(
     for _ in tl.range(0, tiles * group):
         dk_acc, dv_acc = dkv_step(
             dk_acc, dv_acc, keys, values, q, dout, runs, rows, middle + which * BM, end, start, batch,
-            kv_head * group + head, of_runs, scale_log2, T, HQ, DK, DV, SECOND, BM, BN, False, PRECISION,
+            kv_head * group + head, of_runs, scale_log2, T, HQ, DK, DV, BOTH, BM, BN, False, PRECISION,
         )
         which, head = next_head(which, head, splits, group)
     # those on either side
@@ -275,7 +278,7 @@ def interval_dkv_kernel(
             dk_acc, dv_acc, keys, values, q, dout, runs, rows,
             tl.where(which < before, first + which * BM, middle_end + (which - before) * BM),
             tl.where(which < before, middle, end), start, batch, kv_head * group + head, of_runs, scale_log2, T, HQ,
-            DK, DV, SECOND, BM, BN, True, PRECISION,
+            DK, DV, BOTH, BM, BN, True, PRECISION,
         )
         which, head = next_head(which, head, splits, group)
     dk_acc = scale_tiles(dk_acc, scale)
@@ -326,7 +329,7 @@ def interval_dq(
     grid = (cdiv(tokens, tiles["BM"]), batch * heads)
     interval_dq_kernel[grid](
         q, k, v, runs, dout, rows, dq, scale, scale_log2, tokens, k.shape[1], heads, k.shape[2],
-        SECOND=len(runs) == 2, ADD=add, **widths(q, v), **tiles,
+        BOTH=len(runs) == 2, ADD=add, **widths(q, v), **tiles,
     )
 
 
@@ -436,7 +439,7 @@ def interval_dkv(
     dk_in, dv_in = add if add is not None else (dk, dv)
     interval_dkv_kernel[(count, batch * kv_heads, splits)](
         q, k, v, runs, borders, dout, rows, dk_in, dv_in, dk, dv, scale, scale_log2, tokens, keys, heads, kv_heads,
-        borders.shape[2], SECOND=len(runs) == 2, ADD=add is not None, **widths(q, v), **tiles,
+        borders.shape[2], BOTH=len(runs) == 2, ADD=add is not None, **widths(q, v), **tiles,
     )
     if splits > 1:
         return sum_splits(dk, dv, dtype)

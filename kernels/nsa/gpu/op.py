@@ -37,8 +37,8 @@ from .scores.compressed import CompressedInputs, select_by_compressed
 from .scores.index import IndexInputs, select_by_index
 from .selected import find_chunks, selected_backward, selected_forward
 
-# Of what stands by branch. Local blocks and window are one where they have the same keys.
-CMP, SLC, WIN, NEAR = slice(0, 1), slice(1, 2), slice(2, 3), slice(1, 3)
+# Of what stands by branch; BOTH: local blocks and window, which are taken at once where they have the same keys.
+CMP, SLC, WIN, BOTH = slice(0, 1), slice(1, 2), slice(2, 3), slice(1, 3)
 WIDEST_HEAD = 256
 
 
@@ -80,7 +80,7 @@ def attend_near(
     if takes_query_major(q, k):
         return window()
     if near_k is k and sizes.local_blocks * sizes.block_size <= sizes.window_size:
-        return window(second=layout.local[0])
+        return window(near=layout.local[0])
     return *window(), *interval_forward(q, k, v, *layout.local, scale_log2)
 
 
@@ -180,7 +180,7 @@ def backward_op(
         interval_dq(q, k_cmp, v_cmp, *branches(CMP), dq, add=False)
         compressed += interval_dkv(q, k_cmp, v_cmp, *branches(CMP), borders[CMP], dtype=q.dtype, few_keys=True)
     if k_win is None:
-        interval_dq(q, k, v, *branches(NEAR), dq, add=k_cmp is not None)
+        interval_dq(q, k, v, *branches(BOTH), dq, add=k_cmp is not None)
     else:
         interval_dq(q, near_k, near_v, *branches(WIN), dq, add=k_cmp is not None)
         interval_dq(q, k, v, *branches(SLC), dq, add=True)
@@ -197,7 +197,7 @@ def backward_op(
         summed.copy_(dq)
     del dq
     if k_win is None:
-        near = interval_dkv(q, k, v, *branches(NEAR), borders[NEAR], dtype=q.dtype, add=others)
+        near = interval_dkv(q, k, v, *branches(BOTH), borders[BOTH], dtype=q.dtype, add=others)
         return [summed, *near, dgates, *compressed]
     local = interval_dkv(q, k, v, *branches(SLC), borders[SLC], dtype=q.dtype, add=others)
     window = interval_dkv(q, near_k, near_v, *branches(WIN), borders[WIN], dtype=q.dtype)
