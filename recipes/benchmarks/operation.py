@@ -139,6 +139,8 @@ def costs(heads: Heads, tokens: int) -> dict[str, Cost]:
     seen = tokens * blocks / 2
     chosen = tokens * min(s.topk * s.block_size, tokens / 2)
     near = tokens * min(s.window_size, tokens / 2)
+    # a query's own block is half full on average
+    local = tokens * min((s.local_blocks - 0.5) * s.block_size, tokens / 2)
     rows, width = 2.0 * tokens * heads.query_heads, heads.key_dim + heads.value_dim
     kv = 2.0 * tokens * heads.kv_heads * width
     attention = rows * width + kv
@@ -147,15 +149,17 @@ def costs(heads: Heads, tokens: int) -> dict[str, Cost]:
         "attention": Cost(seen * pair, rows * width + kv / s.kernel_stride),
         "scores + top-k": Cost(seen * 2 * heads.query_heads * heads.key_dim, rows * heads.key_dim),
         "selection": Cost(chosen * pair, attention),
+        "other selected blocks": Cost((chosen - local) * pair, attention + rows * heads.value_dim),
         "window": Cost(near * pair, attention),
+        "window and local blocks": Cost(near * pair, attention + rows * heads.value_dim),
         "combination": Cost(0, 4 * rows * heads.value_dim),
     }
-    once = [parts[name] for name in ("attention", "scores + top-k", "selection", "window", "combination")]
-    parts["forward"] = Cost(sum(x.flops for x in once), rows * width + kv)
+    # of the whole passes: the local blocks' keys are the window's too
+    near_flops = parts["other selected blocks"].flops + parts["window and local blocks"].flops
+    branches = parts["attention"].flops + near_flops
+    parts["forward"] = Cost(branches + parts["scores + top-k"].flops, rows * width + kv)
     # five products instead of two in each branch, no scores
-    branches = sum(parts[name].flops for name in ("attention", "selection", "window"))
     parts["backward"] = Cost(2.5 * branches, 2 * (rows * width + kv))
-    near_flops = parts["selection"].flops + parts["window"].flops
     index_bytes = rows * INDEX_CHANNELS + 2.0 * tokens * heads.kv_heads * INDEX_CHANNELS
     index = Cost(tokens * tokens * heads.query_heads * INDEX_CHANNELS, index_bytes)
     parts["index scores + top-k"] = index

@@ -84,33 +84,25 @@ class Stages:
         """The stages of the forward pass by name."""
         from nsa_hf.kernels.gpu.common import LOG2E
         from nsa_hf.kernels.gpu.gates import combine
-        from nsa_hf.kernels.gpu.gather import gather_queries
         from nsa_hf.kernels.gpu.interval import interval_forward
-        from nsa_hf.kernels.gpu.query_major import query_major_forward, takes_query_major
+        from nsa_hf.kernels.gpu.op import attend_near, attend_selected
         from nsa_hf.kernels.gpu.scores.compressed import CompressedInputs, select_by_compressed
-        from nsa_hf.kernels.gpu.selected import selected_forward
 
-        x, saved, layout, chunks, scale = self.x, self.saved, self.layout, self.chunks, self.scale * LOG2E
+        x, saved, layout, scale = self.x, self.saved, self.layout, self.scale * LOG2E
         means = [(tensor, MeanCompressor(SIZES.kernel_size, tensor.shape[-1])) for tensor in (x.k, x.v)]
         cmp = (x.q, x.k_cmp, x.v_cmp, *layout.compressed, scale)
         scored = CompressedInputs(x.q, x.k_cmp, saved.lse_cmp, x.k.shape[1], scale)
 
-        def gathered() -> None:
-            out, lse = interval_forward(x.q, x.k, x.v, *layout.local, scale)
-            if chunks:
-                gather = gather_queries(self.selection, layout, SIZES, chunks)
-                selected_forward(x.q, x.k, x.v, gather, layout, SIZES, scale, out, lse)
-
-        def query_major() -> None:
-            query_major_forward(x.q, x.k, x.v, self.selection, layout, SIZES, scale)
-
+        near = (x.q, x.k, x.v, x.k, x.v, layout, SIZES, scale)
+        _, _, *local = attend_near(*near)
+        selected = (x.q, x.k, x.v, self.selection, layout, SIZES, scale, *local)
         return {
             "compression": lambda: [compress(tensor, mean, SIZES.kernel_stride) for tensor, mean in means],
             "layout": self.find_layout,
             "attention": lambda: interval_forward(*cmp, long_runs=True),
             "scores + top-k": lambda: select_by_compressed(scored, layout, SIZES),
-            "selection": query_major if takes_query_major(x.q, x.k) else gathered,
-            "window": lambda: interval_forward(x.q, x.k, x.v, *layout.window, scale),
+            "window and local blocks" if local else "window": lambda: attend_near(*near),
+            "other selected blocks" if local else "selection": lambda: attend_selected(*selected),
             "combination": lambda: combine(*saved[:3], x.gates, layout.relative),
         }
 
@@ -127,28 +119,28 @@ class Stages:
         from nsa_hf.kernels.gpu.common import LOG2E
         from nsa_hf.kernels.gpu.gates import gate_gradient
         from nsa_hf.kernels.gpu.gather import gather_queries
-        from nsa_hf.kernels.gpu.interval_backward import Second, find_borders, interval_dkv, interval_dq
-        from nsa_hf.kernels.gpu.op import CMP, SLC, WIN
+        from nsa_hf.kernels.gpu.interval_backward import find_borders, interval_dkv, interval_dq
+        from nsa_hf.kernels.gpu.op import BOTH, CMP
         from nsa_hf.kernels.gpu.selected import selected_backward
 
         x, saved, layout, chunks = self.x, self.saved, self.layout, self.chunks
         scales = (self.scale, self.scale * LOG2E)
         outs = (saved[:3], saved[3:6], x.dout, x.gates, layout.relative)
         _, rows, records = gate_gradient(*outs)
-        cmp = (x.q, x.k_cmp, x.v_cmp, *layout.compressed, x.dout, rows[CMP], *scales)
-        win = (x.q, x.k, x.v, *layout.window, x.dout, rows[WIN], *scales)
-        local = (x.q, x.k, x.v, *layout.local, x.dout, rows[SLC], *scales)
+        cmp = (x.q, x.k_cmp, x.v_cmp, layout.runs[CMP], x.dout, rows[CMP], *scales)
+        near = (x.q, x.k, x.v, layout.runs[BOTH], x.dout, rows[BOTH], *scales)
         dq, dk, dv = (torch.zeros_like(tensor, dtype=torch.float32) for tensor in x[:3])
         dq_out = torch.empty_like(x.q)
-        bf16, second = torch.bfloat16, Second(layout.local[0], rows[SLC])
+        bf16 = torch.bfloat16
         borders = find_borders(x.q, x.v, layout, x.k.shape[1])
         parts: Parts = {
             "backward, gates": lambda: gate_gradient(*outs),
             "backward, compressed dq": lambda: interval_dq(*cmp, dq, add=False),
             "backward, compressed dk dv": lambda: interval_dkv(*cmp, borders[CMP], dtype=bf16, few_keys=True),
-            "backward, window and local blocks dq": lambda: interval_dq(*win, dq, add=True, second=second),
-            "backward, window dk dv": lambda: interval_dkv(*win, borders[WIN], dtype=bf16),
-            "backward, local blocks dk dv": lambda: interval_dkv(*local, borders[SLC], dtype=bf16),
+            "backward, window and local blocks dq": lambda: interval_dq(*near, dq, add=True),
+            "backward, window and local blocks dk dv": lambda: interval_dkv(
+                *near, borders[BOTH], dtype=bf16, add=(dk, dv)
+            ),
         }
         if chunks:
             gather = gather_queries(self.selection, layout, SIZES, chunks)

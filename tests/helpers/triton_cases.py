@@ -22,6 +22,8 @@ SMALL = Shape(queries=26, keys=26, kv_heads=1)
 ALIKE = Sizes(4, 4, 4, 3, 1, 1, 4)  # compressed blocks that do not overlap
 WIDE = Sizes(6, 2, 8, 4, 1, 1, 7)  # each token in three compressed blocks
 LARGE = Sizes(8, 4, 80, 3, 1, 1, 20)  # selection blocks taken in parts (of 32 tokens for float32)
+# the local blocks in a window of several tiles, so that both are one pass
+NEAR = Shape(Sizes(4, 2, 4, 4, 1, 2, 70), queries=150, keys=150, kv_heads=1)
 
 CASES = {
     "groups of two": replace(SMALL, kv_heads=2),
@@ -51,6 +53,16 @@ CASES = {
     "everything larger than the text": Shape(Sizes(8000, 4, 8000, 300, 100, 100, 9000), queries=21, keys=21),
     "window of one": replace(SMALL, sizes=replace(Sizes(), window_size=1)),
     "window over everything": replace(SMALL, sizes=replace(Sizes(), window_size=100)),
+    "window that neither holds the local blocks nor is in them": replace(NEAR, sizes=replace(Sizes(), window_size=7)),
+    "local blocks in the window": NEAR,
+    "local blocks in the window, large ones": replace(NEAR, sizes=Sizes(8, 4, 32, 3, 1, 2, 64), group=3),
+    "local blocks in the window, the last queries": replace(NEAR, queries=60),
+    "local blocks in the window, ragged and left-padded": replace(
+        NEAR, batch=3, queries=60, starts=(0, 90, 140), lengths=(41, 150, 149)
+    ),
+    "local blocks in the window, packed": replace(NEAR, cu_seqlens=(0, 3, 75, 76, 150)),
+    "local blocks in the window, groups of twelve": replace(NEAR, group=12, queries=40, keys=90),
+    "local blocks in the window, its own keys": replace(NEAR, queries=60, own_window=140),
     "blocks that do not overlap": replace(SMALL, sizes=ALIKE),
     "each token in three blocks": Shape(WIDE, queries=50, keys=50, kv_heads=1),
     "large blocks": Shape(LARGE, queries=40, keys=350, kv_heads=1),

@@ -20,7 +20,14 @@ def test_output_selection_and_gradients(process: ProcessPoolExecutor, name: str)
 
 
 @pytest.mark.parametrize(
-    "name", ["groups of three", "packed", "ragged and left-padded, own window", "keys of 192, values of 128"]
+    "name",
+    [
+        "groups of three",
+        "packed",
+        "ragged and left-padded, own window",
+        "keys of 192, values of 128",
+        "local blocks in the window, packed",
+    ],
 )
 def test_float16(process: ProcessPoolExecutor, name: str) -> None:
     """float16 has 11 bits: a rounding is 5e-4 of a number; probabilities, partial results and gradients pass a few."""

@@ -150,7 +150,7 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("index", "packed", "expected"), [(False, False, (12, 11)), (True, False, (11, 8)), (True, True, (12, 8))]
+    ("index", "packed", "expected"), [(False, False, (11, 11)), (True, False, (10, 8)), (True, True, (11, 8))]
 )
 def test_launches_of_both_passes(
     monkeypatch: pytest.MonkeyPatch, index: bool, packed: bool, expected: tuple[int, int]

@@ -22,8 +22,11 @@ def run_stages(name: str) -> dict[str, list[str]]:
     return {name: list(parts) for name, parts in passes.items()}
 
 
-@pytest.mark.parametrize("name", ["2:1:16", "12:1:16/32"])
-def test_every_stage_runs(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("2:1:16", ["window and local blocks", "other selected blocks"]), ("12:1:16/32", ["window", "selection"])],
+)
+def test_every_stage_runs(name: str, near: list[str]) -> None:
     with interpreter() as process:
         found = process.submit(run_stages, name).result()
     assert found["forward"] == [
@@ -31,8 +34,7 @@ def test_every_stage_runs(name: str) -> None:
         "layout",
         "attention",
         "scores + top-k",
-        "selection",
-        "window",
+        *near,
         "combination",
     ]
     assert all(part.startswith("backward, ") for part in found["backward"])

@@ -4,7 +4,7 @@
     selection    scores, forced blocks, top-k (eqs. 8 to 12)          scores
     selected     local blocks as runs of keys, the others gathered    interval, gather, selected
                  or, for large groups, one query after another        query_major
-    window       runs of the last w keys                              interval
+    window       runs of the last w keys; the local blocks' at once   interval
     combination  the gated sum (eq. 5)                                gates
 
 A few queries a row without gradients, as in decoding, have kernels of their own (`decode`).
@@ -30,14 +30,15 @@ from .decode.op import decode_op, last_contiguous, takes_decode
 from .gates import combine, gate_gradient
 from .gather import Chunks, Gather, count_slots, gather_queries
 from .interval import interval_forward
-from .interval_backward import Second, find_borders, interval_dkv, interval_dq
+from .interval_backward import find_borders, interval_dkv, interval_dq
 from .layout import Layout, count_parts, find_layout, part_shape
 from .query_major import query_major_forward, takes_query_major
 from .scores.compressed import CompressedInputs, select_by_compressed
 from .scores.index import IndexInputs, select_by_index
 from .selected import find_chunks, selected_backward, selected_forward
 
-CMP, SLC, WIN = 0, 1, 2
+# Of what stands by branch; BOTH: local blocks and window, which are taken at once where they have the same keys.
+CMP, SLC, WIN, BOTH = slice(0, 1), slice(1, 2), slice(2, 3), slice(1, 3)
 WIDEST_HEAD = 256
 
 
@@ -67,19 +68,38 @@ def cut_selection(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, parts: int) -> 
     return find_chunks(q, v, parts, slots) if slots else None
 
 
+def attend_near(
+    q: Tensor, k: Tensor, v: Tensor, near_k: Tensor, near_v: Tensor, layout: Layout, sizes: Sizes, scale_log2: float
+) -> tuple[Tensor, ...]:
+    """The window over `near_k` and `near_v`, and the local blocks where `attend_selected` leaves them to others.
+
+    Returns:
+        Output `[B, T, Hq, Dv]` in q's dtype and log2-sum-exp `[B, T, Hq]` float32; those of the local blocks behind.
+    """
+    window = partial(interval_forward, q, near_k, near_v, *layout.window, scale_log2)
+    if takes_query_major(q, k):
+        return window()
+    if near_k is k and sizes.local_blocks * sizes.block_size <= sizes.window_size:
+        return window(near=layout.local[0])
+    return *window(), *interval_forward(q, k, v, *layout.local, scale_log2)
+
+
 def attend_selected(
-    q: Tensor, k: Tensor, v: Tensor, selection: Tensor, layout: Layout, sizes: Sizes, scale_log2: float
+    q: Tensor, k: Tensor, v: Tensor, selection: Tensor, layout: Layout, sizes: Sizes, scale_log2: float, *local: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The selected branch (eq. 12), whichever scorer chose its blocks.
+
+    Args:
+        local: what `attend_near` gives of the local blocks, and to which the other blocks are added.
 
     Returns:
         Output `[B, T, Hq, Dv]` in q's dtype, log2-sum-exp `[B, T, Hq]` float32, and the picks of
         each part (`order` and `offsets` of `Gather`; empty where they are not needed).
     """
     nothing = (selection.new_empty(0), selection.new_empty(0))
-    if takes_query_major(q, k):
+    if not local:
         return (*query_major_forward(q, k, v, selection, layout, sizes, scale_log2), *nothing)
-    out, lse = interval_forward(q, k, v, *layout.local, scale_log2)
+    out, lse = local
     chunks = cut_selection(q, k, v, sizes, layout.part_first.shape[-1])
     if chunks is None:
         return (out, lse, *nothing)
@@ -110,8 +130,8 @@ def forward_op(
     else:
         assert k_cmp is not None and lse_cmp is not None
         selection = select_by_compressed(CompressedInputs(q, k_cmp, lse_cmp, k.shape[1], scale_log2), layout, sizes)
-    out_slc, lse_slc, order, offsets = attend_selected(q, k, v, selection, layout, sizes, scale_log2)
-    out_win, lse_win = interval_forward(q, near_k, near_v, *layout.window, scale_log2)
+    out_win, lse_win, *local = attend_near(q, k, v, near_k, near_v, layout, sizes, scale_log2)
+    out_slc, lse_slc, order, offsets = attend_selected(q, k, v, selection, layout, sizes, scale_log2, *local)
     out = combine(out_cmp, out_slc, out_win, gates, layout.relative)
     none = (gates.new_empty(0), gates.new_empty(0))
     cmp = none if out_cmp is None or lse_cmp is None else (out_cmp, lse_cmp)
@@ -149,40 +169,39 @@ def backward_op(
     layout = Layout.of(forward.queries, forward.parts, sizes.block_size, largest_part(q, v.shape[-1]), packed)
     outs, lses = ([None if k_cmp is None else x[0], *x[1:]] for x in (forward[:3], forward[3:6]))
     dgates, rows, records = gate_gradient(outs, lses, dout, gates, layout.relative)
-    scales = (scale, scale_log2)
-    local = (*layout.local, dout, rows[SLC], *scales)
-    win = (*layout.window, dout, rows[WIN], *scales)
-    # over the same keys, the local blocks' runs and the window's end together: both for little more than one
-    both = Second(layout.local[0], rows[SLC]) if k_win is None else None
+    borders = find_borders(q, v, layout, max(x.shape[1] for x in (k, k_cmp) if x is not None))
+
+    def branches(of: slice) -> tuple[Tensor, Tensor, Tensor, float, float]:
+        return layout.runs[of], dout, rows[of], scale, scale_log2
 
     dq = torch.empty_like(q, dtype=torch.float32)
-    if k_cmp is None or v_cmp is None:
-        borders = find_borders(q, v, layout, k.shape[1])
-        compressed = []
+    compressed: list[Tensor] = []
+    if k_cmp is not None and v_cmp is not None:
+        interval_dq(q, k_cmp, v_cmp, *branches(CMP), dq, add=False)
+        compressed += interval_dkv(q, k_cmp, v_cmp, *branches(CMP), borders[CMP], dtype=q.dtype, few_keys=True)
+    if k_win is None:
+        interval_dq(q, k, v, *branches(BOTH), dq, add=k_cmp is not None)
     else:
-        cmp = (*layout.compressed, dout, rows[CMP], *scales)
-        interval_dq(q, k_cmp, v_cmp, *cmp, dq, add=False)
-        borders = find_borders(q, v, layout, max(k.shape[1], k_cmp.shape[1]))
-        compressed = [*interval_dkv(q, k_cmp, v_cmp, *cmp, borders[CMP], dtype=q.dtype, few_keys=True)]
-    interval_dq(q, near_k, near_v, *win, dq, add=k_cmp is not None, second=both)
-    if both is None:
-        interval_dq(q, k, v, *local, dq, add=True)
+        interval_dq(q, near_k, near_v, *branches(WIN), dq, add=k_cmp is not None)
+        interval_dq(q, k, v, *branches(SLC), dq, add=True)
 
-    dk, dv = interval_dkv(q, k, v, *local, borders[SLC], dtype=torch.float32)
-    summed = torch.empty_like(q)
+    summed, others = torch.empty_like(q), None
     if chunks := cut_selection(q, k, v, sizes, forward.parts.shape[-1]):
         gather = Gather(forward.order, forward.offsets, chunks)
         if not forward.offsets.numel():
             gather = gather_queries(selection, layout, sizes, chunks)
-        selected_backward(q, k, v, gather, layout, sizes, dout, records, scale, scale_log2, dq, summed, dk, dv)
+        zeros = k.new_zeros(k.numel() + v.numel(), dtype=torch.float32)  # one launch for both
+        others = zeros[: k.numel()].view_as(k), zeros[k.numel() :].view_as(v)
+        selected_backward(q, k, v, gather, layout, sizes, dout, records, scale, scale_log2, dq, summed, *others)
     else:
         summed.copy_(dq)
     del dq
-    if k_win is not None:
-        dk_win, dv_win = interval_dkv(q, near_k, near_v, *win, borders[WIN], dtype=q.dtype)
-        return [summed, dk.to(q.dtype), dv.to(q.dtype), dgates, *compressed, dk_win, dv_win]
-    dk, dv = interval_dkv(q, k, v, *win, borders[WIN], dtype=q.dtype, add=(dk, dv))
-    return [summed, dk, dv, dgates, *compressed]
+    if k_win is None:
+        near = interval_dkv(q, k, v, *branches(BOTH), borders[BOTH], dtype=q.dtype, add=others)
+        return [summed, *near, dgates, *compressed]
+    local = interval_dkv(q, k, v, *branches(SLC), borders[SLC], dtype=q.dtype, add=others)
+    window = interval_dkv(q, near_k, near_v, *branches(WIN), borders[WIN], dtype=q.dtype)
+    return [summed, *local, dgates, *compressed, *window]
 
 
 @backward_op.register_fake
