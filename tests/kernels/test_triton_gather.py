@@ -87,9 +87,9 @@ def test_the_picks_of_a_part_in_the_order_of_the_queries(process: ProcessPoolExe
 
 
 @triton.jit
-def items_kernel(offsets, out, PARTS, MOST, STEPS):
+def items_kernel(offsets, out, PARTS, STEPS, MOST: tl.constexpr):
     """`out [items, 3]`: what `find_item` says."""
-    part, first, last = find_item(offsets, tl.program_id(0), PARTS, MOST, STEPS)
+    part, first, last = find_item(offsets, tl.program_id(0), PARTS, STEPS, MOST)
     out += 3 * tl.program_id(0)
     tl.store(out, part)
     tl.store(out + 1, first)
@@ -98,13 +98,12 @@ def items_kernel(offsets, out, PARTS, MOST, STEPS):
 
 def items_of(counts: list[int], most: int) -> list[tuple[int, int, int]]:
     """Part and picks of every item that is launched."""
-    from nsa_hf.kernels.gpu.common import search_steps
-    from nsa_hf.kernels.gpu.gather import Chunks, Gather
+    from nsa_hf.kernels.gpu.gather import Chunks, Gather, item_steps
 
     offsets = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32) + 7
     items = Gather(offsets, offsets, Chunks(1, sum(counts), 1, len(counts), 1, sum(counts))).items(most)
     found = torch.empty(items, 3, dtype=torch.int32)
-    items_kernel[(items,)](offsets, found, len(counts), most, search_steps(len(counts)))
+    items_kernel[(items,)](offsets, found, len(counts), item_steps(len(counts)), MOST=most)
     return [tuple(x) for x in found.tolist()]
 
 

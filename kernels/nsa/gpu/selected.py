@@ -23,16 +23,14 @@ from .common import (
     load_tile,
     next_power_of_2,
     padded,
-    search_steps,
     shared_memory,
     store_tile,
 )
-from .gather import Chunks, Gather, cut_queries, find_item, first_item, launches, picks_a_tile
+from .gather import Chunks, Gather, cut_queries, find_item, first_item, item_steps, launches, picks_a_tile
 from .interval import widths
-from .interval_backward import weight_gradient
 from .launch import Kernel
 from .layout import Layout
-from .tiles import add_products, divide_tiles, dot_tiles, load_tiles, store_tiles, zero_tiles
+from .tiles import add_products, dot_tiles, load_tiles, scale_tiles, store_tiles, zero_tiles
 
 
 def partial_bytes(q: Tensor) -> int:
@@ -54,97 +52,117 @@ def find_chunks(q: Tensor, v: Tensor, parts: int, slots: int) -> Chunks:
 
 
 @triton.jit
-def pick_rows(order, first, last, r, T, SLOTS, chunk_first, G, HQ, head, batch):
-    """Of rows `r` of the picks `[first, last)`: whether they exist, the query's row in `[B*T*HQ]`, the result's row.
+def pick_rows(order, row, rows, first_pick, HQ, SLOTS: tl.constexpr, G: tl.constexpr, BM: tl.constexpr):
+    """Of the BM rows from `row` on of the picks that begin at `order`: whether they are among the first `rows`, the
+    query's row, counted from the KV head's first one in the text, and the result's, counted `(query of the chunk, slot,
+    head of the group)`.
 
-    The latter counts `(query of the chunk, slot, head of the group)`.
+    Args:
+        first_pick: the chunk's first one.
     """
-    exists = first + r // G < last
-    pick = tl.load(order + first + r // G, mask=exists, other=0)
-    token, slot = pick // SLOTS, pick % SLOTS
-    query = (batch * T + token).to(tl.int64) * HQ + head * G + r % G
-    partial = ((token - chunk_first).to(tl.int64) * SLOTS + slot) * G + r % G
-    return exists, query, partial
+    r = (row + tl.arange(0, BM)).to(tl.uint32)  # without a sign it is divided in fewer steps
+    pick = tl.load(order + r // G, mask=r < rows, other=first_pick)
+    # 2^31 rows of a text, which would not fit 32 bits, would take 64 GB a tensor
+    query = pick.to(tl.uint32) // SLOTS * HQ + r % G
+    partial = (pick - first_pick).to(tl.uint32) * G + r % G
+    return r < rows, query.to(tl.int64), partial.to(tl.int64)
 
 
 @Kernel
 @triton.jit
 def selected_forward_kernel(
     q, k, v, order, offsets, part_first, part_end, partial, partial_lse, scale_log2,
-    first_lane, T, S, HQ, HK, BH, SLOTS, PARTS, CHUNK, MOST, STEPS,
-    DK: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    first_lane, T, S, HQ, HK, BH, PARTS, CHUNK, STEPS,
+    G: tl.constexpr, SLOTS: tl.constexpr, MOST: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Softmax attention of MOST picks over their part alone: output and log2-sum-exp of each (query, slot, head)."""
     lane = first_lane + tl.program_id(1)
-    part, first, last = find_item(offsets + lane * (PARTS + 1), tl.program_id(0), PARTS, MOST, STEPS)
+    part, first, last = find_item(offsets + lane * (PARTS + 1), tl.program_id(0), PARTS, STEPS, MOST)
     if first < last:
         batch, head = lane % BH // HK, lane % HK
-        heads = HQ // HK
         begin = tl.load(part_first + batch * PARTS + part)
         index = tl.arange(0, BN)
         inside = begin + index < tl.load(part_end + batch * PARTS + part)
+        hide = tl.where(inside, 0.0, float("-inf"))
         origin = (batch.to(tl.int64) * S + begin) * HK + head
         keys = load_tiles(k + origin * DK, index, HK * DK, inside, DK)
         values = load_tiles(v + origin * DV, index, HK * DV, inside, DV)
-        place = tl.program_id(1).to(tl.int64) * CHUNK * SLOTS * heads
-        for row in tl.range(0, (last - first) * heads, BM):
-            r = row + tl.arange(0, BM)
-            exists, query, target = pick_rows(
-                order, first, last, r, T, SLOTS, lane // BH * CHUNK, heads, HQ, head, batch
-            )
+        q += (batch.to(tl.int64) * T * HQ + head * G) * DK
+        place = tl.program_id(1).to(tl.int64) * CHUNK * (SLOTS * G)
+        partial += place * DV
+        partial_lse += place
+        order += first
+        first_pick = lane // BH * CHUNK * SLOTS
+        rows = (last - first) * G
+        for row in tl.range(0, rows, BM):
+            exists, query, target = pick_rows(order, row, rows, first_pick, HQ, SLOTS, G, BM)
             queries = load_tiles(q, query, DK, exists, DK)
-            logits = dot_tiles(queries, keys, PRECISION) * scale_log2
-            logits = tl.where(inside[None, :], logits, float("-inf"))
+            logits = dot_tiles(queries, keys, PRECISION) * scale_log2 + hide[None, :]
             top = tl.max(logits, 1)
             weights = tl.exp2(logits - top[:, None])
             total = tl.sum(weights, 1)
             result = add_products(weights.to(values[0].dtype), values, zero_tiles(BM, DV), PRECISION)
-            result = divide_tiles(result, total[:, None])
-            store_tiles(partial, place + target, DV, exists, result, DV)
-            tl.store(partial_lse + place + target, top + tl.log2(total), mask=exists)
+            result = scale_tiles(result, (1.0 / total)[:, None])
+            store_tiles(partial, target, DV, exists, result, DV)
+            tl.store(partial_lse + target, top + tl.log2(total), mask=exists)
 
 
 @triton.jit
-def used_slots(
-    relative, BLOCK: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, PARTS_A_BLOCK: tl.constexpr
+def chunk_rows(
+    relative_ptr, lane, T, HQ, HK, BH, CHUNK, G: tl.constexpr, SLOTS: tl.constexpr, BM: tl.constexpr,
+    BLOCK: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, PARTS_A_BLOCK: tl.constexpr,
 ):
-    """How many slots of a query hold a pick; they come first."""
+    """Of a program's BM (query, head of the group) of a lane: whether they exist, the row in `[B*T*HQ]`, the row of the
+    first slot's result, and how many slots hold a pick; those come first, and G rows further is the next one."""
+    r = tl.program_id(0) * BM + tl.arange(0, BM)
+    token = lane // BH * CHUNK + r // G
+    exists = (r < CHUNK * G) & (token < T)
+    batch, head = lane % BH // HK, lane % HK
+    relative = tl.load(relative_ptr + batch * T + token, mask=exists, other=-1)
     blocks = tl.where(relative < 0, 0, relative // BLOCK + 1)
-    return tl.maximum(tl.minimum(blocks, TOPK) - LOCAL, 0) * PARTS_A_BLOCK
+    used = tl.maximum(tl.minimum(blocks, TOPK) - LOCAL, 0) * PARTS_A_BLOCK
+    row = (batch * T + token).to(tl.int64) * HQ + head * G + r % G
+    source = tl.program_id(1).to(tl.int64) * CHUNK * (SLOTS * G) + r // G * (SLOTS * G) + r % G
+    return exists, row, source, used
+
+
+@triton.jit
+def load_partial(partial, partial_lse, source, slot, used, G: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr):
+    """A slot's result and its log2-sum-exp, which is -inf where the slot is not used."""
+    here = slot < used
+    log_sum = tl.load(partial_lse + source + slot * G, mask=here, other=float("-inf"))
+    return load_tile(partial, source + slot * G, DV, here, DV, DVP).to(tl.float32), log_sum
 
 
 @Kernel
 @triton.jit
 def merge_kernel(
-    partial, partial_lse, relative_ptr, out, lse, first_lane, T, HQ, HK, BH, SLOTS, CHUNK,
-    DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr, LOCAL: tl.constexpr,
-    TOPK: tl.constexpr, PARTS_A_BLOCK: tl.constexpr,
+    partial, partial_lse, relative_ptr, out, lse, first_lane, T, HQ, HK, BH, CHUNK,
+    DV: tl.constexpr, DVP: tl.constexpr, G: tl.constexpr, SLOTS: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr,
+    LOCAL: tl.constexpr, TOPK: tl.constexpr, PARTS_A_BLOCK: tl.constexpr,
 ):
     """Adds the partial results to what `out` and `lse` hold of the local blocks: softmax over all of them (eq. 12)."""
-    lane = first_lane + tl.program_id(1)
-    batch, head = lane % BH // HK, lane % HK
-    heads = HQ // HK
-    r = tl.program_id(0) * BM + tl.arange(0, BM)
-    token = lane // BH * CHUNK + r // heads
-    exists = (r < CHUNK * heads) & (token < T)
-    relative = tl.load(relative_ptr + batch * T + token, mask=exists, other=-1)
-    used = used_slots(relative, BLOCK, LOCAL, TOPK, PARTS_A_BLOCK)
-    row = (batch * T + token).to(tl.int64) * HQ + head * heads + r % heads
+    exists, row, source, used = chunk_rows(
+        relative_ptr, first_lane + tl.program_id(1), T, HQ, HK, BH, CHUNK, G, SLOTS, BM, BLOCK, LOCAL, TOPK,
+        PARTS_A_BLOCK,
+    )
     acc = load_tile(out, row, DV, exists, DV, DVP).to(tl.float32)
     top = tl.load(lse + row, mask=exists, other=0.0)
     total = tl.full([BM], 1.0, tl.float32)
-    source = tl.program_id(1).to(tl.int64) * CHUNK * SLOTS * heads
-    source += (r // heads).to(tl.int64) * SLOTS * heads + r % heads
-    for slot in tl.range(0, tl.max(used)):
-        here = slot < used
-        log_sum = tl.load(partial_lse + source + slot * heads, mask=here, other=float("-inf"))
-        new = tl.maximum(top, log_sum)
-        weight, factor = tl.exp2(log_sum - new), tl.exp2(top - new)
-        x = load_tile(partial, source + slot * heads, DV, here, DV, DVP).to(tl.float32)
-        acc = acc * factor[:, None] + weight[:, None] * x
-        total = total * factor + weight
+    # four at a time: their loads are under way together
+    for slot in tl.range(0, tl.max(used), 4):
+        x0, sum0 = load_partial(partial, partial_lse, source, slot, used, G, DV, DVP)
+        x1, sum1 = load_partial(partial, partial_lse, source, slot + 1, used, G, DV, DVP)
+        x2, sum2 = load_partial(partial, partial_lse, source, slot + 2, used, G, DV, DVP)
+        x3, sum3 = load_partial(partial, partial_lse, source, slot + 3, used, G, DV, DVP)
+        new = tl.maximum(tl.maximum(top, tl.maximum(sum0, sum1)), tl.maximum(sum2, sum3))
+        factor, w0, w1 = tl.exp2(top - new), tl.exp2(sum0 - new), tl.exp2(sum1 - new)
+        w2, w3 = tl.exp2(sum2 - new), tl.exp2(sum3 - new)
+        acc = acc * factor[:, None] + w0[:, None] * x0 + w1[:, None] * x1 + w2[:, None] * x2 + w3[:, None] * x3
+        total = total * factor + (w0 + w1) + (w2 + w3)
         top = new
-    store_tile(out, row, DV, exists & (used > 0), acc / total[:, None], DV, DVP)
+    store_tile(out, row, DV, exists & (used > 0), acc * (1.0 / total)[:, None], DV, DVP)
     tl.store(lse + row, top + tl.log2(total), mask=exists & (used > 0))
 
 
@@ -152,30 +170,33 @@ def merge_kernel(
 @triton.jit
 def selected_backward_kernel(
     q, k, v, order, offsets, part_first, part_end, dout, records,
-    dq_partial, dk_partial, dv_partial, scale_log2, first_lane, T, S, HQ, HK, BH, SLOTS, PARTS, CHUNK, MOST, STEPS,
-    DK: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PART: tl.constexpr,
-    PRECISION: tl.constexpr,
+    dq_partial, dk_partial, dv_partial, scale_log2, first_lane, T, S, HQ, HK, BH, PARTS, CHUNK, STEPS,
+    G: tl.constexpr, SLOTS: tl.constexpr, MOST: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Of MOST picks: `dv = p^T dout` and `dk = ds^T q` summed, and `dq = ds k` of each (query, slot, head)."""
     lane = first_lane + tl.program_id(1)
-    part, first, last = find_item(offsets + lane * (PARTS + 1), tl.program_id(0), PARTS, MOST, STEPS)
+    part, first, last = find_item(offsets + lane * (PARTS + 1), tl.program_id(0), PARTS, STEPS, MOST)
     if first < last:
         batch, head = lane % BH // HK, lane % HK
-        heads = HQ // HK
         begin = tl.load(part_first + batch * PARTS + part)
         index = tl.arange(0, BN)
         inside = begin + index < tl.load(part_end + batch * PARTS + part)
         origin = (batch.to(tl.int64) * S + begin) * HK + head
         keys = load_tiles(k + origin * DK, index, HK * DK, inside, DK)
         values = load_tiles(v + origin * DV, index, HK * DV, inside, DV)
-        place = tl.program_id(1).to(tl.int64) * CHUNK * SLOTS * heads
+        origin = batch.to(tl.int64) * T * HQ + head * G
+        q += origin * DK
+        dout += origin * DV
+        records += origin * 3
+        dq_partial += tl.program_id(1).to(tl.int64) * CHUNK * (SLOTS * G) * DK
+        order += first
+        first_pick = lane // BH * CHUNK * SLOTS
+        rows = (last - first) * G
         dk_acc = zero_tiles(BN, DK)
         dv_acc = zero_tiles(BN, DV)
-        for row in tl.range(0, (last - first) * heads, BM):
-            r = row + tl.arange(0, BM)
-            exists, query, target = pick_rows(
-                order, first, last, r, T, SLOTS, lane // BH * CHUNK, heads, HQ, head, batch
-            )
+        for row in tl.range(0, rows, BM):
+            exists, query, target = pick_rows(order, row, rows, first_pick, HQ, SLOTS, G, BM)
             queries = load_tiles(q, query, DK, exists, DK)
             douts = load_tiles(dout, query, DV, exists, DV)
             log_sum = tl.load(records + query * 3, mask=exists, other=float("inf"))  # of no weight
@@ -184,14 +205,14 @@ def selected_backward_kernel(
             # [BM, BN]: what belongs to a query is then one register a row, not one a column
             logits = dot_tiles(queries, keys, PRECISION) * scale_log2
             dots = dot_tiles(douts, values, PRECISION)
-            p, ds = weight_gradient(
-                logits, dots, log_sum[:, None], gate[:, None], correct[:, None], inside[None, :], True
-            )
-            ds = ds.to(queries[0].dtype)
+            # no key weighs more than 1. Those outside the part are zeros, which add nothing to dq while their weight is
+            # finite, and what is summed of them for dk and dv nobody reads
+            p = tl.exp2(tl.minimum(logits - log_sum[:, None], 0.0)) * gate[:, None]
+            ds = (p * (dots - correct[:, None])).to(queries[0].dtype)
             dv_acc = add_products(tl.trans(p.to(douts[0].dtype)), douts, dv_acc, PRECISION)
             dk_acc = add_products(tl.trans(ds), queries, dk_acc, PRECISION)
             dq = add_products(ds, keys, zero_tiles(BM, DK), PRECISION)
-            store_tiles(dq_partial, place + target, DK, exists, dq, DK)
+            store_tiles(dq_partial, target, DK, exists, dq, DK)
         target = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * PART
         store_tiles(dk_partial + target * DK, index, DK, index < PART, dk_acc, DK)
         store_tiles(dv_partial + target * DV, index, DV, index < PART, dv_acc, DV)
@@ -219,8 +240,9 @@ def add_items(
 @Kernel
 @triton.jit
 def sum_items_kernel(
-    dk_partial, dv_partial, offsets, part_first, part_end, dk, dv, scale, first_lane, ITEMS, S, HK, BH, PARTS, MOST,
-    DK: tl.constexpr, DV: tl.constexpr, PART: tl.constexpr, WIDTH: tl.constexpr, AT_ONCE: tl.constexpr,
+    dk_partial, dv_partial, offsets, part_first, part_end, dk, dv, scale, first_lane, ITEMS, S, HK, BH, PARTS,
+    MOST: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PART: tl.constexpr, WIDTH: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
     """Adds the sums of a part's items, in a fixed order, to `dk` and `dv [B, S, Hk, *]`: WIDTH numbers of one of them.
 
@@ -233,7 +255,7 @@ def sum_items_kernel(
     picks = tl.load(offsets + part + 1) - tl.load(offsets + part)
     if picks > 0:
         rows = tl.load(part_end + batch * PARTS + part) - begin
-        place = tl.program_id(1).to(tl.int64) * ITEMS + first_item(offsets, tl.load(offsets), part, MOST)
+        place = tl.program_id(1).to(tl.int64) * ITEMS + first_item(offsets, tl.load(offsets), part, PARTS, MOST)
         items = (picks + MOST - 1) // MOST
         row = (batch.to(tl.int64) * S + begin) * HK + head
         OF_DK: tl.constexpr = (PART * DK + WIDTH - 1) // WIDTH
@@ -249,27 +271,25 @@ def sum_items_kernel(
 @Kernel
 @triton.jit
 def sum_dq_kernel(
-    partial, relative_ptr, dq_in, dq, scale, first_lane, T, HQ, HK, BH, SLOTS, CHUNK,
-    DK: tl.constexpr, DKP: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr, LOCAL: tl.constexpr,
-    TOPK: tl.constexpr, PARTS_A_BLOCK: tl.constexpr,
+    partial, relative_ptr, dq_in, dq, scale, first_lane, T, HQ, HK, BH, CHUNK,
+    DK: tl.constexpr, DKP: tl.constexpr, G: tl.constexpr, SLOTS: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr,
+    LOCAL: tl.constexpr, TOPK: tl.constexpr, PARTS_A_BLOCK: tl.constexpr,
 ):
     """`dq = dq_in + scale * sum of the query's partial results`, in float32, rounded once."""
-    lane = first_lane + tl.program_id(1)
-    batch, head = lane % BH // HK, lane % HK
-    heads = HQ // HK
-    r = tl.program_id(0) * BM + tl.arange(0, BM)
-    token = lane // BH * CHUNK + r // heads
-    exists = (r < CHUNK * heads) & (token < T)
-    relative = tl.load(relative_ptr + batch * T + token, mask=exists, other=-1)
-    used = used_slots(relative, BLOCK, LOCAL, TOPK, PARTS_A_BLOCK)
-    row = (batch * T + token).to(tl.int64) * HQ + head * heads + r % heads
-    source = tl.program_id(1).to(tl.int64) * CHUNK * SLOTS * heads
-    source += (r // heads).to(tl.int64) * SLOTS * heads + r % heads
+    exists, row, source, used = chunk_rows(
+        relative_ptr, first_lane + tl.program_id(1), T, HQ, HK, BH, CHUNK, G, SLOTS, BM, BLOCK, LOCAL, TOPK,
+        PARTS_A_BLOCK,
+    )
+    before = load_tile(dq_in, row, DK, exists, DK, DKP)
     acc = tl.zeros([BM, DKP], tl.float32)
-    for slot in tl.range(0, tl.max(used)):
-        acc += load_tile(partial, source + slot * heads, DK, slot < used, DK, DKP).to(tl.float32)
-    acc = acc * scale + load_tile(dq_in, row, DK, exists, DK, DKP)
-    store_tile(dq, row, DK, exists, acc, DK, DKP)
+    # four at a time: their loads are under way together
+    for slot in tl.range(0, tl.max(used), 4):
+        x0 = load_tile(partial, source + slot * G, DK, slot < used, DK, DKP)
+        x1 = load_tile(partial, source + slot * G + G, DK, slot + 1 < used, DK, DKP)
+        x2 = load_tile(partial, source + slot * G + 2 * G, DK, slot + 2 < used, DK, DKP)
+        x3 = load_tile(partial, source + slot * G + 3 * G, DK, slot + 3 < used, DK, DKP)
+        acc += (x0.to(tl.float32) + x1.to(tl.float32)) + (x2.to(tl.float32) + x3.to(tl.float32))
+    store_tile(dq, row, DK, exists, acc * scale + before, DK, DKP)
 
 
 def gather_tiles(q: Tensor, v: Tensor, layout: Layout, backward: bool) -> dict:
@@ -289,11 +309,11 @@ def gather_tiles(q: Tensor, v: Tensor, layout: Layout, backward: bool) -> dict:
     return {**tiles, "BN": max(16, next_power_of_2(layout.part_size))}
 
 
-def merge_shape(sizes: Sizes, layout: Layout, keys: int) -> dict:
+def merge_shape(sizes: Sizes, layout: Layout, group: int, slots: int) -> dict:
     """What the kernels that add up a query's partial results are told."""
     return {
-        "BLOCK": sizes.block_size, "LOCAL": sizes.local_blocks, "PARTS_A_BLOCK": layout.parts_a_block,
-        "TOPK": min(sizes.topk, (keys - 1) // sizes.block_size + 1), "BM": 32, "num_warps": 4,
+        "G": group, "SLOTS": slots, "BLOCK": sizes.block_size, "LOCAL": sizes.local_blocks, "TOPK": sizes.topk,
+        "PARTS_A_BLOCK": layout.parts_a_block, "BM": 16, "num_warps": 4,
     }
 
 
@@ -309,17 +329,17 @@ def selected_forward(
     most = picks_a_tile(4 * tiles["BM"], group)
     results = max(count for _, count in runs) * chunks.tokens * chunks.slots * group
     partial, partial_lse = q.new_empty(results, value_dim), q.new_empty(results, dtype=torch.float32)
-    merge = merge_shape(sizes, layout, keys)
+    merge = merge_shape(sizes, layout, group, chunks.slots)
     per_chunk = chunks.lanes // chunks.count
     for first, count in runs:
         selected_forward_kernel[(gather.items(most), count)](
             q, k, v, gather.order, gather.offsets, layout.part_first, layout.part_end, partial, partial_lse,
-            scale_log2, first, tokens, keys, heads, kv_heads, per_chunk, chunks.slots, chunks.parts, chunks.tokens,
-            most, search_steps(chunks.parts), **widths(q, v), **tiles,
+            scale_log2, first, tokens, keys, heads, kv_heads, per_chunk, chunks.parts, chunks.tokens,
+            item_steps(chunks.parts), G=group, SLOTS=chunks.slots, MOST=most, **widths(q, v), **tiles,
         )
         merge_kernel[(cdiv(chunks.tokens * group, merge["BM"]), count)](
-            partial, partial_lse, layout.relative, out, lse, first, tokens, heads, kv_heads, per_chunk, chunks.slots,
-            chunks.tokens, DV=value_dim, DVP=padded(value_dim), **merge,
+            partial, partial_lse, layout.relative, out, lse, first, tokens, heads, kv_heads, per_chunk, chunks.tokens,
+            DV=value_dim, DVP=padded(value_dim), **merge,
         )
 
 
@@ -341,20 +361,21 @@ def selected_backward(
     dq_partial = q.new_empty(at_once * chunks.tokens * chunks.slots * group, key_dim)
     dk_partial = q.new_empty(at_once, items, part, key_dim, dtype=torch.float32)
     dv_partial = q.new_empty(at_once, items, part, value_dim, dtype=torch.float32)
-    merge = merge_shape(sizes, layout, keys)
+    merge = merge_shape(sizes, layout, group, chunks.slots)
     per_chunk = chunks.lanes // chunks.count
     for first, count in runs:
         selected_backward_kernel[(items, count)](
             q, k, v, gather.order, gather.offsets, layout.part_first, layout.part_end, dout, records, dq_partial,
-            dk_partial, dv_partial, scale_log2, first, tokens, keys, heads, kv_heads, per_chunk, chunks.slots,
-            chunks.parts, chunks.tokens, most, search_steps(chunks.parts), PART=part, **widths(q, v), **tiles,
+            dk_partial, dv_partial, scale_log2, first, tokens, keys, heads, kv_heads, per_chunk, chunks.parts,
+            chunks.tokens, item_steps(chunks.parts), G=group, SLOTS=chunks.slots, MOST=most, PART=part,
+            **widths(q, v), **tiles,
         )
         sum_items_kernel[(chunks.parts, count, cdiv(part * key_dim, 512) + cdiv(part * value_dim, 512))](
             dk_partial, dv_partial, gather.offsets, layout.part_first, layout.part_end, dk, dv, scale, first, items,
-            keys, kv_heads, per_chunk, chunks.parts, most, DK=key_dim, DV=value_dim, PART=part, WIDTH=512, AT_ONCE=4,
-            num_warps=4,
+            keys, kv_heads, per_chunk, chunks.parts, MOST=most, DK=key_dim, DV=value_dim, PART=part, WIDTH=512,
+            AT_ONCE=4, num_warps=4,
         )
         sum_dq_kernel[(cdiv(chunks.tokens * group, merge["BM"]), count)](
-            dq_partial, layout.relative, dq_in, dq, scale, first, tokens, heads, kv_heads, per_chunk, chunks.slots,
-            chunks.tokens, DK=key_dim, DKP=padded(key_dim), **merge,
+            dq_partial, layout.relative, dq_in, dq, scale, first, tokens, heads, kv_heads, per_chunk, chunks.tokens,
+            DK=key_dim, DKP=padded(key_dim), **merge,
         )
