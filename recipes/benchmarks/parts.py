@@ -102,7 +102,8 @@ class Stages:
                 selected_forward(x.q, x.k, x.v, gather, layout, SIZES, scale, out, lse)
 
         def query_major() -> None:
-            query_major_forward(x.q, x.k, x.v, self.selection, layout, SIZES, scale)
+            out, lse = interval_forward(x.q, x.k, x.v, *layout.local, scale)
+            query_major_forward(x.q, x.k, x.v, self.selection, layout, SIZES, scale, out, lse)
 
         return {
             "compression": lambda: [compress(tensor, mean, SIZES.kernel_stride) for tensor, mean in means],

@@ -93,19 +93,20 @@ def padded(dim: int) -> int:
 
 
 @triton.constexpr_function
-def first_width(dim: int) -> int:
+def first_width(dim: int, widest: int = 256) -> int:
     """Of a head of `dim` numbers in one tile or two (`tiles.py`), the width of the first.
 
-    That is the greatest power of two in `dim` where the rest, padded too, makes less of both than one tile would take.
+    That is the greatest power of two in `dim` where the rest, padded too, makes less of both than one tile would take;
+    `widest` at most, which is half of `dim` or more.
     """
     whole, power = max(16, 1 << (dim - 1).bit_length()), 1 << (dim.bit_length() - 1)
-    return power if power + max(16, 1 << (dim - power - 1).bit_length()) < whole else whole
+    return min(widest, power if power + max(16, 1 << (dim - power - 1).bit_length()) < whole else whole)
 
 
 @triton.constexpr_function
-def second_width(dim: int) -> int:
+def second_width(dim: int, widest: int = 256) -> int:
     """The width of the second tile, which holds the rest; 0: there is none."""
-    rest = dim - first_width(dim)
+    rest = dim - first_width(dim, widest)
     return max(16, 1 << (rest - 1).bit_length()) if rest > 0 else 0
 
 
@@ -165,6 +166,13 @@ def on_its_card(body: Callable[..., Any]) -> Callable[..., Any]:
 def processors(device: torch.device) -> int:
     """Multiprocessors of the card; asked once a device."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+@cache
+def hopper(device: torch.device) -> bool:
+    """Whether the card's products are Hopper's, of four warps and out of shared memory."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @cache

@@ -77,9 +77,10 @@ def attend_selected(
         each part (`order` and `offsets` of `Gather`; empty where they are not needed).
     """
     nothing = (selection.new_empty(0), selection.new_empty(0))
-    if takes_query_major(q, k):
-        return (*query_major_forward(q, k, v, selection, layout, sizes, scale_log2), *nothing)
     out, lse = interval_forward(q, k, v, *layout.local, scale_log2)
+    if takes_query_major(q, k):
+        query_major_forward(q, k, v, selection, layout, sizes, scale_log2, out, lse)
+        return (out, lse, *nothing)
     chunks = cut_selection(q, k, v, sizes, layout.part_first.shape[-1])
     if chunks is None:
         return (out, lse, *nothing)

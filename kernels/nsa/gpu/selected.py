@@ -20,6 +20,7 @@ from .common import (
     SMALL_SHARED_MEMORY,
     bytes_a_row,
     cdiv,
+    hopper,
     load_tile,
     next_power_of_2,
     padded,
@@ -55,17 +56,19 @@ def find_chunks(q: Tensor, v: Tensor, parts: int, slots: int) -> Chunks:
 def pick_rows(order, row, rows, first_pick, HQ, SLOTS: tl.constexpr, G: tl.constexpr, BM: tl.constexpr):
     """Of the BM rows from `row` on of the picks that begin at `order`: whether they are among the first `rows`, the
     query's row, counted from the KV head's first one in the text, and the result's, counted `(query of the chunk, slot,
-    head of the group)`.
+    head of the group)`. Behind the last one it is that one again, so that all can be read.
 
     Args:
         first_pick: the chunk's first one.
     """
-    r = (row + tl.arange(0, BM)).to(tl.uint32)  # without a sign it is divided in fewer steps
-    pick = tl.load(order + r // G, mask=r < rows, other=first_pick)
+    r = row + tl.arange(0, BM)
+    exists = r < rows
+    r = tl.minimum(r, rows - 1).to(tl.uint32)  # without a sign it is divided in fewer steps
+    pick = tl.load(order + r // G)
     # 2^31 rows of a text, which would not fit 32 bits, would take 64 GB a tensor
     query = pick.to(tl.uint32) // SLOTS * HQ + r % G
     partial = (pick - first_pick).to(tl.uint32) * G + r % G
-    return r < rows, query.to(tl.int64), partial.to(tl.int64)
+    return exists, query.to(tl.int64), partial.to(tl.int64)
 
 
 @Kernel
@@ -74,7 +77,7 @@ def selected_forward_kernel(
     q, k, v, order, offsets, part_first, part_end, partial, partial_lse, scale_log2,
     first_lane, T, S, HQ, HK, BH, PARTS, CHUNK, STEPS,
     G: tl.constexpr, SLOTS: tl.constexpr, MOST: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, WIDEST: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Softmax attention of MOST picks over their part alone: output and log2-sum-exp of each (query, slot, head)."""
     lane = first_lane + tl.program_id(1)
@@ -86,8 +89,8 @@ def selected_forward_kernel(
         inside = begin + index < tl.load(part_end + batch * PARTS + part)
         hide = tl.where(inside, 0.0, float("-inf"))
         origin = (batch.to(tl.int64) * S + begin) * HK + head
-        keys = load_tiles(k + origin * DK, index, HK * DK, inside, DK)
-        values = load_tiles(v + origin * DV, index, HK * DV, inside, DV)
+        keys = load_tiles(k + origin * DK, index, HK * DK, inside, DK, WIDEST)
+        values = load_tiles(v + origin * DV, index, HK * DV, inside, DV, WIDEST)
         q += (batch.to(tl.int64) * T * HQ + head * G) * DK
         place = tl.program_id(1).to(tl.int64) * CHUNK * (SLOTS * G)
         partial += place * DV
@@ -95,16 +98,17 @@ def selected_forward_kernel(
         order += first
         first_pick = lane // BH * CHUNK * SLOTS
         rows = (last - first) * G
+        every = tl.full([BM], True, tl.int1)
         for row in tl.range(0, rows, BM):
             exists, query, target = pick_rows(order, row, rows, first_pick, HQ, SLOTS, G, BM)
-            queries = load_tiles(q, query, DK, exists, DK)
+            queries = load_tiles(q, query, DK, every, DK, WIDEST)
             logits = dot_tiles(queries, keys, PRECISION) * scale_log2 + hide[None, :]
             top = tl.max(logits, 1)
             weights = tl.exp2(logits - top[:, None])
             total = tl.sum(weights, 1)
-            result = add_products(weights.to(values[0].dtype), values, zero_tiles(BM, DV), PRECISION)
+            result = add_products(weights.to(values[0].dtype), values, zero_tiles(BM, DV, WIDEST), PRECISION)
             result = scale_tiles(result, (1.0 / total)[:, None])
-            store_tiles(partial, target, DV, exists, result, DV)
+            store_tiles(partial, target, DV, exists, result, DV, WIDEST)
             tl.store(partial_lse + target, top + tl.log2(total), mask=exists)
 
 
@@ -127,20 +131,12 @@ def chunk_rows(
     return exists, row, source, used
 
 
-@triton.jit
-def load_partial(partial, partial_lse, source, slot, used, G: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr):
-    """A slot's result and its log2-sum-exp, which is -inf where the slot is not used."""
-    here = slot < used
-    log_sum = tl.load(partial_lse + source + slot * G, mask=here, other=float("-inf"))
-    return load_tile(partial, source + slot * G, DV, here, DV, DVP).to(tl.float32), log_sum
-
-
 @Kernel
 @triton.jit
 def merge_kernel(
     partial, partial_lse, relative_ptr, out, lse, first_lane, T, HQ, HK, BH, CHUNK,
     DV: tl.constexpr, DVP: tl.constexpr, G: tl.constexpr, SLOTS: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr,
-    LOCAL: tl.constexpr, TOPK: tl.constexpr, PARTS_A_BLOCK: tl.constexpr,
+    LOCAL: tl.constexpr, TOPK: tl.constexpr, PARTS_A_BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):
     """Adds the partial results to what `out` and `lse` hold of the local blocks: softmax over all of them (eq. 12)."""
     exists, row, source, used = chunk_rows(
@@ -150,17 +146,15 @@ def merge_kernel(
     acc = load_tile(out, row, DV, exists, DV, DVP).to(tl.float32)
     top = tl.load(lse + row, mask=exists, other=0.0)
     total = tl.full([BM], 1.0, tl.float32)
-    # four at a time: their loads are under way together
-    for slot in tl.range(0, tl.max(used), 4):
-        x0, sum0 = load_partial(partial, partial_lse, source, slot, used, G, DV, DVP)
-        x1, sum1 = load_partial(partial, partial_lse, source, slot + 1, used, G, DV, DVP)
-        x2, sum2 = load_partial(partial, partial_lse, source, slot + 2, used, G, DV, DVP)
-        x3, sum3 = load_partial(partial, partial_lse, source, slot + 3, used, G, DV, DVP)
-        new = tl.maximum(tl.maximum(top, tl.maximum(sum0, sum1)), tl.maximum(sum2, sum3))
-        factor, w0, w1 = tl.exp2(top - new), tl.exp2(sum0 - new), tl.exp2(sum1 - new)
-        w2, w3 = tl.exp2(sum2 - new), tl.exp2(sum3 - new)
-        acc = acc * factor[:, None] + w0[:, None] * x0 + w1[:, None] * x1 + w2[:, None] * x2 + w3[:, None] * x3
-        total = total * factor + (w0 + w1) + (w2 + w3)
+    # the loads of later slots are under way meanwhile
+    for slot in tl.range(0, tl.max(used), num_stages=STAGES):
+        here = slot < used
+        log_sum = tl.load(partial_lse + source + slot * G, mask=here, other=float("-inf"))
+        x = load_tile(partial, source + slot * G, DV, here, DV, DVP).to(tl.float32)
+        new = tl.maximum(top, log_sum)
+        weight, factor = tl.exp2(log_sum - new), tl.exp2(top - new)
+        acc = acc * factor[:, None] + weight[:, None] * x
+        total = total * factor + weight
         top = new
     store_tile(out, row, DV, exists & (used > 0), acc * (1.0 / total)[:, None], DV, DVP)
     tl.store(lse + row, top + tl.log2(total), mask=exists & (used > 0))
@@ -172,7 +166,7 @@ def selected_backward_kernel(
     q, k, v, order, offsets, part_first, part_end, dout, records,
     dq_partial, dk_partial, dv_partial, scale_log2, first_lane, T, S, HQ, HK, BH, PARTS, CHUNK, STEPS,
     G: tl.constexpr, SLOTS: tl.constexpr, MOST: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, WIDEST: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Of MOST picks: `dv = p^T dout` and `dk = ds^T q` summed, and `dq = ds k` of each (query, slot, head)."""
     lane = first_lane + tl.program_id(1)
@@ -183,8 +177,8 @@ def selected_backward_kernel(
         index = tl.arange(0, BN)
         inside = begin + index < tl.load(part_end + batch * PARTS + part)
         origin = (batch.to(tl.int64) * S + begin) * HK + head
-        keys = load_tiles(k + origin * DK, index, HK * DK, inside, DK)
-        values = load_tiles(v + origin * DV, index, HK * DV, inside, DV)
+        keys = load_tiles(k + origin * DK, index, HK * DK, inside, DK, WIDEST)
+        values = load_tiles(v + origin * DV, index, HK * DV, inside, DV, WIDEST)
         origin = batch.to(tl.int64) * T * HQ + head * G
         q += origin * DK
         dout += origin * DV
@@ -193,15 +187,16 @@ def selected_backward_kernel(
         order += first
         first_pick = lane // BH * CHUNK * SLOTS
         rows = (last - first) * G
-        dk_acc = zero_tiles(BN, DK)
-        dv_acc = zero_tiles(BN, DV)
+        every = tl.full([BM], True, tl.int1)
+        dk_acc = zero_tiles(BN, DK, WIDEST)
+        dv_acc = zero_tiles(BN, DV, WIDEST)
         for row in tl.range(0, rows, BM):
             exists, query, target = pick_rows(order, row, rows, first_pick, HQ, SLOTS, G, BM)
-            queries = load_tiles(q, query, DK, exists, DK)
-            douts = load_tiles(dout, query, DV, exists, DV)
+            queries = load_tiles(q, query, DK, every, DK, WIDEST)
+            douts = load_tiles(dout, query, DV, every, DV, WIDEST)
             log_sum = tl.load(records + query * 3, mask=exists, other=float("inf"))  # of no weight
-            gate = tl.load(records + query * 3 + 1, mask=exists, other=0.0)
-            correct = tl.load(records + query * 3 + 2, mask=exists, other=0.0)
+            gate = tl.load(records + query * 3 + 1)
+            correct = tl.load(records + query * 3 + 2)
             # [BM, BN]: what belongs to a query is then one register a row, not one a column
             logits = dot_tiles(queries, keys, PRECISION) * scale_log2
             dots = dot_tiles(douts, values, PRECISION)
@@ -211,11 +206,11 @@ def selected_backward_kernel(
             ds = (p * (dots - correct[:, None])).to(queries[0].dtype)
             dv_acc = add_products(tl.trans(p.to(douts[0].dtype)), douts, dv_acc, PRECISION)
             dk_acc = add_products(tl.trans(ds), queries, dk_acc, PRECISION)
-            dq = add_products(ds, keys, zero_tiles(BM, DK), PRECISION)
-            store_tiles(dq_partial, target, DK, exists, dq, DK)
+            dq = add_products(ds, keys, zero_tiles(BM, DK, WIDEST), PRECISION)
+            store_tiles(dq_partial, target, DK, exists, dq, DK, WIDEST)
         target = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * PART
-        store_tiles(dk_partial + target * DK, index, DK, index < PART, dk_acc, DK)
-        store_tiles(dv_partial + target * DV, index, DV, index < PART, dv_acc, DV)
+        store_tiles(dk_partial + target * DK, index, DK, index < PART, dk_acc, DK, WIDEST)
+        store_tiles(dv_partial + target * DV, index, DV, index < PART, dv_acc, DV, WIDEST)
 
 
 @triton.jit
@@ -273,7 +268,7 @@ def sum_items_kernel(
 def sum_dq_kernel(
     partial, relative_ptr, dq_in, dq, scale, first_lane, T, HQ, HK, BH, CHUNK,
     DK: tl.constexpr, DKP: tl.constexpr, G: tl.constexpr, SLOTS: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr,
-    LOCAL: tl.constexpr, TOPK: tl.constexpr, PARTS_A_BLOCK: tl.constexpr,
+    LOCAL: tl.constexpr, TOPK: tl.constexpr, PARTS_A_BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):
     """`dq = dq_in + scale * sum of the query's partial results`, in float32, rounded once."""
     exists, row, source, used = chunk_rows(
@@ -282,13 +277,9 @@ def sum_dq_kernel(
     )
     before = load_tile(dq_in, row, DK, exists, DK, DKP)
     acc = tl.zeros([BM, DKP], tl.float32)
-    # four at a time: their loads are under way together
-    for slot in tl.range(0, tl.max(used), 4):
-        x0 = load_tile(partial, source + slot * G, DK, slot < used, DK, DKP)
-        x1 = load_tile(partial, source + slot * G + G, DK, slot + 1 < used, DK, DKP)
-        x2 = load_tile(partial, source + slot * G + 2 * G, DK, slot + 2 < used, DK, DKP)
-        x3 = load_tile(partial, source + slot * G + 3 * G, DK, slot + 3 < used, DK, DKP)
-        acc += (x0.to(tl.float32) + x1.to(tl.float32)) + (x2.to(tl.float32) + x3.to(tl.float32))
+    # the loads of later slots are under way meanwhile
+    for slot in tl.range(0, tl.max(used), num_stages=STAGES):
+        acc += load_tile(partial, source + slot * G, DK, slot < used, DK, DKP).to(tl.float32)
     store_tile(dq, row, DK, exists, acc * scale + before, DK, DKP)
 
 
@@ -299,21 +290,26 @@ def gather_tiles(q: Tensor, v: Tensor, layout: Layout, backward: bool) -> dict:
     narrow = min(q.shape[-1], v.shape[-1]) <= 128  # keys or values
     if q.dtype == torch.float32:
         tiles = {"BM": 32 if row <= 512 else 16, "num_warps": 4, "num_stages": 1}
+    elif row <= 128:
+        tiles = {"BM": 64, "num_warps": 4, "num_stages": 3 if backward and not small else 1}
+    elif row <= 256 and hopper(q.device):
+        # heads in two tiles: half as much of dq and of the addresses of its rows is in registers at once
+        tiles = {"BM": 64, "WIDEST": 64, "num_warps": 4, "num_stages": 3}
     elif row <= 256:
-        tiles = {"BM": 64, "num_warps": 4, "num_stages": 3 if backward and row <= 128 and not small else 1}
+        tiles = {"BM": 64, "num_warps": 8 if backward and not large else 4, "num_stages": 1}
     elif row < 512 and (large if backward else not small) and narrow:  # two tiles, as of 192 numbers
         tiles = {"BM": 64, "num_warps": 8 if backward else 4, "num_stages": 1}
     else:
         little = small or (backward and row < 512 and not large)
         tiles = {"BM": 16 if little else 32, "num_warps": 8 if backward else 4, "num_stages": 1}
-    return {**tiles, "BN": max(16, next_power_of_2(layout.part_size))}
+    return {"WIDEST": 256, **tiles, "BN": max(16, next_power_of_2(layout.part_size))}
 
 
 def merge_shape(sizes: Sizes, layout: Layout, group: int, slots: int) -> dict:
     """What the kernels that add up a query's partial results are told."""
     return {
         "G": group, "SLOTS": slots, "BLOCK": sizes.block_size, "LOCAL": sizes.local_blocks, "TOPK": sizes.topk,
-        "PARTS_A_BLOCK": layout.parts_a_block, "BM": 16, "num_warps": 4,
+        "PARTS_A_BLOCK": layout.parts_a_block, "BM": 16, "STAGES": 4, "num_warps": 4,
     }
 
 
