@@ -237,11 +237,10 @@ def place_kernel(
 def count_slots(sizes: Sizes, parts_a_block: int, keys: int) -> int:
     """Most picks of a query: parts that are not of a local block.
 
-    Of a text with fewer blocks than are selected these are rounded up to a power of two: kernels are compiled for this
-    number.
+    In fours where a text has fewer blocks than are selected, since kernels are compiled for this number.
     """
     blocks = (keys - 1) // sizes.block_size + 1 - sizes.local_blocks
-    return min(sizes.topk - sizes.local_blocks, next_power_of_2(blocks)) * parts_a_block if blocks > 0 else 0
+    return max(0, min(sizes.topk - sizes.local_blocks, -(-blocks // 4) * 4)) * parts_a_block
 
 
 def cut_queries(
