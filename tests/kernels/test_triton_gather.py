@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def items_of(counts: list[int], most: int) -> list[tuple[int, int, int]]:
     return [tuple(x) for x in found.tolist()]
 
 
-@pytest.mark.parametrize("counts", [[5, 0, 0, 8, 1, 12, 0], [0, 0], [9], [0, 4], [3, 3, 3, 3]])
+@pytest.mark.parametrize("counts", [[5, 0, 0, 8, 1, 12, 0], [0, 0], [9], [0, 4], [3, 3, 3, 3], [2, 0, 7] * 13])
 def test_items_hold_every_pick_once(process: ProcessPoolExecutor, counts: list[int]) -> None:
     items = [item for item in process.submit(items_of, counts, 4).result() if item[1] < item[2]]
     borders = torch.tensor([0, *counts]).cumsum(0) + 7
@@ -127,6 +128,32 @@ def with_small_items() -> tuple[dict[str, float], float]:
         return compare(ATTENTION["groups of three"])
     finally:
         selected.picks_a_tile = usual
+
+
+def in_narrow_tiles() -> tuple[dict[str, float], float]:
+    """Output and gradients where heads of the selected branch are in two tiles though one would hold them."""
+    from nsa_hf.kernels.gpu import selected
+
+    usual = selected.gather_tiles
+    selected.gather_tiles = lambda *args, **named: {**usual(*args, **named), "WIDEST": 16}
+    try:
+        return compare(replace(ATTENTION["wide keys"], value_dim=31))
+    finally:
+        selected.gather_tiles = usual
+
+
+def test_heads_in_two_tiles_though_one_would_hold_them(process: ProcessPoolExecutor) -> None:
+    errors, same = process.submit(in_narrow_tiles).result()
+    assert same == 1
+    assert all(error <= 5e-6 for error in errors.values()), errors
+
+
+def test_slots_are_of_few_kinds() -> None:
+    from nsa_hf.kernels.gpu.gather import count_slots
+
+    sizes = Sizes()
+    slots = [count_slots(sizes, 1, blocks * sizes.block_size) for blocks in range(1, 20)]
+    assert slots == [0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12, 14, 14, 14, 14, 14]
 
 
 def test_several_items_of_a_part(process: ProcessPoolExecutor) -> None:

@@ -222,14 +222,15 @@ def add_items(
     `rows` rows of `total`, which stand `row_stride` numbers apart."""
     index = tile * WIDTH + tl.arange(0, WIDTH)
     inside = (index // D < rows) & (index < PART * D)
+    target = total + index // D * row_stride + index % D
+    before = tl.load(target, mask=inside, other=0.0)
     acc = tl.zeros([WIDTH], tl.float32)
     for item in tl.range(0, items, AT_ONCE):
         several = item + tl.arange(0, AT_ONCE)
         source = several.to(tl.int64) * (PART * D)
         mask = (several < items)[:, None] & inside[None, :]
         acc += tl.sum(tl.load(partial + source[:, None] + index[None, :], mask=mask, other=0.0), 0)
-    target = total + index // D * row_stride + index % D
-    tl.store(target, tl.load(target, mask=inside, other=0.0) + factor * acc, mask=inside)
+    tl.store(target, before + factor * acc, mask=inside)
 
 
 @Kernel
@@ -298,18 +299,18 @@ def gather_tiles(q: Tensor, v: Tensor, layout: Layout, backward: bool) -> dict:
     elif row <= 256:
         tiles = {"BM": 64, "num_warps": 8 if backward and not large else 4, "num_stages": 1}
     elif row < 512 and (large if backward else not small) and narrow:  # two tiles, as of 192 numbers
-        tiles = {"BM": 64, "num_warps": 8 if backward else 4, "num_stages": 1}
+        tiles = {"BM": 64, "num_warps": 8 if backward else 4, "num_stages": 2 if backward and hopper(q.device) else 1}
     else:
         little = small or (backward and row < 512 and not large)
         tiles = {"BM": 16 if little else 32, "num_warps": 8 if backward else 4, "num_stages": 1}
     return {"WIDEST": 256, **tiles, "BN": max(16, next_power_of_2(layout.part_size))}
 
 
-def merge_shape(sizes: Sizes, layout: Layout, group: int, slots: int) -> dict:
+def merge_shape(sizes: Sizes, layout: Layout, group: int, slots: int, dim: int) -> dict:
     """What the kernels that add up a query's partial results are told."""
     return {
         "G": group, "SLOTS": slots, "BLOCK": sizes.block_size, "LOCAL": sizes.local_blocks, "TOPK": sizes.topk,
-        "PARTS_A_BLOCK": layout.parts_a_block, "BM": 16, "STAGES": 4, "num_warps": 4,
+        "PARTS_A_BLOCK": layout.parts_a_block, "BM": 32 if dim <= 64 else 16, "STAGES": 4, "num_warps": 4,
     }
 
 
@@ -322,10 +323,10 @@ def selected_forward(
     group, tokens, chunks = heads // kv_heads, q.shape[1], gather.chunks
     runs = launches(chunks, pick_bytes(q, v), partial_bytes(q))
     tiles = gather_tiles(q, v, layout, backward=False)
-    most = picks_a_tile(4 * tiles["BM"], group)
+    most = picks_a_tile(8 * tiles["BM"], group)
     results = max(count for _, count in runs) * chunks.tokens * chunks.slots * group
     partial, partial_lse = q.new_empty(results, value_dim), q.new_empty(results, dtype=torch.float32)
-    merge = merge_shape(sizes, layout, group, chunks.slots)
+    merge = merge_shape(sizes, layout, group, chunks.slots, value_dim)
     per_chunk = chunks.lanes // chunks.count
     for first, count in runs:
         selected_forward_kernel[(gather.items(most), count)](
@@ -357,7 +358,7 @@ def selected_backward(
     dq_partial = q.new_empty(at_once * chunks.tokens * chunks.slots * group, key_dim)
     dk_partial = q.new_empty(at_once, items, part, key_dim, dtype=torch.float32)
     dv_partial = q.new_empty(at_once, items, part, value_dim, dtype=torch.float32)
-    merge = merge_shape(sizes, layout, group, chunks.slots)
+    merge = merge_shape(sizes, layout, group, chunks.slots, key_dim)
     per_chunk = chunks.lanes // chunks.count
     for first, count in runs:
         selected_backward_kernel[(items, count)](
