@@ -197,5 +197,7 @@ def bytes_a_row(q: Tensor, value_dim: int) -> int:
 
 def largest_part(q: Tensor, value_dim: int) -> int:
     """Tokens of a selection block that are attended to at once: as many as registers and shared memory hold well."""
-    wide = bytes_a_row(q, value_dim) > 256 and shared_memory(q.device) < SMALL_SHARED_MEMORY
-    return 32 if wide or q.dtype == torch.float32 else 64
+    row, small = bytes_a_row(q, value_dim), shared_memory(q.device) < SMALL_SHARED_MEMORY
+    if small and row > 768:
+        return 16
+    return 32 if small and row > 256 or q.dtype == torch.float32 else 64

@@ -285,7 +285,11 @@ def sum_dq_kernel(
 
 
 def gather_tiles(q: Tensor, v: Tensor, layout: Layout, backward: bool) -> dict:
-    """Tile sizes: all keys of a part, and as many rows as the width of a row and the card's shared memory allow."""
+    """Tile sizes: all keys of a part, and as many rows as the width of a row and the card's shared memory allow.
+
+    Heads wider than WIDEST are in two tiles: dq is then written one half after the other, and a thread has half as many
+    rows to find.
+    """
     row, shared = bytes_a_row(q, v.shape[-1]), shared_memory(q.device)
     small, large = shared < SMALL_SHARED_MEMORY, shared >= LARGE_SHARED_MEMORY
     narrow = min(q.shape[-1], v.shape[-1]) <= 128  # keys or values
@@ -294,7 +298,6 @@ def gather_tiles(q: Tensor, v: Tensor, layout: Layout, backward: bool) -> dict:
     elif row <= 128:
         tiles = {"BM": 64, "num_warps": 4, "num_stages": 3 if backward and not small else 1}
     elif row <= 256 and hopper(q.device):
-        # heads in two tiles: half as much of dq and of the addresses of its rows is in registers at once
         tiles = {"BM": 64, "WIDEST": 64, "num_warps": 4, "num_stages": 3}
     elif row <= 256:
         tiles = {"BM": 64, "num_warps": 8 if backward and not large else 4, "num_stages": 1}
@@ -303,7 +306,7 @@ def gather_tiles(q: Tensor, v: Tensor, layout: Layout, backward: bool) -> dict:
     else:
         little = small or (backward and row < 512 and not large)
         tiles = {"BM": 16 if little else 32, "num_warps": 8 if backward else 4, "num_stages": 1}
-    return {"WIDEST": 256, **tiles, "BN": max(16, next_power_of_2(layout.part_size))}
+    return {"WIDEST": 128, **tiles, "BN": max(16, next_power_of_2(layout.part_size))}
 
 
 def merge_shape(sizes: Sizes, layout: Layout, group: int, slots: int, dim: int) -> dict:
