@@ -200,4 +200,4 @@ def largest_part(q: Tensor, value_dim: int) -> int:
     row, small = bytes_a_row(q, value_dim), shared_memory(q.device) < SMALL_SHARED_MEMORY
     if small and row > 768:
         return 16
-    return 32 if small and row > 256 or q.dtype == torch.float32 else 64
+    return 32 if (small and row > 256) or q.dtype == torch.float32 else 64
