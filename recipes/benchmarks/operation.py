@@ -148,9 +148,7 @@ def costs(heads: Heads, tokens: int) -> dict[str, Cost]:
         "compression": Cost(0, kv * (1 + 1 / s.kernel_stride)),
         "attention": Cost(seen * pair, rows * width + kv / s.kernel_stride),
         "scores + top-k": Cost(seen * 2 * heads.query_heads * heads.key_dim, rows * heads.key_dim),
-        "selection": Cost(chosen * pair, attention),
         "other selected blocks": Cost((chosen - local) * pair, attention + rows * heads.value_dim),
-        "window": Cost(near * pair, attention),
         "window and local blocks": Cost(near * pair, attention + rows * heads.value_dim),
         "combination": Cost(0, 4 * rows * heads.value_dim),
     }

@@ -101,8 +101,8 @@ class Stages:
             "layout": self.find_layout,
             "attention": lambda: interval_forward(*cmp, long_runs=True),
             "scores + top-k": lambda: select_by_compressed(scored, layout, SIZES),
-            "window and local blocks" if local else "window": lambda: attend_near(*near),
-            "other selected blocks" if local else "selection": lambda: attend_selected(*selected),
+            "window and local blocks": lambda: attend_near(*near),
+            "other selected blocks": lambda: attend_selected(*selected),
             "combination": lambda: combine(*saved[:3], x.gates, layout.relative),
         }
 

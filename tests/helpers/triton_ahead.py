@@ -43,7 +43,7 @@ def signature_of(kernel, arguments: dict) -> tuple[dict, dict, dict]:
 
 def compile_for(monkeypatch: pytest.MonkeyPatch, card: int, *modules: ModuleType) -> dict[str, int]:
     """From now on a launch compiles, for that card; the shared memory in bytes of every kernel by its name is filled in
-    (the most, where several). `modules` ask for the card's shared memory."""
+    (the most, where several). `modules` ask for the card's kind and shared memory."""
     from nsa_hf.kernels.gpu import launch
 
     found: dict[str, int] = {}
@@ -68,4 +68,5 @@ def compile_for(monkeypatch: pytest.MonkeyPatch, card: int, *modules: ModuleType
     monkeypatch.setattr(launch, "REMEMBERS", False)
     for module in modules:
         monkeypatch.setattr(module, "shared_memory", lambda device: SHARED_MEMORY[card] * 1024)
+        monkeypatch.setattr(module, "hopper", lambda device: card == 90, raising=False)
     return found

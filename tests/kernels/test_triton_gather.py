@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -87,9 +88,9 @@ def test_the_picks_of_a_part_in_the_order_of_the_queries(process: ProcessPoolExe
 
 
 @triton.jit
-def items_kernel(offsets, out, PARTS, MOST, STEPS):
+def items_kernel(offsets, out, PARTS, STEPS, MOST: tl.constexpr):
     """`out [items, 3]`: what `find_item` says."""
-    part, first, last = find_item(offsets, tl.program_id(0), PARTS, MOST, STEPS)
+    part, first, last = find_item(offsets, tl.program_id(0), PARTS, STEPS, MOST)
     out += 3 * tl.program_id(0)
     tl.store(out, part)
     tl.store(out + 1, first)
@@ -98,17 +99,16 @@ def items_kernel(offsets, out, PARTS, MOST, STEPS):
 
 def items_of(counts: list[int], most: int) -> list[tuple[int, int, int]]:
     """Part and picks of every item that is launched."""
-    from nsa_hf.kernels.gpu.common import search_steps
-    from nsa_hf.kernels.gpu.gather import Chunks, Gather
+    from nsa_hf.kernels.gpu.gather import Chunks, Gather, item_steps
 
     offsets = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32) + 7
     items = Gather(offsets, offsets, Chunks(1, sum(counts), 1, len(counts), 1, sum(counts))).items(most)
     found = torch.empty(items, 3, dtype=torch.int32)
-    items_kernel[(items,)](offsets, found, len(counts), most, search_steps(len(counts)))
+    items_kernel[(items,)](offsets, found, len(counts), item_steps(len(counts)), MOST=most)
     return [tuple(x) for x in found.tolist()]
 
 
-@pytest.mark.parametrize("counts", [[5, 0, 0, 8, 1, 12, 0], [0, 0], [9], [0, 4], [3, 3, 3, 3]])
+@pytest.mark.parametrize("counts", [[5, 0, 0, 8, 1, 12, 0], [0, 0], [9], [0, 4], [3, 3, 3, 3], [2, 0, 7] * 13])
 def test_items_hold_every_pick_once(process: ProcessPoolExecutor, counts: list[int]) -> None:
     items = [item for item in process.submit(items_of, counts, 4).result() if item[1] < item[2]]
     borders = torch.tensor([0, *counts]).cumsum(0) + 7
@@ -128,6 +128,32 @@ def with_small_items() -> tuple[dict[str, float], float]:
         return compare(ATTENTION["groups of three"])
     finally:
         selected.picks_a_tile = usual
+
+
+def in_narrow_tiles() -> tuple[dict[str, float], float]:
+    """Output and gradients where heads of the selected branch are in two tiles though one would hold them."""
+    from nsa_hf.kernels.gpu import selected
+
+    usual = selected.gather_tiles
+    selected.gather_tiles = lambda *args, **named: {**usual(*args, **named), "WIDEST": 16}
+    try:
+        return compare(replace(ATTENTION["wide keys"], value_dim=31))
+    finally:
+        selected.gather_tiles = usual
+
+
+def test_heads_in_two_tiles_though_one_would_hold_them(process: ProcessPoolExecutor) -> None:
+    errors, same = process.submit(in_narrow_tiles).result()
+    assert same == 1
+    assert all(error <= 5e-6 for error in errors.values()), errors
+
+
+def test_slots_are_of_few_kinds() -> None:
+    from nsa_hf.kernels.gpu.gather import count_slots
+
+    sizes = Sizes()
+    slots = [count_slots(sizes, 1, blocks * sizes.block_size) for blocks in range(1, 20)]
+    assert slots == [0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12, 14, 14, 14, 14, 14]
 
 
 def test_several_items_of_a_part(process: ProcessPoolExecutor) -> None:

@@ -31,6 +31,13 @@ def test_widths(dim: int, widths: tuple[int, int]) -> None:
     assert tile_width(dim) == sum(widths)
 
 
+def test_tiles_no_wider_than_asked_for() -> None:
+    from nsa_hf.kernels.gpu.common import first_width, second_width
+
+    for dim, widths in ((128, (64, 64)), (120, (64, 64)), (96, (64, 32)), (64, (64, 0)), (72, (64, 16))):
+        assert (first_width(dim, 64), second_width(dim, 64)) == widths
+
+
 def test_two_tiles_hold_everything_and_are_less_than_one() -> None:
     from nsa_hf.kernels.gpu.common import first_width, padded, second_width
 

@@ -93,19 +93,20 @@ def padded(dim: int) -> int:
 
 
 @triton.constexpr_function
-def first_width(dim: int) -> int:
+def first_width(dim: int, widest: int = 256) -> int:
     """Of a head of `dim` numbers in one tile or two (`tiles.py`), the width of the first.
 
-    That is the greatest power of two in `dim` where the rest, padded too, makes less of both than one tile would take.
+    That is the greatest power of two in `dim` where the rest, padded too, makes less of both than one tile would take;
+    `widest` at most, which is half of `dim` or more.
     """
     whole, power = max(16, 1 << (dim - 1).bit_length()), 1 << (dim.bit_length() - 1)
-    return power if power + max(16, 1 << (dim - power - 1).bit_length()) < whole else whole
+    return min(widest, power if power + max(16, 1 << (dim - power - 1).bit_length()) < whole else whole)
 
 
 @triton.constexpr_function
-def second_width(dim: int) -> int:
+def second_width(dim: int, widest: int = 256) -> int:
     """The width of the second tile, which holds the rest; 0: there is none."""
-    rest = dim - first_width(dim)
+    rest = dim - first_width(dim, widest)
     return max(16, 1 << (rest - 1).bit_length()) if rest > 0 else 0
 
 
@@ -168,6 +169,13 @@ def processors(device: torch.device) -> int:
 
 
 @cache
+def hopper(device: torch.device) -> bool:
+    """Whether the card's products are Hopper's, of four warps and out of shared memory."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(device)[0] == 9
+
+
+@cache
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory a program may use; asked once a device, at the first call."""
     if device.type != "cuda":
@@ -189,5 +197,7 @@ def bytes_a_row(q: Tensor, value_dim: int) -> int:
 
 def largest_part(q: Tensor, value_dim: int) -> int:
     """Tokens of a selection block that are attended to at once: as many as registers and shared memory hold well."""
-    wide = bytes_a_row(q, value_dim) > 256 and shared_memory(q.device) < SMALL_SHARED_MEMORY
-    return 32 if wide or q.dtype == torch.float32 else 64
+    row, small = bytes_a_row(q, value_dim), shared_memory(q.device) < SMALL_SHARED_MEMORY
+    if small and row > 768:
+        return 16
+    return 32 if (small and row > 256) or q.dtype == torch.float32 else 64

@@ -76,33 +76,40 @@ class Gather:
 
 
 @triton.jit
-def first_item(offsets, begin, part, MOST):
+def first_item(offsets, begin, part, PARTS, MOST: tl.constexpr):
     """The first item of a part; the next part's is as many items later as this one needs, or one more.
 
     Args:
         begin: `offsets[0]`.
     """
-    return (tl.load(offsets + part) - begin) // MOST + part
+    return (tl.load(offsets + part, mask=part <= PARTS, other=0) - begin) // MOST + part
 
 
 @triton.jit
-def find_item(offsets, item, PARTS, MOST, STEPS):
+def find_item(offsets, item, PARTS, STEPS, MOST: tl.constexpr):
     """An item's part and its picks `[first, last)`, none where there is no such item.
 
     Args:
         offsets: of the lane.
-        STEPS: `search_steps(PARTS)`.
+        STEPS: `item_steps(PARTS)`.
     """
     begin = tl.load(offsets)
     low = item * 0
-    high = low + PARTS
+    # a step of 32 loads at once takes hardly longer than one of a single load
+    width = 1 << (5 * STEPS - 5)
     for _ in tl.range(0, STEPS):
-        middle = (low + high + 1) // 2
-        begun = first_item(offsets, begin, middle, MOST) <= item
-        low, high = tl.where(begun, middle, low), tl.where(begun, high, middle - 1)
-    first = tl.load(offsets + low) + (item - first_item(offsets, begin, low, MOST)) * MOST
+        part = low + (1 + tl.arange(0, 32)) * width
+        begun = (part <= PARTS) & (first_item(offsets, begin, part, PARTS, MOST) <= item)
+        low += tl.sum(begun.to(tl.int32), 0) * width
+        width = width >> 5
+    first = tl.load(offsets + low) + (item - first_item(offsets, begin, low, PARTS, MOST)) * MOST
     last = tl.load(offsets + low + 1, mask=low < PARTS, other=0)
     return low, first, tl.minimum(last, first + MOST)
+
+
+def item_steps(parts: int) -> int:
+    """Steps after which `find_item` has found an item's part."""
+    return max(1, cdiv(parts.bit_length(), 5))
 
 
 @triton.jit
@@ -228,9 +235,12 @@ def place_kernel(
 
 
 def count_slots(sizes: Sizes, parts_a_block: int, keys: int) -> int:
-    """Most picks of a query: parts that are not of a local block."""
-    blocks = min(sizes.topk, (keys - 1) // sizes.block_size + 1)
-    return max(0, blocks - sizes.local_blocks) * parts_a_block
+    """Most picks of a query: parts that are not of a local block.
+
+    In fours where a text has fewer blocks than are selected, since kernels are compiled for this number.
+    """
+    blocks = (keys - 1) // sizes.block_size + 1 - sizes.local_blocks
+    return max(0, min(sizes.topk - sizes.local_blocks, -(-blocks // 4) * 4)) * parts_a_block
 
 
 def cut_queries(

@@ -71,41 +71,36 @@ def cut_selection(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, parts: int) -> 
 def attend_near(
     q: Tensor, k: Tensor, v: Tensor, near_k: Tensor, near_v: Tensor, layout: Layout, sizes: Sizes, scale_log2: float
 ) -> tuple[Tensor, ...]:
-    """The window over `near_k` and `near_v`, and the local blocks where `attend_selected` leaves them to others.
+    """The window over `near_k` and `near_v`, and the local blocks, in one pass where these lie in the window.
 
     Returns:
         Output `[B, T, Hq, Dv]` in q's dtype and log2-sum-exp `[B, T, Hq]` float32; those of the local blocks behind.
     """
     window = partial(interval_forward, q, near_k, near_v, *layout.window, scale_log2)
-    if takes_query_major(q, k):
-        return window()
     if near_k is k and sizes.local_blocks * sizes.block_size <= sizes.window_size:
         return window(near=layout.local[0])
     return *window(), *interval_forward(q, k, v, *layout.local, scale_log2)
 
 
 def attend_selected(
-    q: Tensor, k: Tensor, v: Tensor, selection: Tensor, layout: Layout, sizes: Sizes, scale_log2: float, *local: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The selected branch (eq. 12), whichever scorer chose its blocks.
-
-    Args:
-        local: what `attend_near` gives of the local blocks, and to which the other blocks are added.
+    q: Tensor, k: Tensor, v: Tensor, selection: Tensor, layout: Layout, sizes: Sizes, scale_log2: float, out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Adds the selected blocks that are not local to `out` and `lse` of those (eq. 12), whichever scorer chose them.
 
     Returns:
-        Output `[B, T, Hq, Dv]` in q's dtype, log2-sum-exp `[B, T, Hq]` float32, and the picks of
-        each part (`order` and `offsets` of `Gather`; empty where they are not needed).
+        The picks of each part (`order` and `offsets` of `Gather`; empty where they are not needed).
     """
     nothing = (selection.new_empty(0), selection.new_empty(0))
-    if not local:
-        return (*query_major_forward(q, k, v, selection, layout, sizes, scale_log2), *nothing)
-    out, lse = local
+    if takes_query_major(q, k):
+        query_major_forward(q, k, v, selection, layout, sizes, scale_log2, out, lse)
+        return nothing
     chunks = cut_selection(q, k, v, sizes, layout.part_first.shape[-1])
     if chunks is None:
-        return (out, lse, *nothing)
+        return nothing
     gather = gather_queries(selection, layout, sizes, chunks)
     selected_forward(q, k, v, gather, layout, sizes, scale_log2, out, lse)
-    return out, lse, gather.order, gather.offsets
+    return gather.order, gather.offsets
 
 
 @torch.library.custom_op(operator_name("forward"), mutates_args=())
@@ -130,8 +125,8 @@ def forward_op(
     else:
         assert k_cmp is not None and lse_cmp is not None
         selection = select_by_compressed(CompressedInputs(q, k_cmp, lse_cmp, k.shape[1], scale_log2), layout, sizes)
-    out_win, lse_win, *local = attend_near(q, k, v, near_k, near_v, layout, sizes, scale_log2)
-    out_slc, lse_slc, order, offsets = attend_selected(q, k, v, selection, layout, sizes, scale_log2, *local)
+    out_win, lse_win, out_slc, lse_slc = attend_near(q, k, v, near_k, near_v, layout, sizes, scale_log2)
+    order, offsets = attend_selected(q, k, v, selection, layout, sizes, scale_log2, out_slc, lse_slc)
     out = combine(out_cmp, out_slc, out_win, gates, layout.relative)
     none = (gates.new_empty(0), gates.new_empty(0))
     cmp = none if out_cmp is None or lse_cmp is None else (out_cmp, lse_cmp)

@@ -20,19 +20,18 @@ from .common import (
     SMALL_SHARED_MEMORY,
     bytes_a_row,
     cdiv,
+    hopper,
     load_tile,
     next_power_of_2,
     padded,
-    search_steps,
     shared_memory,
     store_tile,
 )
-from .gather import Chunks, Gather, cut_queries, find_item, first_item, launches, picks_a_tile
+from .gather import Chunks, Gather, cut_queries, find_item, first_item, item_steps, launches, picks_a_tile
 from .interval import widths
-from .interval_backward import weight_gradient
 from .launch import Kernel
 from .layout import Layout
-from .tiles import add_products, divide_tiles, dot_tiles, load_tiles, store_tiles, zero_tiles
+from .tiles import add_products, dot_tiles, load_tiles, scale_tiles, store_tiles, zero_tiles
 
 
 def partial_bytes(q: Tensor) -> int:
@@ -54,97 +53,110 @@ def find_chunks(q: Tensor, v: Tensor, parts: int, slots: int) -> Chunks:
 
 
 @triton.jit
-def pick_rows(order, first, last, r, T, SLOTS, chunk_first, G, HQ, head, batch):
-    """Of rows `r` of the picks `[first, last)`: whether they exist, the query's row in `[B*T*HQ]`, the result's row.
+def pick_rows(order, row, rows, first_pick, HQ, SLOTS: tl.constexpr, G: tl.constexpr, BM: tl.constexpr):
+    """Of the BM rows from `row` on of the picks that begin at `order`: whether they are among the first `rows`, the
+    query's row, counted from the KV head's first one in the text, and the result's, counted `(query of the chunk, slot,
+    head of the group)`. Behind the last one it is that one again, so that all can be read.
 
-    The latter counts `(query of the chunk, slot, head of the group)`.
+    Args:
+        first_pick: the chunk's first one.
     """
-    exists = first + r // G < last
-    pick = tl.load(order + first + r // G, mask=exists, other=0)
-    token, slot = pick // SLOTS, pick % SLOTS
-    query = (batch * T + token).to(tl.int64) * HQ + head * G + r % G
-    partial = ((token - chunk_first).to(tl.int64) * SLOTS + slot) * G + r % G
-    return exists, query, partial
+    r = row + tl.arange(0, BM)
+    exists = r < rows
+    r = tl.minimum(r, rows - 1).to(tl.uint32)  # without a sign it is divided in fewer steps
+    pick = tl.load(order + r // G)
+    # 2^31 rows of a text, which would not fit 32 bits, would take 64 GB a tensor
+    query = pick.to(tl.uint32) // SLOTS * HQ + r % G
+    partial = (pick - first_pick).to(tl.uint32) * G + r % G
+    return exists, query.to(tl.int64), partial.to(tl.int64)
 
 
 @Kernel
 @triton.jit
 def selected_forward_kernel(
     q, k, v, order, offsets, part_first, part_end, partial, partial_lse, scale_log2,
-    first_lane, T, S, HQ, HK, BH, SLOTS, PARTS, CHUNK, MOST, STEPS,
-    DK: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    first_lane, T, S, HQ, HK, BH, PARTS, CHUNK, STEPS,
+    G: tl.constexpr, SLOTS: tl.constexpr, MOST: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, WIDEST: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Softmax attention of MOST picks over their part alone: output and log2-sum-exp of each (query, slot, head)."""
     lane = first_lane + tl.program_id(1)
-    part, first, last = find_item(offsets + lane * (PARTS + 1), tl.program_id(0), PARTS, MOST, STEPS)
+    part, first, last = find_item(offsets + lane * (PARTS + 1), tl.program_id(0), PARTS, STEPS, MOST)
     if first < last:
         batch, head = lane % BH // HK, lane % HK
-        heads = HQ // HK
         begin = tl.load(part_first + batch * PARTS + part)
         index = tl.arange(0, BN)
         inside = begin + index < tl.load(part_end + batch * PARTS + part)
+        hide = tl.where(inside, 0.0, float("-inf"))
         origin = (batch.to(tl.int64) * S + begin) * HK + head
-        keys = load_tiles(k + origin * DK, index, HK * DK, inside, DK)
-        values = load_tiles(v + origin * DV, index, HK * DV, inside, DV)
-        place = tl.program_id(1).to(tl.int64) * CHUNK * SLOTS * heads
-        for row in tl.range(0, (last - first) * heads, BM):
-            r = row + tl.arange(0, BM)
-            exists, query, target = pick_rows(
-                order, first, last, r, T, SLOTS, lane // BH * CHUNK, heads, HQ, head, batch
-            )
-            queries = load_tiles(q, query, DK, exists, DK)
-            logits = dot_tiles(queries, keys, PRECISION) * scale_log2
-            logits = tl.where(inside[None, :], logits, float("-inf"))
+        keys = load_tiles(k + origin * DK, index, HK * DK, inside, DK, WIDEST)
+        values = load_tiles(v + origin * DV, index, HK * DV, inside, DV, WIDEST)
+        q += (batch.to(tl.int64) * T * HQ + head * G) * DK
+        place = tl.program_id(1).to(tl.int64) * CHUNK * (SLOTS * G)
+        partial += place * DV
+        partial_lse += place
+        order += first
+        first_pick = lane // BH * CHUNK * SLOTS
+        rows = (last - first) * G
+        every = tl.full([BM], True, tl.int1)
+        for row in tl.range(0, rows, BM):
+            exists, query, target = pick_rows(order, row, rows, first_pick, HQ, SLOTS, G, BM)
+            queries = load_tiles(q, query, DK, every, DK, WIDEST)
+            logits = dot_tiles(queries, keys, PRECISION) * scale_log2 + hide[None, :]
             top = tl.max(logits, 1)
             weights = tl.exp2(logits - top[:, None])
             total = tl.sum(weights, 1)
-            result = add_products(weights.to(values[0].dtype), values, zero_tiles(BM, DV), PRECISION)
-            result = divide_tiles(result, total[:, None])
-            store_tiles(partial, place + target, DV, exists, result, DV)
-            tl.store(partial_lse + place + target, top + tl.log2(total), mask=exists)
+            result = add_products(weights.to(values[0].dtype), values, zero_tiles(BM, DV, WIDEST), PRECISION)
+            result = scale_tiles(result, (1.0 / total)[:, None])
+            store_tiles(partial, target, DV, exists, result, DV, WIDEST)
+            tl.store(partial_lse + target, top + tl.log2(total), mask=exists)
 
 
 @triton.jit
-def used_slots(
-    relative, BLOCK: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, PARTS_A_BLOCK: tl.constexpr
+def chunk_rows(
+    relative_ptr, lane, T, HQ, HK, BH, CHUNK, G: tl.constexpr, SLOTS: tl.constexpr, BM: tl.constexpr,
+    BLOCK: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, PARTS_A_BLOCK: tl.constexpr,
 ):
-    """How many slots of a query hold a pick; they come first."""
+    """Of a program's BM (query, head of the group) of a lane: whether they exist, the row in `[B*T*HQ]`, the row of the
+    first slot's result, and how many slots hold a pick; those come first, and G rows further is the next one."""
+    r = tl.program_id(0) * BM + tl.arange(0, BM)
+    token = lane // BH * CHUNK + r // G
+    exists = (r < CHUNK * G) & (token < T)
+    batch, head = lane % BH // HK, lane % HK
+    relative = tl.load(relative_ptr + batch * T + token, mask=exists, other=-1)
     blocks = tl.where(relative < 0, 0, relative // BLOCK + 1)
-    return tl.maximum(tl.minimum(blocks, TOPK) - LOCAL, 0) * PARTS_A_BLOCK
+    used = tl.maximum(tl.minimum(blocks, TOPK) - LOCAL, 0) * PARTS_A_BLOCK
+    row = (batch * T + token).to(tl.int64) * HQ + head * G + r % G
+    source = tl.program_id(1).to(tl.int64) * CHUNK * (SLOTS * G) + r // G * (SLOTS * G) + r % G
+    return exists, row, source, used
 
 
 @Kernel
 @triton.jit
 def merge_kernel(
-    partial, partial_lse, relative_ptr, out, lse, first_lane, T, HQ, HK, BH, SLOTS, CHUNK,
-    DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr, LOCAL: tl.constexpr,
-    TOPK: tl.constexpr, PARTS_A_BLOCK: tl.constexpr,
+    partial, partial_lse, relative_ptr, out, lse, first_lane, T, HQ, HK, BH, CHUNK,
+    DV: tl.constexpr, DVP: tl.constexpr, G: tl.constexpr, SLOTS: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr,
+    LOCAL: tl.constexpr, TOPK: tl.constexpr, PARTS_A_BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):
     """Adds the partial results to what `out` and `lse` hold of the local blocks: softmax over all of them (eq. 12)."""
-    lane = first_lane + tl.program_id(1)
-    batch, head = lane % BH // HK, lane % HK
-    heads = HQ // HK
-    r = tl.program_id(0) * BM + tl.arange(0, BM)
-    token = lane // BH * CHUNK + r // heads
-    exists = (r < CHUNK * heads) & (token < T)
-    relative = tl.load(relative_ptr + batch * T + token, mask=exists, other=-1)
-    used = used_slots(relative, BLOCK, LOCAL, TOPK, PARTS_A_BLOCK)
-    row = (batch * T + token).to(tl.int64) * HQ + head * heads + r % heads
+    exists, row, source, used = chunk_rows(
+        relative_ptr, first_lane + tl.program_id(1), T, HQ, HK, BH, CHUNK, G, SLOTS, BM, BLOCK, LOCAL, TOPK,
+        PARTS_A_BLOCK,
+    )
     acc = load_tile(out, row, DV, exists, DV, DVP).to(tl.float32)
     top = tl.load(lse + row, mask=exists, other=0.0)
     total = tl.full([BM], 1.0, tl.float32)
-    source = tl.program_id(1).to(tl.int64) * CHUNK * SLOTS * heads
-    source += (r // heads).to(tl.int64) * SLOTS * heads + r % heads
-    for slot in tl.range(0, tl.max(used)):
+    # the loads of later slots are under way meanwhile
+    for slot in tl.range(0, tl.max(used), num_stages=STAGES):
         here = slot < used
-        log_sum = tl.load(partial_lse + source + slot * heads, mask=here, other=float("-inf"))
+        log_sum = tl.load(partial_lse + source + slot * G, mask=here, other=float("-inf"))
+        x = load_tile(partial, source + slot * G, DV, here, DV, DVP).to(tl.float32)
         new = tl.maximum(top, log_sum)
         weight, factor = tl.exp2(log_sum - new), tl.exp2(top - new)
-        x = load_tile(partial, source + slot * heads, DV, here, DV, DVP).to(tl.float32)
         acc = acc * factor[:, None] + weight[:, None] * x
         total = total * factor + weight
         top = new
-    store_tile(out, row, DV, exists & (used > 0), acc / total[:, None], DV, DVP)
+    store_tile(out, row, DV, exists & (used > 0), acc * (1.0 / total)[:, None], DV, DVP)
     tl.store(lse + row, top + tl.log2(total), mask=exists & (used > 0))
 
 
@@ -152,49 +164,53 @@ def merge_kernel(
 @triton.jit
 def selected_backward_kernel(
     q, k, v, order, offsets, part_first, part_end, dout, records,
-    dq_partial, dk_partial, dv_partial, scale_log2, first_lane, T, S, HQ, HK, BH, SLOTS, PARTS, CHUNK, MOST, STEPS,
-    DK: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PART: tl.constexpr,
-    PRECISION: tl.constexpr,
+    dq_partial, dk_partial, dv_partial, scale_log2, first_lane, T, S, HQ, HK, BH, PARTS, CHUNK, STEPS,
+    G: tl.constexpr, SLOTS: tl.constexpr, MOST: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, WIDEST: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Of MOST picks: `dv = p^T dout` and `dk = ds^T q` summed, and `dq = ds k` of each (query, slot, head)."""
     lane = first_lane + tl.program_id(1)
-    part, first, last = find_item(offsets + lane * (PARTS + 1), tl.program_id(0), PARTS, MOST, STEPS)
+    part, first, last = find_item(offsets + lane * (PARTS + 1), tl.program_id(0), PARTS, STEPS, MOST)
     if first < last:
         batch, head = lane % BH // HK, lane % HK
-        heads = HQ // HK
         begin = tl.load(part_first + batch * PARTS + part)
         index = tl.arange(0, BN)
         inside = begin + index < tl.load(part_end + batch * PARTS + part)
         origin = (batch.to(tl.int64) * S + begin) * HK + head
-        keys = load_tiles(k + origin * DK, index, HK * DK, inside, DK)
-        values = load_tiles(v + origin * DV, index, HK * DV, inside, DV)
-        place = tl.program_id(1).to(tl.int64) * CHUNK * SLOTS * heads
-        dk_acc = zero_tiles(BN, DK)
-        dv_acc = zero_tiles(BN, DV)
-        for row in tl.range(0, (last - first) * heads, BM):
-            r = row + tl.arange(0, BM)
-            exists, query, target = pick_rows(
-                order, first, last, r, T, SLOTS, lane // BH * CHUNK, heads, HQ, head, batch
-            )
-            queries = load_tiles(q, query, DK, exists, DK)
-            douts = load_tiles(dout, query, DV, exists, DV)
+        keys = load_tiles(k + origin * DK, index, HK * DK, inside, DK, WIDEST)
+        values = load_tiles(v + origin * DV, index, HK * DV, inside, DV, WIDEST)
+        origin = batch.to(tl.int64) * T * HQ + head * G
+        q += origin * DK
+        dout += origin * DV
+        records += origin * 3
+        dq_partial += tl.program_id(1).to(tl.int64) * CHUNK * (SLOTS * G) * DK
+        order += first
+        first_pick = lane // BH * CHUNK * SLOTS
+        rows = (last - first) * G
+        every = tl.full([BM], True, tl.int1)
+        dk_acc = zero_tiles(BN, DK, WIDEST)
+        dv_acc = zero_tiles(BN, DV, WIDEST)
+        for row in tl.range(0, rows, BM):
+            exists, query, target = pick_rows(order, row, rows, first_pick, HQ, SLOTS, G, BM)
+            queries = load_tiles(q, query, DK, every, DK, WIDEST)
+            douts = load_tiles(dout, query, DV, every, DV, WIDEST)
             log_sum = tl.load(records + query * 3, mask=exists, other=float("inf"))  # of no weight
-            gate = tl.load(records + query * 3 + 1, mask=exists, other=0.0)
-            correct = tl.load(records + query * 3 + 2, mask=exists, other=0.0)
+            gate = tl.load(records + query * 3 + 1)
+            correct = tl.load(records + query * 3 + 2)
             # [BM, BN]: what belongs to a query is then one register a row, not one a column
             logits = dot_tiles(queries, keys, PRECISION) * scale_log2
             dots = dot_tiles(douts, values, PRECISION)
-            p, ds = weight_gradient(
-                logits, dots, log_sum[:, None], gate[:, None], correct[:, None], inside[None, :], True
-            )
-            ds = ds.to(queries[0].dtype)
+            # no key weighs more than 1. Those outside the part are zeros, which add nothing to dq while their weight is
+            # finite, and what is summed of them for dk and dv nobody reads
+            p = tl.exp2(tl.minimum(logits - log_sum[:, None], 0.0)) * gate[:, None]
+            ds = (p * (dots - correct[:, None])).to(queries[0].dtype)
             dv_acc = add_products(tl.trans(p.to(douts[0].dtype)), douts, dv_acc, PRECISION)
             dk_acc = add_products(tl.trans(ds), queries, dk_acc, PRECISION)
-            dq = add_products(ds, keys, zero_tiles(BM, DK), PRECISION)
-            store_tiles(dq_partial, place + target, DK, exists, dq, DK)
+            dq = add_products(ds, keys, zero_tiles(BM, DK, WIDEST), PRECISION)
+            store_tiles(dq_partial, target, DK, exists, dq, DK, WIDEST)
         target = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * PART
-        store_tiles(dk_partial + target * DK, index, DK, index < PART, dk_acc, DK)
-        store_tiles(dv_partial + target * DV, index, DV, index < PART, dv_acc, DV)
+        store_tiles(dk_partial + target * DK, index, DK, index < PART, dk_acc, DK, WIDEST)
+        store_tiles(dv_partial + target * DV, index, DV, index < PART, dv_acc, DV, WIDEST)
 
 
 @triton.jit
@@ -206,21 +222,23 @@ def add_items(
     `rows` rows of `total`, which stand `row_stride` numbers apart."""
     index = tile * WIDTH + tl.arange(0, WIDTH)
     inside = (index // D < rows) & (index < PART * D)
+    target = total + index // D * row_stride + index % D
+    before = tl.load(target, mask=inside, other=0.0)
     acc = tl.zeros([WIDTH], tl.float32)
     for item in tl.range(0, items, AT_ONCE):
         several = item + tl.arange(0, AT_ONCE)
         source = several.to(tl.int64) * (PART * D)
         mask = (several < items)[:, None] & inside[None, :]
         acc += tl.sum(tl.load(partial + source[:, None] + index[None, :], mask=mask, other=0.0), 0)
-    target = total + index // D * row_stride + index % D
-    tl.store(target, tl.load(target, mask=inside, other=0.0) + factor * acc, mask=inside)
+    tl.store(target, before + factor * acc, mask=inside)
 
 
 @Kernel
 @triton.jit
 def sum_items_kernel(
-    dk_partial, dv_partial, offsets, part_first, part_end, dk, dv, scale, first_lane, ITEMS, S, HK, BH, PARTS, MOST,
-    DK: tl.constexpr, DV: tl.constexpr, PART: tl.constexpr, WIDTH: tl.constexpr, AT_ONCE: tl.constexpr,
+    dk_partial, dv_partial, offsets, part_first, part_end, dk, dv, scale, first_lane, ITEMS, S, HK, BH, PARTS,
+    MOST: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PART: tl.constexpr, WIDTH: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
     """Adds the sums of a part's items, in a fixed order, to `dk` and `dv [B, S, Hk, *]`: WIDTH numbers of one of them.
 
@@ -233,7 +251,7 @@ def sum_items_kernel(
     picks = tl.load(offsets + part + 1) - tl.load(offsets + part)
     if picks > 0:
         rows = tl.load(part_end + batch * PARTS + part) - begin
-        place = tl.program_id(1).to(tl.int64) * ITEMS + first_item(offsets, tl.load(offsets), part, MOST)
+        place = tl.program_id(1).to(tl.int64) * ITEMS + first_item(offsets, tl.load(offsets), part, PARTS, MOST)
         items = (picks + MOST - 1) // MOST
         row = (batch.to(tl.int64) * S + begin) * HK + head
         OF_DK: tl.constexpr = (PART * DK + WIDTH - 1) // WIDTH
@@ -249,51 +267,53 @@ def sum_items_kernel(
 @Kernel
 @triton.jit
 def sum_dq_kernel(
-    partial, relative_ptr, dq_in, dq, scale, first_lane, T, HQ, HK, BH, SLOTS, CHUNK,
-    DK: tl.constexpr, DKP: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr, LOCAL: tl.constexpr,
-    TOPK: tl.constexpr, PARTS_A_BLOCK: tl.constexpr,
+    partial, relative_ptr, dq_in, dq, scale, first_lane, T, HQ, HK, BH, CHUNK,
+    DK: tl.constexpr, DKP: tl.constexpr, G: tl.constexpr, SLOTS: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr,
+    LOCAL: tl.constexpr, TOPK: tl.constexpr, PARTS_A_BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):
     """`dq = dq_in + scale * sum of the query's partial results`, in float32, rounded once."""
-    lane = first_lane + tl.program_id(1)
-    batch, head = lane % BH // HK, lane % HK
-    heads = HQ // HK
-    r = tl.program_id(0) * BM + tl.arange(0, BM)
-    token = lane // BH * CHUNK + r // heads
-    exists = (r < CHUNK * heads) & (token < T)
-    relative = tl.load(relative_ptr + batch * T + token, mask=exists, other=-1)
-    used = used_slots(relative, BLOCK, LOCAL, TOPK, PARTS_A_BLOCK)
-    row = (batch * T + token).to(tl.int64) * HQ + head * heads + r % heads
-    source = tl.program_id(1).to(tl.int64) * CHUNK * SLOTS * heads
-    source += (r // heads).to(tl.int64) * SLOTS * heads + r % heads
+    exists, row, source, used = chunk_rows(
+        relative_ptr, first_lane + tl.program_id(1), T, HQ, HK, BH, CHUNK, G, SLOTS, BM, BLOCK, LOCAL, TOPK,
+        PARTS_A_BLOCK,
+    )
+    before = load_tile(dq_in, row, DK, exists, DK, DKP)
     acc = tl.zeros([BM, DKP], tl.float32)
-    for slot in tl.range(0, tl.max(used)):
-        acc += load_tile(partial, source + slot * heads, DK, slot < used, DK, DKP).to(tl.float32)
-    acc = acc * scale + load_tile(dq_in, row, DK, exists, DK, DKP)
-    store_tile(dq, row, DK, exists, acc, DK, DKP)
+    # the loads of later slots are under way meanwhile
+    for slot in tl.range(0, tl.max(used), num_stages=STAGES):
+        acc += load_tile(partial, source + slot * G, DK, slot < used, DK, DKP).to(tl.float32)
+    store_tile(dq, row, DK, exists, acc * scale + before, DK, DKP)
 
 
 def gather_tiles(q: Tensor, v: Tensor, layout: Layout, backward: bool) -> dict:
-    """Tile sizes: all keys of a part, and as many rows as the width of a row and the card's shared memory allow."""
+    """Tile sizes: all keys of a part, and as many rows as the width of a row and the card's shared memory allow.
+
+    Heads wider than WIDEST are in two tiles: dq is then written one half after the other, and a thread has half as many
+    rows to find.
+    """
     row, shared = bytes_a_row(q, v.shape[-1]), shared_memory(q.device)
     small, large = shared < SMALL_SHARED_MEMORY, shared >= LARGE_SHARED_MEMORY
     narrow = min(q.shape[-1], v.shape[-1]) <= 128  # keys or values
     if q.dtype == torch.float32:
         tiles = {"BM": 32 if row <= 512 else 16, "num_warps": 4, "num_stages": 1}
+    elif row <= 128:
+        tiles = {"BM": 64, "num_warps": 4, "num_stages": 3 if backward and not small else 1}
+    elif row <= 256 and hopper(q.device):
+        tiles = {"BM": 64, "WIDEST": 64, "num_warps": 4, "num_stages": 3}
     elif row <= 256:
-        tiles = {"BM": 64, "num_warps": 4, "num_stages": 3 if backward and row <= 128 and not small else 1}
+        tiles = {"BM": 64, "num_warps": 8 if backward and not large else 4, "num_stages": 1}
     elif row < 512 and (large if backward else not small) and narrow:  # two tiles, as of 192 numbers
-        tiles = {"BM": 64, "num_warps": 8 if backward else 4, "num_stages": 1}
+        tiles = {"BM": 64, "num_warps": 8 if backward else 4, "num_stages": 2 if backward and hopper(q.device) else 1}
     else:
         little = small or (backward and row < 512 and not large)
         tiles = {"BM": 16 if little else 32, "num_warps": 8 if backward else 4, "num_stages": 1}
-    return {**tiles, "BN": max(16, next_power_of_2(layout.part_size))}
+    return {"WIDEST": 128, **tiles, "BN": max(16, next_power_of_2(layout.part_size))}
 
 
-def merge_shape(sizes: Sizes, layout: Layout, keys: int) -> dict:
+def merge_shape(sizes: Sizes, layout: Layout, group: int, slots: int, dim: int) -> dict:
     """What the kernels that add up a query's partial results are told."""
     return {
-        "BLOCK": sizes.block_size, "LOCAL": sizes.local_blocks, "PARTS_A_BLOCK": layout.parts_a_block,
-        "TOPK": min(sizes.topk, (keys - 1) // sizes.block_size + 1), "BM": 32, "num_warps": 4,
+        "G": group, "SLOTS": slots, "BLOCK": sizes.block_size, "LOCAL": sizes.local_blocks, "TOPK": sizes.topk,
+        "PARTS_A_BLOCK": layout.parts_a_block, "BM": 32 if dim <= 64 else 16, "STAGES": 4, "num_warps": 4,
     }
 
 
@@ -306,20 +326,20 @@ def selected_forward(
     group, tokens, chunks = heads // kv_heads, q.shape[1], gather.chunks
     runs = launches(chunks, pick_bytes(q, v), partial_bytes(q))
     tiles = gather_tiles(q, v, layout, backward=False)
-    most = picks_a_tile(4 * tiles["BM"], group)
+    most = picks_a_tile(8 * tiles["BM"], group)
     results = max(count for _, count in runs) * chunks.tokens * chunks.slots * group
     partial, partial_lse = q.new_empty(results, value_dim), q.new_empty(results, dtype=torch.float32)
-    merge = merge_shape(sizes, layout, keys)
+    merge = merge_shape(sizes, layout, group, chunks.slots, value_dim)
     per_chunk = chunks.lanes // chunks.count
     for first, count in runs:
         selected_forward_kernel[(gather.items(most), count)](
             q, k, v, gather.order, gather.offsets, layout.part_first, layout.part_end, partial, partial_lse,
-            scale_log2, first, tokens, keys, heads, kv_heads, per_chunk, chunks.slots, chunks.parts, chunks.tokens,
-            most, search_steps(chunks.parts), **widths(q, v), **tiles,
+            scale_log2, first, tokens, keys, heads, kv_heads, per_chunk, chunks.parts, chunks.tokens,
+            item_steps(chunks.parts), G=group, SLOTS=chunks.slots, MOST=most, **widths(q, v), **tiles,
         )
         merge_kernel[(cdiv(chunks.tokens * group, merge["BM"]), count)](
-            partial, partial_lse, layout.relative, out, lse, first, tokens, heads, kv_heads, per_chunk, chunks.slots,
-            chunks.tokens, DV=value_dim, DVP=padded(value_dim), **merge,
+            partial, partial_lse, layout.relative, out, lse, first, tokens, heads, kv_heads, per_chunk, chunks.tokens,
+            DV=value_dim, DVP=padded(value_dim), **merge,
         )
 
 
@@ -341,20 +361,21 @@ def selected_backward(
     dq_partial = q.new_empty(at_once * chunks.tokens * chunks.slots * group, key_dim)
     dk_partial = q.new_empty(at_once, items, part, key_dim, dtype=torch.float32)
     dv_partial = q.new_empty(at_once, items, part, value_dim, dtype=torch.float32)
-    merge = merge_shape(sizes, layout, keys)
+    merge = merge_shape(sizes, layout, group, chunks.slots, key_dim)
     per_chunk = chunks.lanes // chunks.count
     for first, count in runs:
         selected_backward_kernel[(items, count)](
             q, k, v, gather.order, gather.offsets, layout.part_first, layout.part_end, dout, records, dq_partial,
-            dk_partial, dv_partial, scale_log2, first, tokens, keys, heads, kv_heads, per_chunk, chunks.slots,
-            chunks.parts, chunks.tokens, most, search_steps(chunks.parts), PART=part, **widths(q, v), **tiles,
+            dk_partial, dv_partial, scale_log2, first, tokens, keys, heads, kv_heads, per_chunk, chunks.parts,
+            chunks.tokens, item_steps(chunks.parts), G=group, SLOTS=chunks.slots, MOST=most, PART=part,
+            **widths(q, v), **tiles,
         )
         sum_items_kernel[(chunks.parts, count, cdiv(part * key_dim, 512) + cdiv(part * value_dim, 512))](
             dk_partial, dv_partial, gather.offsets, layout.part_first, layout.part_end, dk, dv, scale, first, items,
-            keys, kv_heads, per_chunk, chunks.parts, most, DK=key_dim, DV=value_dim, PART=part, WIDTH=512, AT_ONCE=4,
-            num_warps=4,
+            keys, kv_heads, per_chunk, chunks.parts, MOST=most, DK=key_dim, DV=value_dim, PART=part, WIDTH=512,
+            AT_ONCE=4, num_warps=4,
         )
         sum_dq_kernel[(cdiv(chunks.tokens * group, merge["BM"]), count)](
-            dq_partial, layout.relative, dq_in, dq, scale, first, tokens, heads, kv_heads, per_chunk, chunks.slots,
-            chunks.tokens, DK=key_dim, DKP=padded(key_dim), **merge,
+            dq_partial, layout.relative, dq_in, dq, scale, first, tokens, heads, kv_heads, per_chunk, chunks.tokens,
+            DK=key_dim, DKP=padded(key_dim), **merge,
         )

@@ -17,10 +17,10 @@ from .common import first_width, load_tile, second_width, store_tile
 
 
 @triton.jit
-def load_tiles(base, rows, stride, row_mask, D: tl.constexpr):
+def load_tiles(base, rows, stride, row_mask, D: tl.constexpr, WIDEST: tl.constexpr = 256):
     """Rows `[R]` of a matrix `[R, D]` whose rows stand `stride` apart; zero outside the mask and behind `D`."""
-    FIRST: tl.constexpr = first_width(D)
-    SECOND: tl.constexpr = second_width(D)
+    FIRST: tl.constexpr = first_width(D, WIDEST)
+    SECOND: tl.constexpr = second_width(D, WIDEST)
     if SECOND == 0:
         return (load_tile(base, rows, stride, row_mask, D, FIRST),)
     else:
@@ -31,10 +31,10 @@ def load_tiles(base, rows, stride, row_mask, D: tl.constexpr):
 
 
 @triton.jit
-def store_tiles(base, rows, stride, row_mask, x, D: tl.constexpr):
+def store_tiles(base, rows, stride, row_mask, x, D: tl.constexpr, WIDEST: tl.constexpr = 256):
     """The opposite of `load_tiles`; converts to the pointer's type."""
-    FIRST: tl.constexpr = first_width(D)
-    SECOND: tl.constexpr = second_width(D)
+    FIRST: tl.constexpr = first_width(D, WIDEST)
+    SECOND: tl.constexpr = second_width(D, WIDEST)
     if SECOND == 0:
         store_tile(base, rows, stride, row_mask, x[0], D, FIRST)
     else:
@@ -43,10 +43,10 @@ def store_tiles(base, rows, stride, row_mask, x, D: tl.constexpr):
 
 
 @triton.jit
-def zero_tiles(ROWS: tl.constexpr, D: tl.constexpr):
+def zero_tiles(ROWS: tl.constexpr, D: tl.constexpr, WIDEST: tl.constexpr = 256):
     """Zeros `[ROWS, D]` in float32."""
-    FIRST: tl.constexpr = first_width(D)
-    SECOND: tl.constexpr = second_width(D)
+    FIRST: tl.constexpr = first_width(D, WIDEST)
+    SECOND: tl.constexpr = second_width(D, WIDEST)
     if SECOND == 0:
         return (tl.zeros([ROWS, FIRST], tl.float32),)
     else:
