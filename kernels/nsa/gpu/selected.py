@@ -298,7 +298,8 @@ def gather_tiles(q: Tensor, v: Tensor, layout: Layout, backward: bool) -> dict:
     elif row <= 128:
         tiles = {"BM": 64, "num_warps": 4, "num_stages": 3 if backward and not small else 1}
     elif row <= 256 and hopper(q.device):
-        tiles = {"BM": 64, "WIDEST": 64, "num_warps": 4, "num_stages": 3}
+        # of 80 or 96 numbers the rows of both tiles are found one by one: with a third stage they spill
+        tiles = {"BM": 64, "WIDEST": 64, "num_warps": 4, "num_stages": 2 if backward and row < 256 else 3}
     elif row <= 256:
         tiles = {"BM": 64, "num_warps": 8 if backward and not large else 4, "num_stages": 1}
     elif row < 512 and (large if backward else not small) and narrow:  # two tiles, as of 192 numbers
