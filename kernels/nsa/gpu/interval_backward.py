@@ -306,7 +306,7 @@ def backward_tiles(q: Tensor, v: Tensor, keys_outside: bool) -> dict:
     elif not keys_outside:
         outer, inner, warps, stages = 64, 64, 4, 1 if small and row > 128 else 2
     elif row <= 128:
-        outer, inner, warps, stages = 64, 64, 4, 2 if small else 3
+        outer, inner, warps, stages = (128, 64, 8, 3) if large else (64, 64, 4, 2 if small else 3)
     else:
         outer, inner, warps, stages = (64, 32, 4, 2) if small else (128, 64, 8, 3) if large else (128, 32, 8, 3)
     names = ("BN", "BM") if keys_outside else ("BM", "BN")

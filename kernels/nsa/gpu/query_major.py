@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..sizes import Sizes
 from .common import (
+    LARGE_SHARED_MEMORY,
     SMALL_SHARED_MEMORY,
     bytes_a_row,
     next_power_of_2,
@@ -27,8 +28,8 @@ from .layout import Layout
 from .tiles import add_products, add_tiles, dot_tiles, load_tiles, scale_tiles, store_tiles, zero_tiles
 
 # Heads of a group from which this order is the faster one: partial results grow with the query heads, reading the
-# blocks with the KV heads. Groups of 16, 64 heads of 128, 65,536 tokens, H100: 17.4 ms here, 23.6 there with the local
-# blocks.
+# blocks with the KV heads. Groups of 16, 64 heads of 128, 65,536 tokens, H100: 14.9 ms here; half as many heads take
+# 8.5 there.
 LEAST_GROUP = 12
 
 
@@ -83,10 +84,10 @@ def takes_query_major(q: Tensor, k: Tensor) -> bool:
 def query_major_tiles(q: Tensor, v: Tensor, block_size: int) -> dict:
     """Tile sizes: keys of a block at a time; the rows are the group's heads."""
     wide = q.dtype == torch.float32 or bytes_a_row(q, v.shape[-1]) > 256
-    small = shared_memory(q.device) < SMALL_SHARED_MEMORY
+    shared = shared_memory(q.device)
+    stages = 2 if wide or shared < SMALL_SHARED_MEMORY else 5 if shared >= LARGE_SHARED_MEMORY else 3
     return {
-        "BN": max(16, min(32, next_power_of_2(block_size))),
-        "num_warps": 4 if wide else 2, "num_stages": 2 if wide or small else 3,
+        "BN": max(16, min(32, next_power_of_2(block_size))), "num_warps": 4 if wide else 2, "num_stages": stages
     }
 
 

@@ -296,7 +296,7 @@ def gather_tiles(q: Tensor, v: Tensor, layout: Layout, backward: bool) -> dict:
     if q.dtype == torch.float32:
         tiles = {"BM": 32 if row <= 512 else 16, "num_warps": 4, "num_stages": 1}
     elif row <= 128:
-        tiles = {"BM": 64, "num_warps": 4, "num_stages": 3 if backward and not small else 1}
+        tiles = {"BM": 64, "num_warps": 4, "num_stages": 5 if large else 3 if backward and not small else 1}
     elif row <= 256 and hopper(q.device):
         # of 80 or 96 numbers the rows of both tiles are found one by one: with a third stage they spill
         tiles = {"BM": 64, "WIDEST": 64, "num_warps": 4, "num_stages": 2 if backward and row < 256 else 3}
@@ -357,7 +357,7 @@ def selected_backward(
     group, tokens, chunks, part = heads // kv_heads, q.shape[1], gather.chunks, layout.part_size
     runs = launches(chunks, pick_bytes(q, v), partial_bytes(q))
     tiles = gather_tiles(q, v, layout, backward=True)
-    most = picks_a_tile(32 * tiles["BM"], group)
+    most = picks_a_tile(64 * tiles["BM"], group)
     at_once, items = max(count for _, count in runs), gather.items(most)
     dq_partial = q.new_empty(at_once * chunks.tokens * chunks.slots * group, key_dim)
     dk_partial = q.new_empty(at_once, items, part, key_dim, dtype=torch.float32)

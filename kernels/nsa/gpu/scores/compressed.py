@@ -154,11 +154,11 @@ def score_document(
 @Kernel
 @triton.jit
 def select_kernel(
-    q, k_cmp, lse, relative_ptr, document_ptr, cmp_low_ptr, selection, terms, scores, sections, picked, scale_log2, T,
+    q, k_cmp, lse, relative_ptr, document_ptr, cmp_low_ptr, selection, terms, scores, sections, scale_log2, T,
     ENTRIES, HQ, HK, TILES, BLOCKS, SLOTS, N, DK: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
     CHOSEN: tl.constexpr, KP: tl.constexpr, TOPK: tl.constexpr, TOPKP: tl.constexpr, BC: tl.constexpr,
-    SP: tl.constexpr, SECTION: tl.constexpr, AT_ONCE: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    SP: tl.constexpr, SECTION: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """The selected blocks of BT tokens of one KV head, one such tile after another."""
     LAST: tl.constexpr = 0x7FFFFFFF
@@ -166,7 +166,6 @@ def select_kernel(
     terms += tl.program_id(0).to(tl.int64) * BLOCKS * (2 * BT)
     scores += tl.program_id(0).to(tl.int64) * BT * N * SECTION
     sections += tl.program_id(0).to(tl.int64) * BT * N
-    picked += tl.program_id(0).to(tl.int64) * BT * KP
     row_in, row_head = place_rows(BT * GP, GP)
     for number in tl.range(tl.program_id(0), TILES, tl.num_programs(0)):
         first, batch, kv_head = find_tile(number, TILES, T, HK, BT)
@@ -200,8 +199,8 @@ def select_kernel(
                 )
                 tl.debug_barrier()
                 store_best(
-                    scores, sections, picked, selection, relative_ptr, document_ptr, current, first, most, batch,
-                    kv_head, T, HK, SLOTS, N, BT, INIT, CHOSEN, KP, SP, SECTION, AT_ONCE, ROWS,
+                    scores, sections, selection, relative_ptr, document_ptr, current, first, most, batch, kv_head, T,
+                    HK, SLOTS, N, BT, INIT, CHOSEN, KP, SP, SECTION, ROWS,
                 )
                 tl.debug_barrier()
                 current = tl.min(tl.where(document > current, document, LAST))

@@ -119,11 +119,11 @@ def score_document(
 @Kernel
 @triton.jit
 def index_select_kernel(
-    q, k, relative_ptr, document_ptr, selection, maxima, scores, sections, picked, T, S, HI, HK, HJ, TILES, BLOCKS,
+    q, k, relative_ptr, document_ptr, selection, maxima, scores, sections, T, S, HI, HK, HJ, TILES, BLOCKS,
     SLOTS, N, C: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr, BLOCK: tl.constexpr,
     WIDTH: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, CHOSEN: tl.constexpr, KP: tl.constexpr,
     TOPK: tl.constexpr, TOPKP: tl.constexpr, BC: tl.constexpr, SP: tl.constexpr, SECTION: tl.constexpr,
-    AT_ONCE: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """The selected blocks of BT tokens of one KV head, one such tile after another."""
     LAST: tl.constexpr = 0x7FFFFFFF
@@ -131,7 +131,6 @@ def index_select_kernel(
     maxima += tl.program_id(0).to(tl.int64) * BLOCKS * (BT * GP)
     scores += tl.program_id(0).to(tl.int64) * BT * N * SECTION
     sections += tl.program_id(0).to(tl.int64) * BT * N
-    picked += tl.program_id(0).to(tl.int64) * BT * KP
     for number in tl.range(tl.program_id(0), TILES, tl.num_programs(0)):
         first, batch, kv_head = find_tile(number, TILES, T, HK, BT)
         token = first + tl.arange(0, BT)
@@ -162,25 +161,27 @@ def index_select_kernel(
                 )
                 tl.debug_barrier()
                 store_best(
-                    scores, sections, picked, selection, relative_ptr, document_ptr, current, first, most, batch,
-                    kv_head, T, HK, SLOTS, N, BT, INIT, CHOSEN, KP, SP, SECTION, AT_ONCE, ROWS,
+                    scores, sections, selection, relative_ptr, document_ptr, current, first, most, batch, kv_head, T,
+                    HK, SLOTS, N, BT, INIT, CHOSEN, KP, SP, SECTION, ROWS,
                 )
                 tl.debug_barrier()
                 current = tl.min(tl.where(document > current, document, LAST))
 
 
 def index_tiles(q_index: Tensor) -> dict[str, int]:
-    """Rows (heads of some queries) and columns (tokens) of a program, and programs a processor."""
+    """Rows (heads of some queries) and columns (tokens, of how many blocks at least) of a program, and programs a
+    processor."""
     row = tile_width(q_index.shape[-1]) * q_index.element_size()
     small = shared_memory(q_index.device) < SMALL_SHARED_MEMORY
     if q_index.dtype == torch.float32:
-        return {"rows": 32, "columns": 32, "resident": 2, "num_warps": 4, "num_stages": 1}
+        return {"rows": 32, "columns": 32, "side": 1, "resident": 2, "num_warps": 4, "num_stages": 1}
     if row > 256 or (row > 128 and small):
-        return {"rows": 64, "columns": 64, "resident": 2, "num_warps": 4, "num_stages": 2}
-    if row > 64 or small:
-        return {"rows": 128, "columns": 128, "resident": 2, "num_warps": 4, "num_stages": 3}
+        return {"rows": 64, "columns": 64, "side": 1, "resident": 2, "num_warps": 4, "num_stages": 2}
+    if row > 64:
+        return {"rows": 128, "columns": 128, "side": 4, "resident": 2, "num_warps": 4, "num_stages": 2}
     # registers for three programs: where one waits for its products, others compare theirs
-    return {"rows": 128, "columns": 64, "resident": 3, "num_warps": 4, "num_stages": 3, "maxnreg": 168}
+    stages = 2 if small else 3
+    return {"rows": 128, "columns": 64, "side": 4, "resident": 3, "num_warps": 4, "num_stages": stages, "maxnreg": 168}
 
 
 class IndexInputs(NamedTuple):
@@ -214,7 +215,7 @@ def select_by_index(inputs: IndexInputs, layout: Layout, sizes: Sizes) -> Tensor
     tiles = index_tiles(q_index)
     columns, bt = tiles.pop("columns"), max(1, tiles.pop("rows") // group)
     plan = plan_selection(q_index, kv_heads, keys, sizes, bt, tiles.pop("resident"))
-    width = max(2, min(columns // 4, next_power_of_2(sizes.block_size)))
+    width = max(2, min(columns // tiles.pop("side"), next_power_of_2(sizes.block_size)))
     selection = new_selection(q_index, kv_heads, keys, sizes)
     index_select_kernel[(plan.programs,)](
         q_index, k_index, layout.relative, layout.document, selection, *new_scratch(q_index, plan, bt * group), tokens,

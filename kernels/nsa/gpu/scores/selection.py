@@ -1,7 +1,7 @@
 """What both scorers share: the limits, the tiles that programs take, and top-k (eqs. 11 and 12) over a tile's scores.
 
 A program takes one tile after another, BT tokens of one KV head, and keeps the scores of a tile's blocks in memory of
-its own. The best blocks are looked for among the best ones of sections of the past.
+its own. The best block is looked for among the best ones of sections of the past, which then gets its second best.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from ..common import cdiv, next_power_of_2, processors
 
 MOST_CHOSEN = 256
 MOST_HEADS = 128
-# Sections where many blocks are taken one after another, and scores of a token that are held in registers.
 MOST_SECTIONS = 128
-MOST_AT_ONCE = 256
 
 
 @triton.jit
@@ -45,63 +43,12 @@ def store_scores(score, scores, sections, first, most, N, BT: tl.constexpr, BC: 
 
 
 @triton.jit
-def find_best(score, CHOSEN: tl.constexpr):
-    """Which of `score [R, N]` are the CHOSEN largest above -inf of a row, of equal ones the first; their places, 0 and
-    on, in rising order."""
-    bits = score.to(tl.int32, bitcast=True)
-    # whole numbers in the same order, whose largest a warp finds at once
-    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    NONE: tl.constexpr = -0x7F800001  # that of -inf
-    LAST: tl.constexpr = 0x7FFFFFFF
-    limit = tl.full([score.shape[0]], LAST, tl.int32)
-    for _ in range(CHOSEN):
-        limit = tl.max(tl.where(key < limit[:, None], key, NONE), 1)
-    above = tl.sum((key > limit[:, None]).to(tl.int32), 1)
-    while tl.max(above) >= CHOSEN:  # where scores are equal, the limit went too low
-        higher = tl.min(tl.where(key > limit[:, None], key, LAST), 1)
-        limit = tl.where(above >= CHOSEN, higher, limit)
-        above = tl.sum((key > limit[:, None]).to(tl.int32), 1)
-    equal = key == limit[:, None]
-    first = tl.cumsum(equal.to(tl.int32), 1) <= CHOSEN - above[:, None]
-    best = (key > NONE) & ((key > limit[:, None]) | (equal & first))
-    return best, tl.cumsum(best.to(tl.int32), 1) - 1
-
-
-@triton.jit
-def store_at_once(
-    scores, sections, picked, place, row, mine, most, N, CHOSEN: tl.constexpr, KP: tl.constexpr, SP: tl.constexpr,
+def take_best(
+    scores, sections, row, mine, most, N, CHOSEN: tl.constexpr, KP: tl.constexpr, SP: tl.constexpr,
     SECTION: tl.constexpr,
 ):
-    """Writes the best blocks of the rows `[R]` of `store_scores` to `place [R]`, rising: those of the best CHOSEN
-    sections hold all of them, and their scores are read together.
-
-    Args:
-        picked: the program's own memory, of each row KP numbers.
-        most: all blocks come before it.
-    """
-    ROWS: tl.constexpr = row.shape[0]
-    NONE: tl.constexpr = float("-inf")
-    section = tl.arange(0, SP)[None, :]
-    exist = mine[:, None] & (section < (most + SECTION - 1) // SECTION)
-    best, rank = find_best(tl.load(sections + row[:, None] * N + section, mask=exist, other=NONE), CHOSEN)
-    tl.store(picked + row[:, None] * KP + rank, section + tl.zeros([ROWS, 1], tl.int32), mask=best)
-    count = tl.sum(best.to(tl.int32), 1)
-    tl.debug_barrier()
-    column = tl.arange(0, KP * SECTION)[None, :]
-    exist = column // SECTION < count[:, None]
-    section = tl.load(picked + row[:, None] * KP + column // SECTION, mask=exist, other=0)
-    j = section * SECTION + column % SECTION
-    score = tl.load(scores + row[:, None] * (N * SECTION) + j, mask=exist & (j < most), other=NONE)
-    best, rank = find_best(score, CHOSEN)
-    tl.store(place[:, None] + rank, j, mask=best)
-
-
-@triton.jit
-def store_in_turn(
-    scores, sections, place, row, mine, most, N, CHOSEN: tl.constexpr, KP: tl.constexpr, SP: tl.constexpr,
-    SECTION: tl.constexpr,
-):
-    """As `store_at_once`, for many sections or blocks: one block after another, whose section is read again."""
+    """The CHOSEN blocks before `most` with the largest scores above -inf, of equal ones the first: `[R, KP]`, rising,
+    and behind them the largest int32, of the rows `[R]` of `store_scores`; `mine`: which of them choose at all."""
     LAST: tl.constexpr = 0x7FFFFFFF
     NONE: tl.constexpr = float("-inf")
     scores += row[:, None] * (N * SECTION)
@@ -121,27 +68,25 @@ def store_in_turn(
         best = tl.where(all_sections == section[:, None], tl.max(score, 1)[:, None], best)
         chosen = tl.where(rank == number, tl.where(some, winner, LAST)[:, None], chosen)
         tl.debug_barrier()
-    chosen = tl.sort(chosen)
-    tl.store(place[:, None] + rank, chosen, mask=chosen < LAST)
+    return tl.sort(chosen)
 
 
 @triton.jit
 def store_best(
-    scores, sections, picked, selection, relative_ptr, document_ptr, current, first_token, most, batch, kv_head, T, HK,
-    SLOTS, N, BT: tl.constexpr, INIT: tl.constexpr, CHOSEN: tl.constexpr, KP: tl.constexpr, SP: tl.constexpr,
-    SECTION: tl.constexpr, AT_ONCE: tl.constexpr, ROWS: tl.constexpr,
+    scores, sections, selection, relative_ptr, document_ptr, current, first_token, most, batch, kv_head, T, HK, SLOTS,
+    N, BT: tl.constexpr, INIT: tl.constexpr, CHOSEN: tl.constexpr, KP: tl.constexpr, SP: tl.constexpr,
+    SECTION: tl.constexpr, ROWS: tl.constexpr,
 ):
     """Writes the chosen blocks of the tile's tokens of the document `current` into `selection [B, T, Hk, SLOTS]`."""
+    rank = tl.arange(0, KP)[None, :]
     for first_row in tl.range(0, BT, ROWS):
         row = first_row + tl.arange(0, ROWS)
         token = first_token + row
         relative = tl.load(relative_ptr + batch * T + token, mask=token < T, other=-1)
         mine = (relative >= 0) & (tl.load(document_ptr + batch * T + token, mask=token < T, other=-1) == current)
+        chosen = take_best(scores, sections, row, mine, most, N, CHOSEN, KP, SP, SECTION)
         place = selection + ((batch * T + token).to(tl.int64) * HK + kv_head) * SLOTS + INIT
-        if AT_ONCE:
-            store_at_once(scores, sections, picked, place, row, mine, most, N, CHOSEN, KP, SP, SECTION)
-        else:
-            store_in_turn(scores, sections, place, row, mine, most, N, CHOSEN, KP, SP, SECTION)
+        tl.store(place[:, None] + rank, chosen, mask=chosen < 0x7FFFFFFF)
 
 
 @triton.jit
@@ -229,26 +174,21 @@ def plan_selection(
     blocks = count_blocks(keys, sizes)
     chosen = 0 if sizes.topk >= blocks else max(0, sizes.topk - sizes.init_blocks - sizes.local_blocks)
     tiles = cdiv(queries.shape[1], tile_tokens) * queries.shape[0] * kv_heads
-    kept, topk = max(2, next_power_of_2(chosen)), min(sizes.topk, blocks)
-    section = 8 if blocks <= 1024 else 16
-    at_once = kept * section <= MOST_AT_ONCE and cdiv(blocks, section) <= MOST_AT_ONCE
-    if not at_once:
-        section = max(16, next_power_of_2(cdiv(blocks, MOST_SECTIONS)))
-    sections = cdiv(blocks, section)
+    section = max(16, next_power_of_2(cdiv(blocks, MOST_SECTIONS)))
+    sections, topk = cdiv(blocks, section), min(sizes.topk, blocks)
     shape = {
         "BT": tile_tokens, "BLOCK": sizes.block_size, "INIT": sizes.init_blocks, "LOCAL": sizes.local_blocks,
-        "CHOSEN": chosen, "KP": kept, "TOPK": topk, "TOPKP": next_power_of_2(topk), "BC": max(64, section),
-        "SP": max(2, next_power_of_2(sections)), "SECTION": section, "AT_ONCE": at_once, "ROWS": min(tile_tokens, 16),
+        "CHOSEN": chosen, "KP": max(2, next_power_of_2(chosen)), "TOPK": topk, "TOPKP": next_power_of_2(topk),
+        "BC": max(64, section), "SP": max(2, next_power_of_2(sections)), "SECTION": section,
+        "ROWS": min(tile_tokens, 32),
     }
     return Plan(min(tiles, resident * processors(queries.device)), tiles, blocks, sections, shape)
 
 
-def new_scratch(queries: Tensor, plan: Plan, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Each program's own memory: `rows` numbers for each block, and the tokens' scores, best ones of sections, and
-    sections that were picked."""
-    tokens, section = plan.shape["BT"], plan.shape["SECTION"]
+def new_scratch(queries: Tensor, plan: Plan, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Each program's own memory: `rows` numbers for each block, and the tokens' scores and best ones of sections."""
     number = partial(queries.new_empty, dtype=torch.float32)
+    tokens, section = plan.shape["BT"], plan.shape["SECTION"]
     terms = number(plan.programs, plan.blocks, rows)
     scores = number(plan.programs, tokens, plan.sections * section)
-    sections = number(plan.programs, tokens, plan.sections)
-    return terms, scores, sections, queries.new_empty(plan.programs, tokens, plan.shape["KP"], dtype=torch.int32)
+    return terms, scores, number(plan.programs, tokens, plan.sections)
