@@ -39,7 +39,7 @@ def partial_bytes(q: Tensor) -> int:
 
     Larger chunks are faster, but they count in the backward pass's peak: so they grow with the inputs.
     """
-    return max(1 << 29, min(1 << 30, 8 * q.numel() * q.element_size()))
+    return max(1 << 28, min(1 << 30, 3 * q.numel() * q.element_size()))
 
 
 def pick_bytes(q: Tensor, v: Tensor) -> int:
