@@ -9,8 +9,8 @@ exit code is 1. Rows are appended to a CSV, one for each (config, tokens, inputs
 cut off leaves what it measured. `flops` and `bytes` are what the part has to do at least. At the start of the run the
 card's own rates are measured (system `card`), and `floor_ms` is the longer of the two times that these take at them.
 `tflop_s` and `gb_s` are `flops` and `bytes` over the measured time, and `share_of_card` is `floor_ms` over it.
-Of short texts there is also what the host takes (part `forward + backward, host`): the time until both passes are
-queued, and `launches`, how many kernels, fills and copies the GPU gets.
+Of short texts there is also what the host takes until both passes are queued (part `forward + backward, host`),
+`launches`, how many kernels, fills and copies the GPU gets, and these ones' own time (`forward + backward, kernels`).
 """
 
 from __future__ import annotations
@@ -206,25 +206,38 @@ def measure_system(system: str, x: Inputs) -> Iterator[tuple[str, Times, float]]
     yield "backward", times, peak_mib(lambda: torch.autograd.grad(forward(), leaves, dout))
 
 
-def count_launches(events: Iterable[Any]) -> int:
-    """How many of a profile's events are the GPU's: kernels, fills and copies."""
-    return sum(event.device_type == DeviceType.CUDA for event in events)
+class Both(NamedTuple):
+    """Forward and backward pass together.
+
+    Attributes:
+        host: times until both are queued.
+        launches: kernels, fills and copies that the GPU gets.
+        kernels_ms: their own time, without what lies between them.
+    """
+
+    host: Times
+    launches: int
+    kernels_ms: float
 
 
-def measure_host(system: str, x: Inputs, calls: int = 50) -> tuple[Times, int]:
-    """Measures what the host takes to queue forward and backward pass of one of SPARSE, with nothing queued before.
+def of_the_gpu(events: Iterable[Any]) -> tuple[int, float]:
+    """Of a profile's events, how many are the GPU's (kernels, fills and copies), and their milliseconds."""
+    times = [event.time_range.elapsed_us() / 1e3 for event in events if event.device_type == DeviceType.CUDA]
+    return len(times), sum(times)
+
+
+def measure_both(system: str, x: Inputs, calls: int = 50) -> Both:
+    """Measures forward and backward pass of a system, with nothing queued before.
 
     Args:
         calls: how many are timed.
-
-    Returns:
-        The times, and the launches of both passes.
     """
     device = x.q.device.type
     forward, leaves = whole(system, x)
+    dout = torch.ones_like(forward())
 
     def both() -> None:
-        torch.autograd.grad(forward(), leaves, x.dout)
+        torch.autograd.grad(forward(), leaves, dout)
 
     both()
     milliseconds = []
@@ -232,10 +245,11 @@ def measure_host(system: str, x: Inputs, calls: int = 50) -> tuple[Times, int]:
         start = wait(device)
         both()
         milliseconds.append(1e3 * (time.perf_counter() - start))
+        wait(device)
     with profile(activities=[ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU]) as profiled:
         both()
         wait(device)
-    return quantiles(milliseconds), count_launches(profiled.events())
+    return Both(quantiles(milliseconds), *of_the_gpu(profiled.events()))
 
 
 def draw(path: Path) -> Path | None:
@@ -366,9 +380,10 @@ def measure_case(recorder: Recorder, heads: Heads, case: Case, systems: Sequence
                 raise
             print(f"{case.config} {case.tokens} {system}: not measured, {str(error).splitlines()[0]}", flush=True)
             continue
-        if system in SPARSE and case.tokens <= HOST_TOKENS:
-            times, launches = measure_host(system, x)
-            rows.append(recorder.row(case, system, "forward + backward, host", times, launches=launches))
+        if case.tokens <= HOST_TOKENS:
+            host, launches, kernels = measure_both(system, x)
+            rows.append(recorder.row(case, system, "forward + backward, host", host, launches=launches))
+            rows.append(recorder.row(case, system, "forward + backward, kernels", (kernels,) * 3, launches=launches))
         recorder.write(rows)
     if not with_parts or not {*SPARSE} & {*systems}:
         return

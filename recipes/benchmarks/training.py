@@ -11,8 +11,9 @@ come; `times_dense` is the fastest dense time of the same shape in the CSV over 
     nsa-paper       blocks chosen by compressed keys, three branches
     dense-cudnn, dense-flash    the dense model with one of PyTorch's attentions
 
-A profile of one more step says what its time goes into: the attention operation, matrix products, the optimizer, and
-everything else. `mfu` counts what the system really multiplies, but for what is computed again.
+A profile of one more step says what its time goes into: the attention operation, matrix products, clipping and the
+optimizer (timed by themselves), and everything else. `mfu` counts what the system really multiplies, but for what is
+computed again.
 """
 
 from __future__ import annotations
@@ -70,7 +71,6 @@ RATE = 1e-6  # little, so that random weights stay where they are
 # Names of PyTorch's operators by what they do; each stands with everything that it calls.
 ATTENTION = (operator_name("forward"), operator_name("backward"), "aten::_scaled_dot_product")
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::matmul", "aten::linear")
-OPTIMIZER = "aten::_fused_adamw_"
 DEVICE = "cuda"
 STEPS_MS = 3_000  # of one system's steps that are timed, together
 
@@ -89,37 +89,58 @@ class Step:
         self.model, self.attention, self.ids = LossModel(model, None, ce_weight=1.0, kl_weight=0.0), attention, ids
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
 
-    def __call__(self) -> Tensor:
-        """Takes it; the loss before it, a scalar on the device."""
+    def backward(self) -> Tensor:
+        """Computes the gradients; the loss, a scalar on the device."""
         with self.attention():  # backward too: there layers are computed again
             with torch.autocast(self.ids.device.type, torch.bfloat16):
                 loss = self.model(self.ids).total
             loss.backward()
+        return loss.detach()
+
+    def update(self) -> None:
+        """Clips the gradients and moves the weights."""
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss.detach()
+
+    def __call__(self) -> Tensor:
+        """Takes it; the loss before it, a scalar on the device."""
+        loss = self.backward()
+        self.update()
+        return loss
 
 
-def parts_of(events: Iterable[Any], step_ms: float, time: str = "device") -> dict[str, float]:
+def parts_of(events: Iterable[Any], optimizer_ms: float, step_ms: float, time: str = "device") -> dict[str, float]:
     """Milliseconds of PARTS, the columns; the rest is everything else, and the device's waiting for the host.
 
     Args:
-        events: `key_averages()` of a profile of one step.
+        events: `key_averages()` of a profile of one step's forward and backward passes.
+        optimizer_ms: the step's update, measured by itself.
         step_ms: a step's time without the profiler.
         time: "device" or "cpu", whose time is counted.
     """
-    attention = products = optimizer = 0.0
+    attention = products = 0.0
     for event in events:
         own, total = getattr(event, f"self_{time}_time_total"), getattr(event, f"{time}_time_total")
         if event.key.startswith(ATTENTION):
             attention += total
         elif event.key in PRODUCTS:
             products += own
-        elif event.key == OPTIMIZER:
-            optimizer += total
-    known = [part / 1e3 for part in (attention, products, optimizer)]
+    known = [attention / 1e3, products / 1e3, optimizer_ms]
     return dict(zip(PARTS, (*known, step_ms - sum(known)), strict=True))
+
+
+def milliseconds(call: Callable[[], object], device: str) -> float:
+    """How long a call takes, once: on the GPU by events, of what it queues."""
+    if device != "cuda":
+        return 1e3 * cpu_seconds(call)
+    torch.cuda.synchronize()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
 
 
 def measure(shape: Shape, tokens: int, system: str, device: str) -> dict[str, Any]:
@@ -152,12 +173,12 @@ def measure(shape: Shape, tokens: int, system: str, device: str) -> dict[str, An
         raise ArithmeticError(f"{system}: a loss is no number")
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
     with profile(activities=activities) as profiled:
-        step()
+        step.backward()
         wait(device)
     events = profiled.key_averages()
     if kernel and not any(event.key.startswith(f"aten::_scaled_dot_product_{dense}_attention") for event in events):
         raise RuntimeError(f"PyTorch took another attention than {dense}")
-    parts = parts_of(events, median, "device" if device == "cuda" else "cpu")
+    parts = parts_of(events, milliseconds(step.update, device), median, "device" if device == "cuda" else "cpu")
     flops = tokens * training_flops(counted_model(shape, tokens, system), tokens, teacher=False, dense=not sparse)
     peak = peak_flops(ids.device)
     return {
