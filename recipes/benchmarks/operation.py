@@ -163,6 +163,18 @@ def costs(heads: Heads, tokens: int) -> dict[str, Cost]:
     parts["index scores + top-k"] = index
     parts["index forward"] = Cost(index.flops + near_flops, rows * width + kv + index_bytes)
     parts["index backward"] = Cost(2.5 * near_flops, 2 * (rows * width + kv))
+    # of the products of q and k, dout and v, p and dout, ds and q, ds and k, those that a part takes
+    key, value = (2.0 * heads.query_heads * dim for dim in (heads.key_dim, heads.value_dim))
+    dq, dkv = 2 * key + value, 2 * (key + value)
+    in_out, float32 = rows * width + kv, 2 * rows * heads.key_dim
+    parts |= {
+        "backward, gates": Cost(0, 4 * rows * heads.value_dim),
+        "backward, compressed dq": Cost(seen * dq, rows * width + float32 + kv / s.kernel_stride),
+        "backward, compressed dk dv": Cost(seen * dkv, rows * width + 2 * kv / s.kernel_stride),
+        "backward, window and local blocks dq": Cost(near * dq, in_out + 2 * float32),
+        "backward, window and local blocks dk dv": Cost(near * dkv, in_out + 3 * kv),
+        "backward, selection": Cost((chosen - local) * (dkv + key), in_out + 1.5 * float32 + 4 * kv),
+    }
     dense = tokens * tokens / 2 * pair
     parts["dense forward"] = Cost(dense, attention)
     parts["dense backward"] = Cost(2.5 * dense, 2 * attention)

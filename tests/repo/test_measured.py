@@ -18,6 +18,7 @@ MEASURED = ROOT / "docs" / "measured.md"
 SHAPES = ("64:4:128", "32:8:128", "16:8:128", "9:3:64", "64:4:192/128")
 DECODED = SHAPES[:2]
 SHORTEST, LONGEST = 8192, 131072
+OPERATION, LENGTHS, SPARSE = "operation-h100-2026-11-27", (8192, 16384, 65536, 131072), ("nsa", "nsa-index")
 # The runs of the decoding benchmark that the tables are of.
 BY_LENGTH, FULL_CARD, FULLEST_CARD = "eeac3ac3", "8ea8ff7b", "dc590777"
 PLAIN, OWN_WINDOW = "nsa", "nsa-independent"
@@ -50,42 +51,52 @@ def table(columns: str, lines: list[list[object]]) -> str:
 
 
 def operation(part: str) -> str:
-    """One pass of the operation beside PyTorch's attentions."""
+    """One pass of the operation, blocks chosen as in the paper and by an index, beside PyTorch's attentions."""
     lines: list[list[object]] = []
     for shape in SHAPES:
-        for tokens in (SHORTEST, 65536, LONGEST):
-            found = {
-                row["system"]: row
-                for row in rows_of("h100-2026-11-23", config=shape, tokens=tokens, inputs="random", part=part)
-            }
+        for tokens in LENGTHS:
+            rows = rows_of(OPERATION, config=shape, tokens=tokens, inputs="random", part=part)
+            found = {row["system"]: row for row in rows}
             times = {system: float(row["median_ms"]) for system, row in found.items()}
-            line = [shape, f"{tokens:,}", f"{times['nsa']:.2f}"]
+            line: list[object] = [shape, f"{tokens:,}", *(f"{times[system]:.2f}" for system in SPARSE)]
             for other in ("fa2", "cudnn"):
-                line += [f"{times[other]:.2f}", cut(times[other] / times["nsa"])]
+                line += [f"{times[other]:.2f}", *(cut(times[other] / times[system]) for system in SPARSE)]
             if part == "backward":
-                line += [f"{int(found[system]['peak_mib']):,}" for system in ("nsa", "fa2", "cudnn")]
+                line += [f"{int(found[system]['peak_mib']):,}" for system in (*SPARSE, "fa2", "cudnn")]
             lines.append(line)
-    columns = "shape, tokens, NSA ms, FlashAttention-2 ms, times, cuDNN ms, times"
-    return table(columns + (", NSA MiB, FA-2 MiB, cuDNN MiB" if part == "backward" else ""), lines)
+    columns = "shape, tokens, NSA ms, by an index, FA-2 ms, times, by an index, cuDNN ms, times, by an index"
+    return table(columns + (", NSA MiB, by an index, FA-2, cuDNN" if part == "backward" else ""), lines)
 
 
-def operation_now() -> str:
-    """Shapes that were measured again, beside what they took before; the card's FlashAttention-2 in the same run."""
+def operation_parts() -> str:
+    """What the operation's parts take, and how much of that the card needs at least."""
+    rows = rows_of(OPERATION, tokens=65536, inputs="random")
+    parts = [row for row in rows if row["system"] in SPARSE and row["floor_ms"] and " + backward" not in row["part"]]
+    cells = {(row["part"], row["config"]): row for row in parts}
     lines: list[list[object]] = []
-    for shape in ("32:8:128", "9:3:64", "64:4:192/128"):
-        for tokens in (SHORTEST, 65536):
-            for system, before in (("nsa", "h100-2026-11-23"), ("nsa-index", "operation-index-h100-2026-11-26")):
-                line: list[object] = [shape, f"{tokens:,}", system]
-                for part in ("forward", "backward"):
-                    same = {"config": shape, "tokens": tokens, "inputs": "random", "part": part}
-                    now = float(the_row("operation-h100-2026-11-27", system=system, **same)["median_ms"])
-                    old = rows_of(before, system=system, **same)
-                    dense = rows_of("operation-h100-2026-11-27", system="fa2", **same)
-                    line += [f"{float(old[-1]['median_ms']):.2f}" if old else "", f"{now:.2f}"]
-                    line.append(cut(float(dense[0]["median_ms"]) / now) if dense else "")
-                lines.append(line)
-    passes = ", ".join(f"{part} ms before, now, times FA-2" for part in ("forward", "backward"))
-    return table(f"shape, tokens, system, {passes}", lines)
+    for name in dict.fromkeys(row["part"] for row in parts if row["part"] not in ("forward", "backward")):
+        line: list[object] = [name]
+        for shape in SHAPES:
+            row = cells[name, shape]
+            line += [f"{float(row['median_ms']):.2f}", f"{100 * float(row['share_of_card']):.0f} %"]
+        lines.append(line)
+    return table("part, " + ", ".join(f"{shape} ms, least" for shape in SHAPES), lines)
+
+
+def short_texts() -> str:
+    """Both passes where people start: as a share of FlashAttention-2's time, with the host and without."""
+    lines: list[list[object]] = []
+    for shape in SHAPES:
+        rows = rows_of(OPERATION, config=shape, tokens=SHORTEST, inputs="random")
+        times = {(row["system"], row["part"]): float(row["median_ms"]) for row in rows}
+        both = {system: sum(times[system, part] for part in ("forward", "backward")) for system in (*SPARSE, "fa2")}
+        line: list[object] = [shape]
+        for system in SPARSE:
+            own = times.get((system, "forward + backward, kernels"))
+            line += [f"{both[system]:.2f}", f"{both[system] / both['fa2']:.2f}", f"{own:.2f}" if own else ""]
+        lines.append([*line, f"{both['fa2']:.2f}"])
+    systems = ", ".join(f"{name} ms, of FA-2's, kernels alone ms" for name in ("NSA", "by an index"))
+    return table(f"shape, {systems}, FA-2 ms", lines)
 
 
 def full_batch(shape: str, tokens: int, gib: int) -> int:
@@ -154,22 +165,6 @@ def fastest_dense(run: str, shape: str, tokens: int, batch: int) -> Row:
 def ratio_a_row(ends: list[Row], column: str) -> float:
     first, last = (float(row[column]) / int(row["batch"]) for row in ends)
     return last / first
-
-
-def index_operation() -> str:
-    """Whole passes where blocks are chosen by an index, and what choosing them takes."""
-    lines: list[list[object]] = []
-    for shape in SHAPES[:4]:
-        for tokens in (SHORTEST, 65536):
-            rows = rows_of("operation-index-h100-2026-11-26", config=shape, tokens=tokens, inputs="random")
-            times = {(row["system"], row["part"]): float(row["median_ms"]) for row in rows}
-            line = [shape, f"{tokens:,}", f"{times['nsa-index', 'index scores + top-k']:.2f}"]
-            for part in ("forward", "backward"):
-                ours = times["nsa-index", part]
-                line += [f"{ours:.2f}", *(cut(times[other, part] / ours) for other in ("fa2", "cudnn"))]
-            lines.append(line)
-    passes = ", ".join(f"{part} ms, times FA-2, times cuDNN" for part in ("forward", "backward"))
-    return table(f"shape, tokens, choosing ms, {passes}", lines)
 
 
 def index_decoding() -> str:
@@ -357,11 +352,11 @@ TABLES = {
     "answers": answers,
     "forward": lambda: operation("forward"),
     "backward": lambda: operation("backward"),
-    "operation now": operation_now,
+    "parts": operation_parts,
+    "short texts": short_texts,
     "decoding by length": decoding_by_length,
     "decoding, 32 GiB": decoding_full,
     "growth": growth,
-    "index, operation": index_operation,
     "index, decoding": index_decoding,
     "first token": first_token,
     "steps of a whole model": whole_model_steps,
@@ -385,18 +380,16 @@ def test_the_text_says_what_the_csv_files_say() -> None:
     assert f"{compiled['one_bit_error']} by one other last bit" in text
 
 
-@pytest.mark.parametrize("part", ["forward", "backward"])
+@pytest.mark.parametrize("system", SPARSE)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_from_where_on_it_is_the_fastest(shape: str, part: str) -> None:
-    assert "From 32,768 tokens on it is the fastest of the three" in MEASURED.read_text()
-    rows = rows_of("h100-2026-11-23", config=shape, inputs="random", part=part)
-    lengths = {int(row["tokens"]) for row in rows}
-    fastest = {
-        tokens: min((float(row["median_ms"]), row["system"]) for row in rows if row["tokens"] == str(tokens))[1]
-        for tokens in lengths
-    }
-    assert {system for tokens, system in fastest.items() if tokens >= 32768} == {"nsa"}
-    assert fastest[SHORTEST] == "cudnn"
+def test_from_where_on_it_is_the_fastest(shape: str, system: str) -> None:
+    assert "From 16,384 tokens on both passes together are the fastest" in MEASURED.read_text()
+    for tokens in LENGTHS[1:]:
+        rows = rows_of(OPERATION, config=shape, tokens=tokens, inputs="random")
+        both = Counter[str]()
+        for row in rows:
+            both[row["system"]] += float(row["median_ms"]) if row["part"] in ("forward", "backward") else 0
+        assert both[system] < min(both["fa2"], both["cudnn"])
 
 
 def test_every_file_of_results_is_named() -> None:

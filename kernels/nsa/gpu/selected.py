@@ -299,7 +299,8 @@ def gather_tiles(q: Tensor, v: Tensor, layout: Layout, backward: bool) -> dict:
         tiles = {"BM": 64, "num_warps": 4, "num_stages": 5 if large else 3 if backward and not small else 1}
     elif row <= 256 and hopper(q.device):
         # of 80 or 96 numbers the rows of both tiles are found one by one: with a third stage they spill
-        tiles = {"BM": 64, "WIDEST": 64, "num_warps": 4, "num_stages": 2 if backward and row < 256 else 3}
+        stages = 2 if backward and row < 256 else 3
+        tiles = {"BM": 64, "WIDEST": 64 if backward else 128, "num_warps": 4, "num_stages": stages}
     elif row <= 256:
         tiles = {"BM": 64, "num_warps": 8 if backward and not large else 4, "num_stages": 1}
     elif row < 512 and (large if backward else not small) and narrow:  # two tiles, as of 192 numbers
@@ -327,7 +328,7 @@ def selected_forward(
     group, tokens, chunks = heads // kv_heads, q.shape[1], gather.chunks
     runs = launches(chunks, pick_bytes(q, v), partial_bytes(q))
     tiles = gather_tiles(q, v, layout, backward=False)
-    most = picks_a_tile(8 * tiles["BM"], group)
+    most = picks_a_tile(16 * tiles["BM"], group)
     results = max(count for _, count in runs) * chunks.tokens * chunks.slots * group
     partial, partial_lse = q.new_empty(results, value_dim), q.new_empty(results, dtype=torch.float32)
     merge = merge_shape(sizes, layout, group, chunks.slots, value_dim)
