@@ -290,14 +290,15 @@ def draw(path: Path) -> Path | None:
             line = axis.plot([n // 1024 for n in lengths], ratio, marker="o", label=config)[0]
             indexed = [n for n in lengths if (part, config, "nsa-index", n) in times]
             ratio = [times[part, config, "fa2", n] / times[part, config, "nsa-index", n] for n in indexed]
-            label = f"{config}, by an index" if indexed else None
-            axis.plot([n // 1024 for n in indexed], ratio, ":", color=line.get_color(), label=label)
+            axis.plot([n // 1024 for n in indexed], ratio, ":", color=line.get_color())
         axis.axhline(1, color="grey", linewidth=0.8)
         axis.set(title=part, yscale="log")
         lengths_below(axis, (key[3] for key in times))
         axis.set_yticks((0.1, 0.2, 0.5, 1, 2, 5, 10), labels=("0.1", "0.2", "0.5", "1", "2", "5", "10"))
     axes[0].set_ylabel("times as fast as FlashAttention-2")
-    axes[0].legend()
+    if any(key[2] == "nsa-index" for key in times):
+        axes[0].plot([], [], ":", color="grey", label="by an index")
+    axes[0].legend(loc="lower right", fontsize="small")
     return save_figure(figure, path)
 
 
