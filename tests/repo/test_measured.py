@@ -99,6 +99,19 @@ def short_texts() -> str:
     return table(f"shape, {systems}, FA-2 ms", lines)
 
 
+def training_steps() -> str:
+    """A whole training step, sparse beside dense, and what its time goes into."""
+    names = {"llama": "1B", "qwen3": "0.6B"}
+    lines: list[list[object]] = []
+    for row in rows_of("training-h100-2026-11-27"):
+        line: list[object] = [f"{names[row['model'].partition(':')[0]]}, {row['config']}", f"{int(row['tokens']):,}"]
+        line += [row["system"], f"{int(row['tokens_per_s']):,}", row["times_dense"], row["mfu"]]
+        line.append(f"{int(row['peak_mib']):,}")
+        lines.append([*line, *(row[part] for part in ("attention_ms", "products_ms", "optimizer_ms", "rest_ms"))])
+    parts = "attention ms, products ms, optimizer ms, rest ms"
+    return table(f"model, tokens, system, tokens a second, times dense, MFU, MiB, {parts}", lines)
+
+
 def full_batch(shape: str, tokens: int, gib: int) -> int:
     """How many rows have so many GiB of keys and values in bfloat16."""
     _, kv_heads, dim = map(int, shape.split(":"))
@@ -354,6 +367,7 @@ TABLES = {
     "backward": lambda: operation("backward"),
     "parts": operation_parts,
     "short texts": short_texts,
+    "training steps": training_steps,
     "decoding by length": decoding_by_length,
     "decoding, 32 GiB": decoding_full,
     "growth": growth,
