@@ -101,6 +101,8 @@ def block_terms(
     weights = tl.exp2(logits - lse[:, None])
     if MASKED:
         weights = tl.where(i[None, :] < visible[:, None], weights, 0.0)
+    if RP != RATIO:  # of no entry it may be inf, which 0 strides do not make 0
+        weights = tl.where((number < RATIO)[None, :], weights, 0.0)
     weights = tl.reshape(sum_heads(weights, BT * GP, GP), [BT, BJ // SIDE, RP // 2, SIDE, 2])
     m = tl.arange(0, RP // 2)[:, None] * 2 + tl.arange(0, 2)[None, :]
     strides = tl.where(m < RATIO, tl.minimum(BLOCK - m * STRIDE, KERNEL) // STRIDE, 0)
@@ -145,10 +147,10 @@ def score_document(
         j = first + tl.arange(0, BC)[None, :]
         at = terms + j.to(tl.int64) * (2 * BT) + row
         choosable = (j >= INIT) & (j <= own[:, None] - LOCAL) & mine[:, None]
-        score = tl.load(at, mask=choosable, other=float("-inf"))
+        score = tl.load(at, mask=choosable, other=0.0)
         if KERNEL > STRIDE:
             score += tl.load(at - BT, mask=choosable & (j > 0), other=0.0)
-        store_scores(score, scores, sections, first, most, N, BT, BC, SECTION)
+        store_scores(score, choosable, scores, sections, first, most, N, BT, BC, SECTION)
 
 
 @Kernel

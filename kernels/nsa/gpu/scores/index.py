@@ -113,7 +113,7 @@ def score_document(
         m = tl.load(maxima + j.to(tl.int64) * ROWS + row[:, None], mask=j < most, other=NONE)
         score = tl.max(tl.reshape(m - top[:, None], [BT, GP, BC]), 1)
         choosable = (j >= INIT) & (j <= own[:, None] - LOCAL) & mine[:, None]
-        store_scores(tl.where(choosable, score, NONE), scores, sections, first, most, N, BT, BC, SECTION)
+        store_scores(score, choosable, scores, sections, first, most, N, BT, BC, SECTION)
 
 
 @Kernel

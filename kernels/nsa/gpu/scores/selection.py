@@ -32,10 +32,14 @@ def find_tile(number, TILES, T, HK, BT: tl.constexpr):
 
 
 @triton.jit
-def store_scores(score, scores, sections, first, most, N, BT: tl.constexpr, BC: tl.constexpr, SECTION: tl.constexpr):
+def store_scores(
+    score, choosable, scores, sections, first, most, N, BT: tl.constexpr, BC: tl.constexpr, SECTION: tl.constexpr
+):
     """Keeps `score [BT, BC]`, of the blocks `[first, first + BC)` before `most`, and the largest of each section:
-    `scores [BT, N * SECTION]`, `sections [BT, N]`. Of blocks that are not to be chosen it is -inf."""
+    `scores [BT, N * SECTION]`, `sections [BT, N]`. Of blocks that are not `choosable` it is -inf."""
     row, j = tl.arange(0, BT)[:, None], first + tl.arange(0, BC)[None, :]
+    # NaN and -inf are the least number: places are never left unwritten, whatever the queries and keys are
+    score = tl.where(choosable, tl.where(score > -3e38, score, -3e38), float("-inf"))
     tl.store(scores + row * (N * SECTION) + j, score, mask=j < most)
     section = first // SECTION + tl.arange(0, BC // SECTION)[None, :]
     best = tl.max(tl.reshape(score, [BT, BC // SECTION, SECTION]), 2)
@@ -64,6 +68,8 @@ def take_best(
         # the last one taken from this section was better, or as good and before
         winner = tl.min(tl.where(score == value[:, None], j, LAST), 1)
         score = tl.where(j == winner[:, None], NONE, score)
+        if row.shape[0] * SECTION < 128:  # fewer scores than threads: several read each of them
+            tl.debug_barrier()
         tl.store(scores + j, score, mask=some[:, None] & (j == winner[:, None]))
         best = tl.where(all_sections == section[:, None], tl.max(score, 1)[:, None], best)
         chosen = tl.where(rank == number, tl.where(some, winner, LAST)[:, None], chosen)
