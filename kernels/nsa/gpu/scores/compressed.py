@@ -253,6 +253,8 @@ def select_by_compressed(inputs: CompressedInputs, layout: Layout, sizes: Sizes)
     width = next_power_of_2(heads // kv_heads)
     tiles = select_tiles(q)
     columns = tiles.pop("columns") // max(2, next_power_of_2(sizes.block_size // sizes.kernel_stride))
+    if columns == 0:  # more entries in a block: one stage of them at a time, and all registers
+        tiles |= {"num_stages": 1, "maxnreg": 255}
     bt = max(1, tiles.pop("rows") // width)
     plan = plan_selection(q, kv_heads, keys, sizes, bt, tiles.pop("resident"))
     selection = new_selection(q, kv_heads, keys, sizes)
