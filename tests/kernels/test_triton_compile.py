@@ -6,6 +6,8 @@ called with the same arguments for another card.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from attention_inputs import Shape, make_inputs
@@ -93,6 +95,17 @@ def test_an_index_compiles_ahead(monkeypatch: pytest.MonkeyPatch, card: int, cha
     found = compile_all(monkeypatch, card, shape, dtype)
     assert set(found) == INDEX
     assert all(shared <= SHARED_MEMORY[card] * 1024 for shared in found.values()), found
+
+
+@pytest.mark.parametrize(("card", "block", "channels"), [(90, 128, 128), (86, 512, 64)])
+def test_an_index_of_large_blocks_compiles_ahead(
+    monkeypatch: pytest.MonkeyPatch, card: int, block: int, channels: int
+) -> None:
+    """A program reads several blocks at once, and a stage holds all their keys."""
+    sizes = replace(PAPER, block_size=block, topk=4)
+    shape = Shape(sizes, 1, 8 * block, 8 * block, 1, 4, 64, 64, index=(4, 0, channels), compressed=False)
+    found = compile_all(monkeypatch, card, shape, torch.bfloat16)
+    assert found["index_select_kernel"] <= SHARED_MEMORY[card] * 1024
 
 
 # of groups from 12 on: one kernel in the place of two

@@ -101,6 +101,8 @@ def block_terms(
     weights = tl.exp2(logits - lse[:, None])
     if MASKED:
         weights = tl.where(i[None, :] < visible[:, None], weights, 0.0)
+    if RP != RATIO:  # of no entry it may be inf, which 0 strides do not make 0
+        weights = tl.where((number < RATIO)[None, :], weights, 0.0)
     weights = tl.reshape(sum_heads(weights, BT * GP, GP), [BT, BJ // SIDE, RP // 2, SIDE, 2])
     m = tl.arange(0, RP // 2)[:, None] * 2 + tl.arange(0, 2)[None, :]
     strides = tl.where(m < RATIO, tl.minimum(BLOCK - m * STRIDE, KERNEL) // STRIDE, 0)
@@ -145,10 +147,10 @@ def score_document(
         j = first + tl.arange(0, BC)[None, :]
         at = terms + j.to(tl.int64) * (2 * BT) + row
         choosable = (j >= INIT) & (j <= own[:, None] - LOCAL) & mine[:, None]
-        score = tl.load(at, mask=choosable, other=float("-inf"))
+        score = tl.load(at, mask=choosable, other=0.0)
         if KERNEL > STRIDE:
             score += tl.load(at - BT, mask=choosable & (j > 0), other=0.0)
-        store_scores(score, scores, sections, first, most, N, BT, BC, SECTION)
+        store_scores(score, choosable, scores, sections, first, most, N, BT, BC, SECTION)
 
 
 @Kernel
@@ -251,12 +253,14 @@ def select_by_compressed(inputs: CompressedInputs, layout: Layout, sizes: Sizes)
     width = next_power_of_2(heads // kv_heads)
     tiles = select_tiles(q)
     columns = tiles.pop("columns") // max(2, next_power_of_2(sizes.block_size // sizes.kernel_stride))
+    if columns == 0:  # more entries in a block: one stage of them at a time, and all registers
+        tiles |= {"num_stages": 1, "maxnreg": 255}
     bt = max(1, tiles.pop("rows") // width)
-    plan = plan_selection(q, kv_heads, keys, sizes, bt, tiles.pop("resident"))
+    plan = plan_selection(q, kv_heads, keys, sizes, bt, 2 * bt, tiles.pop("resident"))
     selection = new_selection(q, kv_heads, keys, sizes)
     select_kernel[(plan.programs,)](
         q, k_cmp, lse, layout.relative, layout.document, layout.compressed[0], selection,
-        *new_scratch(q, plan, 2 * bt), scale_log2, tokens, k_cmp.shape[1], heads, kv_heads, plan.tiles, plan.blocks,
+        *new_scratch(q, plan), scale_log2, tokens, k_cmp.shape[1], heads, kv_heads, plan.tiles, plan.blocks,
         sizes.topk, plan.sections, **plan.shape, DK=key_dim, GP=width, BJ=max(1, columns), KERNEL=sizes.kernel_size,
         STRIDE=sizes.kernel_stride, PRECISION=precision(q.dtype), **tiles,
     )

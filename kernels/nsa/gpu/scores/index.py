@@ -113,7 +113,7 @@ def score_document(
         m = tl.load(maxima + j.to(tl.int64) * ROWS + row[:, None], mask=j < most, other=NONE)
         score = tl.max(tl.reshape(m - top[:, None], [BT, GP, BC]), 1)
         choosable = (j >= INIT) & (j <= own[:, None] - LOCAL) & mine[:, None]
-        store_scores(tl.where(choosable, score, NONE), scores, sections, first, most, N, BT, BC, SECTION)
+        store_scores(score, choosable, scores, sections, first, most, N, BT, BC, SECTION)
 
 
 @Kernel
@@ -178,10 +178,23 @@ def index_tiles(q_index: Tensor) -> dict[str, int]:
     if row > 256 or (row > 128 and small):
         return {"rows": 64, "columns": 64, "side": 1, "resident": 2, "num_warps": 4, "num_stages": 2}
     if row > 64:
-        return {"rows": 128, "columns": 128, "side": 4, "resident": 2, "num_warps": 4, "num_stages": 2}
+        tiles = {"rows": 128, "columns": 128, "side": 4, "resident": 2, "num_warps": 4, "num_stages": 2}
+        return {**tiles, "maxnreg": 255}  # or the assembler gives 32 for blocks of 128 on an A100
     # registers for three programs: where one waits for its products, others compare theirs
     stages = 2 if small else 3
     return {"rows": 128, "columns": 64, "side": 4, "resident": 3, "num_warps": 4, "num_stages": stages, "maxnreg": 168}
+
+
+def fit_blocks(tiles: dict[str, int], q_index: Tensor, block_size: int) -> dict[str, int]:
+    """The tiles with fewer blocks at a time or fewer stages where all keys of the blocks, which each stage holds, would
+    take more than three fifths of shared memory."""
+    room = shared_memory(q_index.device) * 3 // 5
+    block = block_size * tile_width(q_index.shape[-1]) * q_index.element_size()
+    side = tiles["side"]
+    while side > 1 and side * block * tiles["num_stages"] > room:
+        side //= 2
+    fits = side * block * tiles["num_stages"] <= room
+    return {**tiles, "side": side, "num_stages": tiles["num_stages"] if fits else 1}
 
 
 class IndexInputs(NamedTuple):
@@ -212,14 +225,14 @@ def select_by_index(inputs: IndexInputs, layout: Layout, sizes: Sizes) -> Tensor
     keys, index_keys = k_index.shape[1:3]
     check_limits(heads // kv_heads, keys, sizes)
     group = next_power_of_2(heads // kv_heads)
-    tiles = index_tiles(q_index)
+    tiles = fit_blocks(index_tiles(q_index), q_index, sizes.block_size)
     columns, bt = tiles.pop("columns"), max(1, tiles.pop("rows") // group)
-    plan = plan_selection(q_index, kv_heads, keys, sizes, bt, tiles.pop("resident"))
+    plan = plan_selection(q_index, kv_heads, keys, sizes, bt, bt * group, tiles.pop("resident"))
     width = max(2, min(columns // tiles.pop("side"), next_power_of_2(sizes.block_size)))
     selection = new_selection(q_index, kv_heads, keys, sizes)
     index_select_kernel[(plan.programs,)](
-        q_index, k_index, layout.relative, layout.document, selection, *new_scratch(q_index, plan, bt * group), tokens,
-        keys, heads, kv_heads, index_keys, plan.tiles, plan.blocks, sizes.topk, plan.sections, **plan.shape,
+        q_index, k_index, layout.relative, layout.document, selection, *new_scratch(q_index, plan), tokens, keys,
+        heads, kv_heads, index_keys, plan.tiles, plan.blocks, sizes.topk, plan.sections, **plan.shape,
         C=channels, GP=group, BJ=columns // width, WIDTH=width, PRECISION=precision(q_index.dtype), **tiles,
     )
     return selection

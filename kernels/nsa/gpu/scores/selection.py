@@ -20,6 +20,8 @@ from ..common import cdiv, next_power_of_2, processors
 MOST_CHOSEN = 256
 MOST_HEADS = 128
 MOST_SECTIONS = 128
+# What all programs keep together. With 4 heads a group, blocks of 64 and an H100: .3 GB at 65,536 tokens.
+MOST_BYTES = 1 << 30
 
 
 @triton.jit
@@ -32,10 +34,14 @@ def find_tile(number, TILES, T, HK, BT: tl.constexpr):
 
 
 @triton.jit
-def store_scores(score, scores, sections, first, most, N, BT: tl.constexpr, BC: tl.constexpr, SECTION: tl.constexpr):
+def store_scores(
+    score, choosable, scores, sections, first, most, N, BT: tl.constexpr, BC: tl.constexpr, SECTION: tl.constexpr
+):
     """Keeps `score [BT, BC]`, of the blocks `[first, first + BC)` before `most`, and the largest of each section:
-    `scores [BT, N * SECTION]`, `sections [BT, N]`. Of blocks that are not to be chosen it is -inf."""
+    `scores [BT, N * SECTION]`, `sections [BT, N]`. Of blocks that are not `choosable` it is -inf."""
     row, j = tl.arange(0, BT)[:, None], first + tl.arange(0, BC)[None, :]
+    # NaN and -inf are the least number: places are never left unwritten, whatever the queries and keys are
+    score = tl.where(choosable, tl.where(score > -3e38, score, -3e38), float("-inf"))
     tl.store(scores + row * (N * SECTION) + j, score, mask=j < most)
     section = first // SECTION + tl.arange(0, BC // SECTION)[None, :]
     best = tl.max(tl.reshape(score, [BT, BC // SECTION, SECTION]), 2)
@@ -64,6 +70,8 @@ def take_best(
         # the last one taken from this section was better, or as good and before
         winner = tl.min(tl.where(score == value[:, None], j, LAST), 1)
         score = tl.where(j == winner[:, None], NONE, score)
+        if row.shape[0] * SECTION < 128:  # fewer scores than threads: several read each of them
+            tl.debug_barrier()
         tl.store(scores + j, score, mask=some[:, None] & (j == winner[:, None]))
         best = tl.where(all_sections == section[:, None], tl.max(score, 1)[:, None], best)
         chosen = tl.where(rank == number, tl.where(some, winner, LAST)[:, None], chosen)
@@ -152,6 +160,7 @@ class Plan(NamedTuple):
         tiles: all together.
         blocks: of a row.
         sections: of a row's blocks.
+        rows: numbers that a program keeps of each block.
         shape: constants of the kernels.
     """
 
@@ -159,17 +168,19 @@ class Plan(NamedTuple):
     tiles: int
     blocks: int
     sections: int
+    rows: int
     shape: dict[str, int]
 
 
 def plan_selection(
-    queries: Tensor, kv_heads: int, keys: int, sizes: Sizes, tile_tokens: int, resident: int
+    queries: Tensor, kv_heads: int, keys: int, sizes: Sizes, tile_tokens: int, rows: int, resident: int
 ) -> Plan:
     """The plan for queries `[B, T, H, D]` over rows of `keys` keys.
 
     Args:
         tile_tokens: BT.
-        resident: programs that a processor holds at a time.
+        rows: numbers that a program keeps of each block, besides the tokens' scores.
+        resident: programs that a processor holds at a time; fewer where they would keep too much.
     """
     blocks = count_blocks(keys, sizes)
     chosen = 0 if sizes.topk >= blocks else max(0, sizes.topk - sizes.init_blocks - sizes.local_blocks)
@@ -182,13 +193,15 @@ def plan_selection(
         "BC": max(64, section), "SP": max(2, next_power_of_2(sections)), "SECTION": section,
         "ROWS": min(tile_tokens, 32),
     }
-    return Plan(min(tiles, resident * processors(queries.device)), tiles, blocks, sections, shape)
+    count = processors(queries.device)
+    resident = max(1, min(resident, MOST_BYTES // (4 * blocks * (rows + tile_tokens) * count)))
+    return Plan(min(tiles, resident * count), tiles, blocks, sections, rows, shape)
 
 
-def new_scratch(queries: Tensor, plan: Plan, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Each program's own memory: `rows` numbers for each block, and the tokens' scores and best ones of sections."""
+def new_scratch(queries: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """Each program's own memory: numbers of each block, and the tokens' scores and best ones of sections."""
     number = partial(queries.new_empty, dtype=torch.float32)
     tokens, section = plan.shape["BT"], plan.shape["SECTION"]
-    terms = number(plan.programs, plan.blocks, rows)
+    terms = number(plan.programs, plan.blocks, plan.rows)
     scores = number(plan.programs, tokens, plan.sections * section)
     return terms, scores, number(plan.programs, tokens, plan.sections)
