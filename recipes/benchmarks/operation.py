@@ -148,12 +148,11 @@ def costs(heads: Heads, tokens: int) -> dict[str, Cost]:
         "compression": Cost(0, kv * (1 + 1 / s.kernel_stride)),
         "attention": Cost(seen * pair, rows * width + kv / s.kernel_stride),
         "scores + top-k": Cost(seen * 2 * heads.query_heads * heads.key_dim, rows * heads.key_dim),
-        "other selected blocks": Cost((chosen - local) * pair, attention + rows * heads.value_dim),
+        "other selected blocks, combination": Cost((chosen - local) * pair, attention + 4 * rows * heads.value_dim),
         "window and local blocks": Cost(near * pair, attention + rows * heads.value_dim),
-        "combination": Cost(0, 4 * rows * heads.value_dim),
     }
     # of the whole passes: the local blocks' keys are the window's too
-    near_flops = parts["other selected blocks"].flops + parts["window and local blocks"].flops
+    near_flops = (chosen - local) * pair + parts["window and local blocks"].flops
     branches = parts["attention"].flops + near_flops
     parts["forward"] = Cost(branches + parts["scores + top-k"].flops, rows * width + kv)
     # five products instead of two in each branch, no scores

@@ -83,7 +83,6 @@ class Stages:
     def forward(self) -> Parts:
         """The stages of the forward pass by name."""
         from nsa_hf.kernels.gpu.common import LOG2E
-        from nsa_hf.kernels.gpu.gates import combine
         from nsa_hf.kernels.gpu.interval import interval_forward
         from nsa_hf.kernels.gpu.op import attend_near, attend_selected
         from nsa_hf.kernels.gpu.scores.compressed import CompressedInputs, select_by_compressed
@@ -95,15 +94,16 @@ class Stages:
 
         near = (x.q, x.k, x.v, x.k, x.v, layout, SIZES, scale)
         _, _, *local = attend_near(*near)
-        selected = (x.q, x.k, x.v, self.selection, layout, SIZES, scale, *local)
+        out_slc, lse_slc = local
+        outs = (saved.out_cmp, out_slc, saved.out_win)
+        selected = (x.q, x.k, x.v, self.selection, layout, SIZES, scale, outs, lse_slc, x.gates)
         return {
             "compression": lambda: [compress(tensor, mean, SIZES.kernel_stride) for tensor, mean in means],
             "layout": self.find_layout,
             "attention": lambda: interval_forward(*cmp, long_runs=True),
             "scores + top-k": lambda: select_by_compressed(scored, layout, SIZES),
             "window and local blocks": lambda: attend_near(*near),
-            "other selected blocks": lambda: attend_selected(*selected),
-            "combination": lambda: combine(*saved[:3], x.gates, layout.relative),
+            "other selected blocks, combination": lambda: attend_selected(*selected),
         }
 
     def index(self) -> Parts:

@@ -30,13 +30,14 @@ def signature_of(kernel, arguments: dict) -> tuple[dict, dict, dict]:
     types, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         x = arguments[parameter.name]
-        if parameter.is_constexpr or x is None or (type(x) is int and x == 1):
+        special = type(x) is int and not parameter.do_not_specialize
+        if parameter.is_constexpr or x is None or (special and x == 1):
             types[parameter.name], constants[(index,)] = "constexpr", x
         elif isinstance(x, torch.Tensor):
             types[parameter.name], attributes[(index,)] = "*" + TYPES[x.dtype], [["tt.divisibility", 16]]
         else:
             types[parameter.name] = "fp32" if isinstance(x, float) else "i32"
-            if isinstance(x, int) and x % 16 == 0:
+            if special and x % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     return types, constants, attributes
 

@@ -78,6 +78,7 @@ def assert_as_good_as_the_reference(shape: Shape, dtype: torch.dtype) -> None:
     """A tensor's error, as a part of its norm, is at most the reference's in the same precision and one rounding more:
     probabilities and partial results are rounded once more on their way, to numbers that are averaged."""
     inputs = on_device(make_inputs(shape, 1, dtype), "cuda")
+    gradients(on_device(make_inputs(shape, 2, dtype), "cuda"))  # what is compared then repeats these launches
     found = {}
     for name, backend, kind in (("mine", "triton", dtype), ("low", "reference", dtype), ("truth", "reference", None)):
         these = with_gradients(in_float64(inputs) if kind is None else inputs)
@@ -140,6 +141,65 @@ def test_compiled_checkpointed_and_under_autocast(name: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(gradients(inputs, function), expected, strict=True))
     with torch.autocast("cuda", torch.bfloat16):
         assert all(torch.equal(a, b) for a, b in zip(gradients(inputs), expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["9:3:64", "16:2:192/128", "packed", "index, padded, the last queries"])
+def test_repeated_launches_are_those_that_were_written_down(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another stream and in a graph too; and they hold no more memory."""
+    from nsa_hf.kernels.gpu import launch
+
+    first, second = (on_device(make_inputs(REAL[name], seed, torch.bfloat16), "cuda") for seed in (1, 2))
+    repeat, repeated = launch.Recorded.repeat, []
+    monkeypatch.setattr(launch.Recorded, "repeat", lambda self, inputs: repeated.append(self) or repeat(self, inputs))
+    monkeypatch.setattr(launch, "REMEMBERS", False)
+    torch.cuda.reset_peak_memory_stats()
+    expected = gradients(second)
+    peak = torch.cuda.max_memory_allocated()
+    assert not repeated
+    monkeypatch.setattr(launch, "REMEMBERS", True)
+    gradients(first)
+    del repeated[:]
+    torch.cuda.reset_peak_memory_stats()
+    found = gradients(second)
+    assert torch.cuda.max_memory_allocated() <= peak and len(repeated) == 2
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        found = gradients(second)
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    with torch.no_grad(), torch.cuda.graph(graph):
+        out = nsa_attention(**first)
+    for key in TENSORS:
+        if first.get(key) is not None:
+            first[key].copy_(second[key])
+    if first.get("q_index") is not None:
+        first["q_index"].copy_(second["q_index"])
+        first["k_index"].copy_(second["k_index"])
+    graph.replay()
+    assert len(repeated) == 5 and torch.equal(out, expected[0])
+
+
+def test_one_kernel_for_all_lengths() -> None:
+    """What was compiled for a length serves the next one."""
+    from nsa_hf.kernels.gpu import interval, interval_backward, layout, selected
+
+    kernels = [
+        interval.interval_forward_kernel, layout.layout_kernel, selected.selected_forward_kernel,
+        selected.selected_backward_kernel, selected.merge_kernel, interval_backward.interval_dkv_kernel,
+    ]
+
+    def count() -> int:
+        return sum(len(cache[0]) for kernel in kernels for cache in kernel.jit.device_caches.values())
+
+    counts = []
+    for tokens in (1600, 1601, 1610, 1648, 2047):
+        shape = replace(REAL["9:3:64"], queries=tokens, keys=tokens)
+        gradients(on_device(make_inputs(shape, dtype=torch.bfloat16), "cuda"))
+        counts.append(count())
+    assert len(set(counts)) == 1, counts
 
 
 def test_inputs_that_begin_anywhere() -> None:

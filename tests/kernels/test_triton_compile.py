@@ -47,8 +47,8 @@ def compile_all(monkeypatch: pytest.MonkeyPatch, card: int, shape: Shape, dtype:
         if shape.index is not None:
             tensors[8:10] = inputs["q_index"], inputs["k_index"]
         numbers = list(shape.sizes.__dict__.values())
-        out, selection, *saved = triton_op.forward_op._init_fn(*tensors, numbers, 0.1)
-        triton_op.backward_op._init_fn(out, *tensors[:8], False, selection, saved, numbers, 0.1)
+        out, selection, *saved = triton_op.run_forward(*tensors, numbers, 0.1)
+        triton_op.run_backward(out, *tensors[:8], False, selection, saved, numbers, 0.1)
     finally:
         torch.use_deterministic_algorithms(False)
     return found

@@ -27,7 +27,7 @@ def compile_step(
     from nsa_hf.kernels.gpu import common as triton_common
     from nsa_hf.kernels.gpu.decode import scores as triton_decode_compressed
     from nsa_hf.kernels.gpu.decode import selected as triton_decode_selected
-    from nsa_hf.kernels.gpu.decode.op import decode_op
+    from nsa_hf.kernels.gpu.decode.op import run_decode
 
     found = compile_for(monkeypatch, card, triton_common, triton_decode_compressed, triton_decode_selected)
     monkeypatch.setattr(triton_common, "overlaps", lambda device: card >= 90)
@@ -48,7 +48,7 @@ def compile_step(
         of_index[:2] = q[..., : key_dim // 2].contiguous(), empty(capacity, key_dim // 2).to(index)
         if index == torch.int8:
             of_index[2] = torch.empty(2, kv_heads, capacity, dtype=torch.bfloat16).transpose(1, 2)
-    decode_op._init_fn(q, *caches, gates, *window, *of_index, None, lengths, list(vars(sizes).values()), 0.1)
+    run_decode(q, *caches, gates, *window, *of_index, None, lengths, list(vars(sizes).values()), 0.1)
     return found
 
 

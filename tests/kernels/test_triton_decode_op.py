@@ -45,7 +45,7 @@ def large_operations(shape: Shape, name: str) -> list[str]:
     }
     assert not inputs[name].is_contiguous()
     with (
-        mock.patch("nsa_hf.kernels.gpu.op.decode_op", triton_decode.decode_op._init_fn),
+        mock.patch("nsa_hf.kernels.gpu.op.decode_op", triton_decode.run_decode),
         mock.patch.object(InterpretedFunction, "run"),  # the interpreter copies what a kernel is given
         Operations(inputs[name].numel()) as seen,
     ):

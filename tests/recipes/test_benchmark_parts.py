@@ -32,8 +32,7 @@ def test_every_stage_runs(name: str) -> None:
         "attention",
         "scores + top-k",
         "window and local blocks",
-        "other selected blocks",
-        "combination",
+        "other selected blocks, combination",
     ]
     assert all(part.startswith("backward, ") for part in found["backward"])
     assert "backward, selection" in found["backward"]

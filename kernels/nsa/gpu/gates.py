@@ -13,37 +13,38 @@ from .common import cdiv, load_tile, padded, store_tile
 from .launch import Kernel
 
 
-@Kernel
 @triton.jit
+def add_gated(acc, out, gates, branch, row, alive, D: tl.constexpr, DP: tl.constexpr):
+    """`acc + gate * out` of one branch at the rows `row [R]` of `[B*T*HQ]`; nothing is read where not `alive`, nor of a
+    branch that there is not (None)."""
+    if out is not None:
+        gate = tl.load(gates + row * 3 + branch, mask=alive, other=0.0).to(tl.float32)
+        acc += gate[:, None] * load_tile(out, row, D, alive, D, DP).to(tl.float32)
+    return acc
+
+
+@Kernel
 def combine_kernel(
-    out_cmp, out_slc, out_win, gates, relative, out, ROWS, HQ, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
-    FIRST: tl.constexpr,
+    out_cmp, out_slc, out_win, gates, relative, out, ROWS, HQ, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr
 ):
-    """`out = sum over the branches of gate * out_branch`; 0 for a query before its document, whatever its gates.
-
-    FIRST: 1 where there is no compressed branch.
-    """
-    index = tl.arange(0, BM)
-    start = tl.program_id(0).to(tl.int64) * BM
-    exists = start + index < ROWS
-    alive = tl.load(relative + (start + index) // HQ, mask=exists, other=-1) >= 0
-    acc = tl.zeros([BM, DP], tl.float32)
-    for branch in tl.static_range(FIRST, 3):
-        source = out_cmp if branch == 0 else out_slc if branch == 1 else out_win
-        gate = tl.load(gates + (start + index) * 3 + branch, mask=alive, other=0.0).to(tl.float32)
-        acc += gate[:, None] * load_tile(source + start * D, index, D, alive, D, DP).to(tl.float32)
-    store_tile(out + start * D, index, D, exists, acc, D, DP)
+    """`out = sum over the branches of gate * out_branch`; 0 for a query before its document, whatever its gates."""
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    exists = row < ROWS
+    alive = tl.load(relative + row // HQ, mask=exists, other=-1) >= 0
+    acc = add_gated(tl.zeros([BM, DP], tl.float32), out_cmp, gates, 0, row, alive, D, DP)
+    acc = add_gated(acc, out_slc, gates, 1, row, alive, D, DP)
+    acc = add_gated(acc, out_win, gates, 2, row, alive, D, DP)
+    store_tile(out, row, D, exists, acc, D, DP)
 
 
 @Kernel
-@triton.jit
 def gate_gradient_kernel(
     out_cmp, out_slc, out_win, lse_cmp, lse_slc, lse_win, dout, gates, relative, dgates, rows, records, T, HQ,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, FIRST: tl.constexpr,
 ):
     """`correction = dout . out_branch`, which is also the gradient of the branch's gate; BM queries of one head.
 
-    FIRST: as in `combine_kernel`; the gate of a branch that there is not has the gradient 0.
+    FIRST: 1 where there is no compressed branch; its gate has the gradient 0.
     """
     batch, head = tl.program_id(1) // HQ, tl.program_id(1) % HQ
     index = tl.arange(0, BM)
@@ -80,8 +81,7 @@ def combine(
     """`[B, T, Hq, Dv]`; `relative [B, T]` is negative for queries that are not real."""
     out, rows, dim = torch.empty_like(out_slc), out_slc.shape[:3].numel(), out_slc.shape[3]
     combine_kernel[(cdiv(rows, 32),)](
-        out_cmp, out_slc, out_win, gates, relative, out, rows, out.shape[2], D=dim, DP=padded(dim), BM=32,
-        FIRST=int(out_cmp is None), num_warps=4,
+        out_cmp, out_slc, out_win, gates, relative, out, rows, out.shape[2], D=dim, DP=padded(dim), BM=32, num_warps=4
     )
     return out
 

@@ -138,15 +138,20 @@ def find_parts(
     return tl.where((block >= 0) & (block <= past), part, -1), token
 
 
-@Kernel
 @triton.jit
+def row_of_parts(PARTS):
+    """How far the counts of one tile of queries and the next are apart: so that several are read at once."""
+    return tl.cdiv(PARTS, 16) * 16
+
+
+@Kernel
 def count_kernel(
     selection, relative_ptr, part_base_ptr, words, totals, ranks, T, BH, HK, TOPK, SLOTS, CHUNK, PARTS, QUERIES,
     BLOCK: tl.constexpr, LOCAL: tl.constexpr, PARTS_A_BLOCK: tl.constexpr, BM: tl.constexpr,
 ):
-    """Counts the picks of a tile of QUERIES queries, 32 at a time: `words [lanes, tiles, PARTS]` int64 is the count of
-    a part so far, and in the upper half a bit for each of the 32 that chose it. Bits and counts come the same in
-    whatever order the programs add them.
+    """Counts the picks of a tile of QUERIES queries, 32 at a time: `words [lanes, tiles, row_of_parts(PARTS)]` int64 is
+    the count of a part so far, and in the upper half a bit for each of the 32 that chose it. Bits and counts come the
+    same in whatever order the programs add them.
 
     Writes the counts, adds them to `totals [lanes, PARTS]`, and of each pick writes how many of the tile and its part
     come before it, `ranks [B, HK, T, SLOTS]` int32.
@@ -156,11 +161,12 @@ def count_kernel(
     batch, head = row // HK, row % HK
     begin = chunk * CHUNK + tile * QUERIES
     end = tl.minimum(tl.minimum(begin + QUERIES, chunk * CHUNK + CHUNK), T)
-    words += (lane.to(tl.int64) * tl.num_programs(0) + tile) * PARTS
+    width = row_of_parts(PARTS)
+    words += (lane.to(tl.int64) * tl.num_programs(0) + tile) * width
     ranks += row.to(tl.int64) * T * SLOTS
     index = tl.arange(0, BM)
-    for p in tl.range(0, PARTS, BM):
-        tl.store(words + p + index, tl.zeros([BM], tl.int64), mask=p + index < PARTS)
+    for p in tl.range(0, width, BM):
+        tl.store(words + p + index, tl.zeros([BM], tl.int64), mask=p + index < width)
     tl.debug_barrier()
     for first in tl.range(begin, end, 32):
         stop = tl.minimum(first + 32, end) * SLOTS
@@ -186,13 +192,12 @@ def count_kernel(
                         count += bits_set(chosen)
                         tl.store(words + part, count.to(tl.int64), mask=(part >= 0) & lowest)
             tl.debug_barrier()
-    for p in tl.range(0, PARTS, BM):
-        count = tl.load(words + p + index, mask=p + index < PARTS, other=0).to(tl.int32)
+    for p in tl.range(0, width, BM):
+        count = tl.load(words + p + index, mask=p + index < width, other=0).to(tl.int32)
         tl.atomic_add(totals + lane * PARTS + p + index, count, mask=count > 0, sem="relaxed")
 
 
 @Kernel
-@triton.jit
 def scan_kernel(words, totals, offsets, T, BH, SLOTS, CHUNK, PARTS, TILES, BT: tl.constexpr, BP: tl.constexpr):
     """Of BP parts of a lane: `offsets`, and in the place of the counts where the picks of each tile begin."""
     lane, part = tl.program_id(1), tl.program_id(0) * BP + tl.arange(0, BP)
@@ -206,18 +211,18 @@ def scan_kernel(words, totals, offsets, T, BH, SLOTS, CHUNK, PARTS, TILES, BT: t
     total = tl.load(totals + part, mask=part < PARTS, other=0)
     place = begin + tl.cumsum(total, 0) - total
     tl.store(offsets + lane * (PARTS + 1) + part, place, mask=part <= PARTS)
-    words += lane.to(tl.int64) * TILES * PARTS + part[None, :]
+    width = row_of_parts(PARTS)
+    words += lane.to(tl.int64) * TILES * width + part[None, :]
     for t in tl.range(0, TILES, BT):
         tile = t + tl.arange(0, BT)
-        mask = (tile < TILES)[:, None] & (part < PARTS)[None, :]
-        here = words + tile[:, None].to(tl.int64) * PARTS
+        mask = (tile < TILES)[:, None] & (part < width)[None, :]
+        here = words + tile[:, None].to(tl.int64) * width
         count = tl.load(here, mask=mask, other=0).to(tl.int32)
         tl.store(here, (place[None, :] + tl.cumsum(count, 0) - count).to(tl.int64), mask=mask)
         place += tl.sum(count, 0)
 
 
 @Kernel
-@triton.jit
 def place_kernel(
     selection, relative_ptr, part_base_ptr, words, ranks, order, T, BH, HK, TOPK, SLOTS, CHUNK, PARTS, QUERIES, TILES,
     BLOCK: tl.constexpr, LOCAL: tl.constexpr, PARTS_A_BLOCK: tl.constexpr, BM: tl.constexpr,
@@ -229,7 +234,8 @@ def place_kernel(
         BLOCK, LOCAL, PARTS_A_BLOCK,
     )
     lane, tile = token // CHUNK * BH + row, token % CHUNK // QUERIES
-    place = tl.load(words + (lane.to(tl.int64) * TILES + tile) * PARTS + part, mask=part >= 0, other=0)
+    row_of_tile = (lane.to(tl.int64) * TILES + tile) * row_of_parts(PARTS)
+    place = tl.load(words + row_of_tile + part, mask=part >= 0, other=0)
     place += tl.load(ranks + row.to(tl.int64) * T * SLOTS + pick, mask=part >= 0, other=0)
     tl.store(order + place, pick, mask=part >= 0)
 
@@ -271,7 +277,7 @@ def gather_queries(selection: Tensor, layout: Layout, sizes: Sizes, chunks: Chun
     heads, lanes, parts, slots = batch * kv_heads, chunks.lanes, chunks.parts, chunks.slots
     queries = max(32, next_power_of_2(cdiv(tokens, MOST_TILES)))
     tiles = cdiv(chunks.tokens, queries)
-    words = selection.new_empty(lanes, tiles, parts, dtype=torch.int64)
+    words = selection.new_empty(lanes, tiles, cdiv(parts, 16) * 16, dtype=torch.int64)
     totals = selection.new_zeros(lanes, parts)
     ranks, order = selection.new_empty(chunks.picks), selection.new_empty(chunks.picks)
     offsets = selection.new_empty(lanes, parts + 1)

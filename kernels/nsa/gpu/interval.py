@@ -77,7 +77,6 @@ def border(i, first, middle, end):
 
 
 @Kernel
-@triton.jit
 def interval_forward_kernel(
     q, k, v, low_ptr, high_ptr, near_low_ptr, out, lse, near_out, near_lse, scale_log2, T, N, HQ, HK,
     DK: tl.constexpr, DV: tl.constexpr, BOTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,

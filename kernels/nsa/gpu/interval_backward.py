@@ -111,7 +111,6 @@ def dq_step(
 
 
 @Kernel
-@triton.jit
 def interval_dq_kernel(
     q, k, v, runs, dout, rows, dq, scale, scale_log2, T, N, HQ, HK,
     DK: tl.constexpr, DV: tl.constexpr, BOTH: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -219,7 +218,6 @@ def next_head(which, head, splits, group):
 
 
 @Kernel
-@triton.jit
 def interval_dkv_kernel(
     q, k, v, runs, borders, dout, rows, dk_in, dv_in, dk, dv, scale, scale_log2, T, N, HQ, HK, TILES,
     DK: tl.constexpr, DV: tl.constexpr, BOTH: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -334,7 +332,6 @@ def interval_dq(
 
 
 @Kernel
-@triton.jit
 def borders_kernel(
     runs, borders, T, TILES, STEPS, BN: tl.constexpr, AT_ONCE: tl.constexpr
 ):
@@ -377,25 +374,27 @@ def find_borders(q: Tensor, v: Tensor, layout: Layout, keys: int) -> Tensor:
 
 
 @triton.jit
-def sum_split(partial, out, tile, NUMBERS, SPLITS, BM: tl.constexpr):
-    """BM numbers of `out [NUMBERS]`, the sum of `partial [SPLITS, NUMBERS]` in order, rounded once."""
+def sum_split(partial, out, tile, numbers, SPLITS, BM: tl.constexpr):
+    """BM numbers of `out [numbers]`, the sum of `partial [SPLITS, numbers]` in order, rounded once."""
     index = tile.to(tl.int64) * BM + tl.arange(0, BM)
     acc = tl.zeros([BM], tl.float32)
     for _ in tl.range(0, SPLITS):
-        acc += tl.load(partial + index, mask=index < NUMBERS, other=0.0)
-        partial += NUMBERS
-    tl.store(out + index, acc.to(out.dtype.element_ty), mask=index < NUMBERS)
+        acc += tl.load(partial + index, mask=index < numbers, other=0.0)
+        partial += numbers
+    tl.store(out + index, acc.to(out.dtype.element_ty), mask=index < numbers)
 
 
 @Kernel
-@triton.jit
-def sum_splits_kernel(dk_partial, dv_partial, dk, dv, NUMBERS_K, NUMBERS_V, SPLITS, BM: tl.constexpr):
-    """Sums of both: tiles of dk, then of dv."""
-    tile, of_dk = tl.program_id(0), tl.cdiv(NUMBERS_K, BM)
+def sum_splits_kernel(
+    dk_partial, dv_partial, dk, dv, ROWS, SPLITS, DK: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr
+):
+    """Sums of both, of ROWS keys: tiles of dk, then of dv."""
+    rows = tl.cast(ROWS, tl.int64)
+    tile, of_dk = tl.program_id(0), tl.cdiv(rows * DK, BM).to(tl.int32)
     if tile < of_dk:
-        sum_split(dk_partial, dk, tile, NUMBERS_K, SPLITS, BM)
+        sum_split(dk_partial, dk, tile, rows * DK, SPLITS, BM)
     else:
-        sum_split(dv_partial, dv, tile - of_dk, NUMBERS_V, SPLITS, BM)
+        sum_split(dv_partial, dv, tile - of_dk, rows * DV, SPLITS, BM)
 
 
 def sum_splits(dk_partial: Tensor, dv_partial: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -403,7 +402,8 @@ def sum_splits(dk_partial: Tensor, dv_partial: Tensor, dtype: torch.dtype) -> tu
     dk, dv = (torch.empty_like(partial[0], dtype=dtype) for partial in (dk_partial, dv_partial))
     grid = (cdiv(dk.numel(), 512) + cdiv(dv.numel(), 512),)
     sum_splits_kernel[grid](
-        dk_partial, dv_partial, dk, dv, dk.numel(), dv.numel(), len(dk_partial), BM=512, num_warps=4
+        dk_partial, dv_partial, dk, dv, dk.shape[:-1].numel(), len(dk_partial), DK=dk.shape[-1], DV=dv.shape[-1],
+        BM=512, num_warps=4,
     )
     return dk, dv
 

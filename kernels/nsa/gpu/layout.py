@@ -74,7 +74,6 @@ def find_document(firsts, count, x, STEPS):
 
 
 @Kernel
-@triton.jit
 def documents_kernel(
     cu_seqlens, cmp_bases, part_bases, DOCUMENTS, PARTS_A_BLOCK, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
     BLOCK: tl.constexpr, BM: tl.constexpr,
@@ -157,7 +156,6 @@ def place_parts(
 
 
 @Kernel
-@triton.jit
 def layout_kernel(
     starts, lengths, cmp_bases, part_bases, queries, parts, T, S, P, WIN_FIRST, WINDOW, DOCUMENTS, STEPS,
     PARTS_A_BLOCK, PART, KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, LOCAL: tl.constexpr,

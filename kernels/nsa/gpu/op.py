@@ -15,6 +15,7 @@ same inputs. What the backward pass keeps: the inputs, the selection and what `S
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..index_keys import dequantize_index_keys
-from ..operators import operator_name
+from ..operators import define_operator
 from ..placement import FULL, Placement
 from ..sizes import Sizes
 from .common import LOG2E, largest_part, on_its_card
@@ -31,6 +32,7 @@ from .gates import combine, gate_gradient
 from .gather import Chunks, Gather, count_slots, gather_queries
 from .interval import interval_forward
 from .interval_backward import find_borders, interval_dkv, interval_dq
+from .launch import remembered
 from .layout import Layout, count_parts, find_layout, part_shape
 from .query_major import query_major_forward, takes_query_major
 from .scores.compressed import CompressedInputs, select_by_compressed
@@ -83,34 +85,35 @@ def attend_near(
 
 
 def attend_selected(
-    q: Tensor, k: Tensor, v: Tensor, selection: Tensor, layout: Layout, sizes: Sizes, scale_log2: float, out: Tensor,
-    lse: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Adds the selected blocks that are not local to `out` and `lse` of those (eq. 12), whichever scorer chose them.
+    q: Tensor, k: Tensor, v: Tensor, selection: Tensor, layout: Layout, sizes: Sizes, scale_log2: float,
+    outs: Sequence[Tensor | None], lse: Tensor, gates: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Adds the selected blocks that are not local to those (eq. 12), whichever scorer chose them: to the second of the
+    branches' outputs `outs`, and its `lse`.
 
     Returns:
-        The picks of each part (`order` and `offsets` of `Gather`; empty where they are not needed).
+        The gated sum of the branches, and the picks of each part (`order` and `offsets` of `Gather`; empty where they
+        are not needed).
     """
-    nothing = (selection.new_empty(0), selection.new_empty(0))
-    if takes_query_major(q, k):
-        query_major_forward(q, k, v, selection, layout, sizes, scale_log2, out, lse)
-        return nothing
-    chunks = cut_selection(q, k, v, sizes, layout.part_first.shape[-1])
-    if chunks is None:
-        return nothing
-    gather = gather_queries(selection, layout, sizes, chunks)
-    selected_forward(q, k, v, gather, layout, sizes, scale_log2, out, lse)
-    return gather.order, gather.offsets
+    large_group, chunks = takes_query_major(q, k), cut_selection(q, k, v, sizes, layout.part_first.shape[-1])
+    if chunks is not None and not large_group:
+        gather = gather_queries(selection, layout, sizes, chunks)
+        out = selected_forward(q, k, v, gather, layout, sizes, scale_log2, outs, lse, gates)
+        return out, gather.order, gather.offsets
+    if large_group:
+        query_major_forward(q, k, v, selection, layout, sizes, scale_log2, outs[1], lse)
+    out = combine(*outs, gates, layout.relative)
+    return out, selection.new_empty(0), selection.new_empty(0)
 
 
-@torch.library.custom_op(operator_name("forward"), mutates_args=())
 @on_its_card
-def forward_op(
+@remembered
+def run_forward(
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor | None, v_cmp: Tensor | None, gates: Tensor, k_win: Tensor | None,
     v_win: Tensor | None, q_index: Tensor | None, k_index: Tensor | None, cu_seqlens: Tensor | None,
     starts: Tensor | None, lengths: Tensor | None, numbers: list[int], scale: float,
 ) -> list[Tensor]:
-    """`triton_attention` as an operator: `numbers` are the sizes. Returns output, selection, and what `Saved` names."""
+    """`triton_attention`, `numbers` being the sizes. Returns output, selection, and what `Saved` names."""
     sizes, scale_log2 = Sizes(*numbers), scale * LOG2E
     near_k, near_v = (k, v) if k_win is None or v_win is None else (k_win, v_win)
     placement = Placement(starts, lengths, cu_seqlens)
@@ -126,16 +129,17 @@ def forward_op(
         assert k_cmp is not None and lse_cmp is not None
         selection = select_by_compressed(CompressedInputs(q, k_cmp, lse_cmp, k.shape[1], scale_log2), layout, sizes)
     out_win, lse_win, out_slc, lse_slc = attend_near(q, k, v, near_k, near_v, layout, sizes, scale_log2)
-    order, offsets = attend_selected(q, k, v, selection, layout, sizes, scale_log2, out_slc, lse_slc)
-    out = combine(out_cmp, out_slc, out_win, gates, layout.relative)
-    none = (gates.new_empty(0), gates.new_empty(0))
-    cmp = none if out_cmp is None or lse_cmp is None else (out_cmp, lse_cmp)
-    saved = Saved(cmp[0], out_slc, out_win, cmp[1], lse_slc, lse_win, queries, parts, order, offsets)
-    return [out, selection, *saved]
+    outs = (out_cmp, out_slc, out_win)
+    out, *picks = attend_selected(q, k, v, selection, layout, sizes, scale_log2, outs, lse_slc, gates)
+    if out_cmp is None or lse_cmp is None:
+        out_cmp, lse_cmp = gates.new_empty(0), gates.new_empty(0)
+    return [out, selection, *Saved(out_cmp, out_slc, out_win, lse_cmp, lse_slc, lse_win, queries, parts, *picks)]
 
 
-@forward_op.register_fake
-def _(q, k, v, k_cmp, v_cmp, gates, k_win, v_win, q_index, k_index, cu_seqlens, starts, lengths, numbers, scale):
+def fake_forward(
+    q, k, v, k_cmp, v_cmp, gates, k_win, v_win, q_index, k_index, cu_seqlens, starts, lengths, numbers, scale
+):
+    """The results of `run_forward`, whatever is in them."""
     sizes, (batch, tokens, heads, _) = Sizes(*numbers), q.shape
     outs = [q.new_empty(batch, tokens, heads, v.shape[-1]) for _ in range(4)]
     lses = [q.new_empty(batch, tokens, heads, dtype=torch.float32) for _ in range(3)]
@@ -151,9 +155,12 @@ def _(q, k, v, k_cmp, v_cmp, gates, k_win, v_win, q_index, k_index, cu_seqlens, 
     return [outs[0], selection, *outs[1:], *lses, *layout, order, offsets]
 
 
-@torch.library.custom_op(operator_name("backward"), mutates_args=())
+forward_op = define_operator("forward", run_forward, fake_forward)
+
+
 @on_its_card
-def backward_op(
+@remembered
+def run_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor | None, v_cmp: Tensor | None, gates: Tensor,
     k_win: Tensor | None, v_win: Tensor | None, packed: bool, selection: Tensor, saved: list[Tensor],
     numbers: list[int], scale: float,
@@ -199,9 +206,12 @@ def backward_op(
     return [summed, *local, dgates, *compressed, *window]
 
 
-@backward_op.register_fake
-def _(dout, q, k, v, k_cmp, v_cmp, gates, k_win, v_win, *rest):
+def fake_backward(dout, q, k, v, k_cmp, v_cmp, gates, k_win, v_win, *rest):
+    """The results of `run_backward`, whatever is in them."""
     return [torch.empty_like(x) for x in (q, k, v, gates, k_cmp, v_cmp, k_win, v_win) if x is not None]
+
+
+backward_op = define_operator("backward", run_backward, fake_backward)
 
 
 class Attention(torch.autograd.Function):

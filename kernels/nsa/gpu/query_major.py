@@ -34,7 +34,6 @@ LEAST_GROUP = 12
 
 
 @Kernel
-@triton.jit
 def query_major_kernel(
     q, k, v, selection, relative_ptr, document_ptr, out, lse, scale_log2, T, S, HQ, HK,
     DK: tl.constexpr, DV: tl.constexpr, GP: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr, LOCAL: tl.constexpr,

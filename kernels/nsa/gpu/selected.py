@@ -9,6 +9,8 @@ memory of the partial results.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -27,6 +29,7 @@ from .common import (
     shared_memory,
     store_tile,
 )
+from .gates import add_gated
 from .gather import Chunks, Gather, cut_queries, find_item, first_item, item_steps, launches, picks_a_tile
 from .interval import widths
 from .launch import Kernel
@@ -72,15 +75,14 @@ def pick_rows(order, row, rows, first_pick, HQ, SLOTS: tl.constexpr, G: tl.const
 
 
 @Kernel
-@triton.jit
 def selected_forward_kernel(
     q, k, v, order, offsets, part_first, part_end, partial, partial_lse, scale_log2,
-    first_lane, T, S, HQ, HK, BH, PARTS, CHUNK, STEPS,
+    FIRST_LANE, T, S, HQ, HK, BH, PARTS, CHUNK, STEPS,
     G: tl.constexpr, SLOTS: tl.constexpr, MOST: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, WIDEST: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Softmax attention of MOST picks over their part alone: output and log2-sum-exp of each (query, slot, head)."""
-    lane = first_lane + tl.program_id(1)
+    lane = FIRST_LANE + tl.program_id(1)
     part, first, last = find_item(offsets + lane * (PARTS + 1), tl.program_id(0), PARTS, STEPS, MOST)
     if first < last:
         batch, head = lane % BH // HK, lane % HK
@@ -118,7 +120,8 @@ def chunk_rows(
     BLOCK: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, PARTS_A_BLOCK: tl.constexpr,
 ):
     """Of a program's BM (query, head of the group) of a lane: whether they exist, the row in `[B*T*HQ]`, the row of the
-    first slot's result, and how many slots hold a pick; those come first, and G rows further is the next one."""
+    first slot's result, how many slots hold a pick (those come first, and G rows further is the next one), and whether
+    the query is real."""
     r = tl.program_id(0) * BM + tl.arange(0, BM)
     token = lane // BH * CHUNK + r // G
     exists = (r < CHUNK * G) & (token < T)
@@ -128,22 +131,22 @@ def chunk_rows(
     used = tl.maximum(tl.minimum(blocks, TOPK) - LOCAL, 0) * PARTS_A_BLOCK
     row = (batch * T + token).to(tl.int64) * HQ + head * G + r % G
     source = tl.program_id(1).to(tl.int64) * CHUNK * (SLOTS * G) + r // G * (SLOTS * G) + r % G
-    return exists, row, source, used
+    return exists, row, source, used, relative >= 0
 
 
 @Kernel
-@triton.jit
 def merge_kernel(
-    partial, partial_lse, relative_ptr, out, lse, first_lane, T, HQ, HK, BH, CHUNK,
+    partial, partial_lse, relative_ptr, out_cmp, out_slc, out_win, lse, gates, out, FIRST_LANE, T, HQ, HK, BH, CHUNK,
     DV: tl.constexpr, DVP: tl.constexpr, G: tl.constexpr, SLOTS: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr,
     LOCAL: tl.constexpr, TOPK: tl.constexpr, PARTS_A_BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):
-    """Adds the partial results to what `out` and `lse` hold of the local blocks: softmax over all of them (eq. 12)."""
-    exists, row, source, used = chunk_rows(
-        relative_ptr, first_lane + tl.program_id(1), T, HQ, HK, BH, CHUNK, G, SLOTS, BM, BLOCK, LOCAL, TOPK,
+    """Adds the partial results to what `out_slc` and `lse` hold of the local blocks: softmax over all of them (eq. 12).
+    And writes the gated sum of the branches (eq. 5), as `combine_kernel` does."""
+    exists, row, source, used, alive = chunk_rows(
+        relative_ptr, FIRST_LANE + tl.program_id(1), T, HQ, HK, BH, CHUNK, G, SLOTS, BM, BLOCK, LOCAL, TOPK,
         PARTS_A_BLOCK,
     )
-    acc = load_tile(out, row, DV, exists, DV, DVP).to(tl.float32)
+    acc = load_tile(out_slc, row, DV, exists, DV, DVP).to(tl.float32)
     top = tl.load(lse + row, mask=exists, other=0.0)
     total = tl.full([BM], 1.0, tl.float32)
     # the loads of later slots are under way meanwhile
@@ -156,20 +159,25 @@ def merge_kernel(
         acc = acc * factor[:, None] + weight[:, None] * x
         total = total * factor + weight
         top = new
-    store_tile(out, row, DV, exists & (used > 0), acc * (1.0 / total)[:, None], DV, DVP)
+    acc = (acc * (1.0 / total)[:, None]).to(out_slc.dtype.element_ty)  # the gate's gradient is of what is rounded
+    store_tile(out_slc, row, DV, exists & (used > 0), acc, DV, DVP)
     tl.store(lse + row, top + tl.log2(total), mask=exists & (used > 0))
+    summed = add_gated(tl.zeros([BM, DVP], tl.float32), out_cmp, gates, 0, row, alive, DV, DVP)
+    gate = tl.load(gates + row * 3 + 1, mask=alive, other=0.0).to(tl.float32)
+    summed += gate[:, None] * acc.to(tl.float32)
+    summed = add_gated(summed, out_win, gates, 2, row, alive, DV, DVP)
+    store_tile(out, row, DV, exists, summed, DV, DVP)
 
 
 @Kernel
-@triton.jit
 def selected_backward_kernel(
     q, k, v, order, offsets, part_first, part_end, dout, records,
-    dq_partial, dk_partial, dv_partial, scale_log2, first_lane, T, S, HQ, HK, BH, PARTS, CHUNK, STEPS,
+    dq_partial, dk_partial, dv_partial, scale_log2, FIRST_LANE, T, S, HQ, HK, BH, PARTS, CHUNK, STEPS,
     G: tl.constexpr, SLOTS: tl.constexpr, MOST: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, WIDEST: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Of MOST picks: `dv = p^T dout` and `dk = ds^T q` summed, and `dq = ds k` of each (query, slot, head)."""
-    lane = first_lane + tl.program_id(1)
+    lane = FIRST_LANE + tl.program_id(1)
     part, first, last = find_item(offsets + lane * (PARTS + 1), tl.program_id(0), PARTS, STEPS, MOST)
     if first < last:
         batch, head = lane % BH // HK, lane % HK
@@ -234,9 +242,8 @@ def add_items(
 
 
 @Kernel
-@triton.jit
 def sum_items_kernel(
-    dk_partial, dv_partial, offsets, part_first, part_end, dk, dv, scale, first_lane, ITEMS, S, HK, BH, PARTS,
+    dk_partial, dv_partial, offsets, part_first, part_end, dk, dv, scale, FIRST_LANE, ITEMS, S, HK, BH, PARTS,
     MOST: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PART: tl.constexpr, WIDTH: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
@@ -244,7 +251,7 @@ def sum_items_kernel(
 
     Those of dk count `scale` times.
     """
-    part, lane = tl.program_id(0), first_lane + tl.program_id(1)
+    part, lane = tl.program_id(0), FIRST_LANE + tl.program_id(1)
     batch, head = lane % BH // HK, lane % HK
     begin = tl.load(part_first + batch * PARTS + part)
     offsets += lane * (PARTS + 1)
@@ -265,15 +272,14 @@ def sum_items_kernel(
 
 
 @Kernel
-@triton.jit
 def sum_dq_kernel(
-    partial, relative_ptr, dq_in, dq, scale, first_lane, T, HQ, HK, BH, CHUNK,
+    partial, relative_ptr, dq_in, dq, scale, FIRST_LANE, T, HQ, HK, BH, CHUNK,
     DK: tl.constexpr, DKP: tl.constexpr, G: tl.constexpr, SLOTS: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr,
     LOCAL: tl.constexpr, TOPK: tl.constexpr, PARTS_A_BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):
     """`dq = dq_in + scale * sum of the query's partial results`, in float32, rounded once."""
-    exists, row, source, used = chunk_rows(
-        relative_ptr, first_lane + tl.program_id(1), T, HQ, HK, BH, CHUNK, G, SLOTS, BM, BLOCK, LOCAL, TOPK,
+    exists, row, source, used, _ = chunk_rows(
+        relative_ptr, FIRST_LANE + tl.program_id(1), T, HQ, HK, BH, CHUNK, G, SLOTS, BM, BLOCK, LOCAL, TOPK,
         PARTS_A_BLOCK,
     )
     before = load_tile(dq_in, row, DK, exists, DK, DKP)
@@ -320,10 +326,11 @@ def merge_shape(sizes: Sizes, layout: Layout, group: int, slots: int, dim: int) 
 
 
 def selected_forward(
-    q: Tensor, k: Tensor, v: Tensor, gather: Gather, layout: Layout, sizes: Sizes, scale_log2: float, out: Tensor,
-    lse: Tensor,
-) -> None:
-    """Adds the selected blocks that are not local to `out [B, T, Hq, Dv]` and `lse [B, T, Hq]`, which hold those."""
+    q: Tensor, k: Tensor, v: Tensor, gather: Gather, layout: Layout, sizes: Sizes, scale_log2: float,
+    outs: Sequence[Tensor | None], lse: Tensor, gates: Tensor,
+) -> Tensor:
+    """Adds the selected blocks that are not local to the second of the branches' `outs [B, T, Hq, Dv]` and to
+    `lse [B, T, Hq]`, which hold those; returns the gated sum of the three, see `combine`."""
     heads, kv_heads, keys, value_dim = q.shape[2], k.shape[2], k.shape[1], v.shape[3]
     group, tokens, chunks = heads // kv_heads, q.shape[1], gather.chunks
     runs = launches(chunks, pick_bytes(q, v), partial_bytes(q))
@@ -331,6 +338,7 @@ def selected_forward(
     most = picks_a_tile(16 * tiles["BM"], group)
     results = max(count for _, count in runs) * chunks.tokens * chunks.slots * group
     partial, partial_lse = q.new_empty(results, value_dim), q.new_empty(results, dtype=torch.float32)
+    out = q.new_empty(*q.shape[:3], value_dim)
     merge = merge_shape(sizes, layout, group, chunks.slots, value_dim)
     per_chunk = chunks.lanes // chunks.count
     for first, count in runs:
@@ -340,9 +348,10 @@ def selected_forward(
             item_steps(chunks.parts), G=group, SLOTS=chunks.slots, MOST=most, **widths(q, v), **tiles,
         )
         merge_kernel[(cdiv(chunks.tokens * group, merge["BM"]), count)](
-            partial, partial_lse, layout.relative, out, lse, first, tokens, heads, kv_heads, per_chunk, chunks.tokens,
+            partial, partial_lse, layout.relative, *outs, lse, gates, out, first, tokens, heads, kv_heads, per_chunk, chunks.tokens,
             DV=value_dim, DVP=padded(value_dim), **merge,
         )
+    return out
 
 
 def selected_backward(

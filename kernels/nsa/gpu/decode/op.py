@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...operators import operator_name
+from ...operators import define_operator
 from ...placement import Placement
 from ...sizes import Sizes
 from ..common import LOG2E, cdiv, in_chain, next_power_of_2, on_its_card, padded, wait_for_previous
@@ -97,14 +97,13 @@ def combine(
     )
 
 
-@torch.library.custom_op(operator_name("decode"), mutates_args=())
 @on_its_card
-def decode_op(
+def run_decode(
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor | None, v_cmp: Tensor | None, gates: Tensor, k_win: Tensor | None,
     v_win: Tensor | None, q_index: Tensor | None, k_index: Tensor | None, k_index_scales: Tensor | None,
     starts: Tensor | None, lengths: Tensor | None, numbers: list[int], scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """`triton_attention` of a few queries as an operator; `numbers` are the sizes.
+    """`triton_attention` of a few queries, `numbers` being the sizes.
 
     The last dimension of every tensor is contiguous. Returns the output `[B, T, Hq, Dv]` and the selection
     `[B, T, Hk, topk]` int32.
@@ -149,10 +148,13 @@ def decode_op(
     return out, selection
 
 
-@decode_op.register_fake
-def _(q, k, v, *others):
+def fake_decode(q, k, v, *others):
+    """The results of `run_decode`, whatever is in them."""
     sizes = Sizes(*others[-2])
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(*q.shape[:2], k.shape[2], sizes.topk, dtype=torch.int32)
+
+
+decode_op = define_operator("decode", run_decode, fake_decode)
 
 
 def takes_decode(tensors: list[Tensor | None], tokens: int, placement: Placement) -> bool:

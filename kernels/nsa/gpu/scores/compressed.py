@@ -154,7 +154,6 @@ def score_document(
 
 
 @Kernel
-@triton.jit
 def select_kernel(
     q, k_cmp, lse, relative_ptr, document_ptr, cmp_low_ptr, selection, terms, scores, sections, scale_log2, T,
     ENTRIES, HQ, HK, TILES, BLOCKS, SLOTS, N, DK: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr,

@@ -117,7 +117,6 @@ def score_document(
 
 
 @Kernel
-@triton.jit
 def index_select_kernel(
     q, k, relative_ptr, document_ptr, selection, maxima, scores, sections, T, S, HI, HK, HJ, TILES, BLOCKS,
     SLOTS, N, C: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr, BLOCK: tl.constexpr,

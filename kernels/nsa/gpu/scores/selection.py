@@ -6,7 +6,6 @@ its own. The best block is looked for among the best ones of sections of the pas
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -199,9 +198,10 @@ def plan_selection(
 
 
 def new_scratch(queries: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """Each program's own memory: numbers of each block, and the tokens' scores and best ones of sections."""
-    number = partial(queries.new_empty, dtype=torch.float32)
-    tokens, section = plan.shape["BT"], plan.shape["SECTION"]
-    terms = number(plan.programs, plan.blocks, plan.rows)
-    scores = number(plan.programs, tokens, plan.sections * section)
-    return terms, scores, number(plan.programs, tokens, plan.sections)
+    """Each program's own memory, float32: numbers of each block `[programs, blocks, rows]`, the tokens' scores
+    `[programs, BT, sections * SECTION]`, and the best ones of sections `[programs, BT, sections]`."""
+    tokens = plan.shape["BT"]
+    widths = plan.blocks * plan.rows, tokens * plan.sections * plan.shape["SECTION"], tokens * plan.sections
+    counts = [cdiv(plan.programs * width, 4) * 4 for width in widths]  # each begins at a multiple of 16 bytes
+    terms, scores, sections = queries.new_empty(sum(counts), dtype=torch.float32).split(counts)
+    return terms, scores, sections
