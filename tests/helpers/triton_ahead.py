@@ -34,7 +34,9 @@ def signature_of(kernel, arguments: dict) -> tuple[dict, dict, dict]:
         if parameter.is_constexpr or x is None or (special and x == 1):
             types[parameter.name], constants[(index,)] = "constexpr", x
         elif isinstance(x, torch.Tensor):
-            types[parameter.name], attributes[(index,)] = "*" + TYPES[x.dtype], [["tt.divisibility", 16]]
+            types[parameter.name] = "*" + TYPES[x.dtype]
+            if x.data_ptr() % 16 == 0 and not parameter.do_not_specialize_on_alignment:
+                attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             types[parameter.name] = "fp32" if isinstance(x, float) else "i32"
             if special and x % 16 == 0:

@@ -187,8 +187,12 @@ def test_one_kernel_for_all_lengths() -> None:
     from nsa_hf.kernels.gpu import interval, interval_backward, layout, selected
 
     kernels = [
-        interval.interval_forward_kernel, layout.layout_kernel, selected.selected_forward_kernel,
-        selected.selected_backward_kernel, selected.merge_kernel, interval_backward.interval_dkv_kernel,
+        interval.interval_forward_kernel,
+        layout.layout_kernel,
+        selected.selected_forward_kernel,
+        selected.selected_backward_kernel,
+        selected.merge_kernel,
+        interval_backward.interval_dkv_kernel,
     ]
 
     def count() -> int:

@@ -58,8 +58,7 @@ def copy(x: torch.Tensor, y: torch.Tensor | None, many: list[torch.Tensor], numb
     """An operator: two launches, of parts of its inputs and of what it makes."""
     made, zeros = x.new_empty(2, 8), x.new_zeros(4)
     copy_kernel[(3,)](x, y, 100, 8, scale, BM=16, BN=32, num_warps=4)
-    first, second = made.unbind()
-    copy_kernel[(len(x), 2)](second[3:], many[0].view(-1)[1:], numbers[0], 8, scale, BM=16, BN=64)
+    copy_kernel[(len(x), 2)](made.unbind()[1][3:], many[0].view(-1)[1:], numbers[0], 8, scale, BM=16, BN=64)
     copied = torch.empty_like(zeros)
     copied.copy_(zeros)
     return [copied, made]
@@ -211,7 +210,7 @@ def repeated(name: str) -> tuple[bool, int]:
     expected, repeats = gradients(CASES[name], 2), Counter()
     repeat = launch.Recorded.repeat
     with (
-        mock.patch.object(launch, "remembers", lambda: True),
+        mock.patch.object(launch, "remembers", return_value=True),
         mock.patch.object(launch, "CompiledKernel", Interpreted),
         mock.patch.object(launch, "driver"),
         mock.patch.object(launch.Kernel, "launch", launch_interpreted),

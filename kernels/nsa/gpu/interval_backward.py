@@ -112,7 +112,7 @@ def dq_step(
 
 @Kernel
 def interval_dq_kernel(
-    q, k, v, runs, dout, rows, dq, scale, scale_log2, T, N, HQ, HK,
+    q, k, v, runs_ptr, dout, rows_ptr, dq, scale, scale_log2, T, N, HQ, HK,
     DK: tl.constexpr, DV: tl.constexpr, BOTH: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -127,7 +127,7 @@ def interval_dq_kernel(
     row = tl.arange(0, BM)
     t = tile * BM + row
     exists = t < T
-    runs += batch * T + t
+    runs = runs_ptr + batch * T + t
     near_low = tl.load(runs, mask=exists, other=0)
     high = tl.load(runs + of_runs, mask=exists, other=0)
     low = tl.load(runs + 2 * of_runs, mask=exists, other=0) if BOTH else near_low
@@ -143,10 +143,10 @@ def interval_dq_kernel(
     origin = (batch * T + tile * BM).to(tl.int64) * HQ + head
     queries = load_tiles(q + origin * DK, row, HQ * DK, sees, DK)
     douts = load_tiles(dout + origin * DV, row, HQ * DV, sees, DV)
-    near_rows = load_rows(rows, batch * HQ + head, t, T, sees)
+    near_rows = load_rows(rows_ptr, batch * HQ + head, t, T, sees)
     far_rows = near_rows
     if BOTH:
-        far_rows = load_rows(rows + of_runs * HQ * 3, batch * HQ + head, t, T, sees)
+        far_rows = load_rows(rows_ptr + of_runs * HQ * 3, batch * HQ + head, t, T, sees)
     k += (batch.to(tl.int64) * N * HK + kv_head) * DK
     v += (batch.to(tl.int64) * N * HK + kv_head) * DV
     acc = zero_tiles(BM, DK)
@@ -219,7 +219,7 @@ def next_head(which, head, splits, group):
 
 @Kernel
 def interval_dkv_kernel(
-    q, k, v, runs, borders, dout, rows, dk_in, dv_in, dk, dv, scale, scale_log2, T, N, HQ, HK, TILES,
+    q, k, v, runs_ptr, borders, dout, rows_ptr, dk_in, dv_in, dk, dv, scale, scale_log2, T, N, HQ, HK, TILES,
     DK: tl.constexpr, DV: tl.constexpr, BOTH: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -248,10 +248,10 @@ def interval_dkv_kernel(
         middle = tl.minimum(first + tl.cdiv(near_end - first, BM) * BM, stop)
     middle_end = middle + tl.maximum(middle_end - middle, 0) // BM * BM
     # what none of these queries sees may be anything, NaN too, and is not read
-    least = tl.load(runs + batch * T + first, mask=first < stop, other=0)
-    most = tl.load(runs + of_runs + batch * T + stop - 1, mask=first < stop, other=0)
+    least = tl.load(runs_ptr + batch * T + first, mask=first < stop, other=0)
+    most = tl.load(runs_ptr + of_runs + batch * T + stop - 1, mask=first < stop, other=0)
     if BOTH:
-        least = tl.minimum(least, tl.load(runs + 2 * of_runs + batch * T + first, mask=first < stop, other=0))
+        least = tl.minimum(least, tl.load(runs_ptr + 2 * of_runs + batch * T + first, mask=first < stop, other=0))
     read = exists & (start + index >= least) & (start + index < most)
     keys = load_tiles(k + origin * DK, index, HK * DK, read, DK)
     values = load_tiles(v + origin * DV, index, HK * DV, read, DV)
@@ -263,7 +263,7 @@ def interval_dkv_kernel(
     which, head = split, 0
     for _ in tl.range(0, tiles * group):
         dk_acc, dv_acc = dkv_step(
-            dk_acc, dv_acc, keys, values, q, dout, runs, rows, middle + which * BM, end, start, batch,
+            dk_acc, dv_acc, keys, values, q, dout, runs_ptr, rows_ptr, middle + which * BM, end, start, batch,
             kv_head * group + head, of_runs, scale_log2, T, HQ, DK, DV, BOTH, BM, BN, False, PRECISION,
         )
         which, head = next_head(which, head, splits, group)
@@ -273,7 +273,7 @@ def interval_dkv_kernel(
     which, head = split, 0
     for _ in tl.range(0, tiles * group):
         dk_acc, dv_acc = dkv_step(
-            dk_acc, dv_acc, keys, values, q, dout, runs, rows,
+            dk_acc, dv_acc, keys, values, q, dout, runs_ptr, rows_ptr,
             tl.where(which < before, first + which * BM, middle_end + (which - before) * BM),
             tl.where(which < before, middle, end), start, batch, kv_head * group + head, of_runs, scale_log2, T, HQ,
             DK, DV, BOTH, BM, BN, True, PRECISION,
@@ -333,14 +333,14 @@ def interval_dq(
 
 @Kernel
 def borders_kernel(
-    runs, borders, T, TILES, STEPS, BN: tl.constexpr, AT_ONCE: tl.constexpr
+    runs_ptr, borders, T, TILES, STEPS, BN: tl.constexpr, AT_ONCE: tl.constexpr
 ):
-    """Of the runs `[low, high)` in `runs [3, 2, B, T]` and each tile of BN keys, `borders [3, B, TILES, 4]`: first,
+    """Of the runs `[low, high)` in `runs_ptr [3, 2, B, T]` and each tile of BN keys, `borders [3, B, TILES, 4]`: first,
     middle, middle_end, end. The queries `[first, end)` see any of them, and those `[middle, middle_end)` all. They
     stand together, since `low` and `high` only rise."""
     batch, branch = tl.program_id(1), tl.program_id(2)
     tile = tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE)
-    low = runs + (branch * 2 * tl.num_programs(1) + batch) * T
+    low = runs_ptr + (branch * 2 * tl.num_programs(1) + batch) * T
     high = low + tl.num_programs(1) * T
     start = tile * BN
     first = lower_bound(high, T, start + 1, STEPS)

@@ -41,16 +41,20 @@ class Kernel:
 
         add_kernel[(4,)](x, y, 100, BM=32, num_warps=4)
 
-    Parameters in capitals are whole numbers. In a launch the constants have names and nothing else has.
+    Parameters in capitals are whole numbers, and those that end in `_ptr` tensors that begin anywhere, as a row of the
+    layout does. In a launch the constants have names and nothing else has.
 
     Attributes:
         jit: Triton's function.
     """
 
     def __init__(self, function: Callable[..., None]) -> None:
-        parameters = inspect.signature(function).parameters.items()
-        numbers = [name for name, one in parameters if name.isupper() and one.annotation is one.empty]
-        self.jit = triton.jit(function, do_not_specialize=[name for name in numbers if name not in OF_THE_MODEL])
+        values = [name for name, one in inspect.signature(function).parameters.items() if one.annotation is one.empty]
+        self.jit = triton.jit(
+            function,
+            do_not_specialize=[name for name in values if name.isupper() and name not in OF_THE_MODEL],
+            do_not_specialize_on_alignment=[name for name in values if name.endswith("_ptr")],
+        )
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return partial(self.launch, grid)
@@ -191,8 +195,13 @@ class Recorded(NamedTuple):
                 step.run(*arguments, stream=stream)
             elif isinstance(step, Made):
                 number, shape, dtype, value = step
-                x = first.new_empty(shape, dtype=dtype) if value is None else first.new_full(shape, value, dtype=dtype)
-                tensors[number], begins[number] = x, x.data_ptr()
+                if value is None:
+                    tensors[number] = first.new_empty(shape, dtype=dtype)
+                elif value == 0:
+                    tensors[number] = first.new_zeros(shape, dtype=dtype)
+                else:
+                    tensors[number] = first.new_full(shape, value, dtype=dtype)
+                begins[number] = tensors[number].data_ptr()
             else:
                 tensors[step.target].copy_(tensors[step.source])
             for number in free:
@@ -201,7 +210,7 @@ class Recorded(NamedTuple):
 
 
 def remembered(operator: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
-    """The operator, which does again what was written down where shapes, types and numbers are those of an earlier call.
+    """The operator, which repeats what was written down where shapes, types and numbers are those of an earlier call.
 
     It makes tensors and launches kernels; which ones must follow from these alone. Its arguments are contiguous
     tensors, None, numbers and lists of these. Triton's settings of how kernels are compiled (debugging,

@@ -75,10 +75,10 @@ def find_document(firsts, count, x, STEPS):
 
 @Kernel
 def documents_kernel(
-    cu_seqlens, cmp_bases, part_bases, DOCUMENTS, PARTS_A_BLOCK, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
+    cu_seqlens, cmp_bases, part_bases_ptr, DOCUMENTS, PARTS_A_BLOCK, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
     BLOCK: tl.constexpr, BM: tl.constexpr,
 ):
-    """Of each packed document the first entry, `cmp_bases [documents]`, and the first part, `part_bases`.
+    """Of each packed document the first entry, `cmp_bases [documents]`, and the first part, `part_bases_ptr`.
 
     Parts are numbered with gaps between the documents, so that how many there are follows from shapes.
     """
@@ -90,13 +90,13 @@ def documents_kernel(
         length = tl.load(cu_seqlens + document + 1, mask=exists, other=0) - first
         entries = tl.where(length < KERNEL, 0, (length - KERNEL) // STRIDE + 1)
         tl.store(cmp_bases + document, before + tl.cumsum(entries, 0) - entries, mask=exists)
-        tl.store(part_bases + document, (first // BLOCK + document) * PARTS_A_BLOCK, mask=exists)
+        tl.store(part_bases_ptr + document, (first // BLOCK + document) * PARTS_A_BLOCK, mask=exists)
         before += tl.sum(entries, 0)
 
 
 @triton.jit
 def place_queries(
-    t, batch, batches, starts, lengths, cmp_bases, part_bases, out, T, S, WIN_FIRST, WINDOW, DOCUMENTS, STEPS,
+    t, batch, batches, starts, lengths, cmp_bases, part_bases_ptr, out, T, S, WIN_FIRST, WINDOW, DOCUMENTS, STEPS,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, LOCAL: tl.constexpr, PACKED: tl.constexpr,
 ):
     """Writes `out [9, B, T]`, what `Layout` holds by query, for the queries `t`."""
@@ -106,7 +106,7 @@ def place_queries(
         document = tl.load(starts + which)
         relative = t - document
         cmp_base = tl.load(cmp_bases + which)
-        part_base = tl.load(part_bases + which)
+        part_base = tl.load(part_bases_ptr + which)
     else:
         begin = 0 if starts is None else tl.load(starts + batch)
         end = S if lengths is None else tl.load(lengths + batch)
@@ -134,15 +134,15 @@ def place_queries(
 
 @triton.jit
 def place_parts(
-    number, batch, batches, starts, lengths, part_bases, out, P, S, DOCUMENTS, STEPS, PARTS_A_BLOCK, PART,
+    number, batch, batches, starts, lengths, part_bases_ptr, out, P, S, DOCUMENTS, STEPS, PARTS_A_BLOCK, PART,
     BLOCK: tl.constexpr, PACKED: tl.constexpr,
 ):
     """Writes `out [2, B, P]`, the first tokens and ends of the parts `number`."""
     exists = number < P
     if PACKED:
-        which = find_document(part_bases, DOCUMENTS, number, STEPS)
+        which = find_document(part_bases_ptr, DOCUMENTS, number, STEPS)
         begin, end = tl.load(starts + which), tl.load(starts + which + 1)
-        number_in = number - tl.load(part_bases + which)
+        number_in = number - tl.load(part_bases_ptr + which)
     else:
         begin = number * 0 if starts is None else number * 0 + tl.load(starts + batch)
         end = S if lengths is None else tl.load(lengths + batch)
@@ -157,7 +157,7 @@ def place_parts(
 
 @Kernel
 def layout_kernel(
-    starts, lengths, cmp_bases, part_bases, queries, parts, T, S, P, WIN_FIRST, WINDOW, DOCUMENTS, STEPS,
+    starts, lengths, cmp_bases, part_bases_ptr, queries, parts, T, S, P, WIN_FIRST, WINDOW, DOCUMENTS, STEPS,
     PARTS_A_BLOCK, PART, KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, LOCAL: tl.constexpr,
     PACKED: tl.constexpr, BM: tl.constexpr,
 ):
@@ -166,12 +166,12 @@ def layout_kernel(
     index = tl.arange(0, BM)
     if tile < of_queries:
         place_queries(
-            tile * BM + index, batch, tl.num_programs(1), starts, lengths, cmp_bases, part_bases, queries, T, S,
+            tile * BM + index, batch, tl.num_programs(1), starts, lengths, cmp_bases, part_bases_ptr, queries, T, S,
             WIN_FIRST, WINDOW, DOCUMENTS, STEPS, KERNEL, STRIDE, BLOCK, LOCAL, PACKED,
         )
     else:
         place_parts(
-            (tile - of_queries) * BM + index, batch, tl.num_programs(1), starts, lengths, part_bases, parts, P, S,
+            (tile - of_queries) * BM + index, batch, tl.num_programs(1), starts, lengths, part_bases_ptr, parts, P, S,
             DOCUMENTS, STEPS, PARTS_A_BLOCK, PART, BLOCK, PACKED,
         )
 

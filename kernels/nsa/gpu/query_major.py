@@ -9,7 +9,6 @@ the others, all of whose keys lie before the query.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 

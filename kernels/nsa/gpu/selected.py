@@ -76,7 +76,7 @@ def pick_rows(order, row, rows, first_pick, HQ, SLOTS: tl.constexpr, G: tl.const
 
 @Kernel
 def selected_forward_kernel(
-    q, k, v, order, offsets, part_first, part_end, partial, partial_lse, scale_log2,
+    q, k, v, order, offsets, part_first_ptr, part_end_ptr, partial, partial_lse, scale_log2,
     FIRST_LANE, T, S, HQ, HK, BH, PARTS, CHUNK, STEPS,
     G: tl.constexpr, SLOTS: tl.constexpr, MOST: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, WIDEST: tl.constexpr, PRECISION: tl.constexpr,
@@ -86,9 +86,9 @@ def selected_forward_kernel(
     part, first, last = find_item(offsets + lane * (PARTS + 1), tl.program_id(0), PARTS, STEPS, MOST)
     if first < last:
         batch, head = lane % BH // HK, lane % HK
-        begin = tl.load(part_first + batch * PARTS + part)
+        begin = tl.load(part_first_ptr + batch * PARTS + part)
         index = tl.arange(0, BN)
-        inside = begin + index < tl.load(part_end + batch * PARTS + part)
+        inside = begin + index < tl.load(part_end_ptr + batch * PARTS + part)
         hide = tl.where(inside, 0.0, float("-inf"))
         origin = (batch.to(tl.int64) * S + begin) * HK + head
         keys = load_tiles(k + origin * DK, index, HK * DK, inside, DK, WIDEST)
@@ -171,7 +171,7 @@ def merge_kernel(
 
 @Kernel
 def selected_backward_kernel(
-    q, k, v, order, offsets, part_first, part_end, dout, records,
+    q, k, v, order, offsets, part_first_ptr, part_end_ptr, dout, records,
     dq_partial, dk_partial, dv_partial, scale_log2, FIRST_LANE, T, S, HQ, HK, BH, PARTS, CHUNK, STEPS,
     G: tl.constexpr, SLOTS: tl.constexpr, MOST: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, WIDEST: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr,
@@ -181,9 +181,9 @@ def selected_backward_kernel(
     part, first, last = find_item(offsets + lane * (PARTS + 1), tl.program_id(0), PARTS, STEPS, MOST)
     if first < last:
         batch, head = lane % BH // HK, lane % HK
-        begin = tl.load(part_first + batch * PARTS + part)
+        begin = tl.load(part_first_ptr + batch * PARTS + part)
         index = tl.arange(0, BN)
-        inside = begin + index < tl.load(part_end + batch * PARTS + part)
+        inside = begin + index < tl.load(part_end_ptr + batch * PARTS + part)
         origin = (batch.to(tl.int64) * S + begin) * HK + head
         keys = load_tiles(k + origin * DK, index, HK * DK, inside, DK, WIDEST)
         values = load_tiles(v + origin * DV, index, HK * DV, inside, DV, WIDEST)
@@ -243,7 +243,7 @@ def add_items(
 
 @Kernel
 def sum_items_kernel(
-    dk_partial, dv_partial, offsets, part_first, part_end, dk, dv, scale, FIRST_LANE, ITEMS, S, HK, BH, PARTS,
+    dk_partial, dv_partial, offsets, part_first_ptr, part_end_ptr, dk, dv, scale, FIRST_LANE, ITEMS, S, HK, BH, PARTS,
     MOST: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PART: tl.constexpr, WIDTH: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
@@ -253,11 +253,11 @@ def sum_items_kernel(
     """
     part, lane = tl.program_id(0), FIRST_LANE + tl.program_id(1)
     batch, head = lane % BH // HK, lane % HK
-    begin = tl.load(part_first + batch * PARTS + part)
+    begin = tl.load(part_first_ptr + batch * PARTS + part)
     offsets += lane * (PARTS + 1)
     picks = tl.load(offsets + part + 1) - tl.load(offsets + part)
     if picks > 0:
-        rows = tl.load(part_end + batch * PARTS + part) - begin
+        rows = tl.load(part_end_ptr + batch * PARTS + part) - begin
         place = tl.program_id(1).to(tl.int64) * ITEMS + first_item(offsets, tl.load(offsets), part, PARTS, MOST)
         items = (picks + MOST - 1) // MOST
         row = (batch.to(tl.int64) * S + begin) * HK + head
@@ -348,8 +348,8 @@ def selected_forward(
             item_steps(chunks.parts), G=group, SLOTS=chunks.slots, MOST=most, **widths(q, v), **tiles,
         )
         merge_kernel[(cdiv(chunks.tokens * group, merge["BM"]), count)](
-            partial, partial_lse, layout.relative, *outs, lse, gates, out, first, tokens, heads, kv_heads, per_chunk, chunks.tokens,
-            DV=value_dim, DVP=padded(value_dim), **merge,
+            partial, partial_lse, layout.relative, *outs, lse, gates, out, first, tokens, heads, kv_heads, per_chunk,
+            chunks.tokens, DV=value_dim, DVP=padded(value_dim), **merge,
         )
     return out
 
