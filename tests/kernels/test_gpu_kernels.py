@@ -152,16 +152,22 @@ def test_repeated_launches_are_those_that_were_written_down(name: str, monkeypat
     repeat, repeated = launch.Recorded.repeat, []
     monkeypatch.setattr(launch.Recorded, "repeat", lambda self, inputs: repeated.append(self) or repeat(self, inputs))
     monkeypatch.setattr(launch, "REMEMBERS", False)
-    torch.cuda.reset_peak_memory_stats()
-    expected = gradients(second)
-    peak = torch.cuda.max_memory_allocated()
+    gradients(second)
+
+    def peak_of_gradients() -> tuple[int, list[torch.Tensor]]:
+        torch.cuda.empty_cache()  # a block that was given back is used again though a little larger than asked for
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        found = gradients(second)
+        return torch.cuda.max_memory_allocated() - before, found
+
+    peak, expected = peak_of_gradients()
     assert not repeated
     monkeypatch.setattr(launch, "REMEMBERS", True)
     gradients(first)
     del repeated[:]
-    torch.cuda.reset_peak_memory_stats()
-    found = gradients(second)
-    assert torch.cuda.max_memory_allocated() <= peak and len(repeated) == 2
+    peak_repeated, found = peak_of_gradients()
+    assert peak_repeated <= 1.01 * peak and len(repeated) == 2  # blocks are of whole sizes
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
