@@ -65,6 +65,16 @@ CASES = {
     "local blocks in the window, its own keys": replace(NEAR, queries=60, own_window=140),
     "blocks that do not overlap": replace(SMALL, sizes=ALIKE),
     "each token in three blocks": Shape(WIDE, queries=50, keys=50, kv_heads=1),
+    # scored some at a time: sections of blocks in one step, in two, and with two local blocks, where nothing is masked
+    "many blocks": Shape(Sizes(4, 2, 4, 8, 1, 1, 9), queries=9, keys=300, kv_heads=1, group=3),
+    "many blocks, a section in two steps": Shape(replace(WIDE, topk=6), queries=9, keys=430, kv_heads=1),
+    "many blocks, of none the first": Shape(
+        Sizes(6, 2, 8, 6, 0, 2, 7), queries=40, keys=430, kv_heads=1, cu_seqlens=None, batch=2, starts=(3, 150)
+    ),
+    "many blocks, packed": Shape(
+        replace(WIDE, topk=5), queries=330, keys=330, kv_heads=1, cu_seqlens=(0, 151, 152, 330)
+    ),
+    "many blocks that do not overlap": Shape(replace(ALIKE, topk=6), queries=9, keys=280, kv_heads=1),
     "large blocks": Shape(LARGE, queries=40, keys=350, kv_heads=1),
     "the last queries": Shape(queries=7, keys=40, kv_heads=1),
     "enough queries to be split over programs": replace(SMALL, queries=72, keys=72),

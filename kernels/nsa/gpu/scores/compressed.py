@@ -114,57 +114,44 @@ def block_terms(
 
 @triton.jit
 def score_document(
-    q, lse, visible, k_cmp, base, own, mine, terms, scores, sections, most, k_stride, scale_log2, N, DK: tl.constexpr,
+    q, lse, visible, k_cmp, base, own, mine, scores, sections, most, k_stride, scale_log2, N, DK: tl.constexpr,
     BT: tl.constexpr, GP: tl.constexpr, BJ: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
-    BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, BC: tl.constexpr, SECTION: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, SECTION: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Scores of the blocks `[INIT, most)` of one document for its queries, `mine`.
-
-    Args:
-        terms: the program's own memory: of block `j`, what its entries say of it, and behind them what they say of the
-            next one, `[blocks, 2, BT]`.
-    """
+    """Scores of the blocks before `most` of one document for its queries, `mine`."""
     # With two local blocks, a block that may be chosen and the next one are past, and so is every entry that
     # reaches into it.
     MASKED: tl.constexpr = LOCAL < 2
-    # entries of the last block before the first one to be chosen reach into it
-    FIRST: tl.constexpr = INIT - 1 if INIT > 0 and KERNEL > STRIDE else INIT
     seen = tl.max(visible)
-    row = tl.arange(0, BT)[:, None]
-    for first in tl.range(FIRST, most, BJ):
-        here, behind = block_terms(
+    column = tl.arange(0, BJ)[None, :]
+    before = tl.zeros([BT], tl.float32)  # what the last block's entries say of the next one
+    best = tl.full([BT], float("-inf"), tl.float32)
+    for first in tl.range(0, most, BJ):
+        score, behind = block_terms(
             q, lse, visible, k_cmp, base, first, seen, k_stride, scale_log2, DK, BT, GP, BJ, KERNEL, STRIDE, BLOCK,
             MASKED, PRECISION,
         )
-        j = first + tl.arange(0, BJ)[None, :]
-        at = terms + j.to(tl.int64) * (2 * BT) + row
-        tl.store(at, here, mask=j < most)
         if KERNEL > STRIDE:
-            tl.store(at + BT, behind, mask=j < most)
-    tl.debug_barrier()
-    for first in tl.range(0, most, BC):
-        j = first + tl.arange(0, BC)[None, :]
-        at = terms + j.to(tl.int64) * (2 * BT) + row
+            # of the block on the left
+            left = tl.gather(behind, tl.broadcast_to(tl.maximum(column - 1, 0), [BT, BJ]), 1)
+            score += tl.where(column == 0, before[:, None], left)
+            before = tl.sum(tl.where(column == BJ - 1, behind, 0.0), 1)
+        j = first + column
         choosable = (j >= INIT) & (j <= own[:, None] - LOCAL) & mine[:, None]
-        score = tl.load(at, mask=choosable, other=0.0)
-        if KERNEL > STRIDE:
-            score += tl.load(at - BT, mask=choosable & (j > 0), other=0.0)
-        store_scores(score, choosable, scores, sections, first, most, N, BT, BC, SECTION)
+        best = store_scores(score, choosable, scores, sections, best, first, most, N, BT, BJ, SECTION)
 
 
 @Kernel
 def select_kernel(
-    q, k_cmp, lse, relative_ptr, document_ptr, cmp_low_ptr, selection, terms, scores, sections, scale_log2, T,
-    ENTRIES, HQ, HK, TILES, BLOCKS, SLOTS, N, DK: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
-    CHOSEN: tl.constexpr, KP: tl.constexpr, TOPK: tl.constexpr, TOPKP: tl.constexpr, BC: tl.constexpr,
-    SP: tl.constexpr, SECTION: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    q, k_cmp, lse, relative_ptr, document_ptr, cmp_low_ptr, selection, scores, sections, scale_log2, T, ENTRIES, HQ,
+    HK, TILES, SLOTS, N, DK: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr, KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr, BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, CHOSEN: tl.constexpr,
+    KP: tl.constexpr, TOPK: tl.constexpr, TOPKP: tl.constexpr, SP: tl.constexpr, SECTION: tl.constexpr,
+    ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """The selected blocks of BT tokens of one KV head, one such tile after another."""
     LAST: tl.constexpr = 0x7FFFFFFF
     group = HQ // HK
-    terms += tl.program_id(0).to(tl.int64) * BLOCKS * (2 * BT)
     scores += tl.program_id(0).to(tl.int64) * BT * N * SECTION
     sections += tl.program_id(0).to(tl.int64) * BT * N
     row_in, row_head = place_rows(BT * GP, GP)
@@ -195,8 +182,8 @@ def select_kernel(
                 most = tl.maximum(tl.max(tl.where(mine, own, -1)) - LOCAL + 1, 0)
                 score_document(
                     queries, log_sum, tl.where(row_document == current, visible, 0), keys,
-                    tl.max(tl.where(mine, cmp_low, 0)), own, mine, terms, scores, sections, most, HK * DK, scale_log2,
-                    N, DK, BT, GP, BJ, KERNEL, STRIDE, BLOCK, INIT, LOCAL, BC, SECTION, PRECISION,
+                    tl.max(tl.where(mine, cmp_low, 0)), own, mine, scores, sections, most, HK * DK, scale_log2, N, DK,
+                    BT, GP, BJ, KERNEL, STRIDE, BLOCK, INIT, LOCAL, SECTION, PRECISION,
                 )
                 tl.debug_barrier()
                 store_best(
@@ -215,7 +202,8 @@ def select_tiles(q: Tensor) -> dict[str, int]:
     if row > 256:
         return {"rows": 32 if small else 128, "columns": 64, "resident": 2, "num_warps": 4, "num_stages": 2}
     # registers for three programs
-    return {"rows": 128, "columns": 64, "resident": 3, "num_warps": 4, "num_stages": 2, "maxnreg": 168}
+    stages = 3 if row <= 128 and not small else 2
+    return {"rows": 128, "columns": 64, "resident": 3, "num_warps": 4, "num_stages": stages, "maxnreg": 168}
 
 
 class CompressedInputs(NamedTuple):
@@ -255,12 +243,12 @@ def select_by_compressed(inputs: CompressedInputs, layout: Layout, sizes: Sizes)
     if columns == 0:  # more entries in a block: one stage of them at a time, and all registers
         tiles |= {"num_stages": 1, "maxnreg": 255}
     bt = max(1, tiles.pop("rows") // width)
-    plan = plan_selection(q, kv_heads, keys, sizes, bt, 2 * bt, tiles.pop("resident"))
+    plan = plan_selection(q, kv_heads, keys, sizes, bt, 0, tiles.pop("resident"))
     selection = new_selection(q, kv_heads, keys, sizes)
     select_kernel[(plan.programs,)](
         q, k_cmp, lse, layout.relative, layout.document, layout.compressed[0], selection,
-        *new_scratch(q, plan), scale_log2, tokens, k_cmp.shape[1], heads, kv_heads, plan.tiles, plan.blocks,
-        sizes.topk, plan.sections, **plan.shape, DK=key_dim, GP=width, BJ=max(1, columns), KERNEL=sizes.kernel_size,
+        *new_scratch(q, plan)[1:], scale_log2, tokens, k_cmp.shape[1], heads, kv_heads, plan.tiles, sizes.topk,
+        plan.sections, **plan.shape, DK=key_dim, GP=width, BJ=max(1, columns), KERNEL=sizes.kernel_size,
         STRIDE=sizes.kernel_stride, PRECISION=precision(q.dtype), **tiles,
     )
     return selection

@@ -113,7 +113,7 @@ def score_document(
         m = tl.load(maxima + j.to(tl.int64) * ROWS + row[:, None], mask=j < most, other=NONE)
         score = tl.max(tl.reshape(m - top[:, None], [BT, GP, BC]), 1)
         choosable = (j >= INIT) & (j <= own[:, None] - LOCAL) & mine[:, None]
-        store_scores(score, choosable, scores, sections, first, most, N, BT, BC, SECTION)
+        store_scores(score, choosable, scores, sections, None, first, most, N, BT, BC, SECTION)
 
 
 @Kernel
@@ -232,6 +232,7 @@ def select_by_index(inputs: IndexInputs, layout: Layout, sizes: Sizes) -> Tensor
     index_select_kernel[(plan.programs,)](
         q_index, k_index, layout.relative, layout.document, selection, *new_scratch(q_index, plan), tokens, keys,
         heads, kv_heads, index_keys, plan.tiles, plan.blocks, sizes.topk, plan.sections, **plan.shape,
-        C=channels, GP=group, BJ=columns // width, WIDTH=width, PRECISION=precision(q_index.dtype), **tiles,
+        C=channels, GP=group, BC=max(64, plan.shape["SECTION"]), BJ=columns // width, WIDTH=width,
+        PRECISION=precision(q_index.dtype), **tiles,
     )
     return selection

@@ -34,17 +34,25 @@ def find_tile(number, TILES, T, HK, BT: tl.constexpr):
 
 @triton.jit
 def store_scores(
-    score, choosable, scores, sections, first, most, N, BT: tl.constexpr, BC: tl.constexpr, SECTION: tl.constexpr
+    score, choosable, scores, sections, best, first, most, N, BT: tl.constexpr, BC: tl.constexpr, SECTION: tl.constexpr
 ):
     """Keeps `score [BT, BC]`, of the blocks `[first, first + BC)` before `most`, and the largest of each section:
-    `scores [BT, N * SECTION]`, `sections [BT, N]`. Of blocks that are not `choosable` it is -inf."""
+    `scores [BT, N * SECTION]`, `sections [BT, N]`. Of blocks that are not `choosable` it is -inf.
+
+    Where a section takes several calls, one after another from 0 on, `best [BT]` is what the one before returned.
+    """
     row, j = tl.arange(0, BT)[:, None], first + tl.arange(0, BC)[None, :]
     # NaN and -inf are the least number: places are never left unwritten, whatever the queries and keys are
     score = tl.where(choosable, tl.where(score > -3e38, score, -3e38), float("-inf"))
     tl.store(scores + row * (N * SECTION) + j, score, mask=j < most)
-    section = first // SECTION + tl.arange(0, BC // SECTION)[None, :]
-    best = tl.max(tl.reshape(score, [BT, BC // SECTION, SECTION]), 2)
-    tl.store(sections + row * N + section, best, mask=section < N)
+    if BC >= SECTION:
+        section = first // SECTION + tl.arange(0, BC // SECTION)[None, :]
+        largest = tl.max(tl.reshape(score, [BT, BC // SECTION, SECTION]), 2)
+        tl.store(sections + row * N + section, largest, mask=section < N)
+    else:
+        best = tl.maximum(tl.where(first % SECTION == 0, float("-inf"), best), tl.max(score, 1))
+        tl.store(sections + tl.arange(0, BT) * N + first // SECTION, best)
+    return best
 
 
 @triton.jit
@@ -189,7 +197,7 @@ def plan_selection(
     shape = {
         "BT": tile_tokens, "BLOCK": sizes.block_size, "INIT": sizes.init_blocks, "LOCAL": sizes.local_blocks,
         "CHOSEN": chosen, "KP": max(2, next_power_of_2(chosen)), "TOPK": topk, "TOPKP": next_power_of_2(topk),
-        "BC": max(64, section), "SP": max(2, next_power_of_2(sections)), "SECTION": section,
+        "SP": max(2, next_power_of_2(sections)), "SECTION": section,
         "ROWS": min(tile_tokens, 32),
     }
     count = processors(queries.device)
