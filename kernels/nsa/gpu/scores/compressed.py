@@ -33,6 +33,7 @@ from .selection import (
     store_best,
     store_forced,
     store_scores,
+    store_sections,
 )
 
 
@@ -125,7 +126,7 @@ def score_document(
     seen = tl.max(visible)
     column = tl.arange(0, BJ)[None, :]
     before = tl.zeros([BT], tl.float32)  # what the last block's entries say of the next one
-    best = tl.full([BT], float("-inf"), tl.float32)
+    best = tl.full([BT], float("-inf"), tl.float32)  # of a section so far
     for first in tl.range(0, most, BJ):
         score, behind = block_terms(
             q, lse, visible, k_cmp, base, first, seen, k_stride, scale_log2, DK, BT, GP, BJ, KERNEL, STRIDE, BLOCK,
@@ -138,7 +139,12 @@ def score_document(
             before = tl.sum(tl.where(column == BJ - 1, behind, 0.0), 1)
         j = first + column
         choosable = (j >= INIT) & (j <= own[:, None] - LOCAL) & mine[:, None]
-        best = store_scores(score, choosable, scores, sections, best, first, most, N, BT, BJ, SECTION)
+        score = store_scores(score, choosable, scores, first, most, N, BT, BJ, SECTION)
+        if BJ >= SECTION:
+            store_sections(score, sections, first, N, BT, BJ, SECTION)
+        else:
+            best = tl.maximum(tl.where(first % SECTION == 0, float("-inf"), best), tl.max(score, 1))
+            tl.store(sections + tl.arange(0, BT) * N + first // SECTION, best)
 
 
 @Kernel

@@ -33,6 +33,7 @@ from .selection import (
     store_best,
     store_forced,
     store_scores,
+    store_sections,
 )
 
 
@@ -113,7 +114,8 @@ def score_document(
         m = tl.load(maxima + j.to(tl.int64) * ROWS + row[:, None], mask=j < most, other=NONE)
         score = tl.max(tl.reshape(m - top[:, None], [BT, GP, BC]), 1)
         choosable = (j >= INIT) & (j <= own[:, None] - LOCAL) & mine[:, None]
-        store_scores(score, choosable, scores, sections, None, first, most, N, BT, BC, SECTION)
+        score = store_scores(score, choosable, scores, first, most, N, BT, BC, SECTION)
+        store_sections(score, sections, first, N, BT, BC, SECTION)
 
 
 @Kernel

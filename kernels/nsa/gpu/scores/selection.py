@@ -33,26 +33,22 @@ def find_tile(number, TILES, T, HK, BT: tl.constexpr):
 
 
 @triton.jit
-def store_scores(
-    score, choosable, scores, sections, best, first, most, N, BT: tl.constexpr, BC: tl.constexpr, SECTION: tl.constexpr
-):
-    """Keeps `score [BT, BC]`, of the blocks `[first, first + BC)` before `most`, and the largest of each section:
-    `scores [BT, N * SECTION]`, `sections [BT, N]`. Of blocks that are not `choosable` it is -inf.
-
-    Where a section takes several calls, one after another from 0 on, `best [BT]` is what the one before returned.
-    """
+def store_scores(score, choosable, scores, first, most, N, BT: tl.constexpr, BC: tl.constexpr, SECTION: tl.constexpr):
+    """Keeps `score [BT, BC]`, of the blocks `[first, first + BC)` before `most`, in `scores [BT, N * SECTION]`: -inf of
+    blocks that are not `choosable`. Returns what is kept."""
     row, j = tl.arange(0, BT)[:, None], first + tl.arange(0, BC)[None, :]
     # NaN and -inf are the least number: places are never left unwritten, whatever the queries and keys are
     score = tl.where(choosable, tl.where(score > -3e38, score, -3e38), float("-inf"))
     tl.store(scores + row * (N * SECTION) + j, score, mask=j < most)
-    if BC >= SECTION:
-        section = first // SECTION + tl.arange(0, BC // SECTION)[None, :]
-        largest = tl.max(tl.reshape(score, [BT, BC // SECTION, SECTION]), 2)
-        tl.store(sections + row * N + section, largest, mask=section < N)
-    else:
-        best = tl.maximum(tl.where(first % SECTION == 0, float("-inf"), best), tl.max(score, 1))
-        tl.store(sections + tl.arange(0, BT) * N + first // SECTION, best)
-    return best
+    return score
+
+
+@triton.jit
+def store_sections(score, sections, first, N, BT: tl.constexpr, BC: tl.constexpr, SECTION: tl.constexpr):
+    """The largest of each section of what `store_scores` returned, whole sections: `sections [BT, N]`."""
+    row, section = tl.arange(0, BT)[:, None], first // SECTION + tl.arange(0, BC // SECTION)[None, :]
+    best = tl.max(tl.reshape(score, [BT, BC // SECTION, SECTION]), 2)
+    tl.store(sections + row * N + section, best, mask=section < N)
 
 
 @triton.jit
