@@ -18,7 +18,7 @@ from ..common import cdiv, next_power_of_2, processors
 
 MOST_CHOSEN = 256
 MOST_HEADS = 128
-MOST_SECTIONS = 128
+MOST_SECTIONS = 64
 # What all programs keep together. With 4 heads a group, blocks of 64 and an H100: .3 GB at 65,536 tokens.
 MOST_BYTES = 1 << 30
 
