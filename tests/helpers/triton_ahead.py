@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import ModuleType
 
 import pytest
@@ -44,6 +45,47 @@ def signature_of(kernel, arguments: dict) -> tuple[dict, dict, dict]:
     return types, constants, attributes
 
 
+def scattered_reductions(ttgir: str) -> list[str]:
+    """Reductions that Triton compiles wrongly, without a word: those over numbers of one row that lie in lanes of a warp
+    which are no neighbours.
+
+    It exchanges numbers between lanes 2^i apart, `i` rising from the axis' first bit of the lane's number on (3.6 and
+    3.7). A layout may have other bits in between.
+    """
+    aliases = dict(re.findall(r"^(#\w+) = (#ttg\.(?:linear|blocked)<.*>)$", ttgir, re.M))
+    found = []
+    for axis, body in re.findall(r'"tt.reduce"\(.*?\) <\{axis = (\d+) : i32\}>(.*?\}\) : \(.*?\) ->)', ttgir, re.S):
+        for layout in re.findall(r"tensor<[\dx]+\w+, (.*?)>[,)]", body.rpartition("}) : (")[2]):
+            lanes = lane_bits(layout + ">" * (layout.count("<") - layout.count(">")), aliases)
+            bits = [bit for bit, base in enumerate(lanes) if base[int(axis)]]
+            if bits and bits != list(range(bits[0], bits[0] + len(bits))):
+                found.append(f"axis {axis} of {layout}: bits {bits} of the lane")
+    return found
+
+
+def lane_bits(layout: str, aliases: dict[str, str]) -> list[list[int]]:
+    """Where each bit of the lane's number leads, by dimension; of layouts of products nothing is said."""
+    if sliced := re.fullmatch(r"#ttg\.slice<\{dim = (\d+), parent = (.*)\}>", layout):
+        dim = int(sliced[1])
+        return [base[:dim] + base[dim + 1 :] for base in lane_bits(sliced[2], aliases)]
+    text = aliases.get(layout, layout)
+    if "#ttg.linear" in text:
+        lanes = re.search(r"lane = \[(\[.*?\])\]", text)
+        assert lanes is not None, text
+        return [[int(x) for x in base.split(",")] for base in re.findall(r"\[([\d, ]+)\]", lanes[1])]
+    if "#ttg.blocked" not in text:
+        return []
+    sizes, threads, order = (
+        [int(x) for x in re.search(name + r" = \[([\d, ]+)\]", text)[1].split(",")]
+        for name in ("sizePerThread", "threadsPerWarp", "order")
+    )
+    bits = []
+    for dim in order:
+        for bit in range(threads[dim].bit_length() - 1):
+            bits.append([sizes[dim] << bit if one == dim else 0 for one in range(len(order))])
+    return bits
+
+
 def compile_for(monkeypatch: pytest.MonkeyPatch, card: int, *modules: ModuleType) -> dict[str, int]:
     """From now on a launch compiles, for that card; the shared memory in bytes of every kernel by its name is filled in
     (the most, where several). `modules` ask for the card's kind and shared memory."""
@@ -65,6 +107,7 @@ def compile_for(monkeypatch: pytest.MonkeyPatch, card: int, *modules: ModuleType
             compiled = triton.compile(source, target=target, options=options)
             name = kernel.fn.__name__
             assert compiled.metadata.tmem_size <= TENSOR_MEMORY, name
+            assert not scattered_reductions(compiled.asm["ttgir"]), name
             found[name] = max(found.get(name, 0), compiled.metadata.shared)
 
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", compile_instead)

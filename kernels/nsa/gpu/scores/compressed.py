@@ -75,6 +75,14 @@ def sum_heads(x, ROWS: tl.constexpr, GP: tl.constexpr):
 
 
 @triton.jit
+def as_neighbours(x):
+    """`x [R, C]` with each row in lanes that are neighbours. After float32's products there are others in between, and
+    Triton, which is not told, would sum over those (3.6 and 3.7)."""
+    column = tl.broadcast_to(tl.arange(0, x.shape[1])[None, :], x.shape)
+    return tl.gather(x, column, 1)
+
+
+@triton.jit
 def block_terms(
     q, lse, visible, k_cmp, base, first, visible_most, k_stride, scale_log2, DK: tl.constexpr, BT: tl.constexpr,
     GP: tl.constexpr, BJ: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
@@ -110,7 +118,10 @@ def block_terms(
     rest = tl.where(m < RATIO, KERNEL // STRIDE - strides, 0)
     own = tl.sum(tl.sum(weights * strides.to(tl.float32)[None, None, :, None, :], 4), 2)
     rest = tl.sum(tl.sum(weights * rest.to(tl.float32)[None, None, :, None, :], 4), 2)
-    return tl.reshape(own, [BT, BJ]), tl.reshape(rest, [BT, BJ])
+    own, rest = tl.reshape(own, [BT, BJ]), tl.reshape(rest, [BT, BJ])
+    if PRECISION == "ieee":
+        own, rest = as_neighbours(own), as_neighbours(rest)
+    return own, rest
 
 
 @triton.jit
