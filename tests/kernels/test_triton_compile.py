@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from attention_inputs import Shape, make_inputs
-from triton_ahead import PAPER, SHARED_MEMORY, compile_for
+from triton_ahead import PAPER, SHARED_MEMORY, compile_for, scattered_reductions
 
 triton = pytest.importorskip("triton")
 
@@ -64,7 +64,6 @@ KERNELS = {
     "merge_kernel",
     "sum_items_kernel",
     "sum_dq_kernel",
-    "combine_kernel",
     "gate_gradient_kernel",
     "layout_kernel",
     "count_kernel",
@@ -109,7 +108,7 @@ def test_an_index_of_large_blocks_compiles_ahead(
 
 
 # of groups from 12 on: one kernel in the place of two
-LARGE_GROUP = KERNELS - {"selected_forward_kernel", "merge_kernel"} | {"query_major_kernel"}
+LARGE_GROUP = KERNELS - {"selected_forward_kernel", "merge_kernel"} | {"query_major_kernel", "combine_kernel"}
 
 
 @pytest.mark.parametrize(
@@ -151,3 +150,31 @@ def test_large_groups_compile_ahead(monkeypatch: pytest.MonkeyPatch, card: int, 
     found = compile_all(monkeypatch, card, Shape(PAPER, 1, 2048, 2048, 2, 16, 128, 128), dtype)
     assert set(found) == LARGE_GROUP
     assert all(shared <= SHARED_MEMORY[card] * 1024 for shared in found.values()), found
+
+
+@pytest.mark.parametrize(
+    ("layout", "axis", "scattered"),
+    [
+        ("#linear", 1, True),
+        ("#linear", 0, False),
+        ("#beside", 1, False),
+        ("#ttg.slice<{dim = 0, parent = #blocked}>", 1, False),
+        ("#ttg.slice<{dim = 0, parent = #outer}>", 0, True),
+        ("#mma", 1, False),
+    ],
+)
+def test_a_reduction_over_lanes_that_are_no_neighbours_is_seen(layout: str, axis: int, scattered: bool) -> None:
+    """Triton adds up what lies in lanes 1, 2 and 4 apart; in the first layout a row lies in lanes 1, 2 and 8 apart."""
+    ttgir = f"""
+#linear = #ttg.linear<{{register = [[1, 0]], lane = [[0, 1], [0, 2], [0, 0], [0, 4], [2, 0]]}}>
+#beside = #ttg.linear<{{register = [[1, 0]], lane = [[2, 0], [0, 1], [0, 2], [0, 4], [0, 0]]}}>
+#outer = #ttg.linear<{{register = [], lane = [[0, 1], [1, 0], [0, 2], [0, 4], [2, 0]]}}>
+#blocked = #ttg.blocked<{{sizePerThread = [1, 1, 2], threadsPerWarp = [2, 4, 4], order = [2, 1, 0]}}>
+#mma = #ttg.nvidia_mma<{{versionMajor = 3, versionMinor = 0, warpsPerCTA = [4, 1], instrShape = [16, 64, 16]}}>
+    %1 = "tt.reduce"(%0) <{{axis = {axis} : i32}}> ({{
+    ^bb0(%a: f32 loc("x"), %b: f32 loc("x")):
+      %c = arith.addf %a, %b : f32
+      tt.reduce.return %c : f32
+    }}) : (tensor<8x8xf32, {layout}>) -> tensor<8xf32, #ttg.slice<{{dim = {axis}, parent = {layout}}}>> loc("x")
+"""
+    assert bool(scattered_reductions(ttgir)) == scattered

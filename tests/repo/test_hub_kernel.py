@@ -56,7 +56,7 @@ if importlib.util.find_spec("triton"):
     theirs = importlib.import_module(hub.__name__ + ".gpu.op")
     mine = importlib.import_module("nsa_hf.kernels.gpu.op")
     for name in ("forward_op", "backward_op", "decode_op"):
-        names = [getattr(module, name)._qualname for module in (theirs, mine)]
+        names = [getattr(module, name).name() for module in (theirs, mine)]
         assert names[0].partition("::")[0] == hub.__name__ and names[1].startswith("nsa_hf::"), names
 print("the same")
 """
