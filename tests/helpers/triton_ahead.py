@@ -46,7 +46,7 @@ def signature_of(kernel, arguments: dict) -> tuple[dict, dict, dict]:
 
 
 def scattered_reductions(ttgir: str) -> list[str]:
-    """Reductions that Triton compiles wrongly, without a word: those over numbers of one row that lie in lanes of a warp
+    """Reductions that Triton compiles wrongly, without a word: those over numbers of a row that lie in lanes of a warp
     which are no neighbours.
 
     It exchanges numbers between lanes 2^i apart, `i` rising from the axis' first bit of the lane's number on (3.6 and
