@@ -12,6 +12,9 @@ from torch import Tensor
 from .common import cdiv, load_tile, padded, store_tile
 from .launch import Kernel
 
+# The branches' outputs `[B, T, Hq, Dv]`: compressed (None: there is no such branch), selected, window.
+Outputs = tuple[Tensor | None, Tensor, Tensor]
+
 
 @triton.jit
 def add_gated(acc, out, gates, branch, row, alive, D: tl.constexpr, DP: tl.constexpr):
@@ -75,13 +78,11 @@ def gate_gradient_kernel(
             tl.store(records + query * 3 + 2, dots, mask=exists)
 
 
-def combine(
-    out_cmp: Tensor | None, out_slc: Tensor, out_win: Tensor, gates: Tensor, relative: Tensor
-) -> Tensor:
+def combine(outs: Outputs, gates: Tensor, relative: Tensor) -> Tensor:
     """`[B, T, Hq, Dv]`; `relative [B, T]` is negative for queries that are not real."""
-    out, rows, dim = torch.empty_like(out_slc), out_slc.shape[:3].numel(), out_slc.shape[3]
+    out, rows, dim = torch.empty_like(outs[1]), outs[1].shape[:3].numel(), outs[1].shape[3]
     combine_kernel[(cdiv(rows, 32),)](
-        out_cmp, out_slc, out_win, gates, relative, out, rows, out.shape[2], D=dim, DP=padded(dim), BM=32, num_warps=4
+        *outs, gates, relative, out, rows, out.shape[2], D=dim, DP=padded(dim), BM=32, num_warps=4
     )
     return out
 

@@ -173,19 +173,19 @@ class Recorded(NamedTuple):
 
     Attributes:
         steps: each with the numbers of the tensors that are not needed any more.
-        count: of tensors, the inputs first.
+        size: number of tensors, the inputs first.
         outputs: their numbers.
     """
 
     steps: list[tuple[Step, list[int]]]
-    count: int
+    size: int
     outputs: list[int]
 
     def repeat(self, inputs: list[Tensor]) -> list[Tensor]:
         """Does it on the current device and stream; returns the outputs."""
         first = inputs[0]
         stream = driver.active.get_current_stream(first.device.index)
-        tensors: list[Any] = [*inputs, *[None] * (self.count - len(inputs))]
+        tensors: list[Any] = [*inputs, *[None] * (self.size - len(inputs))]
         begins = [0 if x is None else x.data_ptr() for x in tensors]
         for step, free in self.steps:
             if isinstance(step, Launch):

@@ -15,7 +15,6 @@ same inputs. What the backward pass keeps: the inputs, the selection and what `S
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -28,7 +27,7 @@ from ..placement import FULL, Placement
 from ..sizes import Sizes
 from .common import LOG2E, largest_part, on_its_card
 from .decode.op import decode_op, last_contiguous, takes_decode
-from .gates import combine, gate_gradient
+from .gates import Outputs, combine, gate_gradient
 from .gather import Chunks, Gather, count_slots, gather_queries
 from .interval import interval_forward
 from .interval_backward import find_borders, interval_dkv, interval_dq
@@ -86,7 +85,7 @@ def attend_near(
 
 def attend_selected(
     q: Tensor, k: Tensor, v: Tensor, selection: Tensor, layout: Layout, sizes: Sizes, scale_log2: float,
-    outs: Sequence[Tensor | None], lse: Tensor, gates: Tensor,
+    outs: Outputs, lse: Tensor, gates: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Adds the selected blocks that are not local to those (eq. 12), whichever scorer chose them: to the second of the
     branches' outputs `outs`, and its `lse`.
@@ -95,15 +94,13 @@ def attend_selected(
         The gated sum of the branches, and the picks of each part (`order` and `offsets` of `Gather`; empty where they
         are not needed).
     """
-    large_group, chunks = takes_query_major(q, k), cut_selection(q, k, v, sizes, layout.part_first.shape[-1])
-    if chunks is not None and not large_group:
+    if takes_query_major(q, k):
+        query_major_forward(q, k, v, selection, layout, sizes, scale_log2, outs[1], lse)
+    elif chunks := cut_selection(q, k, v, sizes, layout.part_first.shape[-1]):
         gather = gather_queries(selection, layout, sizes, chunks)
         out = selected_forward(q, k, v, gather, layout, sizes, scale_log2, outs, lse, gates)
         return out, gather.order, gather.offsets
-    if large_group:
-        query_major_forward(q, k, v, selection, layout, sizes, scale_log2, outs[1], lse)
-    out = combine(*outs, gates, layout.relative)
-    return out, selection.new_empty(0), selection.new_empty(0)
+    return combine(outs, gates, layout.relative), selection.new_empty(0), selection.new_empty(0)
 
 
 @on_its_card

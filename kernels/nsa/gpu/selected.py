@@ -9,8 +9,6 @@ memory of the partial results.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -29,7 +27,7 @@ from .common import (
     shared_memory,
     store_tile,
 )
-from .gates import add_gated
+from .gates import Outputs, add_gated
 from .gather import Chunks, Gather, cut_queries, find_item, first_item, item_steps, launches, picks_a_tile
 from .interval import widths
 from .launch import Kernel
@@ -327,7 +325,7 @@ def merge_shape(sizes: Sizes, layout: Layout, group: int, slots: int, dim: int) 
 
 def selected_forward(
     q: Tensor, k: Tensor, v: Tensor, gather: Gather, layout: Layout, sizes: Sizes, scale_log2: float,
-    outs: Sequence[Tensor | None], lse: Tensor, gates: Tensor,
+    outs: Outputs, lse: Tensor, gates: Tensor,
 ) -> Tensor:
     """Adds the selected blocks that are not local to the second of the branches' `outs [B, T, Hq, Dv]` and to
     `lse [B, T, Hq]`, which hold those; returns the gated sum of the three, see `combine`."""
