@@ -9,7 +9,8 @@ import torch
 from torch.library import Library
 
 NAMESPACE = __name__.partition(".")[0]
-LIBRARY = Library(NAMESPACE, "FRAGMENT")  # operators are there as long as it is
+# By operator what defines it, as long as the process lives: this module may be imported again, as in a notebook.
+LIBRARIES: dict[str, Library] = torch.library.__dict__.setdefault("nsa_operators", {})
 
 
 def operator_name(name: str) -> str:
@@ -31,9 +32,11 @@ def define_operator(name: str, run: Callable[..., Any], fake: Callable[..., Any]
         fake: makes tensors as `run` would, of tensors without numbers.
     """
     schema = torch.library.infer_schema(run, mutates_args=())
-    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(operator_name(name), fake, lib=LIBRARY)
+    LIBRARIES.pop(operator_name(name), None)  # takes the earlier one back
+    library = LIBRARIES[operator_name(name)] = Library(NAMESPACE, "FRAGMENT")
+    library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(operator_name(name), fake, lib=library)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 

@@ -153,6 +153,22 @@ def test_large_groups_compile_ahead(monkeypatch: pytest.MonkeyPatch, card: int, 
 
 
 @pytest.mark.parametrize(
+    ("card", "group"),
+    [(100, 64), pytest.param(100, 128, marks=pytest.mark.slow), pytest.param(90, 128, marks=pytest.mark.slow)],
+)
+def test_very_large_groups_compile_ahead(monkeypatch: pytest.MonkeyPatch, card: int, group: int) -> None:
+    found = compile_all(monkeypatch, card, Shape(PAPER, 1, 2048, 2048, 1, group, 64, 64), torch.bfloat16)
+    assert set(found) == LARGE_GROUP
+
+
+@pytest.mark.parametrize("card", [90, pytest.param(80, marks=pytest.mark.slow)])
+def test_an_index_of_small_blocks_in_float32_compiles_ahead(monkeypatch: pytest.MonkeyPatch, card: int) -> None:
+    sizes = replace(PAPER, kernel_size=4, kernel_stride=2, block_size=4)
+    shape = Shape(sizes, 1, 512, 512, 1, 4, 64, 64, index=(4, 0, 32), compressed=False)
+    assert set(compile_all(monkeypatch, card, shape, torch.float32)) == INDEX
+
+
+@pytest.mark.parametrize(
     ("layout", "axis", "scattered"),
     [
         ("#linear", 1, True),

@@ -161,12 +161,40 @@ def test_other_versions_launch_by_themselves(compiled: list[Compiled], monkeypat
     assert len(compiled) == 4 and not compiled[0].launches
 
 
-def test_what_cannot_be_written_down_is_an_error(compiled: list[Compiled]) -> None:
-    operator = launch.remembered(lambda x: [x + 1])
-    with pytest.raises(NotImplementedError, match=r"aten.add.Tensor cannot be written down"):
-        operator(X)
+def add(x: torch.Tensor) -> list[torch.Tensor]:
+    """Does something beside what can be repeated, and launches with what it gives."""
+    other = x + 1
+    copy_kernel[(3,)](other[1:], x, 100, 8, 0.5, BM=16, BN=32)
+    return [x.new_empty(3)]
+
+
+def copy_part(x: torch.Tensor) -> list[torch.Tensor]:
+    made = x.new_empty(4)
+    made[:2].copy_(x[:2])
+    return [made]
+
+
+@pytest.mark.parametrize("function", [add, copy_part])
+def test_what_cannot_be_repeated_is_done_again(compiled: list[Compiled], function: Any) -> None:
+    """As of a signal handler, which may run at any time."""
+    operator = launch.remembered(function)
+    with mock.patch.object(launch.Recorded, "repeat") as repeat:
+        for _ in range(2):
+            operator(X)
+    assert not repeat.called
+
+
+@pytest.mark.parametrize("function", [lambda x: [x.new_empty(3, 2)[1]], lambda x: [x.detach()], lambda x: [x]])
+def test_outputs_are_whole_tensors(compiled: list[Compiled], function: Any) -> None:
+    with pytest.raises(NotImplementedError, match="not parts of them"):
+        launch.remembered(function)(X)
     launch.remembered(copy)(*ARGUMENTS)  # and nothing is left of it
     assert len(compiled) == 2
+
+
+def test_tensors_are_on_one_device(compiled: list[Compiled]) -> None:
+    with pytest.raises(ValueError, match="on one device, got cpu and meta"):
+        launch.remembered(copy)(X, X.to("meta"), *LISTS)
 
 
 class Interpreted:

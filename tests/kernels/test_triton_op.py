@@ -55,6 +55,48 @@ def twice() -> bool:
     return all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def differentiate_twice() -> str:
+    inputs = with_gradients(make_inputs(CASES["groups of three"], dtype=torch.float32))
+    out = nsa_attention(**inputs, backend="triton")
+    (first,) = torch.autograd.grad(out.square().sum(), inputs["q"], create_graph=True)
+    try:
+        first.square().sum().backward()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_second_derivative_is_an_error(process: ProcessPoolExecutor) -> None:
+    assert "once_differentiable" in process.submit(differentiate_twice).result()
+
+
+def index_with_gradient(queries: int) -> bool:
+    shape = Shape(queries=queries, keys=40, kv_heads=1, index=(2, 0, 3), compressed=False)
+    inputs = make_inputs(shape, dtype=torch.float32)
+    inputs["q_index"].requires_grad_()
+    return nsa_attention(**inputs, backend="triton").requires_grad
+
+
+@pytest.mark.parametrize("queries", [2, 20])
+def test_nothing_of_an_index_has_a_gradient(process: ProcessPoolExecutor, queries: int) -> None:
+    assert not process.submit(index_with_gradient, queries).result()
+
+
+IMPORTED_TWICE = """
+import sys, torch
+from nsa_hf.kernels.gpu import op
+for name in [name for name in sys.modules if name.startswith("nsa_hf")]:
+    del sys.modules[name]
+from nsa_hf.kernels.gpu import op as again
+assert again is not op and torch.ops.nsa_hf.forward.default is again.forward_op
+"""
+
+
+def test_the_operators_may_be_imported_twice() -> None:
+    """As in a notebook."""
+    subprocess.run([sys.executable, "-c", IMPORTED_TWICE], check=True, timeout=120)
+
+
 def test_the_same_inputs_give_the_same_bits(process: ProcessPoolExecutor) -> None:
     assert process.submit(twice).result()
 

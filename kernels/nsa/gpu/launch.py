@@ -106,18 +106,18 @@ class Recording(TorchDispatchMode):
 
     Attributes:
         steps: in order.
-        complete: whether every kernel was compiled when it was launched.
-        outputs: numbers of the outputs' tensors; -1 before the operator has ended.
+        complete: whether it can be repeated: every kernel was compiled when it was launched, and PyTorch's operations
+            only made tensors, looked at them from elsewhere, or copied whole ones.
     """
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
         self.steps: list[Step] = []
         self.complete = True
-        self.outputs: list[int] = []
         self.inputs = len(inputs)
         # by tensor its number, a view's is that of what it is a view of; and by number where it began
         self.numbers, self.begins = WeakIdKeyDictionary(), [x.data_ptr() for x in inputs]
+        self.counts = [x.numel() for x in inputs]
         for number, x in enumerate(inputs):
             self.numbers[x] = number
 
@@ -126,21 +126,29 @@ class Recording(TorchDispatchMode):
         name = function.overloadpacket.__name__
         if function.is_view:
             for view in out if isinstance(out, (list, tuple)) else [out]:
-                self.numbers[view] = self.numbers[args[0]]
+                if args[0] in self.numbers:
+                    self.numbers[view] = self.numbers[args[0]]
         elif name in MAKES and out.is_contiguous():
             value = {"new_zeros": 0, "new_full": args[-1]}.get(name)
             self.steps.append(Made(len(self.begins), tuple(out.shape), out.dtype, value))
             self.numbers[out] = len(self.begins)
             self.begins.append(out.data_ptr())
-        elif name == "copy_" and all(x.data_ptr() == self.begins[self.numbers[x]] for x in args[:2]):
+            self.counts.append(out.numel())
+        elif name == "copy_" and all(self.is_whole(x) for x in args[:2]):
             self.steps.append(Copy(*(self.numbers[x] for x in args[:2])))
-        else:
-            raise NotImplementedError(f"{function} cannot be written down: an operator makes tensors and launches only")
+        else:  # not the operator's: of a signal handler, or of what the garbage collector ends
+            self.complete = False
         return out
+
+    def is_whole(self, x: Tensor) -> bool:
+        """Whether a tensor is all that was made, or given, at once."""
+        number = self.numbers.get(x, -1)
+        return number >= 0 and x.data_ptr() == self.begins[number] and x.numel() == self.counts[number]
 
     def add_launch(self, compiled: Any, grid: tuple[int, ...], arguments: list[Any]) -> None:
         """Adds a launch of what Triton compiled."""
-        if not isinstance(compiled, CompiledKernel):  # still to be compiled
+        known = all(x in self.numbers for x in arguments if isinstance(x, Tensor))
+        if not isinstance(compiled, CompiledKernel) or not known:  # the first: still to be compiled
             self.complete = False
             return
         addresses = []
@@ -152,8 +160,14 @@ class Recording(TorchDispatchMode):
         self.steps.append(Launch(compiled[grid], arguments, addresses))
 
     def end(self, outputs: Sequence[Tensor]) -> Recorded:
-        """All steps, and where a tensor is needed for the last time."""
+        """All steps, and where a tensor is needed for the last time.
+
+        Raises:
+            NotImplementedError: an output is a part of a tensor, or an input.
+        """
         numbers = [self.numbers[x] for x in outputs]
+        if not all(number >= self.inputs and self.is_whole(x) for number, x in zip(numbers, outputs, strict=True)):
+            raise NotImplementedError("an operator's outputs are tensors that it makes, and not parts of them")
         last = {}
         for place, step in enumerate(self.steps):
             if isinstance(step, Made):
@@ -213,7 +227,7 @@ def remembered(operator: Callable[..., list[Tensor]]) -> Callable[..., list[Tens
     """The operator, which repeats what was written down where shapes, types and numbers are those of an earlier call.
 
     It makes tensors and launches kernels; which ones must follow from these alone. Its arguments are contiguous
-    tensors, None, numbers and lists of these. Triton's settings of how kernels are compiled (debugging,
+    tensors of one device, None, numbers and lists of these. Triton's settings of how kernels are compiled (debugging,
     instrumentation) must be made before the first call.
     """
     recorded: dict[tuple, Recorded] = {}
@@ -249,7 +263,11 @@ def remembers() -> bool:
 
 
 def describe(args: tuple) -> tuple[tuple, list[Tensor]]:
-    """What of an operator's arguments decides what is launched, and the tensors in them."""
+    """What of an operator's arguments decides what is launched, and the tensors in them.
+
+    Raises:
+        ValueError: the tensors are not on one device.
+    """
     tensors: list[Tensor] = []
     key: list[Any] = []
     for x in args:
@@ -262,14 +280,16 @@ def describe(args: tuple) -> tuple[tuple, list[Tensor]]:
             key.append(len(many) or tuple(x))
         else:
             key.append(x)
-    bits = 0
+    bits, device = 0, tensors[0].device
     for x in tensors:
+        if x.device != device:  # repeated launches take addresses, whatever they are of
+            raise ValueError(f"all tensors must be on one device, got {device} and {x.device}: move them")
         key.append(x.shape)
         key.append(x.dtype)
         bits |= x.data_ptr()
     if bits % 16:
         key += [x.data_ptr() % 16 for x in tensors]
-    key.append(tensors[0].device)
+    key.append(device)
     return tuple(key), tensors
 
 

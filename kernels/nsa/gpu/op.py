@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..index_keys import dequantize_index_keys
 from ..operators import define_operator
@@ -229,6 +230,7 @@ class Attention(torch.autograd.Function):
         return out, selection
 
     @staticmethod
+    @once_differentiable  # a second derivative is an error, and not nothing
     def backward(ctx, dout, _):
         """The gradients of the inputs, None for those that have none."""
         if dout is None:
@@ -268,12 +270,13 @@ def triton_attention(
     numbers = sizes.as_list()  # the operators' schemas take neither `Sizes` nor `Placement`
     starts, lengths, cu_seqlens = placement.starts, placement.lengths, placement.cu_seqlens
     inputs = [q, k, v, k_cmp, v_cmp, gates, k_win, v_win]
+    q_index, k_index = (None if x is None else x.detach() for x in (q_index, k_index))
     if takes_decode(inputs, q.shape[1], placement):
         past = map(last_contiguous, (*inputs, q_index, k_index))
         rows = map(last_contiguous, (starts, lengths))
         return decode_op(*past, k_index_scales, *rows, numbers, float(scale))
     if k_index is not None and k_index_scales is not None:
         k_index = dequantize_index_keys(k_index, k_index_scales, q.dtype)
-    index = tuple(None if x is None else x.detach() for x in (q_index, k_index))
-    tensors = [None if x is None else x.contiguous() for x in (*inputs, *index, cu_seqlens, starts, lengths)]
+    others = (q_index, k_index, cu_seqlens, starts, lengths)
+    tensors = [None if x is None else x.contiguous() for x in (*inputs, *others)]
     return Attention.apply(*tensors, numbers, float(scale))

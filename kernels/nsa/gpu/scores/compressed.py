@@ -25,6 +25,7 @@ from ..launch import Kernel
 from ..layout import Layout
 from ..tiles import dot_tiles, load_tiles
 from .selection import (
+    as_neighbours,
     check_limits,
     find_tile,
     new_scratch,
@@ -41,6 +42,8 @@ from .selection import (
 def heads_of_a_thread(rows: int, group: int) -> int:
     """Of a product of `rows` rows, in which a thread of the matrix units has the rows 8 and 64 apart, how many of these
     may be heads of one token: 1, 2 or 4."""
+    if group > 32:  # on Blackwell the others would not lie in lanes that are neighbours (see `as_neighbours`)
+        return 1
     return 4 if rows >= 128 and group >= 4 else 2 if rows >= 16 and group >= 2 else 1
 
 
@@ -72,14 +75,6 @@ def sum_heads(x, ROWS: tl.constexpr, GP: tl.constexpr):
     if GP > HEADS:
         x = tl.sum(tl.reshape(x, [ROWS // GP, GP // HEADS, C]), 1)
     return tl.reshape(x, [ROWS // GP, C])
-
-
-@triton.jit
-def as_neighbours(x):
-    """`x [R, C]` with each row in lanes that are neighbours. After float32's products there are others in between, and
-    Triton, which is not told, would sum over those (3.6 and 3.7)."""
-    column = tl.broadcast_to(tl.arange(0, x.shape[1])[None, :], x.shape)
-    return tl.gather(x, column, 1)
 
 
 @triton.jit

@@ -25,6 +25,7 @@ from ..launch import Kernel
 from ..layout import Layout
 from ..tiles import dot_tiles, load_tiles
 from .selection import (
+    as_neighbours,
     check_limits,
     find_tile,
     new_scratch,
@@ -108,6 +109,8 @@ def score_document(
     tl.debug_barrier()
 
     # one score a token and block
+    if PRECISION == "ieee":
+        tops = as_neighbours(tops)
     top = tl.where(exists, tl.max(tops, 1), float("inf"))
     for first in tl.range(0, most, BC):
         j = first + tl.arange(0, BC)[None, :]

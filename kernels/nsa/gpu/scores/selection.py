@@ -33,6 +33,14 @@ def find_tile(number, TILES, T, HK, BT: tl.constexpr):
 
 
 @triton.jit
+def as_neighbours(x):
+    """`x [R, C]` with each row in lanes that are neighbours. After float32's products there are others in between, and
+    Triton, which is not told, would sum over those (3.6 and 3.7)."""
+    column = tl.broadcast_to(tl.arange(0, x.shape[1])[None, :], x.shape)
+    return tl.gather(x, column, 1)
+
+
+@triton.jit
 def store_scores(score, choosable, scores, first, most, N, BT: tl.constexpr, BC: tl.constexpr, SECTION: tl.constexpr):
     """Keeps `score [BT, BC]`, of the blocks `[first, first + BC)` before `most`, in `scores [BT, N * SECTION]`: -inf of
     blocks that are not `choosable`. Returns what is kept."""
