@@ -8,6 +8,7 @@ one. Repeating takes the addresses of the tensors and nothing else.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial, wraps
 from threading import local
@@ -108,12 +109,13 @@ class Recording(TorchDispatchMode):
         steps: in order.
         complete: whether it can be repeated: every kernel was compiled when it was launched, and PyTorch's operations
             only made tensors, looked at them from elsewhere, or copied whole ones.
+        foreign: the last operation that was none of these.
     """
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
         self.steps: list[Step] = []
-        self.complete = True
+        self.complete, self.foreign = True, ""
         self.inputs = len(inputs)
         # by tensor its number, a view's is that of what it is a view of; and by number where it began
         self.numbers, self.begins = WeakIdKeyDictionary(), [x.data_ptr() for x in inputs]
@@ -137,7 +139,7 @@ class Recording(TorchDispatchMode):
         elif name == "copy_" and all(self.is_whole(x) for x in args[:2]):
             self.steps.append(Copy(*(self.numbers[x] for x in args[:2])))
         else:  # not the operator's: of a signal handler, or of what the garbage collector ends
-            self.complete = False
+            self.complete, self.foreign = False, str(function)
         return out
 
     def is_whole(self, x: Tensor) -> bool:
@@ -211,7 +213,7 @@ class Recorded(NamedTuple):
                 number, shape, dtype, value = step
                 if value is None:
                     tensors[number] = first.new_empty(shape, dtype=dtype)
-                elif value == 0:
+                elif value == 0:  # no kernel
                     tensors[number] = first.new_zeros(shape, dtype=dtype)
                 else:
                     tensors[number] = first.new_full(shape, value, dtype=dtype)
@@ -231,9 +233,11 @@ def remembered(operator: Callable[..., list[Tensor]]) -> Callable[..., list[Tens
     instrumentation) must be made before the first call.
     """
     recorded: dict[tuple, Recorded] = {}
+    failed: tuple = ()  # the last key that something foreign kept from being remembered
 
     @wraps(operator)
     def run(*args: Any) -> list[Tensor]:
+        nonlocal failed
         if not remembers():
             return operator(*args)
         key, tensors = describe(args)
@@ -252,6 +256,14 @@ def remembered(operator: Callable[..., list[Tensor]]) -> Callable[..., list[Tens
             if len(recorded) >= MOST_REMEMBERED:
                 recorded.clear()
             recorded[key] = recording.end(outputs)
+        elif recording.foreign:
+            if key == failed:  # twice is no accident
+                warnings.warn(
+                    f"{operator.__name__} is worked out anew at each call, which is slower: {recording.foreign} cannot "
+                    "be repeated",
+                    stacklevel=2,
+                )
+            failed = key
         return outputs
 
     return run
