@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
-from nsa_hf.kernels import LearnedCompressor, ZeroLinear
+from nsa_hf.kernels import LearnedCompressor, ZeroLinear, choosing_once
 
 from .attention import IMPLEMENTATIONS, NsaAttentionMixin
 from .cache.adopt import UNUSABLE, check_reached_layers, check_starts, static_length
@@ -165,6 +166,12 @@ class NsaPreTrainedMixin(FromDenseMixin, SavedByImport, NsaGenerationMixin):
         super().post_init()
         # all of Transformers' quantisers skip what a model names here, whatever else they are told to skip
         self._keep_in_fp32_modules.add(NOT_QUANTISED)
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **options: Any
+    ) -> None:
+        """As Transformers'; a layer that is computed again keeps the blocks that it has chosen."""
+        super()._set_gradient_checkpointing(enable, choosing_once(gradient_checkpointing_func), **options)
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
         """Which parameters have another dtype than the model: none of ours."""

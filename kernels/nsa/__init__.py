@@ -16,6 +16,7 @@ from .exported import exported_attention
 from .index_keys import dequantize_index_keys, quantize_index_keys
 from .operators import is_exporting
 from .placement import Placement
+from .recomputation import choosing_once
 from .reference import reference_attention
 from .sizes import Sizes, n_blocks
 
@@ -30,6 +31,7 @@ __all__ = [
     "Sizes",
     "ZeroLinear",
     "build_compressor",
+    "choosing_once",
     "compress",
     "compress_blocks",
     "dequantize_index_keys",

@@ -10,7 +10,7 @@ has other shapes: `uncompiled()` runs it as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from typing import Any
@@ -23,6 +23,7 @@ from torch import nn
 GRAPHS = 64
 # An entry for each `uncompiled()` that is open; of all threads, as a layer is computed again in another one.
 UNCOMPILED: list[None] = []
+COMPILED: dict[type[nn.Module], type[nn.Module]] = {}  # by a layer's class the same with its forward compiled
 
 
 def decoder_layers(model: Any) -> Iterator[nn.Module]:
@@ -38,20 +39,26 @@ def decoder_layers(model: Any) -> Iterator[nn.Module]:
 def compile_layers(model: Any) -> None:
     """Compiles each decoder layer's forward, when it first runs.
 
-    Not the module's call: hooks of FSDP and others stay outside. Names, weights and saving are as before.
+    Only its class changes, so that names, weights and saving are as before; and neither the hooks of FSDP and others
+    nor gradient checkpointing are within what is compiled, whichever method of a layer Transformers begins them in.
     """
     for layer in decoder_layers(model):
-        layer.forward = either(layer.forward, torch.compile(layer.forward, dynamic=False))
+        plain = type(layer)
+        if plain not in COMPILED:
+            COMPILED[plain] = compiled_class(plain)
+        layer.__class__ = COMPILED[plain]
 
 
-def either(plain: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """A layer's forward, compiled but within `uncompiled()`."""
+def compiled_class(layer_class: Any) -> type[nn.Module]:
+    """A layer's class with its forward compiled, but within `uncompiled()`."""
+    plain = layer_class.forward
+    compiled = torch.compile(plain, dynamic=False)
 
     @wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
         return (plain if UNCOMPILED else compiled)(*args, **kwargs)
 
-    return forward
+    return type(layer_class.__name__, (layer_class,), {"forward": forward, "__module__": layer_class.__module__})
 
 
 def room_for_graphs() -> AbstractContextManager:

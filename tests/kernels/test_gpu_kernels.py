@@ -155,11 +155,11 @@ def test_repeated_launches_are_those_that_were_written_down(name: str, monkeypat
     gradients(second)
 
     def peak_of_gradients() -> tuple[int, list[torch.Tensor]]:
-        torch.cuda.empty_cache()  # a block that was given back is used again though a little larger than asked for
+        # what was asked for: a block that was given back is used again though up to 1 MiB larger
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_stats()["requested_bytes.all.current"]
         found = gradients(second)
-        return torch.cuda.max_memory_allocated() - before, found
+        return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before, found
 
     peak, expected = peak_of_gradients()
     assert not repeated
@@ -167,7 +167,7 @@ def test_repeated_launches_are_those_that_were_written_down(name: str, monkeypat
     gradients(first)
     del repeated[:]
     peak_repeated, found = peak_of_gradients()
-    assert peak_repeated <= 1.01 * peak and len(repeated) == 2  # blocks are of whole sizes
+    assert peak_repeated <= peak and len(repeated) == 2
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()

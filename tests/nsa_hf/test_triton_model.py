@@ -6,6 +6,7 @@ Here the kernels are interpreted; the tests marked `gpu` run the same on a GPU.
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from triton_cases import interpreter
 
 import nsa_hf
 import nsa_hf.attention
+from nsa_hf.recipes.training.compiling import compile_layers
 from nsa_hf.releases import CACHE
 
 pytest.importorskip("triton")
@@ -100,6 +102,49 @@ def test_interpreted(run: Callable[..., dict[str, Tensor]], selector: str) -> No
 def test_on_a_gpu(run: Callable[..., dict[str, Tensor]], selector: str) -> None:
     # the model's own matrix products round differently there, so a selection may differ at a tie: none does here
     assert largest_difference(run, "cuda", selector) < 1e-4
+
+
+def choose_with_checkpointing(device: str, selector: str, reentrant: bool, compiles: bool) -> tuple[int, float]:
+    """How often the layers choose in a forward and a backward pass, and the largest difference of the gradients from
+    those without gradient checkpointing."""
+    from nsa_hf.kernels.gpu import op
+
+    choose = "select_by_compressed" if selector == "compressed" else "select_by_index"
+    x = torch.randint(3, 256, (2, TOKENS), generator=torch.Generator().manual_seed(3)).to(device)
+    found = []
+    with (
+        mock.patch.dict(nsa_hf.attention.IMPLEMENTATIONS, nsa="triton"),
+        mock.patch.object(op, choose, wraps=getattr(op, choose)) as chosen,
+        mock.patch("nsa_hf.kernels.gpu.launch.REMEMBERS", False),  # what is remembered does not come by here
+    ):
+        for checkpoints in (False, True):
+            model = tiny_sparse_model(device, **SELECTORS[selector]).train()
+            if checkpoints:
+                model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+                model.enable_input_require_grads()
+            if compiles:
+                compile_layers(model)
+            chosen.reset_mock()
+            found.append(gradients(model, x))
+    return chosen.call_count, max(float((a - b).abs().max()) for a, b in zip(*(f.values() for f in found), strict=True))
+
+
+@pytest.mark.parametrize("selector", ["compressed", "channels"])
+def test_a_layer_that_is_computed_again_keeps_its_blocks(selector: str) -> None:
+    with interpreter() as pool:
+        assert pool.submit(choose_with_checkpointing, "cpu", selector, False, False).result() == (2, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_a_layer_that_is_computed_again_keeps_its_blocks_on_a_gpu(
+    selector: str, compiles: bool, reentrant: bool
+) -> None:
+    times, difference = choose_with_checkpointing("cuda", selector, reentrant, compiles)
+    assert times == 2 and difference < 1e-6
+    torch._dynamo.reset()
 
 
 @pytest.mark.gpu

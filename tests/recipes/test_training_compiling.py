@@ -1,6 +1,8 @@
 import torch
 
+from nsa_hf.recipes.training import compiling
 from nsa_hf.recipes.training.compiling import compile_layers, decoder_layers, uncompiled
+from nsa_hf.releases import checkpoint_activations
 
 
 def counted(monkeypatch):
@@ -12,6 +14,7 @@ def counted(monkeypatch):
 
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda call, **options: compile(call, backend=backend, **options))
+    monkeypatch.setattr(compiling, "COMPILED", {})
     return ran
 
 
@@ -42,3 +45,21 @@ def test_only_layers_run_uncompiled(tiny_nsa_model, monkeypatch):
         assert len(ran) == 1
     model(ids)
     assert len(ran) > 1
+
+
+def test_a_layer_is_compiled_and_not_its_checkpointing(tiny_nsa_model, monkeypatch):
+    """In the releases that checkpoint a layer's forward, too: what is done around it is no part of a graph."""
+    ran = counted(monkeypatch)
+    ids = torch.randint(256, (1, 150), generator=torch.Generator().manual_seed(2))
+    gradients = []
+    for compiles in (False, True):
+        model = tiny_nsa_model().train()
+        checkpoint_activations(model, 1)
+        if compiles:
+            compile_layers(model)
+        model(ids, labels=ids).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(*gradients)
+    operators = {str(node.target) for graph in ran for node in graph.graph.nodes}
+    assert operators and not any("checkpoint" in operator for operator in operators)
+    assert len(ran) == 2 * model.config.num_hidden_layers

@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from ..index_keys import dequantize_index_keys
 from ..operators import define_operator
 from ..placement import FULL, Placement
+from ..recomputation import chosen_before, keep_chosen
 from ..sizes import Sizes
 from .common import LOG2E, largest_part, on_its_card
 from .decode.op import decode_op, last_contiguous, takes_decode
@@ -104,14 +105,13 @@ def attend_selected(
     return combine(outs, gates, layout.relative), selection.new_empty(0), selection.new_empty(0)
 
 
-@on_its_card
 @remembered
-def run_forward(
+def select_and_attend(
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor | None, v_cmp: Tensor | None, gates: Tensor, k_win: Tensor | None,
     v_win: Tensor | None, q_index: Tensor | None, k_index: Tensor | None, cu_seqlens: Tensor | None,
-    starts: Tensor | None, lengths: Tensor | None, numbers: list[int], scale: float,
+    starts: Tensor | None, lengths: Tensor | None, numbers: list[int], scale: float, selection: Tensor | None,
 ) -> list[Tensor]:
-    """`triton_attention`, `numbers` being the sizes. Returns output, selection, and what `Saved` names."""
+    """Returns output, what `Saved` names, and the selection unless it is given."""
     sizes, scale_log2 = Sizes(*numbers), scale * LOG2E
     near_k, near_v = (k, v) if k_win is None or v_win is None else (k_win, v_win)
     placement = Placement(starts, lengths, cu_seqlens)
@@ -121,17 +121,39 @@ def run_forward(
     out_cmp = lse_cmp = None
     if k_cmp is not None and v_cmp is not None:
         out_cmp, lse_cmp = interval_forward(q, k_cmp, v_cmp, *layout.compressed, scale_log2, long_runs=True)
-    if q_index is not None and k_index is not None:
-        selection = select_by_index(IndexInputs(q_index, k_index, k.shape[2]), layout, sizes)
-    else:
-        assert k_cmp is not None and lse_cmp is not None
-        selection = select_by_compressed(CompressedInputs(q, k_cmp, lse_cmp, k.shape[1], scale_log2), layout, sizes)
+    made: list[Tensor] = []
+    if selection is None:
+        if q_index is not None and k_index is not None:
+            selection = select_by_index(IndexInputs(q_index, k_index, k.shape[2]), layout, sizes)
+        else:
+            assert k_cmp is not None and lse_cmp is not None
+            inputs = CompressedInputs(q, k_cmp, lse_cmp, k.shape[1], scale_log2)
+            selection = select_by_compressed(inputs, layout, sizes)
+        made.append(selection)
     out_win, lse_win, out_slc, lse_slc = attend_near(q, k, v, near_k, near_v, layout, sizes, scale_log2)
     outs = (out_cmp, out_slc, out_win)
     out, *picks = attend_selected(q, k, v, selection, layout, sizes, scale_log2, outs, lse_slc, gates)
     if out_cmp is None or lse_cmp is None:
         out_cmp, lse_cmp = gates.new_empty(0), gates.new_empty(0)
-    return [out, selection, *Saved(out_cmp, out_slc, out_win, lse_cmp, lse_slc, lse_win, queries, parts, *picks)]
+    return [out, *Saved(out_cmp, out_slc, out_win, lse_cmp, lse_slc, lse_win, queries, parts, *picks), *made]
+
+
+@on_its_card
+def run_forward(
+    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor | None, v_cmp: Tensor | None, gates: Tensor, k_win: Tensor | None,
+    v_win: Tensor | None, q_index: Tensor | None, k_index: Tensor | None, cu_seqlens: Tensor | None,
+    starts: Tensor | None, lengths: Tensor | None, numbers: list[int], scale: float,
+) -> list[Tensor]:
+    """`triton_attention`, `numbers` being the sizes. Returns output, selection, and what `Saved` names."""
+    selection = chosen_before((*q.shape[:2], k.shape[2], Sizes(*numbers).topk))
+    out, *saved = select_and_attend(
+        q, k, v, k_cmp, v_cmp, gates, k_win, v_win, q_index, k_index, cu_seqlens, starts, lengths, numbers, scale,
+        selection,
+    )
+    if selection is None:
+        selection = saved.pop()
+        keep_chosen(selection)
+    return [out, selection, *saved]
 
 
 def fake_forward(
