@@ -21,7 +21,7 @@ from __future__ import annotations
 import csv
 import gc
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -113,21 +113,31 @@ class Step:
 def parts_of(events: Iterable[Any], optimizer_ms: float, step_ms: float, time: str = "device") -> dict[str, float]:
     """Milliseconds of PARTS, the columns; the rest is everything else, and the device's waiting for the host.
 
+    Operators' own times are added up. What the profiler says of one with all that it calls is wrong: a call of CUDA's
+    runtime has a number too, and gets the kernels of the operator of the same number.
+
     Args:
-        events: `key_averages()` of a profile of one step's forward and backward passes.
+        events: `events()` of a profile of one step's forward and backward passes.
         optimizer_ms: the step's update, measured by itself.
         step_ms: a step's time without the profiler.
         time: "device" or "cpu", whose time is counted.
     """
     attention = products = 0.0
     for event in events:
-        own, total = getattr(event, f"self_{time}_time_total"), getattr(event, f"{time}_time_total")
-        if event.key.startswith(ATTENTION):
-            attention += total
-        elif event.key in PRODUCTS:
+        own = getattr(event, f"self_{time}_time_total")
+        if "::" in event.name and any(caller.name.startswith(ATTENTION) for caller in callers(event)):
+            attention += own
+        elif event.name in PRODUCTS:
             products += own
     known = [attention / 1e3, products / 1e3, optimizer_ms]
     return dict(zip(PARTS, (*known, step_ms - sum(known)), strict=True))
+
+
+def callers(event: Any) -> Iterator[Any]:
+    """An event of a profile, and what called it, from the inside out."""
+    while event is not None:
+        yield event
+        event = event.cpu_parent
 
 
 def milliseconds(call: Callable[[], object], device: str) -> float:
@@ -175,8 +185,8 @@ def measure(shape: Shape, tokens: int, system: str, device: str) -> dict[str, An
     with profile(activities=activities) as profiled:
         step.backward()
         wait(device)
-    events = profiled.key_averages()
-    if kernel and not any(event.key.startswith(f"aten::_scaled_dot_product_{dense}_attention") for event in events):
+    events = profiled.events()
+    if kernel and not any(event.name.startswith(f"aten::_scaled_dot_product_{dense}_attention") for event in events):
         raise RuntimeError(f"PyTorch took another attention than {dense}")
     parts = parts_of(events, milliseconds(step.update, device), median, "device" if device == "cuda" else "cpu")
     flops = tokens * training_flops(counted_model(shape, tokens, system), tokens, teacher=False, dense=not sparse)

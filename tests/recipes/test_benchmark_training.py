@@ -40,16 +40,25 @@ def test_a_step_is_measured_and_trains(losses) -> None:
 
 
 def test_what_a_step_goes_into() -> None:
-    def event(key: str, own: float, total: float) -> SimpleNamespace:
-        return SimpleNamespace(key=key, self_device_time_total=own, device_time_total=total)
+    def event(name: str, own: float, caller: SimpleNamespace | None = None) -> SimpleNamespace:
+        return SimpleNamespace(name=name, self_device_time_total=own, cpu_parent=caller)
 
+    forward, dense, linear = (
+        event("nsa_hf::forward", 4000),
+        event("aten::_scaled_dot_product_cudnn_attention_backward", 0),
+        event("aten::linear", 0),
+    )
     events = [
-        event("nsa_hf::forward", 0, 4000),
-        event("nsa_hf::backward", 1000, 6000),
-        event("aten::_scaled_dot_product_cudnn_attention_backward", 0, 500),
-        event("aten::_cudnn_attention_backward", 500, 500),  # inside it
-        event("aten::linear", 0, 3000),
-        event("aten::mm", 3000, 3000),
+        event("Torch-Compiled Region", 0),
+        forward,
+        event("cuLaunchKernelEx", 7000, forward),  # the kernels of another operator
+        event("aten::copy_", 100, event("aten::clone", 0, forward)),
+        event("nsa_hf::backward", 5900),
+        dense,
+        event("aten::_cudnn_attention_backward", 500, dense),
+        linear,
+        event("aten::mm", 3000, linear),
+        event("aten::copy_", 9000, linear),
     ]
     assert list(parts_of(events, 2.0, 20.0).values()) == [10.5, 3.0, 2.0, 4.5]
 
