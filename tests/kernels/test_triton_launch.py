@@ -39,6 +39,15 @@ class Compiled:
         return lambda *args, stream: self.launches.append((grid, args, stream))
 
 
+def test_a_kernel_that_does_not_fit_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(kernel: Any, *args: Any, **named: Any) -> None:
+        raise triton.OutOfResources(163840, 101376, "shared memory")
+
+    monkeypatch.setattr(triton.JITFunction, "run", run)
+    with pytest.raises(ValueError, match=r"copy_kernel takes 163,840 of shared memory .* this card has 101,376: use b"):
+        copy_kernel[(1,)](torch.zeros(1), torch.zeros(1), 1, 1, 1.0, BM=1, BN=1)
+
+
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Compiled]:
     """What Triton was asked for, in order; its stream is number 7."""

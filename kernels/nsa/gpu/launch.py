@@ -67,8 +67,17 @@ class Kernel:
             grid: one to three numbers of programs.
             *args: tensors, numbers, and None for what there is not.
             **named: constants, and Triton's options.
+
+        Raises:
+            ValueError: the kernel does not fit on the card.
         """
-        launched = self.jit[grid](*args, **named)
+        try:
+            launched = self.jit[grid](*args, **named)
+        except triton.OutOfResources as error:
+            raise ValueError(
+                f"{self.jit.__name__} takes {error.required:,} of {error.name} for these heads, and this card has "
+                f"{error.limit:,}: use bfloat16 instead of float32, smaller heads, or backend='reference'"
+            ) from error
         if recording := getattr(thread, "recording", None):
             constants = [named[parameter.name] for parameter in self.jit.params[len(args) :]]
             recording.add_launch(launched, (*grid, 1, 1)[:3], [*args, *constants])

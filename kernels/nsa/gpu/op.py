@@ -277,8 +277,8 @@ def triton_attention(
 
     Raises:
         TypeError: float64, which the matrix units do not take.
-        ValueError: heads wider than 256, a card older than compute capability 8.0, and the limits that the scorers and
-            `gather_queries` name.
+        ValueError: heads wider than 256, a card older than compute capability 8.0, a kernel that does not fit on it,
+            and the limits that the scorers and `gather_queries` name.
     """
     if q.dtype == torch.float64:
         raise TypeError("backend='triton' takes float16, bfloat16 or float32, got float64: use backend='reference'")
