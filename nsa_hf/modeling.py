@@ -171,7 +171,9 @@ class NsaPreTrainedMixin(FromDenseMixin, SavedByImport, NsaGenerationMixin):
         self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **options: Any
     ) -> None:
         """As Transformers'; a layer that is computed again keeps the blocks that it has chosen."""
-        super()._set_gradient_checkpointing(enable, choosing_once(gradient_checkpointing_func), **options)
+        if enable:
+            gradient_checkpointing_func = choosing_once(gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **options)
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
         """Which parameters have another dtype than the model: none of ours."""

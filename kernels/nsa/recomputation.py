@@ -6,10 +6,11 @@ A layer that is computed again in the backward pass takes what it chose the firs
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,22 +39,25 @@ def choosing_once(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         >>> choosing_once(torch.utils.checkpoint.checkpoint)(torch.exp, torch.zeros(1), use_reentrant=False)
         tensor([1.])
 
-    Within `torch.compile` it is the function itself: there the compiler decides what is computed again.
+    What the Triton kernels choose is kept, on the GPU, until the backward pass has been through the function; with
+    `use_reentrant=True` as long as there is a loss to go back from. A function within another one that is computed
+    again too chooses once each time. Within `torch.compile` it is the checkpointing function itself: there the compiler
+    decides what is computed again.
     """
+    return partial(checkpoint_once, checkpoint)
 
-    @wraps(checkpoint)
-    def checkpoint_once(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return checkpoint(function, *args, **kwargs)
-        kept: list[Tensor] = []
 
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with run_with(kept):
-                return function(*args, **kwargs)
+def checkpoint_once(checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`checkpoint(function, *args, **kwargs)`, as `choosing_once` says."""
+    if torch.compiler.is_compiling():
+        return checkpoint(function, *args, **kwargs)
+    kept: list[Tensor] = []
 
-        return checkpoint(run, *args, **kwargs)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with run_with(kept):
+            return function(*args, **kwargs)
 
-    return checkpoint_once
+    return checkpoint(run, *args, **kwargs)
 
 
 @contextmanager
@@ -74,13 +78,13 @@ def chosen_before(shape: tuple[int, ...]) -> Tensor | None:
     Raises:
         RuntimeError: it has another shape.
     """
-    if current.kept is None or current.next >= len(current.kept) or captures(selection := current.kept[current.next]):
+    if current.kept is None or current.next >= len(current.kept) or in_graph(selection := current.kept[current.next]):
         return None
     current.next += 1
     if selection.shape != shape:
         raise RuntimeError(
-            f"a layer that is computed again selects {list(shape)} blocks, and selected {list(selection.shape)} in its "
-            "first run: it must do the same in both"
+            f"a layer that is computed again has a selection of shape {list(shape)}, and had one of "
+            f"{list(selection.shape)} in its first run: it must do the same in both"
         )
     return selection.clone()
 
@@ -88,13 +92,24 @@ def chosen_before(shape: tuple[int, ...]) -> Tensor | None:
 def keep_chosen(selection: Tensor) -> None:
     """Keeps a selection for the next runs. A copy: compiled code writes into what operators return, once it is used.
 
-    While a CUDA graph is captured nothing is kept or taken: the graph would have this run's numbers in each.
+    Of a CUDA graph nothing is kept or taken: it would have this run's numbers in each.
     """
-    if current.kept is not None and not captures(selection):
+    if current.kept is not None and not in_graph(selection):
         current.kept.append(selection.clone())
         current.next = len(current.kept)
 
 
-def captures(x: Tensor) -> bool:
-    """Whether what is done with a tensor now is captured as a CUDA graph."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+def in_graph(x: Tensor) -> bool:
+    """Whether what is done with a tensor now becomes a CUDA graph.
+
+    Compiled code that makes graphs (`mode="reduce-overhead"`) runs once before, with the graphs' memory, of which
+    nothing may be left.
+    """
+    if not x.is_cuda:
+        return False
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    try:
+        manager = trees and trees.get_manager(x.device.index, create_if_none_exists=False)
+    except AssertionError:  # 2.11, of a thread that has none
+        manager = None
+    return torch.cuda.is_current_stream_capturing() or (manager is not None and manager.in_warmup)

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from nsa_hf.errors import NsaError
+
 # Graphs of one layer's code: kinds of layers, training or not, teacher and student, lengths. PyTorch's own limit is 8,
 # and beyond it everything runs uncompiled, with a warning that drowns.
 GRAPHS = 64
@@ -39,14 +41,23 @@ def decoder_layers(model: Any) -> Iterator[nn.Module]:
 def compile_layers(model: Any) -> None:
     """Compiles each decoder layer's forward, when it first runs.
 
-    Only its class changes, so that names, weights and saving are as before; and neither the hooks of FSDP and others
-    nor gradient checkpointing are within what is compiled, whichever method of a layer Transformers begins them in.
+    Only its class changes, so that names, weights and `save_pretrained` are as before; and neither the hooks of FSDP
+    and others nor gradient checkpointing are within what is compiled, whichever method of a layer they begin in.
+
+    Raises:
+        NsaError: a layer has a forward of its own, which would run instead.
     """
     for layer in decoder_layers(model):
         plain = type(layer)
-        if plain not in COMPILED:
-            COMPILED[plain] = compiled_class(plain)
-        layer.__class__ = COMPILED[plain]
+        if "forward" in vars(layer):
+            raise NsaError(
+                f"{plain.__name__} has a forward of its own, as a model has that was loaded with device_map: load it "
+                "without, and compile it before hooks are added"
+            )
+        if plain not in COMPILED.values():
+            if plain not in COMPILED:
+                COMPILED[plain] = compiled_class(plain)
+            layer.__class__ = COMPILED[plain]
 
 
 def compiled_class(layer_class: Any) -> type[nn.Module]:
@@ -58,7 +69,8 @@ def compiled_class(layer_class: Any) -> type[nn.Module]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         return (plain if UNCOMPILED else compiled)(*args, **kwargs)
 
-    return type(layer_class.__name__, (layer_class,), {"forward": forward, "__module__": layer_class.__module__})
+    members = {"forward": forward, "__module__": layer_class.__module__, "__doc__": layer_class.__doc__}
+    return type(layer_class.__name__, (layer_class,), members)
 
 
 def room_for_graphs() -> AbstractContextManager:
@@ -72,7 +84,10 @@ def room_for_graphs() -> AbstractContextManager:
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Within it compiled layers run as if they were not. What else is compiled stays so: losses are, for memory too."""
+    """Within it compiled layers run as if they were not. What else is compiled stays so: losses are, for memory too.
+
+    A forward pass and its backward pass belong in the same one: layers that are computed again must run as they did.
+    """
     UNCOMPILED.append(None)
     try:
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nsa_hf.kernels import choosing_once
+from nsa_hf.kernels import choosing_once, recomputation
 from nsa_hf.kernels.recomputation import chosen_before, keep_chosen
 
 CHECKPOINTS = {
@@ -87,8 +88,7 @@ def test_an_error_ends_it_too() -> None:
 
     with pytest.raises(ArithmeticError):
         choosing_once(checkpoint)(fail, torch.ones(1, requires_grad=True), use_reentrant=False)
-    choose()
-    assert choose.chosen == [0, 1] and not choose.taken
+    assert recomputation.current.kept is None
 
 
 def test_threads_have_their_own() -> None:
@@ -113,14 +113,52 @@ def test_another_selection_the_second_time_is_an_error() -> None:
         return x * (1 + x[..., choose(next(shapes))])
 
     out = choosing_once(checkpoint)(function, torch.ones(8, requires_grad=True), use_reentrant=False)
-    with pytest.raises(RuntimeError, match=r"selects \[2\] blocks, and selected \[1\] in its first run"):
+    with pytest.raises(RuntimeError, match=r"a selection of shape \[2\], and had one of \[1\] in its first"):
         out.sum().backward()
 
 
 def test_compiled_around_it_is_the_function_itself() -> None:
     """Where checkpointing is within what is compiled, it may not be told from PyTorch's."""
-    x = torch.linspace(1, 2, 8).requires_grad_()
+    x = torch.linspace(1, 2, 8)
+
+    def checkpointing(function: Callable, x: Tensor) -> Tensor:
+        return function(x) if function is torch.exp else x
+
+    def function(x: Tensor) -> Tensor:
+        return choosing_once(checkpointing)(torch.exp, x)
+
+    torch.testing.assert_close(torch.compile(function, backend="eager", fullgraph=True)(x), x.exp())
+    assert torch.equal(function(x), x)
+
+
+def test_after_an_inner_function_the_outer_one_goes_on() -> None:
     checkpointing = choosing_once(CHECKPOINTS["not reentrant"])
-    compiled = torch.compile(lambda x: checkpointing(torch.exp, x).sum(), backend="aot_eager", fullgraph=True)
-    (gradient,) = torch.autograd.grad(compiled(x), x)
-    torch.testing.assert_close(gradient, x.detach().exp())
+    gradients = []
+    for checkpoint_once in (lambda function, x: function(x), checkpointing):
+        choose, x = Chooser(), torch.linspace(1, 2, 24).requires_grad_()
+
+        def function(x: Tensor, choose: Chooser = choose) -> Tensor:
+            return layer(choose, 1, checkpointing(torch.exp, layer(choose, 1, x)))
+
+        checkpoint_once(function, x).sum().backward()
+        gradients.append(x.grad)
+        assert choose.chosen == [0, 1]
+    assert torch.equal(*gradients) and choose.taken == [0, 1]
+
+
+@pytest.mark.parametrize("graphs", [(True, False), (False, True)], ids=["forward", "backward"])
+def test_what_becomes_a_graph_chooses_by_itself(graphs: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    choose, x = Chooser(), torch.ones(8, requires_grad=True)
+    forward, backward = (lambda selection, graph=graph: graph for graph in graphs)
+    monkeypatch.setattr(recomputation, "in_graph", forward)
+    out = choosing_once(CHECKPOINTS["not reentrant"])(partial(layer, choose, 1), x).sum()
+    monkeypatch.setattr(recomputation, "in_graph", backward)
+    out.backward()
+    assert choose.chosen == [0, 1] and not choose.taken
+
+
+def test_it_can_be_pickled() -> None:
+    copied = pickle.loads(pickle.dumps(choosing_once(CHECKPOINTS["not reentrant"])))
+    choose, x = Chooser(), torch.ones(8, requires_grad=True)
+    copied(partial(layer, choose, 1), x).sum().backward()
+    assert choose.chosen == choose.taken == [0]

@@ -49,7 +49,7 @@ def test_what_a_step_goes_into() -> None:
         event("aten::linear", 0),
     )
     events = [
-        event("Torch-Compiled Region", 0),
+        event("Torch-Compiled Region", 8000),
         forward,
         event("cuLaunchKernelEx", 7000, forward),  # the kernels of another operator
         event("aten::copy_", 100, event("aten::clone", 0, forward)),

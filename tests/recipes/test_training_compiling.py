@@ -1,5 +1,8 @@
+import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 
+from nsa_hf.errors import NsaError
 from nsa_hf.recipes.training import compiling
 from nsa_hf.recipes.training.compiling import compile_layers, decoder_layers, uncompiled
 from nsa_hf.releases import checkpoint_activations
@@ -63,3 +66,21 @@ def test_a_layer_is_compiled_and_not_its_checkpointing(tiny_nsa_model, monkeypat
     operators = {str(node.target) for graph in ran for node in graph.graph.nodes}
     assert operators and not any("checkpoint" in operator for operator in operators)
     assert len(ran) == 2 * model.config.num_hidden_layers
+
+
+def test_compiled_twice_is_compiled_once(tiny_nsa_model, monkeypatch):
+    ran = counted(monkeypatch)
+    model = tiny_nsa_model()
+    compile_layers(model)
+    compile_layers(model)
+    with torch.no_grad():
+        model(torch.randint(256, (1, 150)), use_cache=False)
+    assert len(ran) == model.config.num_hidden_layers
+
+
+def test_a_layer_whose_forward_is_its_own_is_refused(tiny_nsa_model):
+    """As accelerate makes it, when a model is loaded with `device_map`."""
+    model = tiny_nsa_model()
+    add_hook_to_module(next(decoder_layers(model)), ModelHook())
+    with pytest.raises(NsaError, match=r"NsaLlamaDecoderLayer has a forward of its own, .* load it without"):
+        compile_layers(model)
