@@ -6,7 +6,6 @@ A layer that is computed again in the backward pass takes what it chose the firs
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -100,16 +99,5 @@ def keep_chosen(selection: Tensor) -> None:
 
 
 def in_graph(x: Tensor) -> bool:
-    """Whether what is done with a tensor now becomes a CUDA graph.
-
-    Compiled code that makes graphs (`mode="reduce-overhead"`) runs once before, with the graphs' memory, of which
-    nothing may be left.
-    """
-    if not x.is_cuda:
-        return False
-    trees = sys.modules.get("torch._inductor.cudagraph_trees")
-    try:
-        manager = trees and trees.get_manager(x.device.index, create_if_none_exists=False)
-    except AssertionError:  # 2.11, of a thread that has none
-        manager = None
-    return torch.cuda.is_current_stream_capturing() or (manager is not None and manager.in_warmup)
+    """Whether what is done with a tensor now is captured as a CUDA graph."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
