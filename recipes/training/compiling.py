@@ -25,7 +25,8 @@ from nsa_hf.errors import NsaError
 GRAPHS = 64
 # An entry for each `uncompiled()` that is open; of all threads, as a layer is computed again in another one.
 UNCOMPILED: list[None] = []
-COMPILED: dict[type[nn.Module], type[nn.Module]] = {}  # by a layer's class the same with its forward compiled
+# By a layer's class the same with its forward compiled; by such a one itself.
+COMPILED: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def decoder_layers(model: Any) -> Iterator[nn.Module]:
@@ -54,10 +55,10 @@ def compile_layers(model: Any) -> None:
                 f"{plain.__name__} has a forward of its own, as a model has that was loaded with device_map: load it "
                 "without, and compile it before hooks are added"
             )
-        if plain not in COMPILED.values():
-            if plain not in COMPILED:
-                COMPILED[plain] = compiled_class(plain)
-            layer.__class__ = COMPILED[plain]
+        if plain not in COMPILED:
+            compiled = compiled_class(plain)
+            COMPILED[plain] = COMPILED[compiled] = compiled
+        layer.__class__ = COMPILED[plain]
 
 
 def compiled_class(layer_class: Any) -> type[nn.Module]:
